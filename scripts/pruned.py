@@ -1,0 +1,67 @@
+"""Pruned checkpoints in a cache folder, shared by the demo, the tests and the benchmarks."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+#: Ignored by git; `make clean` empties it.
+CACHE = ROOT / ".demo"
+#: Whatever decides what `spense prune` writes.
+SOURCES = ("offline_prune/*.py", "vllm_spense/format.py", "vllm_spense/layout.py", "vllm_spense/cli.py")
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """One call of `spense prune`; the defaults are the demo's."""
+
+    method: str
+    sparsity: float
+    quantize: str = "fp8"
+    samples: int = 64
+    length: int = 512
+    seed: int = 0
+    calibration: str = "builtin"
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.sparsity:g}-{self.quantize}-{self.samples}x{self.length}-seed{self.seed}"
+
+    @property
+    def options(self) -> list[str]:
+        named = {
+            "method": self.method,
+            "sparsity": self.sparsity,
+            "quantize": self.quantize,
+            "calibration": self.calibration,
+            "samples": self.samples,
+            "length": self.length,
+            "seed": self.seed,
+        }
+        return [text for name, value in named.items() for text in (f"--{name}", str(value))]
+
+
+def pruned(model: Path, pruning: Pruning, cache: Path = CACHE) -> Path:
+    """The pruned checkpoint's folder; it is made unless this code has already made it from these settings.
+
+    Raises:
+        subprocess.CalledProcessError: `spense prune` failed; it has said why.
+    """
+    folder = cache / f"{model.name}-{pruning.name}"
+    stamp = folder.with_name(f"{folder.name}.stamp")
+    wanted = _sources_digest()
+    if not (folder.exists() and stamp.exists() and stamp.read_text() == wanted):
+        stamp.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "offline_prune", str(model), str(folder), *pruning.options, "--overwrite"]
+        subprocess.run(command, check=True)
+        stamp.write_text(wanted)
+    return folder
+
+
+def _sources_digest() -> str:
+    files = sorted(file for pattern in SOURCES for file in ROOT.glob(pattern))
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()

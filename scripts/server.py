@@ -1,0 +1,96 @@
+"""A server process as a context: ready on entry, gone on exit, whatever happens between."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+HOST = "127.0.0.1"
+START_SECONDS = 600
+STOP_SECONDS = 20
+LAST_LINES = 20
+
+
+def check_port(port: int) -> None:
+    """Says in one line that `port` cannot be listened on.
+
+    Raises:
+        SystemExit: with that line.
+    """
+    with socket.socket() as probe:
+        # As servers do: a port that its last owner left a moment ago is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except (OSError, OverflowError) as error:
+            raise SystemExit(f"Port {port} cannot be used ({error}): choose another, make demo PORT=8001") from None
+
+
+@contextlib.contextmanager
+def serving(command: list[str], port: int, log: Path, env: dict[str, str] | None = None) -> Iterator[None]:
+    """Runs `command` and enters the context once `GET /health` answers on `port`.
+
+    Args:
+        command: starts a server on `HOST` and `port`; ended with all the processes it has started.
+        log: what it prints goes to this file.
+        env: added to this process's environment.
+
+    Raises:
+        SystemExit: with the server's last lines, when it ends or is not ready in `START_SECONDS`.
+    """
+    with log.open("w") as output:
+        # A session of its own, so that it can be ended together with its children, and by nobody else's Ctrl-C.
+        server = subprocess.Popen(
+            command,
+            env=os.environ | (env or {}),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        _wait_until_ready(server, port, log)
+        yield
+    finally:
+        _stop(server)
+
+
+def _wait_until_ready(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not _healthy(port):
+        if server.poll() is not None or time.monotonic() > deadline:
+            last = "\n".join(log.read_text(errors="replace").splitlines()[-LAST_LINES:])
+            what = "did not become ready" if server.returncode is None else f"ended with code {server.returncode}"
+            raise SystemExit(f"{last}\nThe server {what}; its last lines are above, all of them in {log}")
+        time.sleep(0.5)
+
+
+def _healthy(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=5) as response:
+            return response.status == 200
+    except OSError:
+        return False
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    try:
+        _signal_group(server, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(STOP_SECONDS)
+    finally:
+        # Also after a clean end: a child may have outlived the server.
+        _signal_group(server, signal.SIGKILL)
+        server.wait()
+
+
+def _signal_group(server: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, number)
