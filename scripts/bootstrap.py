@@ -52,13 +52,13 @@ def check_compiler() -> None:
         raise SetupError("there is no C compiler: on Debian and Ubuntu, apt install build-essential")
 
 
-def check_disk(needed_gb: int, folder: Path = ROOT) -> None:
+def check_disk(needed_gb: int, folder: Path) -> None:
     free_gb = shutil.disk_usage(folder).free / 1e9
     if free_gb < needed_gb:
         raise SetupError(f"the disk of {folder} has {free_gb:.1f} GB free and {needed_gb} GB are needed")
 
 
-def fingerprint(kind: str, root: Path = ROOT) -> str:
+def fingerprint(kind: str, root: Path) -> str:
     """Changes whenever the environment has to be made anew."""
     parts = (root / "setup.py").read_text(), Path(__file__).read_text(), sys.version, kind, str(root)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
@@ -67,10 +67,10 @@ def fingerprint(kind: str, root: Path = ROOT) -> str:
 class Installer:
     """Runs the steps, a line for each; what the tools print goes to a log file."""
 
-    def __init__(self, venv: Path, root: Path = ROOT) -> None:
-        self.venv = venv
+    def __init__(self, root: Path) -> None:
         self.root = root
-        self.log = venv / "setup.log"
+        self.venv = root / ".venv"
+        self.log = self.venv / "setup.log"
 
     def run(self, title: str, *command: str) -> bool:
         """Shows the step with its time; after a failure also the last lines of the command's output."""
@@ -118,20 +118,19 @@ class Installer:
         return self.pip("trying uv instead", "install", "uv") and self.run("installing with uv", *uv, *packages)
 
 
-def main() -> None:
+def main(root: Path = ROOT) -> None:
     check_python()
-    venv = ROOT / ".venv"
-    stamp = venv / "spense-setup"
+    stamp = root / ".venv/spense-setup"
     machine = kind()
-    wanted = fingerprint(machine)
+    wanted = fingerprint(machine, root)
     if stamp.exists() and stamp.read_text() == wanted:
         return
     check_venv()
     check_compiler()
-    check_disk(NEEDED_GB[machine])
+    check_disk(NEEDED_GB[machine], root)
     print("Setting up .venv (once)", flush=True)
     stamp.unlink(missing_ok=True)
-    Installer(venv).install(machine)
+    Installer(root).install(machine)
     stamp.write_text(wanted)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -17,7 +17,7 @@ SOURCES = ("offline_prune/*.py", "vllm_spense/format.py", "vllm_spense/layout.py
 
 @dataclass(frozen=True)
 class Pruning:
-    """One call of `spense prune`; the defaults are the demo's."""
+    """One call of `spense prune` with the built-in calibration text; the defaults are the demo's."""
 
     method: str
     sparsity: float
@@ -25,7 +25,6 @@ class Pruning:
     samples: int = 64
     length: int = 512
     seed: int = 0
-    calibration: str = "builtin"
 
     @property
     def name(self) -> str:
@@ -33,16 +32,8 @@ class Pruning:
 
     @property
     def options(self) -> list[str]:
-        named = {
-            "method": self.method,
-            "sparsity": self.sparsity,
-            "quantize": self.quantize,
-            "calibration": self.calibration,
-            "samples": self.samples,
-            "length": self.length,
-            "seed": self.seed,
-        }
-        return [text for name, value in named.items() for text in (f"--{name}", str(value))]
+        settings = {"calibration": "builtin"} | asdict(self)
+        return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
 
 
 def pruned(model: Path, pruning: Pruning, cache: Path = CACHE) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 HOST = "127.0.0.1"
 START_SECONDS = 600
-STOP_SECONDS = 20
+STOP_SECONDS = 15
 LAST_LINES = 20
 
 
@@ -82,15 +82,21 @@ def _healthy(port: int) -> bool:
 
 def _stop(server: subprocess.Popen[bytes]) -> None:
     try:
-        _signal_group(server, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(STOP_SECONDS)
+        deadline = time.monotonic() + STOP_SECONDS
+        alive = _signal_group(server, signal.SIGTERM)
+        while alive and time.monotonic() < deadline:
+            time.sleep(0.1)
+            server.poll()  # a zombie would count as alive
+            alive = _signal_group(server, 0)
     finally:
-        # Also after a clean end: a child may have outlived the server.
         _signal_group(server, signal.SIGKILL)
         server.wait()
 
 
-def _signal_group(server: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
+def _signal_group(server: subprocess.Popen[bytes], number: int) -> bool:
+    """Whether there was a process left to signal."""
+    try:
         os.killpg(server.pid, number)
+    except ProcessLookupError:
+        return False
+    return True

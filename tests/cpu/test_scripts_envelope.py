@@ -1,0 +1,60 @@
+"""The envelope around every benchmark's rows."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import envelope as module
+from benchmarks.envelope import envelope, write_result
+
+
+def test_the_file_holds_the_whole_envelope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "orig_argv", ["/somewhere/python", "-m", "benchmarks.x", "--methods", "a b"])
+    rows = [{"method": "dense", "perplexity": 1.5}, {"method": "spensegpt+", "perplexity": 2.0}]
+    file = tmp_path / "new" / "x.json"
+    write_result(file, "x", rows)
+    data = json.loads(file.read_text())
+    assert list(data) == ["benchmark", "command", "commit", "gpu", "cpu", "versions", "rows"]
+    assert data["benchmark"] == "x"
+    assert data["command"] == "python -m benchmarks.x --methods 'a b'"
+    assert data["rows"] == rows
+    assert data["cpu"]
+    assert {"python", "torch", "transformers", "compressed-tensors"} <= set(data["versions"])
+    assert file.read_text().endswith("}\n")
+
+
+def fake_tool(folder: Path, name: str, script: str) -> None:
+    tool = folder / name
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+
+
+def test_a_gpu_is_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_tool(tmp_path, "nvidia-smi", 'echo "NVIDIA H100 80GB HBM3, 580.1, 1980 MHz, 2619 MHz, 700.00 W"')
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert envelope("x", [])["gpu"] == {
+        "name": "NVIDIA H100 80GB HBM3",
+        "driver_version": "580.1",
+        "clocks.max.sm": "1980 MHz",
+        "clocks.max.memory": "2619 MHz",
+        "power.limit": "700.00 W",
+    }
+
+
+def test_no_gpu_and_no_checkout_are_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_tool(tmp_path, "nvidia-smi", "echo no devices; exit 9")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    result = envelope("x", [])
+    assert result["gpu"] is None
+    assert result["commit"] is None
+
+
+def test_the_commit_names_the_checkout() -> None:
+    commit = envelope("x", [])["commit"]
+    if not (module.ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    assert len(commit.removesuffix("-dirty")) >= 12
