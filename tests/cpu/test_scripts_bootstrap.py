@@ -29,9 +29,9 @@ class Steps:
         self.done: list[str] = []
         self.failing = "no step"
 
-    def run(self, title: str) -> bool:
+    def run(self, title: str) -> str:
         self.done.append(title)
-        return not title.startswith(self.failing)
+        return f"last lines of {title}" if title.startswith(self.failing) else ""
 
     def was_done(self, start: str) -> bool:
         return any(title.startswith(start) for title in self.done)
@@ -131,18 +131,21 @@ def test_uv_is_tried_when_pip_fails(checkout: Path, steps: Steps) -> None:
 
 def test_both_failing_is_said(checkout: Path, steps: Steps) -> None:
     steps.failing = "installing"
-    with pytest.raises(SetupError, match="neither pip nor uv could install"):
+    with pytest.raises(SetupError, match="neither pip nor uv could install") as failure:
         bootstrap.main(checkout)
+    assert [details.startswith("last lines of installing") for details in failure.value.details] == [True, True]
 
 
-def test_a_failing_step_shows_the_last_lines(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    installer = Installer(checkout)
-    assert installer.run("counting", "sh", "-c", "seq 100; exit 3") is False
-    shown = capsys.readouterr().out.splitlines()
-    assert shown[0].startswith("  counting … failed after ")
-    assert [line.strip() for line in shown[1:]] == [str(n) for n in range(101 - bootstrap.LAST_LINES, 101)]
+def test_a_failing_step_gives_its_last_lines(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    failure = Installer(checkout).run("counting", "sh", "-c", "seq 100; exit 3")
+    assert failure.splitlines() == [str(n) for n in range(101 - bootstrap.LAST_LINES, 101)]
+    assert capsys.readouterr().out == "  counting … failed after 0 s\n"
+
+
+def test_a_silent_failure_is_a_failure(checkout: Path) -> None:
+    assert Installer(checkout).run("failing", "sh", "-c", "exit 3") == "sh ended with code 3"
 
 
 def test_a_step_that_works_is_one_line(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert Installer(checkout).run("counting", "sh", "-c", "seq 100") is True
+    assert Installer(checkout).run("counting", "sh", "-c", "seq 100") == ""
     assert capsys.readouterr().out == "  counting … 0 s\n"
