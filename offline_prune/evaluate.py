@@ -1,0 +1,65 @@
+"""Opening any checkpoint as a dense model, and its perplexity."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from offline_prune.activations import fast_matmul
+from offline_prune.model import empty_model, load_tokenizer
+from offline_prune.quantize import dequantize
+from offline_prune.source import TensorFiles
+from vllm_spense.errors import SpenseError
+
+
+def load_dense(
+    folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A plain or a Spense checkpoint as an ordinary dense model; FP8 weights are multiplied by their scales.
+
+    Activations are not quantized. To run the files exactly as a server does, serve them.
+
+    Raises:
+        SpenseError: no such folder, or a tensor of the model is not in it.
+    """
+    folder = Path(folder)
+    files = TensorFiles(folder)
+    model = empty_model(folder)
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if name not in files:
+            if parameter.data_ptr() == 0 and _is_tied_head(model, name):
+                continue
+            raise SpenseError(f"{folder}: no tensor {name}")
+        weight = files.read(name)
+        scale = f"{name}_scale"
+        weight = dequantize(weight, files.read(scale)) if scale in files else weight
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(weight.to(device, dtype), requires_grad=False))
+    model.tie_weights()
+    return model.to(device).eval(), load_tokenizer(folder)
+
+
+def _is_tied_head(model: PreTrainedModel, name: str) -> bool:
+    head = model.get_output_embeddings()
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return owner is head and bool(model.config.get_text_config().tie_word_embeddings)
+
+
+@torch.inference_mode()
+def perplexity(model: PreTrainedModel, tokens: torch.Tensor) -> float:
+    """exp of the mean negative log-likelihood of each next token, every sequence on its own.
+
+    Args:
+        tokens: int64 (n, length).
+    """
+    total, count = 0.0, 0
+    with fast_matmul():
+        for sequence in tokens.to(model.device).split(1):
+            logits = model(input_ids=sequence, use_cache=False).logits[0, :-1].float()
+            total += nn.functional.cross_entropy(logits, sequence[0, 1:], reduction="sum").item()
+            count += sequence.shape[1] - 1
+    return math.exp(total / count)

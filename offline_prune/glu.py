@@ -1,0 +1,155 @@
+"""Finds gated MLPs (GLUs) by what they compute, not by what they are called.
+
+A GLU is a module that maps x to down(f(gate(x)) ⊙ up(x)). Whether a candidate is one is tried out: its linear
+layers are replaced by probes that return chosen vectors, and the vector that reaches `down` must be their
+elementwise product under some f, which is exactly what makes intermediate indices permutable. No weights are
+needed, so this works on a model that exists only on the meta device.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vllm_spense.format import Projections
+
+
+@dataclass(frozen=True)
+class Glu:
+    """A gated MLP inside a decoder block.
+
+    Attributes:
+        path: the module's name inside the block, such as `mlp`.
+        projections: names of its linear layers inside it.
+        hidden: H, the width of its input.
+        intermediate: I.
+    """
+
+    path: str
+    projections: Projections
+    hidden: int
+    intermediate: int
+
+    def gate_up(self, block: nn.Module) -> tuple[nn.Linear, ...]:
+        """The layers that hold gate and up: two, or one of 2·I rows."""
+        names = dict.fromkeys((self.projections.gate, self.projections.up))
+        return tuple(block.get_submodule(f"{self.path}.{name}") for name in names)  # type: ignore[misc]
+
+    def down(self, block: nn.Module) -> nn.Linear:
+        return block.get_submodule(f"{self.path}.{self.projections.down}")  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """Why a block cannot be pruned: `found` describes its MLP."""
+
+    found: str
+
+
+def find_glu(block: nn.Module) -> Glu | Unsupported:
+    """The gated MLP of one decoder block, on any device, the meta device included."""
+    glus = [glu for path, module in block.named_modules() if path and (glu := _as_glu(path, module))]
+    experts = _describe_experts(block, glus)
+    if experts:
+        return Unsupported(experts)
+    if len(glus) == 1:
+        return glus[0]
+    if glus:
+        return Unsupported(f"{len(glus)} gated MLPs: " + ", ".join(glu.path for glu in glus))
+    linears = [
+        f"{path} ({module.out_features} × {module.in_features})"
+        for path, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    return Unsupported("no gated MLP among its linear layers " + (", ".join(linears) or "(it has none)"))
+
+
+def _describe_experts(block: nn.Module, glus: list[Glu]) -> str:
+    stacked = [f"{name} {tuple(p.shape)}" for name, p in block.named_parameters() if p.ndim == 3]
+    if stacked:
+        return "a mixture of experts: " + ", ".join(stacked)
+    for path, module in block.named_modules():
+        inside = [glu for glu in glus if glu.path.startswith(f"{path}.")]
+        if isinstance(module, nn.ModuleList) and inside:
+            return f"a mixture of {len(module)} experts: {path}"
+    return ""
+
+
+def _as_glu(path: str, module: nn.Module) -> Glu | None:
+    linears = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
+    for down_name, down in linears.items():
+        intermediate, hidden = down.in_features, down.out_features
+        others = {name: layer for name, layer in linears.items() if name != down_name}
+        if any(layer.in_features != hidden for layer in others.values()):
+            continue
+        widths = [layer.out_features for layer in others.values()]
+        if widths not in ([2 * intermediate], [intermediate, intermediate]):
+            continue
+        names = _probe(module, list(others), down_name, hidden, intermediate)
+        if names:
+            return Glu(path, names, hidden, intermediate)
+    return None
+
+
+class _Source(nn.Module):
+    """Stands for a linear layer; returns a chosen vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = torch.empty(0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.value
+
+
+class _Sink(nn.Module):
+    """Stands for `down`; remembers what reaches it."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.hidden = hidden
+        self.seen = torch.empty(0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen = x
+        return torch.zeros(*x.shape[:-1], self.hidden)
+
+
+def _probe(module: nn.Module, inputs: list[str], down: str, hidden: int, intermediate: int) -> Projections | None:
+    trial = copy.deepcopy(module).eval()
+    sources = [_Source() for _ in inputs]
+    for name, source in zip(inputs, sources, strict=True):
+        setattr(trial, name, source)
+    sink = _Sink(hidden)
+    setattr(trial, down, sink)
+
+    def product(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        values = (first, second) if len(sources) == 2 else (torch.cat([first, second], -1),)
+        for source, value in zip(sources, values, strict=True):
+            source.value = value
+        trial(torch.zeros(1, 1, hidden))
+        return sink.seen
+
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 1, 1, intermediate, generator=generator)
+    shuffle = torch.randperm(intermediate, generator=generator)
+    try:
+        z = product(a, b)
+        elementwise = (
+            z.shape == a.shape
+            and bool(z.count_nonzero())
+            and torch.allclose(product(a[..., shuffle], b[..., shuffle]), z[..., shuffle])
+        )
+        second_is_up = elementwise and torch.allclose(product(a, 2 * b), 2 * z, rtol=1e-4)
+        first_is_up = elementwise and torch.allclose(product(2 * a, b), 2 * z, rtol=1e-4)
+    except (TypeError, RuntimeError, NotImplementedError, AttributeError, ValueError, IndexError):
+        return None  # Attention has linear layers of matching shapes too, but is not callable like an MLP.
+    fused = len(inputs) == 1
+    if second_is_up:
+        return Projections(inputs[0], inputs[0] if fused else inputs[1], down)
+    if first_is_up and not fused:
+        return Projections(inputs[1], inputs[0], down)
+    return None

@@ -1,0 +1,146 @@
+"""Pruning one gated MLP: the mathematics between its Hessians and its final weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from offline_prune.quantize import channel_scales, round_to_fp8
+from offline_prune.select import (
+    order_by_priority,
+    processing_order,
+    sparsegpt_priority,
+    spensegpt_plus_priority,
+)
+from offline_prune.settings import PruneSettings
+from offline_prune.sparsegpt import inverse_factor, sparsegpt
+from offline_prune.wanda import prune_by_score, wanda_scores
+from vllm_spense.format import Regions
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned weight.
+
+    Attributes:
+        weight: float32 (N, K), the values that inference will multiply with.
+        scales: float32 (N, 1) of its FP8 form, or None.
+        error: tr(Δ·H·Δᵀ) of each row, float32 (N,): the squared error of that output over the calibration text.
+        power: tr(W·H·Wᵀ) of each row, the square of the output itself.
+        damping: λ / mean(diag H) that SparseGPT needed, None for other solvers.
+    """
+
+    weight: torch.Tensor
+    scales: torch.Tensor | None
+    error: torch.Tensor
+    power: torch.Tensor
+    damping: float | None
+
+
+def dense_order(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    hessian_in: torch.Tensor,
+    mid: torch.Tensor,
+    regions: Regions,
+    settings: PruneSettings,
+    layer: str,
+) -> torch.Tensor:
+    """Chooses the dense indices.
+
+    Args:
+        gate, up: float (I, H).
+        down: float (H, I).
+        hessian_in: (H, H).
+        mid: diag(H) of down's inputs, (I,); for `sparsegpt-score` the whole H, (I, I).
+        layer: the MLP's name, for errors and for the seed of `random`.
+
+    Returns:
+        int64 (I,): position in the file → original index.
+    """
+    intermediate = regions.intermediate
+    device = gate.device
+    selection = settings.wanted_selection
+    if selection == "last" or not (regions.sparse and regions.dense):
+        return torch.arange(intermediate, device=device)
+    if selection == "random":
+        seed = sum(layer.encode()) * 1_000_003 + settings.seed
+        priority = torch.rand(intermediate, generator=torch.Generator().manual_seed(seed)).to(device)
+    elif selection == "sparsegpt-score":
+        pivots_in = inverse_factor(hessian_in, settings.damping, f"{layer}: gate and up").upper.diagonal()
+        pivots_mid = inverse_factor(mid, settings.damping, f"{layer}: down").upper.diagonal()
+        priority = sparsegpt_priority(gate, up, down, pivots_in, pivots_mid)
+    else:
+        priority = spensegpt_plus_priority(gate, up, down, hessian_in.diagonal(), mid)
+    return order_by_priority(priority, regions)
+
+
+def prune_gate_up(
+    gate_up: torch.Tensor, hessian: torch.Tensor, regions: Regions, settings: PruneSettings, layer: str
+) -> Pruned:
+    """Prunes gate and up together, which share their inputs.
+
+    Args:
+        gate_up: float (2·I, H), gate's rows first, both in file order.
+        hessian: float32 (H, H).
+    """
+    rows = torch.zeros(regions.intermediate, dtype=torch.bool, device=gate_up.device)
+    rows[: regions.sparse] = True
+    columns = torch.ones(gate_up.shape[1], dtype=torch.bool, device=gate_up.device)
+    return _prune(gate_up, hessian, rows.repeat(2), columns, settings, layer)
+
+
+def prune_down(
+    down: torch.Tensor,
+    hessian: torch.Tensor,
+    order: torch.Tensor,
+    regions: Regions,
+    settings: PruneSettings,
+    layer: str,
+) -> Pruned:
+    """Prunes the first S columns of down.
+
+    Args:
+        down: float (H, I), columns in file order.
+        hessian: float32 (I, I), in file order.
+        order: (I,), position in the file → original index; decides the processing order of layout `none`.
+    """
+    steps = processing_order(order, regions, settings.layout)
+    rows = torch.ones(len(down), dtype=torch.bool, device=down.device)
+    pruned = _prune(down[:, steps], hessian[steps][:, steps], rows, steps < regions.sparse, settings, layer)
+    back = steps.argsort()
+    return Pruned(pruned.weight[:, back].contiguous(), pruned.scales, pruned.error, pruned.power, pruned.damping)
+
+
+def _prune(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    sparse_rows: torch.Tensor,
+    sparse_columns: torch.Tensor,
+    settings: PruneSettings,
+    layer: str,
+) -> Pruned:
+    weight = weight.float()
+    fp8 = settings.quantize == "fp8"
+    region = {"sparse_rows": sparse_rows, "sparse_columns": sparse_columns}
+    damping = None
+    scales = channel_scales(weight) if settings.rounds_inside else None
+    if settings.solver == "sparsegpt":
+        factor = inverse_factor(hessian, settings.damping, layer)
+        damping = factor.damping
+        result = sparsegpt(weight, factor, scales=scales, **region)
+    elif settings.solver == "wanda":
+        result = prune_by_score(weight, wanda_scores(weight, hessian.diagonal()), **region)
+    else:
+        result = prune_by_score(weight, weight.abs(), **region)
+    if fp8 and scales is None:
+        scales = channel_scales(result)
+        result = round_to_fp8(result, scales)
+    delta = result - weight
+    return Pruned(result, scales, _row_power(delta, hessian), _row_power(weight, hessian), damping)
+
+
+def _row_power(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    return ((weight @ hessian) * weight).sum(1)

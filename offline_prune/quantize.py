@@ -1,0 +1,49 @@
+"""FP8 E4M3 weights with one scale per output channel, as compressed-tensors' float-quantized format stores them."""
+
+from __future__ import annotations
+
+import torch
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = torch.finfo(FP8).max
+#: Scales are stored, and therefore also computed, in this type: every reader then multiplies by the same number.
+SCALE_DTYPE = torch.bfloat16
+
+
+def channel_scales(weight: torch.Tensor) -> torch.Tensor:
+    """max |w| / 448 of each row.
+
+    Args:
+        weight: (N, K) float.
+
+    Returns:
+        float32 (N, 1), positive, exactly representable in BF16; 1 for a row of zeros.
+    """
+    largest = weight.abs().amax(dim=1, keepdim=True).float()
+    scales = (largest / FP8_MAX).to(SCALE_DTYPE).float()
+    return torch.where(scales > 0, scales, torch.ones_like(scales))
+
+
+def to_fp8(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Nearest E4M3 value of weight / scale, saturating.
+
+    Args:
+        weight: (N, K) float.
+        scales: (N, 1) float32.
+
+    Returns:
+        float8_e4m3fn (N, K) without −0.0, whose bits differ from zero and confuse whoever counts zeros by bytes.
+    """
+    quantized = (weight.float() / scales).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+    bits = quantized.view(torch.uint8)
+    return torch.where(bits == 0x80, torch.zeros_like(bits), bits).view(FP8)
+
+
+def dequantize(quantized: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """float32 (N, K) from E4M3 (N, K) and scales (N, 1)."""
+    return quantized.float() * scales.float()
+
+
+def round_to_fp8(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """`weight` as FP8 would return it: float32, the shape of `weight`; `scales` broadcasts against it."""
+    return (weight / scales).clamp(-FP8_MAX, FP8_MAX).to(FP8).float() * scales

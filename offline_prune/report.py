@@ -1,0 +1,88 @@
+"""What a pruning run did, layer by layer: `report.json` and a picture of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offline_prune.mlp import Pruned
+from vllm_spense.format import Regions
+
+FILE = "report.json"
+PICTURE = "report.png"
+
+
+@dataclass(frozen=True)
+class ProjectionReport:
+    """One projection of one layer.
+
+    Attributes:
+        loss: ‖(W − Ŵ)·X‖² / ‖W·X‖² on the calibration text.
+        zeros: share of zeros in Ŵ.
+        damping: λ / mean(diag H) that was needed; None without a factorization.
+    """
+
+    loss: float
+    zeros: float
+    damping: float | None
+
+
+def projection_report(pruned: Pruned, rows: slice = slice(None)) -> ProjectionReport:
+    """Sums up `rows` of a pruned weight."""
+    loss = pruned.error[rows].double().sum() / pruned.power[rows].double().sum().clamp_min(1e-300)
+    zeros = (pruned.weight[rows] == 0).float().mean()
+    return ProjectionReport(float(loss), float(zeros), pruned.damping)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One pruned MLP; `dense_indices` is the hash of the set that stayed dense."""
+
+    name: str
+    regions: Regions
+    dense_indices: str
+    seconds: float
+    gate: ProjectionReport
+    up: ProjectionReport
+    down: ProjectionReport
+
+
+@dataclass
+class Report:
+    """A whole run.
+
+    Attributes:
+        stages: seconds by kind of work, summed over the blocks.
+    """
+
+    model: str
+    settings: dict[str, Any]
+    mlp_sparsity: float
+    layers: list[LayerReport] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    stages: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    peak_host_gib: float = 0.0
+    versions: dict[str, str] = field(default_factory=lambda: {"torch": torch.__version__})
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def draw(self, path: Path) -> None:
+        """Writes the picture: loss of each projection against depth."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.add_subplot()
+        for name in ("gate", "up", "down"):
+            axes.plot([getattr(layer, name).loss for layer in self.layers], marker=".", label=name)
+        axes.set_yscale("log")
+        axes.set_xlabel("pruned MLP, from first to last")
+        axes.set_ylabel("‖(W − Ŵ)X‖² / ‖WX‖²")
+        axes.set_title(f"{self.settings['method']}, MLP sparsity {self.mlp_sparsity:.1%}, {self.seconds:.0f} s")
+        axes.legend()
+        axes.grid(alpha=0.3)
+        figure.savefig(path, dpi=120)

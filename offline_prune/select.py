@@ -1,0 +1,101 @@
+"""Which intermediate indices stay dense, and in which order the columns of down are processed."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal, get_args
+
+import torch
+
+from offline_prune.wanda import wanda_scores
+from vllm_spense.format import GROUP, Regions
+
+Selection = Literal["last", "spensegpt+", "sparsegpt-score", "random"]
+Layout = Literal["back", "front", "none"]
+SELECTIONS: tuple[str, ...] = get_args(Selection)
+LAYOUTS: tuple[str, ...] = get_args(Layout)
+
+
+def spensegpt_plus_priority(
+    gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, energy_in: torch.Tensor, energy_mid: torch.Tensor
+) -> torch.Tensor:
+    """SpenseGPT+'s estimate of the loss that pruning an intermediate index would cause (equations 9 to 11).
+
+    p[i] = ŝ_gate[i] + ŝ_up[i] + ŝ_down[i], where s sums S_ij = W_ij²·H_jj over gate's row i, up's row i and
+    down's column i, and ŝ is s divided by its mean.
+
+    Args:
+        gate, up: float (I, H).
+        down: float (H, I).
+        energy_in: (H,), diagonal of the Hessian of the inputs of gate and up.
+        energy_mid: (I,), diagonal of the Hessian of the inputs of down.
+
+    Returns:
+        float32 (I,).
+    """
+    return _priority(
+        wanda_scores(gate, energy_in).sum(1),
+        wanda_scores(up, energy_in).sum(1),
+        wanda_scores(down, energy_mid).sum(0),
+    )
+
+
+def sparsegpt_priority(
+    gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, pivots_in: torch.Tensor, pivots_mid: torch.Tensor
+) -> torch.Tensor:
+    """As `spensegpt_plus_priority` with SparseGPT's saliency W_ij² / U_jj² in place of S_ij (equation 13).
+
+    Args:
+        pivots_in: (H,), diagonal of the inverse factor U of the inputs of gate and up.
+        pivots_mid: (I,), likewise for down.
+    """
+    return spensegpt_plus_priority(gate, up, down, pivots_in.square().reciprocal(), pivots_mid.square().reciprocal())
+
+
+def _priority(*scores: torch.Tensor) -> torch.Tensor:
+    # An all-zero projection has no say, rather than turning every priority into NaN.
+    return torch.stack([score / score.mean().clamp_min(torch.finfo(score.dtype).tiny) for score in scores]).sum(0)
+
+
+def order_by_priority(priority: torch.Tensor, regions: Regions) -> torch.Tensor:
+    """The `regions.dense` indices of largest priority go to the back; both parts keep their original order.
+
+    Args:
+        priority: (I,).
+
+    Returns:
+        int64 (I,): position in the file → original index. Of equal priorities the later index is dense, so a
+        constant priority is the selection `last`.
+    """
+    ranking = priority.argsort(stable=True)
+    sparse = ranking[: regions.sparse].sort().values
+    dense = ranking[regions.sparse :].sort().values
+    return torch.cat([sparse, dense])
+
+
+def processing_order(order: torch.Tensor, regions: Regions, layout: Layout) -> torch.Tensor:
+    """The sequence in which SparseGPT processes down's columns (the paper's Table 5).
+
+    `back`: sparse columns, then dense ones, which take up the compensation. `front`: dense columns first.
+    `none`: every column stays where the original model had it; a group of four comes where its last member stood.
+
+    Args:
+        order: (I,), position in the file → original index.
+
+    Returns:
+        int64 (I,): step → position in the file.
+    """
+    positions = torch.arange(len(order), device=order.device)
+    if layout == "back":
+        return positions
+    if layout == "front":
+        return positions.roll(regions.dense)
+    place = order.clone()
+    place[: regions.sparse] = order[: regions.sparse].unflatten(0, (-1, GROUP)).amax(1).repeat_interleave(GROUP)
+    return place.argsort(stable=True)
+
+
+def selection_hash(order: torch.Tensor, regions: Regions) -> str:
+    """Sixteen hexadecimal digits that identify the set of dense indices, for reports."""
+    dense = order[regions.sparse :].sort().values.to("cpu", torch.int64)
+    return hashlib.sha256(dense.numpy().tobytes()).hexdigest()[:16]

@@ -1,0 +1,184 @@
+"""What the user asked for, checked before any work starts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from offline_prune.calibrate import DEFAULT_SOURCE
+from offline_prune.select import LAYOUTS, SELECTIONS, Layout, Selection
+from vllm_spense.errors import SpenseError
+from vllm_spense.format import MIN_ALIGNMENT, Regions, Scalar
+
+Solver = Literal["sparsegpt", "wanda", "magnitude"]
+Quantize = Literal["fp8", "none"]
+Rounding = Literal["inside", "after"]
+
+MAX_SPARSITY = 0.5
+#: Regions that are multiples of this stay multiples of 32 on each of 8 tensor parallel ranks.
+PREFERRED_ALIGNMENT = 256
+#: How far the sparsity that an alignment allows may be from the one asked for.
+SPARSITY_TOLERANCE = 0.005
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named pruning method: how weights are pruned, and what it does unless told otherwise."""
+
+    solver: Solver
+    selection: Selection
+    sparsity: float
+
+
+METHODS = {
+    "spensegpt+": Method("sparsegpt", "spensegpt+", 0.375),
+    "spensegpt": Method("sparsegpt", "last", 0.375),
+    "sparsegpt": Method("sparsegpt", "last", 0.5),
+    "wanda": Method("wanda", "last", 0.5),
+    "magnitude": Method("magnitude", "last", 0.5),
+}
+
+
+@dataclass(frozen=True)
+class PruneSettings:
+    """Everything that decides what `prune` writes, and where.
+
+    Attributes:
+        model: a local folder or a Hugging Face hub name.
+        out: folder to write; must not exist unless `overwrite`.
+        method: a key of `METHODS`.
+        sparsity: MLP sparsity (1 − ρ) / 2 in [0, 0.5]; None for the method's own.
+        selection: which intermediate indices stay dense; None for the method's own.
+        layout: where dense columns stand while down is pruned.
+        alignment: S and D are multiples of it; None picks the largest power of two up to 256 that fits.
+        calibration: see `calibrate.calibration_tokens`.
+        samples, length, seed: of the calibration text, in sequences and tokens.
+        quantize: `fp8`, or `none` for the source's own type with the same zeros.
+        rounding: `inside` the column loop, where rounding errors are compensated too, or `after` it.
+        damping: λ / mean(diag H).
+        true_sequential: collect down's Hessian through the pruned gate and up.
+        skip_unsupported: leave blocks without a gated MLP as they are instead of refusing the model.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        batch_tokens: about how many tokens pass through a block at once.
+        overwrite: replace an existing checkpoint in `out`.
+
+    Raises:
+        SpenseError: at construction, for a value outside its range.
+    """
+
+    model: str
+    out: Path
+    method: str = "spensegpt+"
+    sparsity: float | None = None
+    selection: Selection | None = None
+    layout: Layout = "back"
+    alignment: int | None = None
+    calibration: str = DEFAULT_SOURCE
+    samples: int = 128
+    length: int = 16384
+    seed: int = 0
+    quantize: Quantize = "fp8"
+    rounding: Rounding = "inside"
+    damping: float = 0.01
+    true_sequential: bool = True
+    skip_unsupported: bool = False
+    device: str = "auto"
+    batch_tokens: int = 2048
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.method, tuple(METHODS))
+        if self.sparsity is not None and not 0 <= self.sparsity <= MAX_SPARSITY:
+            raise SpenseError(
+                f"--sparsity: found {self.sparsity:g}, expected 0 to {MAX_SPARSITY} (2:4 removes half at most)"
+            )
+        if self.selection is not None:
+            _one_of("selection", self.selection, SELECTIONS)
+        _one_of("layout", self.layout, LAYOUTS)
+        _one_of("quantize", self.quantize, ("fp8", "none"))
+        _one_of("fp8-rounding", self.rounding, ("inside", "after"))
+        for name in ("samples", "length", "batch_tokens"):
+            if getattr(self, name) < 1:
+                raise SpenseError(f"--{name.replace('_', '-')}: found {getattr(self, name)}, expected at least 1")
+        if not (math.isfinite(self.damping) and 0 <= self.damping <= 1):
+            raise SpenseError(f"--damping: found {self.damping:g}, expected 0 to 1")
+        if self.alignment is not None and (self.alignment < MIN_ALIGNMENT or self.alignment & (self.alignment - 1)):
+            raise SpenseError(
+                f"--alignment: found {self.alignment}, expected a power of two of at least {MIN_ALIGNMENT}"
+            )
+
+    @property
+    def solver(self) -> Solver:
+        return METHODS[self.method].solver
+
+    @property
+    def wanted_sparsity(self) -> float:
+        return METHODS[self.method].sparsity if self.sparsity is None else self.sparsity
+
+    @property
+    def wanted_selection(self) -> Selection:
+        return self.selection or METHODS[self.method].selection
+
+    @property
+    def rounds_inside(self) -> bool:
+        return self.quantize == "fp8" and self.rounding == "inside" and self.solver == "sparsegpt"
+
+    def recorded(self) -> dict[str, Scalar]:
+        """The settings that an annotation keeps."""
+        recorded: dict[str, Scalar] = {
+            "selection": self.wanted_selection,
+            "layout": self.layout,
+            "solver": self.solver,
+            "true_sequential": self.true_sequential,
+            "quantize": self.quantize,
+        }
+        if self.solver == "sparsegpt":
+            recorded["damping"] = self.damping
+        if self.quantize == "fp8":
+            recorded["fp8_rounding"] = "inside" if self.rounds_inside else "after"
+        return recorded
+
+
+def _one_of(name: str, found: str, expected: tuple[str, ...]) -> None:
+    if found not in expected:
+        raise SpenseError(f"--{name}: found {found}, expected {' | '.join(expected)}")
+
+
+def fit_regions(intermediate: int, sparsity: float, alignment: int | None, layer: str) -> tuple[Regions, int]:
+    """The regions closest to an MLP sparsity, and the alignment they have.
+
+    Args:
+        intermediate: I.
+        sparsity: (1 − ρ) / 2.
+        alignment: or None for the largest power of two from 256 down to 32 that fits.
+
+    Raises:
+        SpenseError: no region sizes within half a percent of sparsity; names those that would fit.
+    """
+    step = PREFERRED_ALIGNMENT
+    tried = []
+    while step >= MIN_ALIGNMENT:
+        tried.append(step)
+        step //= 2
+    for step in tried if alignment is None else [alignment]:
+        if intermediate % step == 0:
+            dense = round((1 - 2 * sparsity) * intermediate / step) * step
+            regions = Regions(intermediate - dense, dense)
+            if abs(regions.mlp_sparsity - sparsity) <= SPARSITY_TOLERANCE:
+                return regions, step
+    step = alignment or MIN_ALIGNMENT
+    if intermediate % step:
+        divisor = math.gcd(intermediate, PREFERRED_ALIGNMENT)
+        advice = f"; --alignment {divisor} divides it" if divisor >= MIN_ALIGNMENT else ""
+        raise SpenseError(
+            f"{layer}: intermediate size {intermediate} is not a multiple of the alignment {step}{advice}"
+        )
+    choices = [(intermediate - dense) / intermediate / 2 for dense in range(0, intermediate + 1, step)]
+    nearest = sorted(sorted(choices, key=lambda s: abs(s - sparsity))[:4])
+    fitting = ", ".join(f"{s:.4g}" for s in nearest)
+    raise SpenseError(
+        f"{layer}: sparsity {sparsity:g} does not fit intermediate size {intermediate} with alignment {step}; "
+        f"--sparsity values that fit nearby: {fitting}"
+    )

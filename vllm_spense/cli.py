@@ -1,0 +1,208 @@
+"""The `spense` command. Every command imports what it needs when it runs, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vllm_spense.errors import SpenseError
+
+if TYPE_CHECKING:
+    from offline_prune.report import Report
+    from offline_prune.select import Layout, Selection
+    from offline_prune.settings import Quantize, Rounding
+
+app = typer.Typer(
+    name="spense",
+    help="Prune LLMs to 2:4 sparse + dense regions in FP8, and look at the result.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console(stderr=True)
+
+
+@app.callback()
+def _spense() -> None:
+    """Keeps `prune` a subcommand, however many there are."""
+
+
+@app.command()
+def prune(
+    model: Annotated[str, typer.Argument(help="Folder of a Hugging Face causal LM, or its hub name.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must not be there yet.")],
+    method: Annotated[str, typer.Option(help="spensegpt+ | spensegpt | sparsegpt | wanda | magnitude")] = "spensegpt+",
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Share of zeros in the MLP weights, 0 to 0.5. [default: 0.375; 0.5 for the last three]"),
+    ] = None,
+    selection: Annotated[
+        str | None,
+        typer.Option(
+            help="Which indices stay dense: last | spensegpt+ | sparsegpt-score | random. [default: the method's]"
+        ),
+    ] = None,
+    layout: Annotated[
+        str, typer.Option(help="Where dense columns stand while down is pruned: back | front | none")
+    ] = "back",
+    alignment: Annotated[
+        int | None, typer.Option(help="Region sizes are multiples of this. [default: largest of 256 … 32 that fits]")
+    ] = None,
+    calibration: Annotated[
+        str, typer.Option(help="Hugging Face data set, .jsonl/.txt/.parquet file, or `builtin` (no download).")
+    ] = "simplescaling/s1K-1.1",
+    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
+    length: Annotated[int, typer.Option(help="Tokens in each.")] = 16384,
+    seed: Annotated[int, typer.Option(help="Seed of the calibration text's order.")] = 0,
+    quantize: Annotated[str, typer.Option(help="fp8 | none (the model's own type, same zeros, for research)")] = "fp8",
+    fp8_rounding: Annotated[
+        str, typer.Option(help="Round inside the column loop, or after it: inside | after")
+    ] = "inside",
+    damping: Annotated[float, typer.Option(help="λ over the mean of the Hessian's diagonal.")] = 0.01,
+    true_sequential: Annotated[
+        bool, typer.Option(help="Calibrate down on the outputs of the pruned gate and up.")
+    ] = True,
+    skip_unsupported: Annotated[
+        bool, typer.Option(help="Leave blocks without a gated MLP (experts, plain MLPs) as they are.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto | cpu | cuda | cuda:N")] = "auto",
+    batch_tokens: Annotated[int, typer.Option(help="Tokens that pass through a block at once.")] = 2048,
+    overwrite: Annotated[bool, typer.Option(help="Replace the checkpoint in OUT.")] = False,
+) -> None:
+    """Prune MODEL in one shot and write a checkpoint that vLLM serves."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from offline_prune.pipeline import prune as run
+    from offline_prune.settings import PruneSettings
+
+    settings = PruneSettings(
+        model=model,
+        out=out,
+        method=method,
+        sparsity=sparsity,
+        selection=cast("Selection | None", selection),
+        layout=cast("Layout", layout),
+        alignment=alignment,
+        calibration=calibration,
+        samples=samples,
+        length=length,
+        seed=seed,
+        quantize=cast("Quantize", quantize),
+        rounding=cast("Rounding", fp8_rounding),
+        damping=damping,
+        true_sequential=true_sequential,
+        skip_unsupported=skip_unsupported,
+        device=device,
+        batch_tokens=batch_tokens,
+        overwrite=overwrite,
+    )
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("preparing", total=None)
+
+        def progress(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, description=f"pruned {name}")
+
+        report = run(settings, progress, bar.console.print)
+    _print_report(report, out)
+
+
+def _print_report(report: Report, out: Path) -> None:
+    table = Table(title=f"{out}: MLP sparsity {report.mlp_sparsity:.2%} in {report.seconds:.0f} s")
+    for heading in ("projection", "zeros", "loss, median", "loss, largest"):
+        table.add_column(heading, justify="left" if heading == "projection" else "right")
+    for name in ("gate", "up", "down"):
+        parts = [getattr(layer, name) for layer in report.layers]
+        losses = sorted(part.loss for part in parts)
+        zeros = sum(part.zeros for part in parts) / len(parts)
+        table.add_row(name, f"{zeros:.2%}", f"{losses[len(losses) // 2]:.4f}", f"{losses[-1]:.4f}")
+    Console().print(table)
+    for name, found in report.skipped.items():
+        console.print(f"left as it was: {name}: {found}")
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="A Spense checkpoint.")]) -> None:
+    """Prove that FOLDER holds what its annotation says: 2:4, dense regions, shapes, scales."""
+    from offline_prune.verify import verify as run
+
+    result = run(folder)
+    Console().print(
+        f"{folder}: good. {result.tensors} tensors; {result.mlps} MLPs: sparse regions 2:4 "
+        f"({result.sparse_zeros:.1%} zeros), dense regions dense ({result.dense_zeros:.2%} zeros)",
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def inspect(folder: Annotated[Path, typer.Argument(help="A Spense checkpoint.")]) -> None:
+    """Show what FOLDER is: method, regions, calibration, size."""
+    from offline_prune.verify import open_checkpoint
+
+    checkpoint = open_checkpoint(folder)
+    annotation = checkpoint.annotation
+    calibration = annotation.calibration
+    default = annotation.default
+    rows = {
+        "weights": "FP8 E4M3, one scale per output channel" if checkpoint.fp8 else "unquantized (research only)",
+        "method": annotation.method,
+        "settings": ", ".join(f"{key}={value}" for key, value in annotation.settings.items()),
+        "calibration": "none"
+        if calibration is None
+        else f"{calibration.source}, {calibration.samples} × {calibration.length} tokens, seed {calibration.seed}",
+        "MLPs": f"{len(annotation.modules)}, {annotation.modules[0]} … {annotation.modules[-1]}",
+        "regions": f"sparse {default.sparse} + dense {default.dense} = {default.intermediate}",
+        "MLP sparsity": f"{default.mlp_sparsity:.2%} (dense ratio {default.dense_ratio:.3g})",
+        "alignment": str(annotation.alignment),
+        "size": f"{sum(checkpoint.tensors.nbytes(name) for name in checkpoint.tensors) / 2**30:.2f} GiB",
+    }
+    if annotation.overrides:
+        rows["other regions"] = "; ".join(
+            f"{name}: {regions.sparse} + {regions.dense}" for name, regions in annotation.overrides.items()
+        )
+    table = Table(title=str(folder), show_header=False)
+    for key, value in rows.items():
+        table.add_row(key, value)
+    Console().print(table)
+
+
+def _interrupted(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: problems a user can act on end in one message and exit code 1, never in a traceback."""
+    # A terminated run cleans up like an interrupted one.
+    signal.signal(signal.SIGTERM, _interrupted)
+    try:
+        app(arguments)
+    except SpenseError as error:
+        console.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(1)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
