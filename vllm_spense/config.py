@@ -1,0 +1,200 @@
+"""`--quantization spense`: vLLM's compressed-tensors config, with the pruned layers run region by region."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+
+from vllm_spense.checks import check_engine, check_files
+from vllm_spense.errors import FormatError, SpenseError
+from vllm_spense.format import KEY, SIDECAR, Annotation, Regions
+from vllm_spense.linear import InputSplitLinearMethod, OutputSplitLinearMethod, RegionLinearMethod
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+    from vllm.model_executor.models.utils import WeightsMapper
+
+NAME = "spense"
+BASE = "compressed-tensors"
+
+Method = Callable[[Regions, str], RegionLinearMethod]
+
+#: Quantization that a pruned layer must have: bits, type, strategy, dynamic.
+FP8 = {"weights": (8, "float", "channel", False), "input_activations": (8, "float", "token", True)}
+
+
+def register_config() -> None:
+    """Makes `--quantization spense` known to vLLM. Idempotent."""
+    register_quantization_config(NAME)(SpenseConfig)
+
+
+class SpenseConfig(CompressedTensorsConfig):
+    """Gives pruned linear layers their methods and leaves everything else to compressed-tensors.
+
+    `get_name` is inherited: models ask it how the layers are stored that are not ours.
+    """
+
+    annotation: Annotation
+    #: Regions and method of every pruned linear layer, by its name in vLLM's spelling.
+    layers: dict[str, tuple[Regions, Method]]
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: PretrainedConfig | None = None
+    ) -> Any:
+        """ "spense" for a checkpoint with an annotation, unless the user asked for another method.
+
+        vLLM asks this for every quantized checkpoint, whoever made it.
+
+        Raises:
+            FormatError: the annotation is broken, or the user asked for spense and there is none.
+        """
+        if user_quant not in (None, NAME) or not isinstance(hf_quant_cfg, Mapping):
+            return None
+        if user_quant is None and KEY not in hf_quant_cfg:
+            return None
+        # Only here is it known where the annotation comes from.
+        _read_annotation(hf_quant_cfg, file=f"{getattr(hf_config, '_name_or_path', '')}/config.json")
+        return NAME
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Where vLLM looks for an annotation if `--quantization spense` meets a checkpoint that is not quantized."""
+        return [SIDECAR]
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> SpenseConfig:
+        """From a checkpoint's `quantization_config`.
+
+        Raises:
+            SpenseError: the checkpoint is not quantized (`spense prune --quantize none`).
+            FormatError: the annotation is missing or broken.
+        """
+        if "quant_method" not in config:
+            raise SpenseError(
+                "this checkpoint was pruned but not quantized, and Spense runs FP8: write it with "
+                "`spense prune --quantize fp8`, or serve it dense without `--quantization` "
+                f"(file: {SIDECAR}; key: quantization_config in config.json; found: nothing)"
+            )
+        spense = cast(SpenseConfig, super().from_config(config))
+        spense.annotation = _read_annotation(config)
+        spense.layers = _pruned_layers(spense.annotation)
+        return spense
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: PretrainedConfig | None = None, revision: str | None = None
+    ) -> None:
+        """Checks the checkpoint and the engine's settings, in the process that the user started."""
+        if (folder := Path(model_name)).is_dir():
+            check_files(self.annotation, folder)
+        if engine := _engine_under_construction():
+            check_engine(self.annotation, engine)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        """Renames layers as vLLM's model does. From the checkpoint's names each time: vLLM may call it twice."""
+        super().apply_vllm_mapper(hf_to_vllm_mapper)
+        named = ((hf_to_vllm_mapper._map_name(name), layer) for name, layer in _pruned_layers(self.annotation).items())
+        self.layers = {name: layer for name, layer in named if name is not None}
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Our method for a pruned layer, otherwise what compressed-tensors gives.
+
+        Raises:
+            FormatError: a merged layer is pruned in part, or a pruned layer is not quantized to FP8 per channel and
+                per token.
+        """
+        found = self._find(prefix) if isinstance(layer, LinearBase) else None
+        if found is None:
+            return super().get_quant_method(layer, prefix)
+        check_engine(self.annotation, get_current_vllm_config())
+        self._require_fp8(layer, prefix)
+        regions, method = found
+        return method(regions, prefix)
+
+    def _find(self, prefix: str) -> tuple[Regions, Method] | None:
+        parent, _, leaf = prefix.rpartition(".")
+        parts = [self.layers.get(f"{parent}.{part}") for part in self.packed_modules_mapping.get(leaf, [leaf])]
+        if len(set(parts)) > 1:
+            raise FormatError(
+                "vLLM runs these layers as one, but they are not pruned alike",
+                layer=prefix,
+                key="modules",
+                found=parts,
+            )
+        return parts[0]
+
+    def _require_fp8(self, layer: torch.nn.Module, prefix: str) -> None:
+        scheme = self.get_scheme_dict(layer, prefix) or {}
+        for name, expected in FP8.items():
+            args: Any = scheme.get(name)
+            found = args and (args.num_bits, args.type.value, args.strategy.value, args.dynamic)
+            if found != expected:
+                raise FormatError(
+                    "a pruned layer has the wrong quantization",
+                    layer=prefix,
+                    key=f"quantization_config.config_groups.….{name}",
+                    found=found,
+                    expected=expected,
+                )
+
+
+def _read_annotation(config: Mapping[str, Any], file: str | None = None) -> Annotation:
+    for key, expected in (("quant_method", BASE), (KEY, "the annotation that `spense prune` writes")):
+        found = config.get(key)
+        if found is None or (key == "quant_method" and found != BASE):
+            raise FormatError(
+                "not a Spense checkpoint",
+                file=file,
+                key=f"quantization_config.{key}",
+                found=found,
+                expected=expected,
+            )
+    annotation = Annotation.from_dict(config[KEY], file)
+    for module in annotation.modules:
+        if "experts" in module.split("."):
+            raise FormatError(
+                "Spense does not run pruned MoE experts",
+                file=file,
+                layer=module,
+                key="modules",
+                found=module,
+                expected="MLP modules",
+            )
+    return annotation
+
+
+def _pruned_layers(annotation: Annotation) -> dict[str, tuple[Regions, Method]]:
+    projections = annotation.projections
+    methods: dict[str, Method] = {
+        projections.gate: OutputSplitLinearMethod,
+        projections.up: OutputSplitLinearMethod,
+        projections.down: InputSplitLinearMethod,
+    }
+    return {
+        f"{module}.{projection}": (annotation.regions(module), method)
+        for module in annotation.modules
+        for projection, method in methods.items()
+    }
+
+
+def _engine_under_construction() -> VllmConfig | None:
+    """The `VllmConfig` whose constructor is asking for this quantization config.
+
+    vLLM shows a quantization config the engine's other settings only when a worker builds the model. Looking up the
+    call stack is the one way to see them while an error still is the command's own.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if isinstance(engine := frame.f_locals.get("self"), VllmConfig):
+            return engine
+        frame = frame.f_back
+    return None

@@ -1,0 +1,40 @@
+"""The reference path: plain torch on any device, and the twin that every faster kernel is tested against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+
+from vllm_spense.kernels.problem import Problem
+
+
+def pack(weight: torch.Tensor, problem: Problem) -> dict[str, torch.Tensor]:
+    """Separates the regions of `weight` (N, K) FP8 E4M3, and stores them as they are, zeros included.
+
+    Returns:
+        `sparse` and `dense`, FP8 E4M3; output-split: (S, K) and (D, K), input-split: (N, S) and (N, D).
+    """
+    dim = 0 if problem.split == "output" else 1
+    regions = weight.split((problem.regions.sparse, problem.regions.dense), dim)
+    # A view would keep the whole weight alive.
+    sparse, dense = (region.clone(memory_format=torch.contiguous_format) for region in regions)
+    return {"sparse": sparse, "dense": dense}
+
+
+def run(x: torch.Tensor, packed: Mapping[str, torch.Tensor], problem: Problem) -> torch.Tensor:
+    """Raw sums X·Wᵀ, without scales.
+
+    Args:
+        x: (M, K) FP8 E4M3.
+        packed: what `pack` returned.
+
+    Returns:
+        (M, N) in the problem's out_dtype, which the GEMMs run in: it holds every E4M3 number exactly.
+    """
+    x, sparse, dense = (tensor.to(problem.out_dtype) for tensor in (x, packed["sparse"], packed["dense"]))
+    if problem.split == "output":
+        return torch.cat((F.linear(x, sparse), F.linear(x, dense)), dim=-1)
+    x_sparse, x_dense = x.split((problem.regions.sparse, problem.regions.dense), dim=-1)
+    return torch.addmm(F.linear(x_sparse, sparse), x_dense, dense.t())

@@ -1,0 +1,192 @@
+"""The linear methods of pruned layers: output-split (gate, up) and input-split (down).
+
+With X quantized per token and W per output channel, Y = (X₈·W₈ᵀ) · s_x · s_wᵀ. The op returns X₈·W₈ᵀ; both scales are
+traced torch, so that Inductor fuses them with what comes before and after.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch.nn import Parameter
+from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import LinearMethodBase
+from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
+from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
+from vllm.model_executor.parameter import BasevLLMParameter
+
+from vllm_spense import layout, loaders, ops
+from vllm_spense.errors import FormatError
+from vllm_spense.format import Regions
+from vllm_spense.kernels.problem import Problem, Split
+from vllm_spense.layout import Shard
+from vllm_spense.loaders import Loader
+
+logger = init_logger("vllm.spense")
+
+FP8 = torch.float8_e4m3fn
+#: A vLLM linear layer. Its parameters and settings are attributes that torch.nn.Module's type does not know.
+Layer = Any
+
+
+class RegionLinearMethod(LinearMethodBase):
+    """What both splits share. One instance serves one layer.
+
+    Args:
+        regions: of the whole layer, whatever the tensor parallel size.
+        name: the layer's name, for messages.
+    """
+
+    split: ClassVar[Split]
+    problem: Problem
+
+    def __init__(self, regions: Regions, name: str) -> None:
+        self.regions = regions
+        self.name = name
+        self.quantize = QuantFP8(static=False, group_shape=GroupShape.PER_TOKEN)
+        self.dummy = get_current_vllm_config().load_config.load_format == "dummy"
+
+    def create_weights(
+        self,
+        layer: Layer,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Registers this rank's `weight` (N, K) FP8 E4M3 and `weight_scale` (N, 1) float32.
+
+        Raises:
+            FormatError: the regions do not add up to the intermediate size, or the tensor parallel size does not
+                divide them.
+        """
+        self.parts = len(output_partition_sizes)
+        intermediate = output_size // self.parts if self.split == "output" else input_size
+        if self.regions.intermediate != intermediate:
+            raise FormatError(
+                "the regions do not add up to the intermediate size",
+                layer=self.name,
+                key="regions",
+                found=f"{self.regions.sparse} + {self.regions.dense}",
+                expected=intermediate,
+            )
+        shard = layout.shard(self.regions, layer.tp_rank, layer.tp_size, self.name)
+        n, k = sum(output_partition_sizes), input_size_per_partition
+        # Raw sums are too large for float16, and bfloat16 is coarser than it.
+        sum_dtype = torch.bfloat16 if params_dtype == torch.bfloat16 else torch.float32
+        self.problem = Problem(n, k, self.merged(shard.regions), self.split, sum_dtype)
+
+        weight_loader, scale_loader = self.make_loaders(layer, shard)
+        weight = torch.empty(n, k, dtype=FP8)
+        # NaN until loaded: vLLM does not notice when a quantized checkpoint lacks a tensor.
+        weight.view(torch.uint8).fill_(0x7F)
+        scale = torch.full((n, 1), torch.nan, dtype=torch.float32)
+        layer.register_parameter("weight", BasevLLMParameter(data=weight, weight_loader=weight_loader))
+        layer.register_parameter("weight_scale", BasevLLMParameter(data=scale, weight_loader=scale_loader))
+
+    def merged(self, regions: Regions) -> Regions:
+        """Regions of a merged layer's weight along the split, from those of one of its parts."""
+        return regions
+
+    @abstractmethod
+    def make_loaders(self, layer: Layer, shard: Shard) -> tuple[Loader, Loader]:
+        """Loaders of `weight` and `weight_scale`."""
+
+    def process_weights_after_loading(self, layer: Layer) -> None:
+        """Replaces `weight` by `weight_…`, one parameter for each tensor that `ops.pack` returns.
+
+        Raises:
+            FormatError: the sparse region is not 2:4, or a weight or its scale is missing or no number.
+        """
+        weight, scale = layer.weight.data, layer.weight_scale.data
+        if self.dummy:
+            loaders.fill_dummy(weight, scale, self.problem)
+        try:
+            self._require_sound(weight, scale)
+        except FormatError as error:
+            # In a worker, where the traceback that follows would bury it.
+            logger.error("%s", error)
+            raise
+        del layer.weight
+        packed = ops.pack(weight, self.problem)
+        for name, tensor in packed.items():
+            layer.register_parameter(f"weight_{name}", Parameter(tensor, requires_grad=False))
+        layer.weight_scale = Parameter(scale, requires_grad=False)
+        # LoRA looks under this name for the layer's device.
+        layer.weight_packed = layer.weight_sparse
+        self.packed_names = tuple(packed)
+
+    def _require_sound(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
+        if (weight.view(torch.uint8) & 0x7F == 0x7F).any():
+            raise FormatError("the weight is missing or holds NaN", layer=self.name, key="weight")
+        layout.require_2of4(loaders.sparse_region(weight, self.problem), self.name)
+        wrong = scale[~(scale.isfinite() & (scale > 0))]
+        if len(wrong):
+            raise FormatError(
+                "a weight scale is missing or wrong",
+                layer=self.name,
+                key="weight_scale",
+                found=wrong[0].item(),
+                expected="a positive number for each output channel",
+            )
+
+    def apply(self, layer: Layer, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Y = X·Wᵀ + b.
+
+        Args:
+            x: (…, K) in the model's dtype.
+            bias: (N,), in the order of the weight's rows.
+
+        Returns:
+            (…, N) in `x`'s dtype; gate and up merged: [gate | up].
+        """
+        x_fp8, x_scale = self.quantize(x.reshape(-1, self.problem.k))
+        packed = {name: getattr(layer, f"weight_{name}") for name in self.packed_names}
+        y = ops.region_gemm(x_fp8, packed, self.problem) * x_scale * layer.weight_scale.t()
+        if bias is not None:
+            y = y + bias
+        return self.reorder(y.to(x.dtype)).view(*x.shape[:-1], self.problem.n)
+
+    def reorder(self, y: torch.Tensor) -> torch.Tensor:
+        """Columns (M, N) in the order of the weight's rows → in the order that the model expects."""
+        return y
+
+
+class OutputSplitLinearMethod(RegionLinearMethod):
+    """gate and up, merged or alone: the regions are rows, and each region's GEMM writes its own columns.
+
+    A rank's rows lie as [gate sparse | up sparse | gate dense | up dense], so that each region is one GEMM.
+    """
+
+    split = "output"
+
+    def merged(self, regions: Regions) -> Regions:
+        return Regions(self.parts * regions.sparse, self.parts * regions.dense)
+
+    def make_loaders(self, layer: Layer, shard: Shard) -> tuple[Loader, Loader]:
+        load_rows = loaders.rows_loader(self.name, self.regions.intermediate, shard, self.parts)
+        # A bias goes with the weight's rows. The layer creates it after the weights, with the loader it finds here.
+        layer.weight_loader = load_rows
+        return load_rows, load_rows
+
+    def reorder(self, y: torch.Tensor) -> torch.Tensor:
+        if self.parts == 1:
+            return y
+        sparse, dense = y.split((self.problem.regions.sparse, self.problem.regions.dense), -1)
+        pairs = zip(sparse.chunk(self.parts, -1), dense.chunk(self.parts, -1), strict=True)
+        return torch.cat([region for pair in pairs for region in pair], -1)
+
+
+class InputSplitLinearMethod(RegionLinearMethod):
+    """down: the regions are columns; the sparse GEMM writes the output, the dense GEMM accumulates into it."""
+
+    split = "input"
+
+    def make_loaders(self, layer: Layer, shard: Shard) -> tuple[Loader, Loader]:
+        load_columns = loaders.columns_loader(self.name, self.regions.intermediate, shard)
+        return load_columns, loaders.whole_loader(self.name)

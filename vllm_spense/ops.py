@@ -1,0 +1,132 @@
+"""`spense::region_gemm`, the one custom op of both linear methods.
+
+It takes FP8 and returns raw sums. Scales stay outside, as ordinary torch that Inductor fuses into what follows.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Protocol
+
+import torch
+
+from vllm_spense.format import Regions
+from vllm_spense.kernels import reference
+from vllm_spense.kernels.problem import Problem, Split
+from vllm_spense.policy import Device, Path, candidates, choose
+
+# A child of vLLM's logger: its handlers and level apply in every process that vLLM starts.
+logger = logging.getLogger("vllm.spense")
+
+
+class Kernel(Protocol):
+    """What a file in kernels/ offers. Where two of them give a tensor the same name, it is the same tensor."""
+
+    def pack(self, weight: torch.Tensor, problem: Problem) -> dict[str, torch.Tensor]: ...
+
+    def run(self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], problem: Problem) -> torch.Tensor: ...
+
+
+KERNELS: dict[Path, Kernel] = {Path.REFERENCE: reference}
+
+
+def pack(weight: torch.Tensor, problem: Problem) -> dict[str, torch.Tensor]:
+    """The weight as every path wants it that may run on the weight's device.
+
+    Args:
+        weight: (N, K) FP8 E4M3, the sparse region first along the problem's split.
+
+    Returns:
+        Named tensors for `region_gemm`; none shares memory with `weight`.
+    """
+    packed: dict[str, torch.Tensor] = {}
+    for path in candidates(problem, _describe(weight.device)):
+        packed |= KERNELS[path].pack(weight, problem)
+    return packed
+
+
+def region_gemm(x: torch.Tensor, packed: Mapping[str, torch.Tensor], problem: Problem) -> torch.Tensor:
+    """Raw sums X·Wᵀ of both regions, without scales.
+
+    Args:
+        x: (M, K) FP8 E4M3.
+        packed: what `pack` returned for W.
+
+    Returns:
+        (M, N) in the problem's out_dtype; output-split: the sparse region's columns first.
+    """
+    return torch.ops.spense.region_gemm(
+        x,
+        list(packed.values()),
+        list(packed),
+        problem.n,
+        problem.k,
+        problem.regions.sparse,
+        problem.regions.dense,
+        problem.split,
+        problem.out_dtype,
+    )
+
+
+def _region_gemm(
+    x: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    names: Sequence[str],
+    n: int,
+    k: int,
+    sparse: int,
+    dense: int,
+    split: Split,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    problem = Problem(n, k, Regions(sparse, dense), split, out_dtype)
+    # The number of tokens is symbolic in a compiled graph: only in here can it decide the path.
+    path = choose(problem, x.shape[0], _describe(x.device))
+    _announce(path, problem, _describe(x.device))
+    return KERNELS[path].run(x, dict(zip(names, tensors, strict=True)), problem)
+
+
+def _region_gemm_fake(
+    x: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    names: Sequence[str],
+    n: int,
+    k: int,
+    sparse: int,
+    dense: int,
+    split: Split,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], n), dtype=out_dtype)
+
+
+@cache
+def _describe(device: torch.device) -> Device:
+    return Device(device.type, torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
+
+
+@cache
+def _announce(path: Path, problem: Problem, device: Device) -> None:
+    """Logs a path the first time that a shape takes it."""
+    logger.info(
+        "Spense: %s-split %d × %d, 2:4 in %d and dense in %d, takes the %s path on %s",
+        problem.split,
+        problem.n,
+        problem.k,
+        problem.regions.sparse,
+        problem.regions.dense,
+        path,
+        device,
+    )
+
+
+# Torch removes the ops of a library object that is collected.
+_LIBRARY = torch.library.Library("spense", "FRAGMENT")
+_LIBRARY.define(
+    "region_gemm(Tensor x, Tensor[] tensors, str[] names, int n, int k, int sparse, int dense, str split, "
+    "ScalarType out_dtype) -> Tensor"
+)
+_LIBRARY.impl("region_gemm", _region_gemm, "CompositeExplicitAutograd")
+torch.library.register_fake("spense::region_gemm", _region_gemm_fake, lib=_LIBRARY)
