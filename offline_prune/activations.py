@@ -23,7 +23,7 @@ def fast_matmul() -> Iterator[None]:
     Meant for forward passes and Hessians: their inputs are BF16 weights and activations, so that products are
     exact. Not for factorizations and column loops, which need FP32.
     """
-    cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     before = cpu.fp32_precision, cuda.fp32_precision
     cpu.fp32_precision, cuda.fp32_precision = "bf16", "tf32"
     try:

@@ -83,10 +83,7 @@ def _documents(source: str, seed: int) -> Iterator[Document]:
     if source == BUILTIN:
         return _docstrings(BUILTIN_PACKAGES, seed)
     path = Path(source)
-    if path.suffix in FILE_KINDS or path.exists():
-        rows = _read_file(path)
-    else:
-        rows = _read_dataset(source)
+    rows = _read_file(path) if path.suffix in FILE_KINDS or path.exists() else _read_dataset(source)
     random.Random(seed).shuffle(rows)
     return (_render(row, f"{source}, row {i}") for i, row in enumerate(rows))
 

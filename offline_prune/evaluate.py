@@ -29,9 +29,9 @@ def load_dense(
     folder = Path(folder)
     files = TensorFiles(folder)
     model = empty_model(folder)
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+    for name, _ in list(model.named_parameters(remove_duplicate=False)):
         if name not in files:
-            if parameter.data_ptr() == 0 and _is_tied_head(model, name):
+            if _is_tied_head(model, name):
                 continue
             raise SpenseError(f"{folder}: no tensor {name}")
         weight = files.read(name)
@@ -40,7 +40,10 @@ def load_dense(
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(weight.to(device, dtype), requires_grad=False))
     model.tie_weights()
-    return model.to(device).eval(), load_tokenizer(folder)
+    for buffer_name, buffer in list(model.named_buffers()):
+        owner, _, leaf = buffer_name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffer.to(device))
+    return model.eval(), load_tokenizer(folder)
 
 
 def _is_tied_head(model: PreTrainedModel, name: str) -> bool:

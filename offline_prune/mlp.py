@@ -123,19 +123,16 @@ def _prune(
     layer: str,
 ) -> Pruned:
     weight = weight.float()
-    fp8 = settings.quantize == "fp8"
-    region = {"sparse_rows": sparse_rows, "sparse_columns": sparse_columns}
     damping = None
     scales = channel_scales(weight) if settings.rounds_inside else None
     if settings.solver == "sparsegpt":
         factor = inverse_factor(hessian, settings.damping, layer)
         damping = factor.damping
-        result = sparsegpt(weight, factor, scales=scales, **region)
-    elif settings.solver == "wanda":
-        result = prune_by_score(weight, wanda_scores(weight, hessian.diagonal()), **region)
+        result = sparsegpt(weight, factor, sparse_rows=sparse_rows, sparse_columns=sparse_columns, scales=scales)
     else:
-        result = prune_by_score(weight, weight.abs(), **region)
-    if fp8 and scales is None:
+        scores = wanda_scores(weight, hessian.diagonal()) if settings.solver == "wanda" else weight.abs()
+        result = prune_by_score(weight, scores, sparse_rows=sparse_rows, sparse_columns=sparse_columns)
+    if settings.quantize == "fp8" and scales is None:
         scales = channel_scales(result)
         result = round_to_fp8(result, scales)
     delta = result - weight

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from types import MappingProxyType
+from typing import cast
 
 import torch
 from torch import nn
@@ -221,7 +222,7 @@ class _Run:
         pruned = f"{block.name}.{block.mlp.path}." if isinstance(block.mlp, Glu) else None
         for name in self.quantized:
             if name.startswith(f"{block.name}.") and not (pruned and name.startswith(pruned)):
-                layer = module.get_submodule(name.removeprefix(f"{block.name}."))
+                layer = cast(nn.Linear, module.get_submodule(name.removeprefix(f"{block.name}.")))
                 weight, scales = self._rounded(layer.weight.float())
                 layer.weight.copy_(weight)
                 self._store(stored, name, weight, scales)
@@ -297,7 +298,7 @@ class _Run:
     def _assign(self, layers: tuple[nn.Linear, ...], weight: torch.Tensor, order: torch.Tensor) -> None:
         """Puts a stacked weight, and the biases in its new row order, back into its layers."""
         heights = [layer.out_features for layer in layers]
-        biases = [layer.bias for layer in layers if layer.bias is not None]
+        biases: list[torch.Tensor] = [layer.bias for layer in layers if layer.bias is not None]
         for layer, part in zip(layers, weight.split(heights), strict=True):
             layer.weight.copy_(part)
         if biases:

@@ -57,12 +57,9 @@ def excess_groups(weight: torch.Tensor) -> torch.Tensor:
     Returns:
         bool (N, K / 4): True where an aligned group of four holds more than two non-zeros. −0.0 counts as zero.
     """
-    if weight.element_size() == 1:
-        # FP8 has no comparison kernels everywhere; all bits but the sign are zero exactly for ±0.
-        nonzero = (weight.view(torch.uint8) & 0x7F) != 0
-    else:
-        nonzero = weight != 0
-    return nonzero.unflatten(-1, (-1, GROUP)).sum(-1) > KEPT
+    # FP8 has no comparison kernels everywhere; all bits but the sign are zero exactly for ±0.
+    magnitude = weight.view(torch.uint8) & 0x7F if weight.element_size() == 1 else weight
+    return (magnitude != 0).unflatten(-1, (-1, GROUP)).sum(-1) > KEPT
 
 
 def require_2of4(weight: torch.Tensor, layer: str, file: object = None) -> None:
