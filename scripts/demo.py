@@ -14,7 +14,7 @@ from rich.table import Table
 
 from scripts.bootstrap import kind
 from scripts.pruned import CACHE, Pruning, pruned
-from scripts.server import HOST, check_port, serving
+from scripts.server import HOST, check_port, last_lines, serving
 from scripts.smollm2 import QUESTION, smollm2
 
 SERVED = "SpenseGPT+"
@@ -72,20 +72,25 @@ def show_perplexities(model: Path, checkpoints: dict[str, Path]) -> None:
 
 
 def ask(checkpoint: Path, port: int, on_cpu: bool) -> None:
-    from openai import OpenAI
+    from openai import OpenAI, OpenAIError
 
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", HOST, "--port", str(port)]
     command += ["--model", str(checkpoint), "--served-model-name", "spense", "--max-model-len", "2048"]
     command += ["--quantization", "spense", *(CPU_ARGUMENTS if on_cpu else [])]
     # A demo should not report usage statistics for somebody.
     env = {"VLLM_NO_USAGE_STATS": "1", **(CPU_ENV if on_cpu else {})}
+    log = CACHE / "server.log"
     start = time.monotonic()
-    with serving(command, port, CACHE / "server.log", env):
+    with serving(command, port, log, env):
         url = f"http://{HOST}:{port}/v1"
         console.print(f"ready at {url} after {time.monotonic() - start:.0f} s")
-        reply = OpenAI(base_url=url, api_key="none").chat.completions.create(
-            model="spense", messages=[{"role": "user", "content": QUESTION}], temperature=0, max_tokens=64
-        )
+        client = OpenAI(base_url=url, api_key="none", timeout=120, max_retries=0)
+        try:
+            reply = client.chat.completions.create(
+                model="spense", messages=[{"role": "user", "content": QUESTION}], temperature=0, max_tokens=64
+            )
+        except OpenAIError as error:
+            raise SystemExit(f"{last_lines(log)}\nThe server did not answer: {error}") from None
         console.print(f"  question  {QUESTION}\n  answer    {reply.choices[0].message.content}", markup=False)
     console.print("server stopped")
 

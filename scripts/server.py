@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,6 +17,8 @@ HOST = "127.0.0.1"
 START_SECONDS = 600
 STOP_SECONDS = 15
 LAST_LINES = 20
+#: The last line of a traceback, which vLLM's processes prefix with their names and log levels.
+EXCEPTION = re.compile(r"(?:\(.*?\) )?(?:ERROR .*?\] )?([A-Za-z_][\w.]*(?:Error|Exception)\b.*)")
 
 
 def check_port(port: int) -> None:
@@ -66,10 +69,17 @@ def _wait_until_ready(server: subprocess.Popen[bytes], port: int, log: Path) -> 
     deadline = time.monotonic() + START_SECONDS
     while not _healthy(port):
         if server.poll() is not None or time.monotonic() > deadline:
-            last = "\n".join(log.read_text(errors="replace").splitlines()[-LAST_LINES:])
             what = "did not become ready" if server.returncode is None else f"ended with code {server.returncode}"
-            raise SystemExit(f"{last}\nThe server {what}; its last lines are above, all of them in {log}")
+            raise SystemExit(f"{last_lines(log)}\nThe server {what}; its last lines are above, all of them in {log}")
         time.sleep(0.5)
+
+
+def last_lines(log: Path) -> str:
+    """The end of a server's log, and before it the exceptions that its other processes ended with."""
+    lines = log.read_text(errors="replace").splitlines()
+    # The server's own last words only point at an engine process's, which stand far above them.
+    causes = dict.fromkeys(found[1] for line in lines[:-LAST_LINES] if (found := EXCEPTION.match(line)))
+    return "\n".join([*causes, *lines[-LAST_LINES:]])
 
 
 def _healthy(port: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import shutil
 import subprocess
@@ -64,6 +65,27 @@ def test_a_missing_module_is_named(module: str, monkeypatch: pytest.MonkeyPatch)
         bootstrap.check_venv()
 
 
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    bootstrap.check_compiler()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(SetupError, match=r"^there is no compiler no-such-compiler: .*apt install build-essential"):
+        bootstrap.check_compiler()
+
+
+def test_missing_headers_are_named(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match=rf"^{tmp_path} has no Python\.h: .*apt install python3-dev"):
+        bootstrap.check_compiler(tmp_path)
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cannot_load(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", cannot_load)
+    with pytest.raises(SetupError, match=r"^the library libnuma\.so\.1 is missing: .*apt install libnuma1"):
+        bootstrap.check_numa()
+
+
 def test_too_little_disk_says_how_much_is_there(tmp_path: Path) -> None:
     bootstrap.check_disk(0, tmp_path)
     with pytest.raises(SetupError, match=r"has \d+\.\d GB free and 1000000 GB are needed$"):
@@ -79,7 +101,7 @@ def test_a_problem_reaches_the_terminal_as_one_line(tmp_path: Path) -> None:
         [sys.executable, str(scripts / "bootstrap.py")], env={"PATH": ""}, capture_output=True, text=True
     )
     assert result.returncode == 1
-    assert result.stderr.startswith("Spense: there is no C")
+    assert result.stderr.startswith("Spense: there is no compiler g++")
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / ".venv").exists()
 

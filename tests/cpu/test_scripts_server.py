@@ -79,6 +79,18 @@ def test_a_server_that_ends_shows_its_last_lines(port: int, tmp_path: Path) -> N
     assert lines[-1] == f"The server ended with code 3; its last lines are above, all of them in {tmp_path / 'log'}"
 
 
+def test_an_engine_process_gives_the_reason(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    reason = "vllm_spense.errors.FormatError: unknown key (file: config.json; key: spense.spase)"
+    traceback = [
+        "(EngineCore pid=7) ERROR 11-22 15:54:17 [core.py:1510]   File core.py, in raise ValueError: no",
+        f"(EngineCore pid=7) ERROR 11-22 15:54:17 [core.py:1510] {reason}",
+        reason,
+    ]
+    log.write_text("\n".join([*traceback, *map(str, range(100))]))
+    assert server.last_lines(log).splitlines() == [reason, *(str(n) for n in range(100 - server.LAST_LINES, 100))]
+
+
 def test_a_server_that_never_answers_is_given_up(port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "START_SECONDS", 0.1)
     with (
