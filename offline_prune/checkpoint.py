@@ -49,6 +49,7 @@ def fp8_config(ignore: list[str]) -> dict[str, Any]:
     inputs = QuantizationArgs(num_bits=8, type="float", strategy="token", symmetric=True, dynamic=True)
     scheme = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)
     config = QuantizationConfig(
+        quant_method="compressed-tensors",
         config_groups={"group_0": scheme},
         format="float-quantized",
         quantization_status="compressed",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from offline_prune.quantize import channel_scales, round_to_fp8
+from offline_prune.quantize import COMPENSATION_HEADROOM, channel_scales, round_to_fp8
 from offline_prune.select import (
     order_by_priority,
     processing_order,
@@ -124,7 +124,7 @@ def _prune(
 ) -> Pruned:
     weight = weight.float()
     damping = None
-    scales = channel_scales(weight) if settings.rounds_inside else None
+    scales = channel_scales(weight, COMPENSATION_HEADROOM) if settings.rounds_inside else None
     if settings.solver == "sparsegpt":
         factor = inverse_factor(hessian, settings.damping, layer)
         damping = factor.damping

@@ -8,19 +8,23 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
 #: Scales are stored, and therefore also computed, in this type: every reader then multiplies by the same number.
 SCALE_DTYPE = torch.bfloat16
+#: Compensation lets weights outgrow the largest original one. E4M3 is a floating-point format, so room for that
+#: costs next to nothing, while saturated weights cost more than all other rounding (docs/pruning.md).
+COMPENSATION_HEADROOM = 1.5
 
 
-def channel_scales(weight: torch.Tensor) -> torch.Tensor:
-    """max |w| / 448 of each row.
+def channel_scales(weight: torch.Tensor, headroom: float = 1.0) -> torch.Tensor:
+    """headroom · max |w| / 448 of each row.
 
     Args:
         weight: (N, K) float.
+        headroom: how far weights may grow before they saturate.
 
     Returns:
         float32 (N, 1), positive, exactly representable in BF16; 1 for a row of zeros.
     """
     largest = weight.abs().amax(dim=1, keepdim=True).float()
-    scales = (largest / FP8_MAX).to(SCALE_DTYPE).float()
+    scales = (headroom * largest / FP8_MAX).to(SCALE_DTYPE).float()
     return torch.where(scales > 0, scales, torch.ones_like(scales))
 
 

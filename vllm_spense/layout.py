@@ -92,7 +92,7 @@ def keep_mask_2of4(scores: torch.Tensor) -> torch.Tensor:
         bool (N, K), exactly two True in each group.
     """
     grouped = scores.unflatten(-1, (-1, GROUP))
-    order = grouped.argsort(-1, descending=True, stable=True)
+    order = grouped.argsort(dim=-1, descending=True, stable=True)
     keep = torch.zeros_like(grouped, dtype=torch.bool)
     keep.scatter_(-1, order[..., :KEPT], True)
     return keep.flatten(-2)

@@ -1,0 +1,40 @@
+"""FP8 weights and their scales."""
+
+import pytest
+import torch
+
+from offline_prune.quantize import channel_scales, dequantize, round_to_fp8, to_fp8
+
+
+def test_scales_are_what_bf16_readers_will_use() -> None:
+    scales = channel_scales(torch.randn(64, 32))
+    assert torch.equal(scales, scales.bfloat16().float())
+    assert scales.shape == (64, 1)
+
+
+def test_the_largest_weight_of_a_row_becomes_about_448() -> None:
+    weight = torch.randn(64, 32)
+    largest = to_fp8(weight, channel_scales(weight)).float().abs().amax(1)
+    assert ((largest >= 416) & (largest <= 448)).all()
+
+
+def test_a_row_of_zeros_has_scale_one() -> None:
+    assert channel_scales(torch.zeros(2, 8)).tolist() == [[1.0], [1.0]]
+
+
+def test_rounding_to_fp8_and_back_is_the_rounding_of_the_loop() -> None:
+    weight = torch.randn(64, 32)
+    scales = channel_scales(weight)
+    rounded = round_to_fp8(weight, scales)
+    assert torch.equal(dequantize(to_fp8(weight, scales), scales), rounded)
+    assert torch.equal(round_to_fp8(rounded, scales), rounded)
+    assert ((rounded - weight).norm() / weight.norm()).item() < 2**-4
+
+
+@pytest.mark.parametrize("weight", [-1e-9, -0.0])
+def test_there_is_no_negative_zero(weight: float) -> None:
+    assert to_fp8(torch.tensor([[weight, 1.0]]), torch.tensor([[1.0]])).view(torch.uint8)[0, 0] == 0
+
+
+def test_growth_saturates_instead_of_becoming_nan() -> None:
+    assert to_fp8(torch.tensor([[1000.0, -1000.0]]), torch.tensor([[1.0]])).float().tolist() == [[448.0, -448.0]]

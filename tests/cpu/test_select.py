@@ -1,0 +1,90 @@
+"""Selection of dense indices, their order, and the mask-only baselines."""
+
+import pytest
+import torch
+
+from offline_prune.select import (
+    order_by_priority,
+    processing_order,
+    selection_hash,
+    sparsegpt_priority,
+    spensegpt_plus_priority,
+)
+from offline_prune.wanda import prune_by_score, wanda_scores
+from vllm_spense.format import Regions
+
+
+def test_priority_is_the_papers_equation_11() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gate, up = torch.randn(2, 12, 5, generator=generator)
+    down = torch.randn(5, 12, generator=generator)
+    energy_in, energy_mid = torch.rand(5, generator=generator), torch.rand(12, generator=generator)
+    expected = torch.zeros(12, dtype=torch.float64)
+    for weight, energy in ((gate, energy_in), (up, energy_in), (down.T, energy_mid[:, None])):
+        score = (weight.double() ** 2 * energy.double()).sum(1)
+        expected += score / score.mean()
+    found = spensegpt_plus_priority(gate, up, down, energy_in, energy_mid)
+    assert torch.allclose(found.double(), expected, rtol=1e-5)
+
+
+def test_sparsegpt_priority_divides_by_the_pivots() -> None:
+    weight = torch.eye(3)
+    pivots = torch.tensor([1.0, 2.0, 4.0])
+    found = sparsegpt_priority(weight, weight, weight, pivots, pivots)
+    assert torch.allclose(found / found[0], torch.tensor([1.0, 1 / 4, 1 / 16]))
+
+
+def test_a_projection_of_zeros_has_no_say() -> None:
+    found = spensegpt_plus_priority(torch.zeros(4, 2), torch.ones(4, 2), torch.ones(2, 4), torch.ones(2), torch.ones(4))
+    assert torch.equal(found, torch.full((4,), 2.0))
+
+
+def test_largest_priorities_go_to_the_back_in_their_old_order() -> None:
+    priority = torch.tensor([5.0, 1, 9, 2, 0, 8, 3, 4])
+    assert order_by_priority(priority, Regions(4, 4)).tolist() == [1, 3, 4, 6, 0, 2, 5, 7]
+
+
+def test_a_constant_priority_selects_the_last() -> None:
+    assert order_by_priority(torch.ones(8), Regions(4, 4)).tolist() == list(range(8))
+
+
+ORDER = torch.tensor([1, 3, 4, 6, 0, 2, 5, 7])
+
+
+def test_layout_back_processes_in_file_order() -> None:
+    assert processing_order(ORDER, Regions(4, 4), "back").tolist() == list(range(8))
+
+
+def test_layout_front_processes_dense_columns_first() -> None:
+    assert processing_order(ORDER, Regions(4, 4), "front").tolist() == [4, 5, 6, 7, 0, 1, 2, 3]
+
+
+def test_layout_none_processes_a_group_where_its_last_member_stood() -> None:
+    # Originally the sparse group 1, 3, 4, 6 ends at 6: the dense 0, 2, 5 come before it and 7 after.
+    steps = processing_order(ORDER, Regions(4, 4), "none")
+    assert ORDER[steps].tolist() == [0, 2, 5, 1, 3, 4, 6, 7]
+
+
+def test_the_hash_is_of_the_set() -> None:
+    regions = Regions(4, 4)
+    shuffled = torch.tensor([6, 4, 3, 1, 7, 5, 2, 0])
+    assert selection_hash(ORDER, regions) == selection_hash(shuffled, regions)
+    assert selection_hash(ORDER, regions) != selection_hash(torch.arange(8), regions)
+
+
+def test_wanda_keeps_what_moves_the_output() -> None:
+    weight = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    energy = torch.tensor([100.0, 1.0, 1.0, 1.0])
+    everywhere = {"sparse_rows": torch.tensor([True]), "sparse_columns": torch.ones(4, dtype=torch.bool)}
+    assert prune_by_score(weight, wanda_scores(weight, energy), **everywhere).tolist() == [[1, 0, 0, 4]]
+    assert prune_by_score(weight, weight.abs(), **everywhere).tolist() == [[0, 0, 3, 4]]
+
+
+@pytest.mark.parametrize("columns", [8, 4, 0])
+def test_masks_stay_in_their_region(columns: int) -> None:
+    weight = torch.rand(6, 8) + 0.1
+    rows = torch.arange(6) < 4
+    result = prune_by_score(weight, weight, sparse_rows=rows, sparse_columns=torch.arange(8) < columns)
+    assert torch.equal(result[4:], weight[4:])
+    assert torch.equal(result[:, columns:], weight[:, columns:])
+    assert ((result[:4, :columns] == 0).sum() == 4 * columns // 2).item()

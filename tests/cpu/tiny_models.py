@@ -1,0 +1,68 @@
+"""Tiny random models of many architectures, saved as ordinary Hugging Face folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+HIDDEN, INTERMEDIATE, LAYERS = 64, 128, 2
+_SIZES = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": INTERMEDIATE,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 258,
+    "pad_token_id": 257,
+    "bos_token_id": 256,
+    "eos_token_id": 256,
+}
+#: Configuration class and what differs from the common sizes.
+FAMILIES = {
+    "llama": ("LlamaConfig", {}),
+    "llama with biases": ("LlamaConfig", {"mlp_bias": True, "attention_bias": True}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "mistral": ("MistralConfig", {"sliding_window": 16}),
+    "seed-oss": ("SeedOssConfig", {"head_dim": 16}),
+    "gemma2": ("Gemma2Config", {"head_dim": 16, "sliding_window": 16}),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 16, "sliding_window": 16}),
+    "granite": ("GraniteConfig", {"residual_multiplier": 0.5}),
+    "phi3": ("Phi3Config", {}),
+}
+UNSUPPORTED = {
+    "gpt-neox": ("GPTNeoXConfig", {}),
+    "opt": ("OPTConfig", {"ffn_dim": INTERMEDIATE, "word_embed_proj_dim": HIDDEN}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4}),
+    "starcoder2": ("Starcoder2Config", {}),
+}
+
+
+def tiny_model(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **changes: object) -> Path:
+    """Saves a random model of the family, with a tokenizer of single bytes, to `folder`."""
+    kind, special = (FAMILIES | UNSUPPORTED)[name]
+    config = getattr(transformers, kind)(**{**_SIZES, **special, **changes})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            # Larger than the usual initialization, so that the layers matter.
+            torch.nn.init.normal_(parameter, std=0.15)
+        elif parameter_name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    _byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate(alphabet)} | {"<eos>": 256, "<pad>": 257}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
