@@ -13,6 +13,9 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
 
 from offline_prune.glu import Glu, Unsupported, find_glu
 from offline_prune.source import TensorFiles, read_json, resolve_model
@@ -77,8 +80,13 @@ class SourceModel:
             SpenseError: a tensor is missing, has another shape, or is not finite.
         """
         module = self.module(name)
+        converted: dict[str, torch.Tensor] = {}
+        if any(f"{name}.{key}" not in self.tensors for key, _ in module.named_parameters()):
+            converted = self._converted(name)
         for key, parameter in list(module.named_parameters()):
-            _set_parameter(module, key, self._read(f"{name}.{key}", parameter, device, dtype))
+            full = f"{name}.{key}"
+            weight = converted[full] if full in converted else self.tensors.read(full)
+            _set_parameter(module, key, self._checked(full, weight, parameter, device, dtype))
         for key, buffer in list(module.named_buffers()):
             owner, _, leaf = key.rpartition(".")
             full = f"{name}.{key}"
@@ -94,7 +102,8 @@ class SourceModel:
         filled = []
         for key, parameter in list(self.skeleton.named_parameters()):
             if not key.startswith(inside) and not key.startswith(f"{head}."):
-                _set_parameter(self.skeleton, key, self._read(key, parameter, device, dtype))
+                weight = self._checked(key, self.tensors.read(key), parameter, device, dtype)
+                _set_parameter(self.skeleton, key, weight)
                 filled.append((key, parameter))
         for key, buffer in list(self.skeleton.named_buffers()):
             if not key.startswith(inside):
@@ -106,12 +115,25 @@ class SourceModel:
             for key, empty in filled:
                 _set_parameter(self.skeleton, key, empty)
 
-    def _read(self, name: str, empty: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        weight = self.tensors.read(name)
+    def _converted(self, name: str) -> dict[str, torch.Tensor]:
+        """A block's weights where transformers keeps them under other names than the files, as it does experts."""
+        stored = {key: self.tensors.read(key) for key in self.tensors if key.startswith(f"{name}.")}
+        mapping: Any = get_model_conversion_mapping(self.skeleton)
+        rules = LoadStateDictConfig(weight_mapping=mapping, device_map={"": "cpu"})
+        empty = dict(self.module(name).named_parameters())
+        convert_and_load_state_dict_in_model(self.skeleton, stored, rules)
+        loaded = {key: p for key, p in self.module(name).named_parameters() if p.device.type != "meta"}
+        for key in loaded:
+            _set_parameter(self.module(name), key, empty[key])
+        return {f"{name}.{key}": p.data for key, p in loaded.items()}
+
+    def _checked(
+        self, name: str, weight: torch.Tensor, empty: torch.Tensor, device: torch.device, dtype: torch.dtype
+    ) -> torch.Tensor:
         if weight.shape != empty.shape:
             raise SpenseError(f"{name}: found shape {tuple(weight.shape)}, expected {tuple(empty.shape)}")
         if not torch.isfinite(weight).all():
-            raise SpenseError(f"{self.tensors.file_of(name)}: {name} holds NaN or infinity")
+            raise SpenseError(f"{self.tensors.folder}: {name} holds NaN or infinity")
         return weight.to(device, dtype)
 
     def unload(self, name: str) -> None:

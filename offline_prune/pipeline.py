@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import time
 from collections import defaultdict
@@ -158,7 +159,8 @@ class _Run:
             yield from (name for name in self.model.linears() if not (skipped and name.startswith(skipped)))
 
     def _ignored(self) -> list[str]:
-        return [self.model.head_name, *(name for name in self.model.linears() if name not in self.quantized)]
+        """What stays unquantized, as compressed-tensors names it: the head, and whole blocks that were skipped."""
+        return [self.model.head_name, *(f"re:{re.escape(block)}\\..*" for block in self.report.skipped)]
 
     def _annotation(self) -> Annotation:
         sizes = list(self.regions.values())

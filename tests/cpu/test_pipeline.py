@@ -93,6 +93,21 @@ def test_transformers_opens_the_same_files(name: str, tmp_path: Path, text: Path
     assert torch.nn.functional.cosine_similarity(found, expected, dim=-1).min().item() > 0.95
 
 
+def test_blocks_of_experts_are_left_as_they_are_by_request(tmp_path: Path, text: Path) -> None:
+    model = tiny_model("qwen3-moe with a plain layer", tmp_path / "model")
+    report = run(model, tmp_path / "out", text, skip_unsupported=True)
+    assert list(report.skipped) == ["model.layers.0"]
+    annotation = open_checkpoint(tmp_path / "out").annotation
+    assert annotation.modules == ("model.layers.1.mlp",)
+    verify(tmp_path / "out")
+    before, after = TensorFiles(model), TensorFiles(tmp_path / "out")
+    for name in before:
+        if ".layers.0." in name:
+            assert torch.equal(after.read(name), before.read(name)), name
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert theirs.model.layers[0].mlp.experts.down_proj.isfinite().all()
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("sparsity", [0.0, 0.25, 0.375, 0.5])
 def test_methods_and_sparsities(method: str, sparsity: float, llama: Path, tmp_path: Path, text: Path) -> None:

@@ -18,7 +18,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Replaces `spense prune` by a command that only makes the folder; holds the calls."""
     calls: list[list[str]] = []
 
-    def run(command: list[str], check: bool) -> None:
+    def run(command: list[str], check: bool, stdout: int) -> None:
         assert check
         calls.append(command)
         Path(command[4]).mkdir(exist_ok=True)
@@ -70,7 +70,7 @@ def test_another_pruner_prunes_again(calls: list[list[str]], tmp_path: Path, mon
 
 
 def test_a_failed_run_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(command: list[str], check: bool) -> None:
+    def fail(command: list[str], check: bool, stdout: int) -> None:
         raise subprocess.CalledProcessError(1, command)
 
     with monkeypatch.context() as patch:

@@ -154,5 +154,5 @@ def test_an_ordinary_model_is_not_a_spense_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_missing_folder_is_said() -> None:
-    with pytest.raises(SpenseError, match="no config.json"):
+    with pytest.raises(SpenseError, match=r"no config\.json"):
         verify(Path("/no/such/folder"))

@@ -40,11 +40,23 @@ UNSUPPORTED = {
     "mixtral": ("MixtralConfig", {"num_local_experts": 4}),
     "starcoder2": ("Starcoder2Config", {}),
 }
+MIXED = {
+    "qwen3-moe with a plain layer": (
+        "Qwen3MoeConfig",
+        {
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "mlp_only_layers": [1],
+        },
+    ),
+}
 
 
 def tiny_model(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **changes: object) -> Path:
     """Saves a random model of the family, with a tokenizer of single bytes, to `folder`."""
-    kind, special = (FAMILIES | UNSUPPORTED)[name]
+    kind, special = (FAMILIES | UNSUPPORTED | MIXED)[name]
     config = getattr(transformers, kind)(**{**_SIZES, **special, **changes})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(dtype)
