@@ -1,0 +1,218 @@
+"""The library path: a cuSPARSELt GEMM for the sparse region and a cuBLASLt GEMM for the dense one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, partial
+
+import torch
+
+from vllm_spense.kernels import cublaslt, cusparselt
+from vllm_spense.kernels.nvmath_support import Shape
+from vllm_spense.kernels.plan_cache import environment, load_or_find
+from vllm_spense.kernels.problem import Problem
+from vllm_spense.kernels.synthetic import random_fp8, random_weight
+from vllm_spense.kernels.timing import cold_copies, median_us
+
+Packed = Mapping[str, torch.Tensor]
+#: Of a weight, for a search. A region so small that this many copies fit into the cache takes no time to speak of.
+_MAX_COPIES = 8
+
+
+def reason_against(problem: Problem) -> str | None:
+    """Why the libraries cannot take this GEMM, or None if they can."""
+    sizes = (*problem.sparse_shape, *problem.dense_shape)
+    if any(size % cusparselt.WEIGHT_MULTIPLE for size in sizes):
+        return f"region sizes {sizes} are not multiples of {cusparselt.WEIGHT_MULTIPLE}"
+    return None
+
+
+def pack(weight: torch.Tensor, problem: Problem) -> dict[str, torch.Tensor]:
+    """Weights of one GEMM as the libraries read them.
+
+    Args:
+        weight: (N, K) float8_e4m3fn on a GPU, 2:4 in its sparse region, which comes first along N (output-split) or K
+            (input-split). Not changed.
+
+    Returns:
+        `compressed`: uint8, cuSPARSELt's own bytes; `dense`: float8_e4m3fn, the dense region. Either may be empty.
+    """
+    dim = 0 if problem.split == "output" else 1
+    sparse, dense = weight.split((problem.regions.sparse, problem.regions.dense), dim)
+    empty = sparse.new_empty(0, dtype=torch.uint8)
+    return {
+        "compressed": cusparselt.compress(sparse.contiguous()) if sparse.numel() else empty,
+        # Contiguous even within rows of a wider weight: that is worth a fifth of down's dense GEMM.
+        "dense": dense.clone(memory_format=torch.contiguous_format),
+    }
+
+
+def padded(tokens: int) -> int:
+    """M as cuSPARSELt takes it: the next multiple of 16."""
+    return -(-tokens // cusparselt.TOKEN_MULTIPLE) * cusparselt.TOKEN_MULTIPLE
+
+
+def run(x: torch.Tensor, packed: Packed, problem: Problem) -> torch.Tensor:
+    """As `LibraryPlan.run`, with the best plan for these tokens; searches for it the first time.
+
+    Raises:
+        RuntimeError: a search would be needed while a CUDA graph is being captured.
+    """
+    return plan(problem, padded(x.shape[0]), x.device).run(x, packed)
+
+
+@cache
+def plan(problem: Problem, tokens: int, device: torch.device) -> LibraryPlan:
+    """The plan for M = `tokens`, a multiple of 16. Algorithms are searched for, and kept, by powers of two."""
+    bucket = max(cusparselt.TOKEN_MULTIPLE, 1 << (tokens - 1).bit_length())
+    key = {
+        "path": "library",
+        **environment(device),
+        "cublaslt": cublaslt.version(),
+        "cusparselt": cusparselt.version(device),
+        **problem.describe(),
+        "tokens": bucket,
+    }
+    return LibraryPlan(problem, tokens, device, load_or_find(key, Choice, lambda: search(problem, bucket, device)))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was found by measurement for one problem and M.
+
+    Attributes:
+        sparse, dense: the libraries' kernels; None for their default.
+        concurrent: both GEMMs at once, on two streams. An input-split problem then needs a second output and an
+            addition; in sequence the dense GEMM accumulates into the sparse one's output.
+    """
+
+    sparse: cusparselt.Algorithm | None = None
+    dense: cublaslt.Algorithm | None = None
+    concurrent: bool = False
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+class LibraryPlan:
+    """The two GEMMs of one problem and M. One plan serves any number of layers, on one stream at a time.
+
+    Args:
+        problem: the GEMM; `reason_against` must be None for it.
+        tokens: M, a multiple of 16.
+    """
+
+    def __init__(self, problem: Problem, tokens: int, device: torch.device, choice: Choice) -> None:
+        self.problem = problem
+        self.tokens = tokens
+        self.device = device
+        both = problem.regions.sparse > 0 and problem.regions.dense > 0
+        self._concurrent = both and choice.concurrent
+
+        def shape(n: int, k: int) -> Shape:
+            return Shape(n, k, tokens, problem.k, problem.n, problem.out_dtype, device)
+
+        self.sparse = self.dense = None
+        if problem.regions.sparse:
+            self.sparse = cusparselt.SparsePlan(shape(*problem.sparse_shape), choice.sparse)
+        if problem.regions.dense:
+            accumulate = both and problem.split == "input" and not choice.concurrent
+            self.dense = cublaslt.DensePlan(shape(*problem.dense_shape), accumulate, choice.dense)
+
+    def run(self, x: torch.Tensor, packed: Packed, out: torch.Tensor | None = None) -> torch.Tensor:
+        """At most one call of each library.
+
+        Args:
+            x: (M, K) float8_e4m3fn, contiguous. If M is less than the plan's `tokens` it is copied; quantize into a
+                buffer of `tokens` rows to avoid that.
+            packed: what `pack` returned for this problem.
+            out: (tokens, N) of the problem's out_dtype to write into, contiguous.
+
+        Returns:
+            (M, N) raw sums, without scales.
+        """
+        problem, m = self.problem, x.shape[0]
+        if m < self.tokens:
+            # Rows past M stay what they are: no row of the output depends on another row of x.
+            x = torch.empty(self.tokens, problem.k, dtype=x.dtype, device=x.device)[:m].copy_(x)
+        if out is None:
+            out = torch.empty(self.tokens, problem.n, dtype=problem.out_dtype, device=x.device)
+        boundary = problem.regions.sparse
+        if problem.split == "output":
+            self._run_both(packed, x, out, x, out[:, boundary:])
+        elif self._concurrent:
+            addend = torch.empty_like(out)
+            self._run_both(packed, x, out, x[:, boundary:], addend)
+            out += addend
+        else:
+            self._run_both(packed, x, out, x[:, boundary:], out)
+        return out[:m]
+
+    def _run_both(
+        self,
+        packed: Packed,
+        x_sparse: torch.Tensor,
+        out_sparse: torch.Tensor,
+        x_dense: torch.Tensor,
+        out_dense: torch.Tensor,
+    ) -> None:
+        main = torch.cuda.current_stream(self.device)
+        side = _side_stream(self.device) if self._concurrent else main
+        if self._concurrent:
+            side.wait_stream(main)
+        # First, because it accumulates nothing, while the dense GEMM may.
+        if self.sparse is not None:
+            self.sparse.run(x_sparse, packed["compressed"], out_sparse)
+        if self.dense is not None:
+            with torch.cuda.stream(side):
+                self.dense.run(x_dense, packed["dense"], out_dense)
+        if self._concurrent:
+            main.wait_stream(side)
+
+
+def search(problem: Problem, tokens: int, device: torch.device) -> Choice:
+    """Times each library's kernels, then both orders of work, on random weights that are cold in the cache.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"a GEMM of {tokens} tokens was captured before it ran once: {problem}")
+    smallest = min(rows * columns for rows, columns in (problem.sparse_shape, problem.dense_shape) if rows * columns)
+    weight = random_weight(problem, device)
+    packs = [pack(weight, problem) for _ in range(min(_MAX_COPIES, cold_copies(smallest // 2, device)))]
+    del weight
+    x = random_fp8(tokens, problem.k, device)
+    out = torch.empty(tokens, problem.n, dtype=problem.out_dtype, device=device)
+    default = LibraryPlan(problem, tokens, device, Choice())
+
+    def run_sparse(plan: LibraryPlan, packed: Packed) -> None:
+        assert plan.sparse is not None
+        plan.sparse.run(x, packed["compressed"], out)
+
+    def run_dense(plan: LibraryPlan, packed: Packed) -> None:
+        assert plan.dense is not None
+        plan.dense.run(x, packed["dense"], out)
+
+    def run_both(plan: LibraryPlan, packed: Packed) -> None:
+        plan.run(x, packed, out)
+
+    def fastest(choices: Iterable[Choice], call: Callable[[LibraryPlan, Packed], None]) -> Choice:
+        def time(choice: Choice) -> float:
+            try:
+                plan = LibraryPlan(problem, tokens, device, choice)
+            except (cusparselt.Error, cublaslt.Error):
+                return float("inf")  # not a kernel for this shape
+            return median_us([partial(call, plan, packed) for packed in packs])
+
+        return min(choices, key=time)
+
+    best = Choice()
+    if default.sparse is not None:
+        best = fastest((replace(best, sparse=algorithm) for algorithm in default.sparse.algorithms()), run_sparse)
+    if default.dense is not None:
+        best = fastest((replace(best, dense=algorithm) for algorithm in default.dense.algorithms()), run_dense)
+    return fastest((replace(best, concurrent=concurrent) for concurrent in (False, True)), run_both)

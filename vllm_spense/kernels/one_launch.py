@@ -1,0 +1,182 @@
+"""The one-launch path: tile shapes and the launch of `one_launch_kernel.gemm`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import product
+
+import torch
+import triton
+
+from vllm_spense.kernels import one_launch_kernel
+from vllm_spense.kernels.one_launch_pack import HALF, SPARSE_COLUMNS, kernel_order, pack, reason_against
+from vllm_spense.kernels.plan_cache import environment, load_or_find
+from vllm_spense.kernels.problem import Problem
+from vllm_spense.kernels.synthetic import random_fp8, random_weight
+from vllm_spense.kernels.timing import cold_copies, median_us
+
+__all__ = ["OneLaunchPlan", "Tiling", "kernel_order", "pack", "plan", "reason_against", "run", "search"]
+
+#: Tensor cores want 16 tokens; beyond 64 registers run out, and the weights are read once per block.
+_MIN_TOKEN_BLOCK, _MAX_TOKEN_BLOCK = 16, 64
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Tile shapes of one launch.
+
+    Attributes:
+        rows: output rows of a program, a multiple of 64.
+        dense_columns: columns of a step in the dense region, 128 or 256; a step in the sparse region has 256.
+        sparse_stages, dense_stages: steps in flight.
+        warps: of a program, 4 or 8.
+        parts: programs that share a row block. In an output-split problem: a dense one, while sparse row blocks,
+            having 0.625 of the bytes, are shared by that share of them.
+    """
+
+    rows: int
+    dense_columns: int
+    sparse_stages: int
+    dense_stages: int
+    warps: int
+    parts: int
+
+    def fits(self, problem: Problem) -> bool:
+        (sparse_rows, _), (dense_rows, dense_columns) = problem.sparse_shape, problem.dense_shape
+        steps = min(problem.k // SPARSE_COLUMNS, problem.k // self.dense_columns)
+        return (
+            sparse_rows % self.rows == dense_rows % self.rows == 0
+            and (not problem.regions.dense or dense_columns % self.dense_columns == 0)
+            and self.parts <= steps
+        )
+
+
+def token_block(tokens: int) -> int:
+    """Tokens that a program computes at once: the power of two ≥ `tokens`, between 16 and 64."""
+    return min(_MAX_TOKEN_BLOCK, max(_MIN_TOKEN_BLOCK, 1 << (tokens - 1).bit_length()))
+
+
+def run(x: torch.Tensor, packed: Mapping[str, torch.Tensor], problem: Problem) -> torch.Tensor:
+    """As `OneLaunchPlan.run`, with the best plan for these tokens, for x in its ordinary order.
+
+    Putting x in order costs a small kernel; where x is made, `kernel_order` costs nothing.
+
+    Raises:
+        RuntimeError: a search would be needed while a CUDA graph is being captured.
+    """
+    return plan(problem, x.shape[0], x.device).run(kernel_order(x.view(torch.uint8)).view(x.dtype), packed)
+
+
+def plan(problem: Problem, tokens: int, device: torch.device) -> OneLaunchPlan:
+    """The plan for up to `tokens` rows, by powers of two; searches for its tiling the first time."""
+    return _plan(problem, max(_MIN_TOKEN_BLOCK, 1 << (tokens - 1).bit_length()), device)
+
+
+@cache
+def _plan(problem: Problem, max_tokens: int, device: torch.device) -> OneLaunchPlan:
+    key = {
+        "path": "one-launch",
+        **environment(device),
+        "triton": triton.__version__,
+        **problem.describe(),
+        "tokens": max_tokens,
+    }
+    tiling = load_or_find(key, Tiling, lambda: search(problem, max_tokens, device))
+    return OneLaunchPlan(problem, max_tokens, device, tiling)
+
+
+class OneLaunchPlan:
+    """All that a launch needs but its tensors. One plan serves any number of layers, on one stream at a time.
+
+    Args:
+        problem: the GEMM; `reason_against` must be None for it.
+        max_tokens: the largest M that will be run.
+    """
+
+    def __init__(self, problem: Problem, max_tokens: int, device: torch.device, tiling: Tiling) -> None:
+        assert tiling.fits(problem), (tiling, problem)
+        self.problem = problem
+        self.max_tokens = max_tokens
+        self.tiling = tiling
+        shared = problem.split == "input"
+        sparse_tiles = problem.sparse_shape[1] // SPARSE_COLUMNS if problem.regions.sparse else 0
+        dense_tiles = problem.dense_shape[1] // HALF if problem.regions.dense else 0
+        sparse_blocks = problem.sparse_shape[0] // tiling.rows if problem.regions.sparse else 0
+        dense_blocks = problem.dense_shape[0] // tiling.rows if problem.regions.dense else 0
+        parts = tiling.parts
+        sparse_parts = max(1, round(parts * 0.625))
+        row_blocks = problem.n // tiling.rows
+        self._programs = row_blocks * parts if shared else dense_blocks * parts + sparse_blocks * sparse_parts
+        self._sizes = (sparse_tiles, dense_tiles, sparse_blocks, dense_blocks, sparse_parts, parts)
+        self._shapes = {
+            "SHARED": shared,
+            "TOKEN_BLOCK": token_block(max_tokens),
+            "ROW_BLOCK": tiling.rows,
+            "DENSE_COLUMNS": tiling.dense_columns,
+            "SPARSE_STAGES": tiling.sparse_stages,
+            "DENSE_STAGES": tiling.dense_stages,
+            # Triton's interpreter, for tests without a GPU, knows no PTX.
+            "PTX": device.type != "cpu",
+            "num_warps": tiling.warps,
+        }
+        groups = self._token_blocks(max_tokens) * row_blocks
+        slots = groups * parts * tiling.rows * token_block(max_tokens) if parts > 1 else 0
+        self._slots = torch.empty(slots, dtype=torch.float32, device=device)
+        # The kernel leaves every counter at zero again.
+        self._arrivals = torch.zeros(groups, dtype=torch.int32, device=device)
+
+    def _token_blocks(self, tokens: int) -> int:
+        return -(-tokens // token_block(self.max_tokens))
+
+    def run(self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], out: torch.Tensor | None = None) -> torch.Tensor:
+        """One launch.
+
+        Args:
+            x: (M, K) float8_e4m3fn in kernel order, M ≤ max_tokens; rows may be strided by a multiple of 16.
+            packed: what `pack` returned for this problem.
+            out: (M, N) of the problem's out_dtype to write into; rows may be strided.
+
+        Returns:
+            (M, N) raw sums, without scales.
+        """
+        tokens = x.shape[0]
+        assert tokens <= self.max_tokens, (tokens, self.max_tokens)
+        if out is None:
+            out = torch.empty(tokens, self.problem.n, dtype=self.problem.out_dtype, device=x.device)
+        one_launch_kernel.gemm[(self._token_blocks(tokens), self._programs)](
+            x, packed["sparse_tiles"], packed["dense_tiles"], out, self._slots, self._arrivals,
+            tokens, x.stride(0), out.stride(0), *self._sizes, **self._shapes,
+        )  # fmt: skip
+        return out
+
+
+def candidates(problem: Problem) -> Iterator[Tiling]:
+    """Tile shapes worth timing: those that won for some shape on an H100 (docs/kernels.md)."""
+    shapes = ((64, 128, 5, 6, 4), (64, 256, 4, 4, 4), (128, 256, 3, 3, 4), (128, 128, 4, 5, 8))
+    for shape, parts in product(shapes, (1, 2, 3, 4, 6)):
+        tiling = Tiling(*shape, parts)
+        if tiling.fits(problem):
+            yield tiling
+
+
+def search(problem: Problem, max_tokens: int, device: torch.device) -> Tiling:
+    """Compiles and times all `candidates` on random weights that are cold in the cache.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"a GEMM of {max_tokens} tokens was captured before it ran once: {problem}")
+    weight = random_weight(problem, device)
+    packs = [pack(weight, problem) for _ in range(cold_copies(problem.weight_bytes, device))]
+    del weight
+    x = random_fp8(max_tokens, problem.k, device)
+    out = torch.empty(max_tokens, problem.n, dtype=problem.out_dtype, device=device)
+
+    def time(tiling: Tiling) -> float:
+        plan = OneLaunchPlan(problem, max_tokens, device, tiling)
+        return median_us([partial(plan.run, x, packed, out) for packed in packs])
+
+    return min(candidates(problem), key=time)

@@ -1,0 +1,92 @@
+"""What searches found, kept on disk: a service that starts again does not search again."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+# A child of vLLM's logger: its handlers and level apply in every process that vLLM starts.
+logger = logging.getLogger("vllm.spense")
+
+Found = TypeVar("Found")
+
+
+def folder() -> Path:
+    """`SPENSE_CACHE_DIR`, or `spense` in the user's cache folder."""
+    if chosen := os.environ.get("SPENSE_CACHE_DIR"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spense"
+
+
+@cache
+def environment(device: torch.device) -> Mapping[str, str]:
+    """The part of a key that every search depends on: GPU, driver and torch."""
+    return {"gpu": torch.cuda.get_device_name(device), "driver": _driver(), "torch": torch.__version__}
+
+
+def _driver() -> str:
+    nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    version = ctypes.create_string_buffer(80)
+    nvml.nvmlInit_v2()
+    status = nvml.nvmlSystemGetDriverVersion(version, len(version))
+    nvml.nvmlShutdown()
+    return version.value.decode() if status == 0 else f"unknown ({status})"
+
+
+def load_or_find(key: Mapping[str, Any], kind: type[Found], find: Callable[[], Found]) -> Found:
+    """What an earlier call found for this key, in this process or another, or else what `find` finds now.
+
+    One file per key, named by its hash: processes never rewrite each other's results, and equal results that are
+    written at once replace each other whole. A file that cannot be read, or is not about this key, is replaced with a
+    warning. A folder that cannot be written costs a warning and a new search next time.
+
+    Args:
+        key: everything the result depends on, as JSON.
+        kind: the result's dataclass, its fields JSON scalars.
+    """
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    file = folder() / f"{name}.json"
+    found = _load(file, key, kind)
+    if found is None:
+        found = find()
+        try:
+            _store(file, {"key": key, "found": asdict(found)})  # type: ignore[call-overload]
+        except OSError as error:
+            logger.warning("Spense: cannot keep what was found for the next start: %s", error)
+    return found
+
+
+def _load(file: Path, key: Mapping[str, Any], kind: type[Found]) -> Found | None:
+    if not file.exists():
+        return None
+    try:
+        entry = json.loads(file.read_text(encoding="utf-8"))
+        if entry["key"] != key:
+            raise ValueError("it is about something else")
+        return kind(**entry["found"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        logger.warning("Spense: ignored %s and searched again: %s", file, error)
+        return None
+
+
+def _store(file: Path, entry: Mapping[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            json.dump(entry, stream, indent=2)
+        os.replace(temporary, file)
+    except BaseException:
+        os.unlink(temporary)
+        raise

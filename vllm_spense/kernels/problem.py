@@ -1,0 +1,67 @@
+"""What a GEMM of two regions is, as every path sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from vllm_spense.format import Regions
+
+#: "output": the regions split N, each GEMM writes its own columns of the output (gate and up).
+#: "input": the regions split K, both GEMMs add to the same output (down).
+Split = Literal["output", "input"]
+
+#: Raw sums reach 448² · K: far beyond float16.
+OUT_DTYPES = (torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """out[m, n] = Σ_k x[m, k] · W[n, k], W (n, k) with its sparse region first along N or K."""
+
+    n: int
+    k: int
+    regions: Regions
+    split: Split
+    out_dtype: torch.dtype = torch.bfloat16
+
+    def __post_init__(self) -> None:
+        extent = self.n if self.split == "output" else self.k
+        assert self.regions.intermediate == extent, f"{self.regions} do not make up {extent}"
+        assert self.out_dtype in OUT_DTYPES, self.out_dtype
+
+    @property
+    def sparse_shape(self) -> tuple[int, int]:
+        """(rows, columns) of the sparse region of W."""
+        return self._shape(self.regions.sparse)
+
+    @property
+    def dense_shape(self) -> tuple[int, int]:
+        """(rows, columns) of the dense region of W."""
+        return self._shape(self.regions.dense)
+
+    def _shape(self, extent: int) -> tuple[int, int]:
+        return (extent, self.k) if self.split == "output" else (self.n, extent)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of W as every path stores it: 0.625 for each weight of the sparse region, 1 for each dense one."""
+        (sn, sk), (dn, dk) = self.sparse_shape, self.dense_shape
+        return sn * sk * 5 // 8 + dn * dk
+
+    @property
+    def ideal(self) -> float:
+        """Speed-up over dense when only weight bytes take time: 1 / (ρ + 0.625 (1 − ρ))."""
+        return self.n * self.k / self.weight_bytes
+
+    def describe(self) -> dict[str, object]:
+        """As JSON, for the plan cache and the log."""
+        return {
+            "n": self.n,
+            "k": self.k,
+            "split": self.split,
+            **self.regions.to_dict(),
+            "out_dtype": str(self.out_dtype).removeprefix("torch."),
+        }

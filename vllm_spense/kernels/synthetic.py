@@ -1,0 +1,41 @@
+"""Random weights that are valid input of every path: what searches, benchmarks and tests run on."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import torch
+
+from vllm_spense.format import GROUP, KEPT
+from vllm_spense.kernels.problem import Problem
+
+#: Rows made at once, which bounds the temporary memory.
+_CHUNK = 4096
+
+
+def random_fp8(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """(rows, columns) float8_e4m3fn, normally distributed. Zeros would draw less power and flatter the times."""
+    out = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=device)
+    for chunk in out.split(_CHUNK):
+        chunk.copy_(torch.randn(chunk.shape, device=device) * 16)
+    return out
+
+
+def random_2of4(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """As `random_fp8`, with two random columns of every group of four zero."""
+    patterns = torch.tensor(
+        [[column in kept for column in range(GROUP)] for kept in combinations(range(GROUP), KEPT)], device=device
+    )
+    out = random_fp8(rows, columns, device)
+    for chunk in out.view(torch.uint8).split(_CHUNK):
+        keep = patterns[torch.randint(len(patterns), (len(chunk), columns // GROUP), device=device)]
+        chunk.mul_(keep.flatten(1))
+    return out
+
+
+def random_weight(problem: Problem, device: torch.device) -> torch.Tensor:
+    """W (N, K) of a problem: its sparse region first, then its dense one."""
+    return torch.cat(
+        (random_2of4(*problem.sparse_shape, device), random_fp8(*problem.dense_shape, device)),
+        dim=0 if problem.split == "output" else 1,
+    )
