@@ -43,7 +43,6 @@ class SpenseConfig(CompressedTensorsConfig):
     `get_name` is inherited: models ask it how the layers are stored that are not ours.
     """
 
-    annotation: Annotation
     #: Regions and method of every pruned linear layer, by its name in vLLM's spelling.
     layers: dict[str, tuple[Regions, Method]]
 
@@ -62,8 +61,9 @@ class SpenseConfig(CompressedTensorsConfig):
             return None
         if user_quant is None and KEY not in hf_quant_cfg:
             return None
-        # Only here is it known where the annotation comes from.
-        _read_annotation(hf_quant_cfg, file=f"{getattr(hf_config, '_name_or_path', '')}/config.json")
+        # Nowhere else does vLLM say where the annotation comes from.
+        folder = getattr(hf_config, "_name_or_path", None)
+        _read_annotation(hf_quant_cfg, file=folder and f"{folder}/config.json")
         return NAME
 
     @staticmethod
@@ -86,9 +86,13 @@ class SpenseConfig(CompressedTensorsConfig):
                 f"(file: {SIDECAR}; key: quantization_config in config.json; found: nothing)"
             )
         spense = cast(SpenseConfig, super().from_config(config))
-        spense.annotation = _read_annotation(config)
         spense.layers = _pruned_layers(spense.annotation)
         return spense
+
+    @property
+    def annotation(self) -> Annotation:
+        """Read anew from what vLLM keeps: an annotation cannot be pickled, and this object travels to the workers."""
+        return _read_annotation(self.config or {})
 
     def maybe_update_config(
         self, model_name: str, hf_config: PretrainedConfig | None = None, revision: str | None = None
@@ -136,7 +140,7 @@ class SpenseConfig(CompressedTensorsConfig):
         scheme = self.get_scheme_dict(layer, prefix) or {}
         for name, expected in FP8.items():
             args: Any = scheme.get(name)
-            found = args and (args.num_bits, args.type.value, args.strategy.value, args.dynamic)
+            found = args and (args.num_bits, args.type, args.strategy, args.dynamic)
             if found != expected:
                 raise FormatError(
                     "a pruned layer has the wrong quantization",
@@ -148,26 +152,31 @@ class SpenseConfig(CompressedTensorsConfig):
 
 
 def _read_annotation(config: Mapping[str, Any], file: str | None = None) -> Annotation:
-    for key, expected in (("quant_method", BASE), (KEY, "the annotation that `spense prune` writes")):
-        found = config.get(key)
-        if found is None or (key == "quant_method" and found != BASE):
-            raise FormatError(
-                "not a Spense checkpoint",
-                file=file,
-                key=f"quantization_config.{key}",
-                found=found,
-                expected=expected,
-            )
+    if KEY not in config:
+        raise FormatError(
+            "this is not a Spense checkpoint",
+            file=file,
+            key=f"quantization_config.{KEY}",
+            found="nothing",
+            expected="the annotation that `spense prune` writes",
+        )
+    if (method := config.get("quant_method")) != BASE:
+        raise FormatError(
+            "a Spense checkpoint has another kind of quantization",
+            file=file,
+            key="quantization_config.quant_method",
+            found=method,
+            expected=BASE,
+        )
     annotation = Annotation.from_dict(config[KEY], file)
     for module in annotation.modules:
         if "experts" in module.split("."):
             raise FormatError(
                 "Spense does not run pruned MoE experts",
                 file=file,
-                layer=module,
                 key="modules",
                 found=module,
-                expected="MLP modules",
+                expected="modules with one MLP each",
             )
     return annotation
 

@@ -1,0 +1,118 @@
+"""Starts engines for the tests, and compares what they generated."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+# Twenty prompts of unequal lengths, so that one batch holds prefill and decode of many shapes.
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time there was a",
+    "Water boils at",
+    "def fibonacci(n):",
+    "The three primary colours are",
+    "In 1969, the first human",
+    "Dear Sir or Madam,",
+    "To make bread you need flour,",
+    "The opposite of hot is",
+    "A triangle has",
+    "She opened the door and saw",
+    "The largest planet is",
+    "1, 2, 3, 4,",
+    "My favourite season is",
+    "The sun rises in the",
+    "Shakespeare wrote",
+    "Cats and dogs are",
+    "The quick brown fox",
+    "Hello! How are",
+    "Once the rain had stopped, the children ran out into the garden and",
+]
+
+VLLM = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One engine: `quantization` None leaves the choice to vLLM."""
+
+    model: Path
+    quantization: str | None
+    compiled: bool = False
+    ranks: int = 1
+    reload: bool = False
+    load_format: str = "auto"
+
+
+@dataclass(frozen=True)
+class Completion:
+    """32 greedy tokens, and for each the log probabilities of the five likeliest."""
+
+    tokens: list[int]
+    logprobs: list[dict[int, float]]
+
+
+def generate(runs: Sequence[Run]) -> dict[Run, list[Completion]]:
+    """Completions of `PROMPTS` by each run, all in one process beside this one."""
+    environment = os.environ | VLLM | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    if any(run.ranks > 1 for run in runs):
+        # One core for each rank; vLLM's own choice is one NUMA node for each.
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
+    with TemporaryDirectory() as folder:
+        order, answers = Path(folder, "order.json"), Path(folder, "answers.json")
+        orders = [asdict(run) | {"model": str(run.model)} for run in runs]
+        order.write_text(json.dumps({"prompts": PROMPTS, "runs": orders}))
+        program = Path(__file__).with_name("generate.py")
+        done = subprocess.run(
+            [sys.executable, program, order, answers], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        assert done.returncode == 0, done.stdout.decode()[-5000:]
+        found = json.loads(answers.read_text())
+    return {
+        run: [
+            Completion(one["tokens"], [{int(token): p for token, p in step.items()} for step in one["logprobs"]])
+            for one in completions
+        ]
+        for run, completions in zip(runs, found, strict=True)
+    }
+
+
+def spread(ours: Sequence[Completion], theirs: Sequence[Completion]) -> float:
+    """Largest difference of a log probability while both have seen the same tokens."""
+    return max(
+        abs(a.logprobs[i][token] - b.logprobs[i][token])
+        for a, b in zip(ours, theirs, strict=True)
+        for i in range(_agreed(a, b) + 1)
+        if i < len(a.tokens)
+        for token in a.logprobs[i].keys() & b.logprobs[i].keys()
+    )
+
+
+def require_same_or_tied(ours: Sequence[Completion], theirs: Sequence[Completion], tolerance: float) -> None:
+    """Tokens are equal, or the first that differs is a tie: neither engine prefers its own by more than `tolerance`.
+
+    Args:
+        tolerance: in nats.
+    """
+    for prompt, a, b in zip(PROMPTS, ours, theirs, strict=True):
+        assert len(a.tokens) == len(b.tokens) == 32
+        i = _agreed(a, b)
+        if i < len(a.tokens):
+            mine, other = a.tokens[i], b.tokens[i]
+            for one, other_one in ((a, other), (b, mine)):
+                gap = max(one.logprobs[i].values()) - one.logprobs[i].get(other_one, float("-inf"))
+                assert gap <= tolerance, f"{prompt!r}, token {i}: {mine} against {other}, {gap:.4f} nats apart"
+
+
+def _agreed(a: Completion, b: Completion) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)) if x != y), len(a.tokens))

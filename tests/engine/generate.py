@@ -1,0 +1,69 @@
+"""Runs vLLM engines one after another and writes what they generated. A program of its own (`engines.py` starts it),
+because vLLM pins the threads of the process it runs in.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from typing import Any
+
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+
+def main() -> None:
+    """Reads {"prompts": […], "runs": [{…}, …]} from the file named first, writes one answer per run to the second.
+
+    An answer: for each prompt the token ids, and for each token the log probabilities of the likeliest tokens.
+    """
+    source, target = sys.argv[1:]
+    with open(source, encoding="utf-8") as file:
+        order = json.load(file)
+    answers = [_run(order["prompts"], run) for run in order["runs"]]
+    with open(target, "w", encoding="utf-8") as file:
+        json.dump(answers, file)
+
+
+def _run(prompts: list[str], run: dict[str, Any]) -> list[dict[str, Any]]:
+    llm = LLM(
+        run["model"],
+        quantization=run["quantization"],
+        enforce_eager=not run["compiled"],
+        tensor_parallel_size=run["ranks"],
+        load_format=run["load_format"],
+        dtype="float32",
+        max_model_len=256,
+        seed=0,
+    )
+    if run["reload"]:
+        # A reload must fill what was emptied, not leave what was there.
+        llm.apply_model(_zero_weights)
+        llm.collective_rpc("reload_weights")
+    outputs = llm.generate(
+        prompts, SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, logprobs=5), use_tqdm=False
+    )
+    answer = [
+        {
+            "tokens": list(output.outputs[0].token_ids),
+            "logprobs": [
+                {token: entry.logprob for token, entry in step.items()} for step in output.outputs[0].logprobs or []
+            ],
+        }
+        for output in outputs
+    ]
+    del llm
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    return answer
+
+
+def _zero_weights(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if ".mlp." in name:
+            parameter.data.zero_()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""The same files, run sparse by Spense and dense by stock vLLM, generate the same tokens."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from checkpoints import rank_ordered
+from engines import Completion, Run, generate, require_same_or_tied, spread
+
+from vllm_spense.format import KEY
+
+pytestmark = pytest.mark.engine
+
+STOCK = "compressed-tensors"
+#: Nats. Both sides sum the same products, in another order.
+ROUNDING = 1e-3
+
+Answers = dict[Run, list[Completion]]
+
+
+@pytest.fixture(scope="module")
+def overrides(spense_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pruned Llama with other regions in its second layer: what is 2:4 may be called dense."""
+    out = shutil.copytree(spense_checkpoint, tmp_path_factory.mktemp("overrides") / "llama")
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"][KEY]["regions"]["overrides"] = {"model.layers.1.mlp": {"sparse": 128, "dense": 256}}
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+@pytest.fixture(scope="module")
+def one_rank(spense_checkpoints: dict[str, Path], overrides: Path) -> Answers:
+    """Every engine of the tests on one rank."""
+    llama = spense_checkpoints["llama"]
+    runs = [
+        *(Run(spense_checkpoints[name], q) for name in ("llama", "bias", "phi3") for q in ("spense", STOCK)),
+        *(Run(llama, q, compiled=True) for q in ("spense", STOCK)),
+        Run(llama, None),
+        Run(llama, "spense", reload=True),
+        Run(llama, "spense", load_format="dummy"),
+        Run(overrides, "spense"),
+    ]
+    return generate(runs)
+
+
+@pytest.mark.parametrize("name", ["llama", "bias", "phi3"])
+def test_eager(one_rank: Answers, spense_checkpoints: dict[str, Path], name: str) -> None:
+    folder = spense_checkpoints[name]
+    require_same(one_rank[Run(folder, "spense")], one_rank[Run(folder, STOCK)])
+
+
+def test_compiled(one_rank: Answers, spense_checkpoint: Path) -> None:
+    require_same(
+        one_rank[Run(spense_checkpoint, "spense", compiled=True)],
+        one_rank[Run(spense_checkpoint, STOCK, compiled=True)],
+    )
+
+
+def test_without_the_flag(one_rank: Answers, spense_checkpoint: Path) -> None:
+    # Bit for bit: it is the same execution, and another one than stock's.
+    assert one_rank[Run(spense_checkpoint, None)] == one_rank[Run(spense_checkpoint, "spense")]
+    assert one_rank[Run(spense_checkpoint, None)] != one_rank[Run(spense_checkpoint, STOCK)]
+
+
+def test_reload(one_rank: Answers, spense_checkpoint: Path) -> None:
+    assert one_rank[Run(spense_checkpoint, "spense", reload=True)] == one_rank[Run(spense_checkpoint, "spense")]
+
+
+def test_regions_of_single_layers(one_rank: Answers, overrides: Path, spense_checkpoint: Path) -> None:
+    require_same(one_rank[Run(overrides, "spense")], one_rank[Run(spense_checkpoint, STOCK)])
+
+
+def test_dummy_weights(one_rank: Answers, spense_checkpoint: Path) -> None:
+    completions = one_rank[Run(spense_checkpoint, "spense", load_format="dummy")]
+    assert all(len(completion.tokens) == 32 for completion in completions)
+    assert completions != one_rank[Run(spense_checkpoint, "spense")]
+
+
+@pytest.fixture(scope="module")
+def rank_ordered_checkpoint(spense_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return rank_ordered(spense_checkpoint, tmp_path_factory.mktemp("ranks") / "llama", 2)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(spense_checkpoint: Path, rank_ordered_checkpoint: Path) -> Answers:
+    """Every engine of the tests on two ranks."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("two ranks need two processor cores")
+    return generate(
+        [
+            *(Run(spense_checkpoint, q, compiled, 2) for q in ("spense", STOCK) for compiled in (False, True)),
+            Run(rank_ordered_checkpoint, None, ranks=2),
+        ]
+    )
+
+
+def test_two_ranks_against_the_same_parts(
+    two_ranks: Answers, spense_checkpoint: Path, rank_ordered_checkpoint: Path
+) -> None:
+    """Stock vLLM on a file whose contiguous chunks are our parts does the same arithmetic on the same rank."""
+    require_same(
+        two_ranks[Run(spense_checkpoint, "spense", ranks=2)], two_ranks[Run(rank_ordered_checkpoint, None, ranks=2)]
+    )
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_two_ranks(one_rank: Answers, two_ranks: Answers, spense_checkpoint: Path, compiled: bool) -> None:
+    """A rank scales the activations it quantizes by the largest of its part: other parts, other roundings.
+
+    How much that moves the numbers is measured on stock vLLM itself, as it goes from one rank to two.
+    """
+    ours, stock = (two_ranks[Run(spense_checkpoint, q, compiled, 2)] for q in ("spense", STOCK))
+    tolerance = 2 * spread(stock, one_rank[Run(spense_checkpoint, STOCK, compiled)])
+    require_same_or_tied(ours, stock, tolerance)
+    assert spread(ours, stock) <= tolerance
+
+
+def require_same(ours: list[Completion], theirs: list[Completion]) -> None:
+    require_same_or_tied(ours, theirs, ROUNDING)
+    assert spread(ours, theirs) <= ROUNDING
