@@ -109,6 +109,7 @@ class LibraryPlan:
         self.problem = problem
         self.tokens = tokens
         self.device = device
+        self.choice = choice
         both = problem.regions.sparse > 0 and problem.regions.dense > 0
         self._concurrent = both and choice.concurrent
 

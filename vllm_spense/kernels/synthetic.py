@@ -14,10 +14,14 @@ _CHUNK = 4096
 
 
 def random_fp8(rows: int, columns: int, device: torch.device) -> torch.Tensor:
-    """(rows, columns) float8_e4m3fn, normally distributed. Zeros would draw less power and flatter the times."""
+    """(rows, columns) float8_e4m3fn, about normally distributed, none of them zero.
+
+    Zeros would draw less power and flatter the times, and −0.0 has no place in a weight.
+    """
     out = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=device)
     for chunk in out.split(_CHUNK):
-        chunk.copy_(torch.randn(chunk.shape, device=device) * 16)
+        noise = torch.randn(chunk.shape, device=device) * 16
+        chunk.copy_(noise + noise.sign() / 64)
     return out
 
 

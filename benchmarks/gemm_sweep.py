@@ -1,0 +1,188 @@
+"""Speed-up of both Spense paths over the best dense FP8 GEMM, against the number of tokens (the paper's Figure 1).
+
+    python benchmarks/gemm_sweep.py
+
+times the shapes of Qwen3-32B and writes benchmarks/results/gemm_sweep.json and .png. Inputs are random, weights take
+turns so that none is in the cache when its turn comes, everything runs inside CUDA graphs; times are medians. All
+GEMMs return what their users need at least: dense vLLM-style ones with their scales where the kernel applies them,
+the others raw sums. The one-launch path gets its activations in kernel order, and the library path in a multiple of
+16 rows, because whatever quantizes them can write them so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.envelope import RESULTS, write_result
+from vllm_spense.format import Regions
+from vllm_spense.kernels import library, one_launch
+from vllm_spense.kernels.problem import Problem, Split
+from vllm_spense.kernels.synthetic import random_fp8, random_weight
+from vllm_spense.kernels.timing import cold_copies, median_us
+
+#: split, N, K of the merged gate and up projections and of down.
+LAYERS: dict[str, tuple[Split, int, int]] = {
+    "qwen3-32b gate_up": ("output", 51200, 5120),
+    "qwen3-32b down": ("input", 5120, 25600),
+    "llama-3.1-8b gate_up": ("output", 28672, 4096),
+    "llama-3.1-8b down": ("input", 4096, 14336),
+}
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 2048)
+DENSE_RATIOS = (0.5, 0.25, 0.0)
+#: FP8 tensor cores without and with 2:4, FLOP/s, by NVIDIA's datasheet of the SXM parts.
+PEAK = {"H100": (1979e12, 3958e12), "H200": (1979e12, 3958e12)}
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS)[:2])
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
+    parser.add_argument("--dense-ratios", nargs="+", type=float, default=DENSE_RATIOS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "gemm_sweep.json")
+    options = parser.parse_args()
+
+    device = torch.device("cuda", 0)
+    torch.manual_seed(0)
+    rows: list[Row] = []
+    for layer in options.layers:
+        dense = {tokens: time_dense(layer, tokens, device) for tokens in options.tokens}
+        for ratio in options.dense_ratios:
+            for row in sweep(layer, ratio, dense, device):
+                print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+                rows.append(row)
+            # After each, so that a run that is cut short leaves what it has.
+            write_result(options.out, "gemm_sweep", rows)
+    plot(rows, options.out.with_suffix(".png"))
+
+
+def rotate(calls: Sequence[Callable[[], object]]) -> float:
+    return round(median_us(calls, replays=15), 2)
+
+
+def time_dense(layer: str, tokens: int, device: torch.device) -> dict[str, float]:
+    """µs of each dense GEMM that there is, by name."""
+    _, n, k = LAYERS[layer]
+    weights = [random_fp8(n, k, device) for _ in range(cold_copies(n * k, device))]
+    x = random_fp8(tokens, k, device)
+    one = torch.ones((), device=device)
+    row_scales = torch.ones(tokens, 1, device=device)
+    column_scales = torch.ones(1, n, device=device)
+    scaled_mm = partial(torch._scaled_mm, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    whole = Problem(n, k, Regions(0, n), "output")
+    cublaslt = library.LibraryPlan(whole, tokens, device, library.search(whole, tokens, device))
+    kernels: dict[str, Callable[[torch.Tensor], object]] = {
+        "cublaslt": lambda weight: cublaslt.run(x, {"dense": weight}),
+        "torch per-tensor": lambda weight: scaled_mm(x, weight.t(), one, one),
+        "torch row-wise": lambda weight: scaled_mm(x, weight.t(), row_scales, column_scales),
+    }
+    try:
+        from vllm._custom_ops import cutlass_scaled_mm
+    except ImportError:
+        print("vLLM is not installed: its CUTLASS kernel is left out")
+    else:
+        kernels["vllm cutlass"] = lambda weight: cutlass_scaled_mm(
+            x, weight.t(), row_scales, column_scales, torch.bfloat16
+        )
+    return {name: rotate([partial(kernel, weight) for weight in weights]) for name, kernel in kernels.items()}
+
+
+def sweep(layer: str, ratio: float, dense: Mapping[int, Mapping[str, float]], device: torch.device) -> Iterator[Row]:
+    """One row for each number of tokens and path."""
+    split, n, k = LAYERS[layer]
+    extent = n if split == "output" else k
+    # Whole tiles of every path.
+    dense_extent = round(extent * ratio / 512) * 512
+    problem = Problem(n, k, Regions(extent - dense_extent, dense_extent), split)
+    weight = random_weight(problem, device)
+    for path, module in (("one-launch", one_launch), ("library", library)):
+        packs = [module.pack(weight, problem) for _ in range(cold_copies(problem.weight_bytes, device))]
+        for tokens, dense_us in dense.items():
+            rows = tokens if module is one_launch else library.padded(tokens)
+            plan = module.plan(problem, rows, device)
+            x = random_fp8(rows, k, device)
+            spense_us = rotate([partial(plan.run, x, packed) for packed in packs])
+            best = min(dense_us, key=dense_us.__getitem__)
+            yield {
+                "layer": layer,
+                "m": tokens,
+                "dense_ratio": round(problem.regions.dense_ratio, 4),
+                "dense_us": dense_us[best],
+                "spense_us": spense_us,
+                "ratio": round(dense_us[best] / spense_us, 3),
+                "ideal": round(problem.ideal, 3),
+                "roofline": roofline(problem, tokens, dense_us[best], device),
+                "path": path,
+                "dense_kernel": best,
+                "dense_kernels": dense_us,
+                "choice": str(plan.choice if module is library else plan.tiling),
+            }
+
+
+def roofline(problem: Problem, tokens: int, dense_us: float, device: torch.device) -> float | None:
+    """The speed-up if Spense ran at the limit that is nearer: the ideal of its bytes, or the tensor cores' peak.
+
+    None for a GPU whose peak is not known here.
+    """
+    name = torch.cuda.get_device_name(device)
+    peaks = next((peaks for part, peaks in PEAK.items() if part in name), None)
+    if peaks is None:
+        return None
+    shares = (1 - problem.regions.dense_ratio, problem.regions.dense_ratio)
+    flops = 2 * tokens * problem.n * problem.k
+    compute_us = sum(flops * share / peak for share, peak in zip(shares, reversed(peaks), strict=True)) * 1e6
+    return round(min(problem.ideal, dense_us / compute_us), 3)
+
+
+def plot(rows: Sequence[Row], file: Path) -> None:
+    """Speed-up against tokens, one panel for each layer and ρ."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = sorted({(row["layer"], row["dense_ratio"]) for row in rows}, key=lambda panel: (panel[0], -panel[1]))
+    layers = list(dict.fromkeys(layer for layer, _ in panels))
+    columns = max(sum(layer == panel[0] for panel in panels) for layer in layers)
+    figure, axes = plt.subplots(
+        len(layers), columns, figsize=(4.2 * columns, 3.4 * len(layers)), sharey="row", squeeze=False
+    )
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for layer, ratio in panels:
+        axis = axes[layers.index(layer)][[r for name, r in panels if name == layer].index(ratio)]
+        axis.set_visible(True)
+        mine = [row for row in rows if (row["layer"], row["dense_ratio"]) == (layer, ratio)]
+        for path, marker in (("one-launch", "o"), ("library", "s")):
+            points = [row for row in mine if row["path"] == path]
+            axis.plot([row["m"] for row in points], [row["ratio"] for row in points], marker=marker, label=path)
+        limits = [row for row in mine if row["path"] == "library"]
+        axis.plot([row["m"] for row in limits], [row["ideal"] for row in limits], "k--", lw=1, label="ideal")
+        if all(row["roofline"] for row in limits):
+            axis.plot([row["m"] for row in limits], [row["roofline"] for row in limits], "k:", lw=1, label="roofline")
+        axis.axhline(1, color="gray", lw=0.8)
+        axis.set(title=f"{layer}, ρ = {ratio:g}", xlabel="tokens M", xscale="log")
+        axis.set_xticks([row["m"] for row in limits], [str(row["m"]) for row in limits], fontsize=7)
+        axis.minorticks_off()
+        axis.set_ylim(0, 1.7)
+        axis.grid(alpha=0.3)
+    for row_of_axes in axes:
+        row_of_axes[0].set_ylabel("speed-up over best dense")
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
