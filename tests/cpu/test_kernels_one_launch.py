@@ -188,14 +188,14 @@ print(json.dumps(results))
 def test_the_kernel_in_tritons_interpreter() -> None:
     """In a process of its own: Triton decides when a kernel is defined whether it will be interpreted."""
     cases = [
-        (256, 512, 128, 128, "output", 7, (64, 128, 3, 3, 4, 1)),
-        (384, 512, 256, 128, "output", 16, (128, 256, 3, 3, 4, 2)),
-        (192, 1024, 64, 128, "output", 33, (64, 128, 3, 3, 4, 4)),
-        (128, 1024, 512, 512, "input", 20, (128, 128, 3, 3, 4, 3)),
-        (128, 1024, 768, 256, "input", 3, (64, 256, 3, 3, 4, 4)),
-        (64, 1024, 1024, 0, "input", 5, (64, 128, 3, 3, 4, 3)),
-        (64, 1024, 0, 1024, "input", 5, (64, 128, 3, 3, 4, 2)),
-        (128, 256, 128, 0, "output", 100, (64, 128, 3, 3, 4, 1)),
+        (256, 512, 128, 128, "output", 7, (64, 128, 3, 3, 4, 1, 1)),
+        (384, 512, 256, 128, "output", 16, (128, 256, 3, 3, 4, 1, 2)),
+        (192, 1024, 64, 128, "output", 33, (64, 128, 3, 3, 4, 2, 4)),
+        (128, 1024, 512, 512, "input", 20, (128, 128, 3, 3, 4, 1, 1)),
+        (128, 1024, 768, 256, "input", 3, (64, 256, 3, 3, 4, 3, 1)),
+        (64, 1024, 1024, 0, "input", 5, (64, 128, 3, 3, 4, 3, 1)),
+        (64, 1024, 0, 1024, "input", 5, (64, 128, 3, 3, 4, 1, 2)),
+        (128, 256, 128, 0, "output", 100, (64, 128, 3, 3, 4, 1, 1)),
     ]
     process = subprocess.run(
         [sys.executable, "-c", INTERPRETED],
@@ -219,9 +219,9 @@ def test_tiling_must_fit() -> None:
 
     odd = Problem(192, 512, Regions(128, 64), "output")
     with pytest.raises(AssertionError):
-        OneLaunchPlan(odd, 16, CPU, Tiling(128, 128, 3, 3, 4, 1))
+        OneLaunchPlan(odd, 16, CPU, Tiling(128, 128, 3, 3, 4, 1, 1))
     assert {tiling.rows for tiling in candidates(odd)} == {64}
-    assert all(tiling.parts <= 2 for tiling in candidates(odd)), "a part needs a tile"
+    assert all(tiling.sparse_parts <= 2 for tiling in candidates(odd)), "a part needs a tile"
     assert list(candidates(Problem(64, 256, Regions(0, 64), "output")))
 
 

@@ -32,10 +32,10 @@ PROBLEMS = [
     for extent in (n if split == "output" else k,)
 ]
 TILINGS = (
-    one_launch.Tiling(64, 128, 5, 6, 4, parts=1),
-    one_launch.Tiling(64, 128, 3, 4, 4, parts=3),
-    one_launch.Tiling(128, 256, 3, 3, 4, parts=2),
-    one_launch.Tiling(128, 128, 4, 5, 8, parts=4),
+    one_launch.Tiling(64, 128, 5, 6, 4, sparse_parts=1, dense_parts=1),
+    one_launch.Tiling(64, 128, 3, 4, 4, sparse_parts=2, dense_parts=3),
+    one_launch.Tiling(128, 256, 3, 3, 4, sparse_parts=1, dense_parts=2),
+    one_launch.Tiling(128, 128, 4, 5, 8, sparse_parts=3, dense_parts=1),
 )
 #: x (M, K) → out (padded M, N), written.
 Run = Callable[[torch.Tensor, torch.Tensor], None]

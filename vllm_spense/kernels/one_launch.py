@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
 
@@ -32,8 +33,8 @@ class Tiling:
         dense_columns: columns of a step in the dense region, 128 or 256; a step in the sparse region has 256.
         sparse_stages, dense_stages: steps in flight.
         warps: of a program, 4 or 8.
-        parts: programs that share a row block. In an output-split problem: a dense one, while sparse row blocks,
-            having 0.625 of the bytes, are shared by that share of them.
+        sparse_parts, dense_parts: programs that share one row block of a region. They take equal time where
+            dense_parts is 1.6 · sparse_parts times the ratio of the regions' sizes along K.
     """
 
     rows: int
@@ -41,16 +42,19 @@ class Tiling:
     sparse_stages: int
     dense_stages: int
     warps: int
-    parts: int
+    sparse_parts: int
+    dense_parts: int
 
     def fits(self, problem: Problem) -> bool:
-        (sparse_rows, _), (dense_rows, dense_columns) = problem.sparse_shape, problem.dense_shape
-        steps = min(problem.k // SPARSE_COLUMNS, problem.k // self.dense_columns)
-        return (
-            sparse_rows % self.rows == dense_rows % self.rows == 0
-            and (not problem.regions.dense or dense_columns % self.dense_columns == 0)
-            and self.parts <= steps
+        """Whether both regions have whole row blocks and steps, and at least a step for each part."""
+        (sparse_rows, sparse_columns), (dense_rows, dense_columns) = problem.sparse_shape, problem.dense_shape
+        sparse_fits = sparse_rows % self.rows == 0 and sparse_columns >= self.sparse_parts * SPARSE_COLUMNS
+        dense_fits = (
+            dense_rows % self.rows == 0
+            and dense_columns % self.dense_columns == 0
+            and dense_columns >= self.dense_parts * self.dense_columns
         )
+        return (sparse_fits or not problem.regions.sparse) and (dense_fits or not problem.regions.dense)
 
 
 def token_block(tokens: int) -> int:
@@ -101,15 +105,15 @@ class OneLaunchPlan:
         self.max_tokens = max_tokens
         self.tiling = tiling
         shared = problem.split == "input"
-        sparse_tiles = problem.sparse_shape[1] // SPARSE_COLUMNS if problem.regions.sparse else 0
-        dense_tiles = problem.dense_shape[1] // HALF if problem.regions.dense else 0
-        sparse_blocks = problem.sparse_shape[0] // tiling.rows if problem.regions.sparse else 0
-        dense_blocks = problem.dense_shape[0] // tiling.rows if problem.regions.dense else 0
-        parts = tiling.parts
-        sparse_parts = max(1, round(parts * 0.625))
-        row_blocks = problem.n // tiling.rows
-        self._programs = row_blocks * parts if shared else dense_blocks * parts + sparse_blocks * sparse_parts
-        self._sizes = (sparse_tiles, dense_tiles, sparse_blocks, dense_blocks, sparse_parts, parts)
+        (sparse_rows, sparse_columns), (dense_rows, dense_columns) = problem.sparse_shape, problem.dense_shape
+        has_sparse, has_dense = problem.regions.sparse > 0, problem.regions.dense > 0
+        sparse_blocks = sparse_rows // tiling.rows if has_sparse else 0
+        dense_blocks = dense_rows // tiling.rows if has_dense else 0
+        # An empty region leaves nothing in the slots that are summed.
+        sparse_parts, dense_parts = tiling.sparse_parts * has_sparse, tiling.dense_parts * has_dense
+        self._programs = sparse_blocks * sparse_parts + dense_blocks * dense_parts
+        tiles = (sparse_columns // SPARSE_COLUMNS, dense_columns // HALF)
+        self._sizes = (*tiles, sparse_blocks, dense_blocks, sparse_parts, dense_parts)
         self._shapes = {
             "SHARED": shared,
             "TOKEN_BLOCK": token_block(max_tokens),
@@ -121,9 +125,10 @@ class OneLaunchPlan:
             "PTX": device.type != "cpu",
             "num_warps": tiling.warps,
         }
-        groups = self._token_blocks(max_tokens) * row_blocks
-        slots = groups * parts * tiling.rows * token_block(max_tokens) if parts > 1 else 0
-        self._slots = torch.empty(slots, dtype=torch.float32, device=device)
+        groups = self._token_blocks(max_tokens) * (problem.n // tiling.rows)
+        alone = max(sparse_parts, dense_parts) == 1 and not (shared and has_sparse and has_dense)
+        slots = 0 if alone else groups * (sparse_parts + dense_parts)
+        self._slots = torch.empty(slots * tiling.rows * token_block(max_tokens), dtype=torch.float32, device=device)
         # The kernel leaves every counter at zero again.
         self._arrivals = torch.zeros(groups, dtype=torch.int32, device=device)
 
@@ -154,9 +159,11 @@ class OneLaunchPlan:
 
 def candidates(problem: Problem) -> Iterator[Tiling]:
     """Tile shapes worth timing: those that won for some shape on an H100 (docs/kernels.md)."""
-    shapes = ((64, 128, 5, 6, 4), (64, 256, 4, 4, 4), (128, 256, 3, 3, 4), (128, 128, 4, 5, 8))
-    for shape, parts in product(shapes, (1, 2, 3, 4, 6)):
-        tiling = Tiling(*shape, parts)
+    shapes = ((64, 128, 4, 5, 4), (64, 128, 5, 6, 4), (64, 256, 4, 4, 4), (128, 256, 3, 3, 4), (128, 128, 4, 5, 8))
+    both = problem.regions.sparse and problem.regions.dense
+    parts = ((1, 1), (1, 2), (2, 1), (2, 3), (3, 1), (3, 2)) if both else ((1, 1), (2, 2), (3, 3), (4, 4))
+    for shape, (sparse_parts, dense_parts) in product(shapes, parts):
+        tiling = Tiling(*shape, sparse_parts, dense_parts)
         if tiling.fits(problem):
             yield tiling
 
@@ -175,8 +182,15 @@ def search(problem: Problem, max_tokens: int, device: torch.device) -> Tiling:
     x = random_fp8(max_tokens, problem.k, device)
     out = torch.empty(max_tokens, problem.n, dtype=problem.out_dtype, device=device)
 
+    def run(tiling: Tiling) -> None:
+        OneLaunchPlan(problem, max_tokens, device, tiling).run(x, packs[0], out)
+
     def time(tiling: Tiling) -> float:
         plan = OneLaunchPlan(problem, max_tokens, device, tiling)
         return median_us([partial(plan.run, x, packed, out) for packed in packs])
 
-    return min(candidates(problem), key=time)
+    tilings = list(candidates(problem))
+    # The first run of each tile shape compiles it, which threads do at once.
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(run, {replace(tiling, sparse_parts=1, dense_parts=1) for tiling in tilings}))
+    return min(tilings, key=time)

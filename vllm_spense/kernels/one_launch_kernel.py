@@ -3,7 +3,7 @@
 At decode sizes a GEMM takes as long as its weights take to arrive from memory. So the kernel reads a 2:4 tile
 compressed, expands it in registers and feeds ordinary dense FP8 tensor cores; they have time to spare.
 
-A program owns one block of output rows and a run of tiles of one region (a *part*). Where several programs share a
+A program owns one block of output rows and a run of tiles of one region, a *part*. Where several programs share a
 block, each leaves its FP32 sums in a slot, and the last to arrive adds all slots in a fixed order: the result does
 not depend on which program was last.
 """
@@ -23,8 +23,6 @@ _GROUPS = tl.constexpr(GROUPS)
 _COLUMNS = tl.constexpr(SPARSE_COLUMNS)
 _PLANE = tl.constexpr(ROWS * GROUPS)
 _SPARSE_TILE = tl.constexpr(PLANES * ROWS * GROUPS)
-#: Of one row in one sparse tile.
-_SPARSE_TILE_BYTES = tl.constexpr(PLANES * GROUPS)
 _DENSE_TILE = tl.constexpr(ROWS * HALF)
 
 
@@ -136,70 +134,56 @@ def _sum_dense(sums, x, weights, tiles, begin, end, token, has_token, x_stride, 
 
 @triton.jit(
     do_not_specialize=[
-        "tokens",
-        "sparse_tiles",
-        "dense_tiles",
-        "sparse_blocks",
-        "dense_blocks",
-        "sparse_parts",
-        "parts",
+        "tokens", "sparse_tiles", "dense_tiles", "sparse_blocks", "dense_blocks", "sparse_parts", "dense_parts"
     ]
-)
+)  # fmt: skip
 def gemm(
     x, sparse, dense, out, slots, arrivals,
-    tokens, x_stride, out_stride, sparse_tiles, dense_tiles, sparse_blocks, dense_blocks, sparse_parts, parts,
+    tokens, x_stride, out_stride, sparse_tiles, dense_tiles, sparse_blocks, dense_blocks, sparse_parts, dense_parts,
     SHARED: tl.constexpr, TOKEN_BLOCK: tl.constexpr, ROW_BLOCK: tl.constexpr, DENSE_COLUMNS: tl.constexpr,
     SPARSE_STAGES: tl.constexpr, DENSE_STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] = Σ_k x[m, k] · W[n, k]
 
-    `tiles` and `blocks` count what each region has along K and along N. Grid: (token blocks, parts of all row blocks).
+    `tiles` and `blocks` count what each region has along K and along N, `parts` how many programs share one of its
+    row blocks. Grid: (token blocks, dense_blocks · dense_parts + sparse_blocks · sparse_parts).
 
-    SHARED (input-split): the regions split K, and `parts` programs share each row block, sparse tiles first.
-    Otherwise (output-split): rows of the dense region follow those of the sparse one; `sparse_parts` programs share
-    each sparse row block, `parts` each dense one.
+    SHARED (input-split): the regions split K, and both sum into the same row blocks. Otherwise (output-split) rows of
+    the dense region follow those of the sparse one.
     """
     token_block = tl.program_id(0)
     program = tl.program_id(1)
-    slots_per_block = parts
-    if SHARED:
-        blocks = tl.maximum(sparse_blocks, dense_blocks)
-        region_block = program // parts
-        block = region_block
-        sparse_bytes = sparse_tiles * _SPARSE_TILE_BYTES
-        dense_bytes = dense_tiles * _HALF
-    else:
-        blocks = sparse_blocks + dense_blocks
-        # Dense parts take longest: they go first, so that short ones fill the end.
-        in_dense = program < dense_blocks * parts
-        program = tl.where(in_dense, program, program - dense_blocks * parts)
-        parts = tl.where(in_dense, parts, sparse_parts)
-        region_block = program // parts
-        block = tl.where(in_dense, sparse_blocks + region_block, region_block)
-        sparse_bytes = tl.where(in_dense, 0, sparse_tiles * _SPARSE_TILE_BYTES)
-        dense_bytes = tl.where(in_dense, dense_tiles * _HALF, 0)
-    part = program % parts
-
-    # A part is a range of the bytes that a row has in this row block, sparse ones before dense ones.
-    begin = (sparse_bytes + dense_bytes) * part // parts
-    end = (sparse_bytes + dense_bytes) * (part + 1) // parts
     token = token_block * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK)
     has_token = token < tokens
-    first_tile = region_block.to(tl.int64) * (ROW_BLOCK // _ROWS)
     sums = tl.zeros((ROW_BLOCK, TOKEN_BLOCK), dtype=tl.float32)
-    sums = _sum_sparse(
-        sums, x, sparse + first_tile * sparse_tiles * _SPARSE_TILE, sparse_tiles,
-        tl.minimum(begin, sparse_bytes) // _SPARSE_TILE_BYTES, tl.minimum(end, sparse_bytes) // _SPARSE_TILE_BYTES,
-        token, has_token, x_stride, ROW_BLOCK, SPARSE_STAGES, PTX,
-    )  # fmt: skip
-    x_dense = x
-    if SHARED:
-        x_dense += sparse_tiles * _COLUMNS
-    sums = _sum_dense(
-        sums, x_dense, dense + first_tile * dense_tiles * _DENSE_TILE, dense_tiles,
-        tl.maximum(begin - sparse_bytes, 0) // DENSE_COLUMNS, tl.maximum(end - sparse_bytes, 0) // DENSE_COLUMNS,
-        token, has_token, x_stride, ROW_BLOCK, DENSE_COLUMNS, DENSE_STAGES,
-    )  # fmt: skip
+    # Dense parts take longest: they go first, so that short ones fill the end.
+    dense_programs = dense_blocks * dense_parts
+    if program < dense_programs:
+        region_block = program // dense_parts
+        part = program % dense_parts
+        steps = dense_tiles * _HALF // DENSE_COLUMNS
+        x_dense = x
+        if SHARED:
+            x_dense += sparse_tiles * _COLUMNS
+        sums = _sum_dense(
+            sums, x_dense, dense + region_block.to(tl.int64) * (ROW_BLOCK // _ROWS * dense_tiles * _DENSE_TILE),
+            dense_tiles, steps * part // dense_parts, steps * (part + 1) // dense_parts,
+            token, has_token, x_stride, ROW_BLOCK, DENSE_COLUMNS, DENSE_STAGES,
+        )  # fmt: skip
+        block = region_block if SHARED else region_block + sparse_blocks
+        parts = sparse_parts + dense_parts if SHARED else dense_parts
+        slot = part + sparse_parts if SHARED else part
+    else:
+        region_block = (program - dense_programs) // sparse_parts
+        part = (program - dense_programs) % sparse_parts
+        sums = _sum_sparse(
+            sums, x, sparse + region_block.to(tl.int64) * (ROW_BLOCK // _ROWS * sparse_tiles * _SPARSE_TILE),
+            sparse_tiles, sparse_tiles * part // sparse_parts, sparse_tiles * (part + 1) // sparse_parts,
+            token, has_token, x_stride, ROW_BLOCK, SPARSE_STAGES, PTX,
+        )  # fmt: skip
+        block = region_block
+        parts = sparse_parts + dense_parts if SHARED else sparse_parts
+        slot = part
 
     row = tl.arange(0, ROW_BLOCK)
     out_pointers = out + token[None, :].to(tl.int64) * out_stride + (block * ROW_BLOCK + row)[:, None]
@@ -207,10 +191,11 @@ def gemm(
         tl.store(out_pointers, sums.to(out.dtype.element_ty), mask=has_token[None, :])
     else:
         slot_size: tl.constexpr = ROW_BLOCK * TOKEN_BLOCK
+        blocks = tl.maximum(sparse_blocks, dense_blocks) if SHARED else sparse_blocks + dense_blocks
         group = token_block * blocks + block
-        first_slot = slots + group.to(tl.int64) * slots_per_block * slot_size
+        first_slot = slots + group.to(tl.int64) * (sparse_parts + dense_parts) * slot_size
         first_slot += row[:, None] * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK)[None, :]
-        tl.store(first_slot + part * slot_size, sums)
+        tl.store(first_slot + slot * slot_size, sums)
         # Every thread's sums must be in memory before one of them reports the arrival.
         tl.debug_barrier()
         if tl.atomic_add(arrivals + group, 1, sem="acq_rel", scope="gpu") == parts - 1:
