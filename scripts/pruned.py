@@ -48,7 +48,8 @@ def pruned(model: Path, pruning: Pruning, cache: Path = CACHE) -> Path:
     if not (folder.exists() and stamp.exists() and stamp.read_text() == wanted):
         stamp.unlink(missing_ok=True)
         command = [sys.executable, "-m", "offline_prune", str(model), str(folder), *pruning.options, "--overwrite"]
-        subprocess.run(command, check=True)
+        # The progress bar goes to stderr and stays; the summary is in report.json.
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         stamp.write_text(wanted)
     return folder
 
