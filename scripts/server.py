@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -34,6 +35,12 @@ def check_port(port: int) -> None:
             probe.bind((HOST, port))
         except (OSError, OverflowError) as error:
             raise SystemExit(f"Port {port} cannot be used ({error}): choose another, make demo PORT=8001") from None
+
+
+def exit_on_signals() -> None:
+    """Lets this process end like after `sys.exit` when it is told to, so that `serving` stops its server then too."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 @contextlib.contextmanager

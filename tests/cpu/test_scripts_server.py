@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
@@ -68,6 +69,34 @@ def test_server_and_children_end_after_an_error(command: list[str], port: int, t
     log = tmp_path / "log"
     with pytest.raises(KeyboardInterrupt), serving(command, port, log):
         raise KeyboardInterrupt
+    assert not runs(child_of(log))
+
+
+#: Serves like the demo does, says so, and then waits.
+OWNER = """
+import sys, time
+from pathlib import Path
+from scripts import server
+
+server.STOP_SECONDS = 1
+server.exit_on_signals()
+with server.serving(sys.argv[3:], int(sys.argv[1]), Path(sys.argv[2])):
+    print("ready", flush=True)
+    time.sleep(99)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_server_and_children_end_with_their_owner(
+    number: signal.Signals, command: list[str], port: int, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    owner_command = [sys.executable, "-c", OWNER, str(port), str(log), *command]
+    with subprocess.Popen(owner_command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == b"ready\n"
+        owner.send_signal(number)
+        assert owner.wait(timeout=20) != 0
     assert not runs(child_of(log))
 
 
