@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
+from itertools import product
 
 import torch
 
@@ -18,6 +19,8 @@ from vllm_spense.kernels.timing import cold_copies, median_us
 Packed = Mapping[str, torch.Tensor]
 #: Of a weight, for a search. A region so small that this many copies fit into the cache takes no time to speak of.
 _MAX_COPIES = 8
+#: Of each library's kernels, how many are tried together.
+_FINALISTS = 3
 
 
 def reason_against(problem: Problem) -> str | None:
@@ -201,19 +204,22 @@ def search(problem: Problem, tokens: int, device: torch.device) -> Choice:
     def run_both(plan: LibraryPlan, packed: Packed) -> None:
         plan.run(x, packed, out)
 
-    def fastest(choices: Iterable[Choice], call: Callable[[LibraryPlan, Packed], None]) -> Choice:
-        def time(choice: Choice) -> float:
+    def fastest(choices: Iterable[Choice], call: Callable[[LibraryPlan, Packed], None]) -> list[Choice]:
+        """The best few choices, best first."""
+        times = {}
+        for choice in choices:
             try:
                 plan = LibraryPlan(problem, tokens, device, choice)
             except (cusparselt.Error, cublaslt.Error):
-                return float("inf")  # not a kernel for this shape
-            return median_us([partial(call, plan, packed) for packed in packs])
+                continue  # not a kernel for this shape
+            times[choice] = median_us([partial(call, plan, packed) for packed in packs])
+        return sorted(times, key=times.__getitem__)[:_FINALISTS]
 
-        return min(choices, key=time)
-
-    best = Choice()
+    sparse = dense = [Choice()]
     if default.sparse is not None:
-        best = fastest((replace(best, sparse=algorithm) for algorithm in default.sparse.algorithms()), run_sparse)
+        sparse = fastest((Choice(sparse=algorithm) for algorithm in default.sparse.algorithms()), run_sparse)
     if default.dense is not None:
-        best = fastest((replace(best, dense=algorithm) for algorithm in default.dense.algorithms()), run_dense)
-    return fastest((replace(best, concurrent=concurrent) for concurrent in (False, True)), run_both)
+        dense = fastest((Choice(dense=algorithm) for algorithm in default.dense.algorithms()), run_dense)
+    # Side by side, kernels that leave room for each other may beat those that are fastest alone.
+    pairs = product(sparse, dense, (False, True))
+    return fastest((Choice(s.sparse, d.dense, concurrent) for s, d, concurrent in pairs), run_both)[0]
