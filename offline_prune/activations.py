@@ -11,25 +11,10 @@ from torch import nn
 
 from offline_prune.glu import Glu
 from offline_prune.model import SourceModel
+from offline_prune.precision import fast_matmul
 from vllm_spense.errors import SpenseError
 
 Observer = Callable[[torch.Tensor], None]
-
-
-@contextmanager
-def fast_matmul() -> Iterator[None]:
-    """Lets FP32 products run on BF16 (CPU) or TF32 (GPU) units, with FP32 sums and results.
-
-    Meant for forward passes and Hessians: their inputs are BF16 weights and activations, so that products are
-    exact. Not for factorizations and column loops, which need FP32.
-    """
-    cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
-    before = cpu.fp32_precision, cuda.fp32_precision
-    cpu.fp32_precision, cuda.fp32_precision = "bf16", "tf32"
-    try:
-        yield
-    finally:
-        cpu.fp32_precision, cuda.fp32_precision = before
 
 
 class Hessian:

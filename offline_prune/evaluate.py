@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from offline_prune.activations import fast_matmul
 from offline_prune.model import empty_model, load_tokenizer
+from offline_prune.precision import fast_matmul
 from offline_prune.quantize import dequantize
 from offline_prune.source import TensorFiles
 from vllm_spense.errors import SpenseError

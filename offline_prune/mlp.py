@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from offline_prune.precision import fast_matmul
 from offline_prune.quantize import COMPENSATION_HEADROOM, channel_scales, round_to_fp8
 from offline_prune.select import (
     order_by_priority,
@@ -140,4 +141,5 @@ def _prune(
 
 
 def _row_power(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    return ((weight @ hessian) * weight).sum(1)
+    with fast_matmul():
+        return ((weight @ hessian) * weight).sum(1)

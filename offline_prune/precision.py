@@ -1,0 +1,24 @@
+"""How exact FP32 products have to be, decided by the code that multiplies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def fast_matmul() -> Iterator[None]:
+    """Lets FP32 products run on BF16 (CPU) or TF32 (GPU) units, with FP32 sums and results.
+
+    Meant for forward passes and Hessians, whose inputs are BF16 weights and activations to begin with, and for
+    losses that are only reported. Not for factorizations and column loops, which need FP32.
+    """
+    cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    before = cpu.fp32_precision, cuda.fp32_precision
+    cpu.fp32_precision, cuda.fp32_precision = "bf16", "tf32"
+    try:
+        yield
+    finally:
+        cpu.fp32_precision, cuda.fp32_precision = before
