@@ -111,6 +111,8 @@ def sweep(layer: str, ratio: float, dense: Mapping[int, Mapping[str, float]], de
         packs = [module.pack(weight, problem) for _ in range(cold_copies(problem.weight_bytes, device))]
         torch.cuda.synchronize()
         for tokens, dense_us in dense.items():
+            if module is one_launch and tokens > one_launch.MAX_TOKENS:
+                continue
             rows = tokens if module is one_launch else library.padded(tokens)
             start = time.perf_counter()
             plan = module.plan(problem, rows, device)

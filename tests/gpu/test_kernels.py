@@ -52,12 +52,8 @@ def runners(problem: Problem, weight: torch.Tensor, tokens: int) -> dict[str, Ru
     for tiling in TILINGS:
         if tiling.fits(problem):
             launch = one_launch.OneLaunchPlan(problem, tokens, DEVICE, tiling)
-            runs[str(tiling)] = lambda x, out, plan=launch: plan.run(in_kernel_order(x), tiles, out[: len(x)])
+            runs[str(tiling)] = lambda x, out, plan=launch: plan.run(one_launch.kernel_order(x), tiles, out[: len(x)])
     return runs
-
-
-def in_kernel_order(x: torch.Tensor) -> torch.Tensor:
-    return one_launch.kernel_order(x.view(torch.uint8)).view(x.dtype)
 
 
 def error(out: torch.Tensor, exact: torch.Tensor) -> float:
@@ -135,7 +131,7 @@ def test_two_layers_share_a_plan() -> None:
         exact = x.double() @ weight.double().t()
         for out in (
             libraries.run(x, library.pack(weight, problem)),
-            launch.run(in_kernel_order(x), one_launch.pack(weight, problem)),
+            launch.run(one_launch.kernel_order(x), one_launch.pack(weight, problem)),
         ):
             assert error(out, exact) <= tolerance(x, weight, exact, problem.out_dtype)
 
@@ -147,7 +143,7 @@ def test_one_launch_writes_into_a_slice_and_nothing_beside_it() -> None:
     wide = torch.full((32, problem.n + 128), 7.0, dtype=problem.out_dtype, device=DEVICE)
     out = wide[:24, 64:-64]
     plan = one_launch.OneLaunchPlan(problem, 32, DEVICE, TILINGS[0])
-    plan.run(in_kernel_order(x), one_launch.pack(weight, problem), out)
+    plan.run(one_launch.kernel_order(x), one_launch.pack(weight, problem), out)
     exact = x.double() @ weight.double().t()
     assert error(out, exact) <= tolerance(x, weight, exact, problem.out_dtype)
     out.fill_(7.0)
@@ -170,6 +166,18 @@ def test_a_search_is_kept_for_the_next_process(path, tmp_path, monkeypatch: pyte
         if clear := getattr(getattr(path, memory, None), "cache_clear", None):
             clear()
     assert torch.equal(path.run(x, path.pack(weight, problem), problem), out)
+
+
+@pytest.mark.parametrize("path", [library, one_launch], ids=lambda path: path.__name__.rpartition(".")[2])
+def test_a_path_takes_any_number_of_tokens(path, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPENSE_CACHE_DIR", str(tmp_path))
+    problem = Problem(256, 1024, Regions(512, 512), "input")
+    weight = random_weight(problem, DEVICE)
+    packed = path.pack(weight, problem)
+    for tokens in (1, 600, 16384):
+        x = random_fp8(tokens, problem.k, DEVICE)
+        exact = x.double() @ weight.double().t()
+        assert error(path.run(x, packed, problem), exact) <= tolerance(x, weight, exact, problem.out_dtype)
 
 
 @pytest.mark.parametrize("path", [library, one_launch], ids=lambda path: path.__name__.rpartition(".")[2])

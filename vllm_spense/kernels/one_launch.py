@@ -20,8 +20,11 @@ from vllm_spense.kernels.timing import cold_copies, median_us
 
 __all__ = ["OneLaunchPlan", "Tiling", "kernel_order", "pack", "plan", "reason_against", "run", "search"]
 
-#: Tensor cores want 16 tokens; beyond 64 registers run out, and the weights are read once per block.
+#: Tensor cores want 16 tokens; with more than 64 registers run out.
 _MIN_TOKEN_BLOCK, _MAX_TOKEN_BLOCK = 16, 64
+#: What one launch takes. It needs FP32 slots for them, and beyond 64 tokens, reading the weights once for each token
+#: block, it is only a way to do without a second copy of the weights.
+MAX_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -63,18 +66,22 @@ def token_block(tokens: int) -> int:
 
 
 def run(x: torch.Tensor, packed: Mapping[str, torch.Tensor], problem: Problem) -> torch.Tensor:
-    """As `OneLaunchPlan.run`, with the best plan for these tokens, for x in its ordinary order.
+    """As `OneLaunchPlan.run`, with the best plan for these tokens, for x in its ordinary order and any M.
 
     Putting x in order costs a small kernel; where x is made, `kernel_order` costs nothing.
 
     Raises:
         RuntimeError: a search would be needed while a CUDA graph is being captured.
     """
-    return plan(problem, x.shape[0], x.device).run(kernel_order(x.view(torch.uint8)).view(x.dtype), packed)
+    out = torch.empty(x.shape[0], problem.n, dtype=problem.out_dtype, device=x.device)
+    for x_part, out_part in zip(kernel_order(x).split(MAX_TOKENS), out.split(MAX_TOKENS), strict=True):
+        plan(problem, x_part.shape[0], x.device).run(x_part, packed, out_part)
+    return out
 
 
 def plan(problem: Problem, tokens: int, device: torch.device) -> OneLaunchPlan:
-    """The plan for up to `tokens` rows, by powers of two; searches for its tiling the first time."""
+    """The plan for up to `tokens` rows, at most MAX_TOKENS, by powers of two; searches for it the first time."""
+    assert tokens <= MAX_TOKENS, tokens
     return _plan(problem, max(_MIN_TOKEN_BLOCK, 1 << (tokens - 1).bit_length()), device)
 
 
@@ -157,11 +164,15 @@ class OneLaunchPlan:
         return out
 
 
-def candidates(problem: Problem) -> Iterator[Tiling]:
+def candidates(problem: Problem, max_tokens: int) -> Iterator[Tiling]:
     """Tile shapes worth timing: those that won for some shape on an H100 (docs/kernels.md)."""
     shapes = ((64, 128, 4, 5, 4), (64, 128, 5, 6, 4), (64, 256, 4, 4, 4), (128, 256, 3, 3, 4), (128, 128, 4, 5, 8))
-    both = problem.regions.sparse and problem.regions.dense
-    parts = ((1, 1), (1, 2), (2, 1), (2, 3), (3, 1), (3, 2)) if both else ((1, 1), (2, 2), (3, 3), (4, 4))
+    if max_tokens > _MAX_TOKEN_BLOCK:
+        parts = [(1, 1)]  # token blocks make programs enough
+    elif problem.regions.sparse and problem.regions.dense:
+        parts = [(1, 1), (1, 2), (2, 1), (2, 3), (3, 1), (3, 2)]
+    else:
+        parts = [(1, 1), (2, 2), (3, 3), (4, 4)]
     for shape, (sparse_parts, dense_parts) in product(shapes, parts):
         tiling = Tiling(*shape, sparse_parts, dense_parts)
         if tiling.fits(problem):
@@ -189,7 +200,7 @@ def search(problem: Problem, max_tokens: int, device: torch.device) -> Tiling:
         plan = OneLaunchPlan(problem, max_tokens, device, tiling)
         return median_us([partial(plan.run, x, packed, out) for packed in packs])
 
-    tilings = list(candidates(problem))
+    tilings = list(candidates(problem, max_tokens))
     # The first run of each tile shape compiles it, which threads do at once.
     with ThreadPoolExecutor() as pool:
         list(pool.map(run, {replace(tiling, sparse_parts=1, dense_parts=1) for tiling in tilings}))
