@@ -39,6 +39,9 @@ VLLM = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
+    # Threads pinned to cores that other programs use too wait for each other in every operation.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
 }
 
 
@@ -65,9 +68,6 @@ class Completion:
 def generate(runs: Sequence[Run]) -> dict[Run, list[Completion]]:
     """Completions of `PROMPTS` by each run, all in one process beside this one."""
     environment = os.environ | VLLM | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    if any(run.ranks > 1 for run in runs):
-        # One core for each rank; vLLM's own choice is one NUMA node for each.
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
     with TemporaryDirectory() as folder:
         order, answers = Path(folder, "order.json"), Path(folder, "answers.json")
         orders = [asdict(run) | {"model": str(run.model)} for run in runs]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -88,8 +87,6 @@ def rank_ordered_checkpoint(spense_checkpoint: Path, tmp_path_factory: pytest.Te
 @pytest.fixture(scope="module")
 def two_ranks(spense_checkpoint: Path, rank_ordered_checkpoint: Path) -> Answers:
     """Every engine of the tests on two ranks."""
-    if len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("two ranks need two processor cores")
     return generate(
         [
             *(Run(spense_checkpoint, q, compiled, 2) for q in ("spense", STOCK) for compiled in (False, True)),
