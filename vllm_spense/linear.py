@@ -47,7 +47,9 @@ class RegionLinearMethod(LinearMethodBase):
         self.regions = regions
         self.name = name
         self.quantize = QuantFP8(static=False, group_shape=GroupShape.PER_TOKEN)
-        self.dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        engine = get_current_vllm_config()
+        self.dummy = engine.load_config.load_format == "dummy"
+        self.max_tokens = engine.scheduler_config.max_num_batched_tokens
 
     def create_weights(
         self,
@@ -117,9 +119,10 @@ class RegionLinearMethod(LinearMethodBase):
         for name, tensor in packed.items():
             layer.register_parameter(f"weight_{name}", Parameter(tensor, requires_grad=False))
         layer.weight_scale = Parameter(scale, requires_grad=False)
-        # LoRA looks under this name for the layer's device.
-        layer.weight_packed = layer.weight_sparse
         self.packed_names = tuple(packed)
+        # LoRA looks under this name for the layer's device.
+        layer.weight_packed = getattr(layer, f"weight_{self.packed_names[0]}")
+        ops.prepare(self.problem, self.max_tokens, weight.device)
 
     def _require_sound(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
         if (weight.view(torch.uint8) & 0x7F == 0x7F).any():

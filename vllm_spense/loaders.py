@@ -8,16 +8,18 @@ counts the elements copied and reads the function's name, and a captured layer w
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
 
 import torch
 
 from vllm_spense.errors import FormatError
-from vllm_spense.format import GROUP, KEPT
 from vllm_spense.kernels.problem import Problem
+from vllm_spense.kernels.synthetic import random_weight
 from vllm_spense.layout import Shard
 
 Loader = Callable[..., None]
+
+#: Of the values that `random_weight` draws.
+_DUMMY_STANDARD_DEVIATION = 16
 
 
 def rows_loader(layer: str, intermediate: int, shard: Shard, parts: int) -> Loader:
@@ -92,13 +94,9 @@ def fill_dummy(weight: torch.Tensor, scale: torch.Tensor, problem: Problem) -> N
         weight: (N, K) FP8 E4M3, filled.
         scale: (N, 1) float32, filled.
     """
-    weight.copy_(torch.randn_like(weight, dtype=torch.bfloat16))
-    sparse = sparse_region(weight, problem)
-    masks = [mask for mask in product((0, 1), repeat=GROUP) if sum(mask) == KEPT]
-    choice = torch.randint(len(masks), (sparse.shape[0], sparse.shape[1] // GROUP), device=weight.device)
-    # As bytes, because FP8 has no arithmetic.
-    sparse.view(torch.uint8).mul_(torch.tensor(masks, dtype=torch.uint8, device=weight.device)[choice].flatten(1))
-    scale.fill_(0.02)
+    weight.copy_(random_weight(problem, weight.device))
+    # Outputs about as large as inputs.
+    scale.fill_(1 / (_DUMMY_STANDARD_DEVIATION * problem.k**0.5))
 
 
 def _check(layer: str, param: torch.Tensor, loaded: torch.Tensor, expected: tuple[int, ...]) -> None:

@@ -5,17 +5,27 @@ It takes FP8 and returns raw sums. Scales stay outside, as ordinary torch that I
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 
 from vllm_spense.format import Regions
-from vllm_spense.kernels import reference
 from vllm_spense.kernels.problem import Problem, Split
-from vllm_spense.policy import Device, Path, candidates, choose
+from vllm_spense.policy import (
+    SWITCH,
+    Device,
+    Path,
+    candidates,
+    choose,
+    forced_path,
+    reason_against_library,
+)
 
 # A child of vLLM's logger: its handlers and level apply in every process that vLLM starts.
 logger = logging.getLogger("vllm.spense")
@@ -26,10 +36,21 @@ class Kernel(Protocol):
 
     def pack(self, weight: torch.Tensor, problem: Problem) -> dict[str, torch.Tensor]: ...
 
+    def prepare(self, problem: Problem, max_tokens: int, device: torch.device) -> None: ...
+
     def run(self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], problem: Problem) -> torch.Tensor: ...
 
 
-KERNELS: dict[Path, Kernel] = {Path.REFERENCE: reference}
+@cache
+def kernel(path: Path) -> Kernel:
+    """The module of a path, imported when it is first needed: not every machine has every library."""
+    return cast(Kernel, importlib.import_module(f"vllm_spense.kernels.{path.value}"))
+
+
+def prepare(problem: Problem, max_tokens: int, device: torch.device) -> None:
+    """Makes whatever is slow to make, for up to `max_tokens` rows of activations."""
+    for path in candidates(problem, _describe(device), _forced()):
+        kernel(path).prepare(problem, max_tokens, device)
 
 
 def pack(weight: torch.Tensor, problem: Problem) -> dict[str, torch.Tensor]:
@@ -42,8 +63,8 @@ def pack(weight: torch.Tensor, problem: Problem) -> dict[str, torch.Tensor]:
         Named tensors for `region_gemm`; none shares memory with `weight`.
     """
     packed: dict[str, torch.Tensor] = {}
-    for path in candidates(problem, _describe(weight.device)):
-        packed |= KERNELS[path].pack(weight, problem)
+    for path in candidates(problem, _describe(weight.device), _forced()):
+        packed |= kernel(path).pack(weight, problem)
     return packed
 
 
@@ -83,9 +104,9 @@ def _region_gemm(
 ) -> torch.Tensor:
     problem = Problem(n, k, Regions(sparse, dense), split, out_dtype)
     # The number of tokens is symbolic in a compiled graph: only in here can it decide the path.
-    path = choose(problem, x.shape[0], _describe(x.device))
+    path = choose(problem, x.shape[0], _describe(x.device), _forced())
     _announce(path, problem, _describe(x.device))
-    return KERNELS[path].run(x, dict(zip(names, tensors, strict=True)), problem)
+    return kernel(path).run(x, dict(zip(names, tensors, strict=True)), problem)
 
 
 def _region_gemm_fake(
@@ -104,7 +125,15 @@ def _region_gemm_fake(
 
 @cache
 def _describe(device: torch.device) -> Device:
-    return Device(device.type, torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
+    if device.type != "cuda":
+        return Device(device.type)
+    bindings = importlib.util.find_spec("nvmath") is not None
+    return Device(device.type, torch.cuda.get_device_capability(device), bindings)
+
+
+@cache
+def _forced() -> Path | None:
+    return forced_path(os.environ.get(SWITCH))
 
 
 @cache
@@ -120,6 +149,11 @@ def _announce(path: Path, problem: Problem, device: Device) -> None:
         path,
         device,
     )
+    if device.kind == "cuda" and path is Path.REFERENCE:
+        logger.warning(
+            "Spense: the reference path is slow on a GPU; the library path is not taken because %s",
+            reason_against_library(problem, device) or f"{SWITCH} says so",
+        )
 
 
 # Torch removes the ops of a library object that is collected.

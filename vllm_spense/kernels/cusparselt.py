@@ -12,9 +12,8 @@ from nvmath.bindings import cusparseLt
 
 from vllm_spense.kernels.nvmath_support import CUDA_TYPE, ONE, ZERO, Shape, current_stream, set_attribute
 
-#: cuSPARSELt takes FP8 activations in multiples of this many tokens, and weights in multiples of `WEIGHT_MULTIPLE`.
+#: cuSPARSELt takes FP8 activations in multiples of this many tokens.
 TOKEN_MULTIPLE = 16
-WEIGHT_MULTIPLE = 32
 
 _COLUMN_ORDER = 1  # cusparseOrder_t; a row-major matrix is a column-major one, transposed
 _NON_TRANSPOSE, _TRANSPOSE = 0, 1  # cusparseOperation_t

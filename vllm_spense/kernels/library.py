@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
 
@@ -16,19 +17,15 @@ from vllm_spense.kernels.problem import Problem
 from vllm_spense.kernels.synthetic import random_fp8, random_weight
 from vllm_spense.kernels.timing import cold_copies, median_us
 
+logger = logging.getLogger("vllm.spense")
+
 Packed = Mapping[str, torch.Tensor]
 #: Of a weight, for a search. A region so small that this many copies fit into the cache takes no time to speak of.
 _MAX_COPIES = 8
+#: Largest number of tokens that vLLM captures in a CUDA graph unless told otherwise.
+_LARGEST_DECODE = 512
 #: Of each library's kernels, how many are tried together.
 _FINALISTS = 3
-
-
-def reason_against(problem: Problem) -> str | None:
-    """Why the libraries cannot take this GEMM, or None if they can."""
-    sizes = (*problem.sparse_shape, *problem.dense_shape)
-    if any(size % cusparselt.WEIGHT_MULTIPLE for size in sizes):
-        return f"region sizes {sizes} are not multiples of {cusparselt.WEIGHT_MULTIPLE}"
-    return None
 
 
 def pack(weight: torch.Tensor, problem: Problem) -> dict[str, torch.Tensor]:
@@ -52,8 +49,18 @@ def pack(weight: torch.Tensor, problem: Problem) -> dict[str, torch.Tensor]:
 
 
 def padded(tokens: int) -> int:
-    """M as cuSPARSELt takes it: the next multiple of 16."""
-    return -(-tokens // cusparselt.TOKEN_MULTIPLE) * cusparselt.TOKEN_MULTIPLE
+    """M as plans are made for it: the next multiple of 16, which cuSPARSELt asks for; of 64 in prefill, so that prompts
+    of every length do not need plans of their own."""
+    multiple = cusparselt.TOKEN_MULTIPLE if tokens <= _LARGEST_DECODE else 4 * cusparselt.TOKEN_MULTIPLE
+    return -(-tokens // multiple) * multiple
+
+
+def prepare(problem: Problem, max_tokens: int, device: torch.device) -> None:
+    """Finds kernels for every M up to `max_tokens` now, rather than while somebody waits for an answer."""
+    bucket = cusparselt.TOKEN_MULTIPLE
+    while bucket < 2 * max_tokens:
+        _choice(problem, bucket, device)
+        bucket *= 2
 
 
 def run(x: torch.Tensor, packed: Packed, problem: Problem) -> torch.Tensor:
@@ -67,8 +74,19 @@ def run(x: torch.Tensor, packed: Packed, problem: Problem) -> torch.Tensor:
 
 @cache
 def plan(problem: Problem, tokens: int, device: torch.device) -> LibraryPlan:
-    """The plan for M = `tokens`, a multiple of 16. Algorithms are searched for, and kept, by powers of two."""
+    """The plan for M = `tokens`, a multiple of 16. Kernels are searched for, and kept, by powers of two."""
     bucket = max(cusparselt.TOKEN_MULTIPLE, 1 << (tokens - 1).bit_length())
+    choice = _choice(problem, bucket, device)
+    try:
+        return LibraryPlan(problem, tokens, device, choice)
+    except (cusparselt.Error, cublaslt.Error) as error:
+        # A kernel that suits the bucket need not know every M in it.
+        logger.warning("Spense: default kernels for %d tokens of %s: %s", tokens, problem, error)
+        return LibraryPlan(problem, tokens, device, replace(choice, sparse=None, dense=None))
+
+
+@cache
+def _choice(problem: Problem, bucket: int, device: torch.device) -> Choice:
     key = {
         "path": "library",
         **environment(device),
@@ -77,7 +95,7 @@ def plan(problem: Problem, tokens: int, device: torch.device) -> LibraryPlan:
         **problem.describe(),
         "tokens": bucket,
     }
-    return LibraryPlan(problem, tokens, device, load_or_find(key, Choice, lambda: search(problem, bucket, device)))
+    return load_or_find(key, Choice, lambda: search(problem, bucket, device))
 
 
 @dataclass(frozen=True)
@@ -104,8 +122,11 @@ class LibraryPlan:
     """The two GEMMs of one problem and M. One plan serves any number of layers, on one stream at a time.
 
     Args:
-        problem: the GEMM; `reason_against` must be None for it.
+        problem: the GEMM; its region sizes are multiples of `WEIGHT_MULTIPLE`.
         tokens: M, a multiple of 16.
+
+    Raises:
+        cusparselt.Error, cublaslt.Error: a chosen kernel does not take this shape.
     """
 
     def __init__(self, problem: Problem, tokens: int, device: torch.device, choice: Choice) -> None:

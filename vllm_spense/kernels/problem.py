@@ -13,6 +13,9 @@ from vllm_spense.format import Regions
 #: "input": the regions split K, both GEMMs add to the same output (down).
 Split = Literal["output", "input"]
 
+#: cuSPARSELt takes FP8 weights whose sizes are multiples of this.
+WEIGHT_MULTIPLE = 32
+
 #: Raw sums reach 448² · K: far beyond float16.
 OUT_DTYPES = (torch.bfloat16, torch.float32)
 

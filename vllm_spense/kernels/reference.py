@@ -24,6 +24,10 @@ def pack(weight: torch.Tensor, problem: Problem) -> dict[str, torch.Tensor]:
     return {"sparse": sparse, "dense": dense}
 
 
+def prepare(problem: Problem, max_tokens: int, device: torch.device) -> None:
+    """Nothing to prepare: torch's kernels take any number of tokens."""
+
+
 def run(x: torch.Tensor, packed: Mapping[str, torch.Tensor], problem: Problem) -> torch.Tensor:
     """Raw sums X·Wᵀ, without scales.
 
