@@ -35,6 +35,9 @@ PROMPTS = [
     "Once the rain had stopped, the children ran out into the garden and",
 ]
 
+#: Nats. Spense and stock vLLM on one rank sum the same products in another order.
+ROUNDING = 1e-3
+
 VLLM = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",

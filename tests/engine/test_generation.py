@@ -8,15 +8,13 @@ from pathlib import Path
 
 import pytest
 from checkpoints import rank_ordered
-from engines import Completion, Run, generate, require_same_or_tied, spread
+from engines import ROUNDING, Completion, Run, generate, require_same_or_tied, spread
 
 from vllm_spense.format import KEY
 
 pytestmark = pytest.mark.engine
 
 STOCK = "compressed-tensors"
-#: Nats. Both sides sum the same products, in another order.
-ROUNDING = 1e-3
 
 Answers = dict[Run, list[Completion]]
 

@@ -1,0 +1,71 @@
+"""SmolLM2, pruned as in the demo: behind the OpenAI-compatible server, and against stock vLLM on the same files."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from engines import ROUNDING, VLLM, Run, generate, require_same_or_tied
+from openai import OpenAI
+
+from scripts.server import HOST, serving
+from scripts.smollm2 import QUESTION, answer
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("server") / "log"
+
+
+@pytest.fixture(scope="module")
+def client(pruned_folder: Path, log: Path) -> Iterator[OpenAI]:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port = probe.getsockname()[1]
+    options = {
+        "model": str(pruned_folder),
+        "served-model-name": "smollm2",
+        "quantization": "spense",
+        "dtype": "float32",
+        "max-model-len": "512",
+        "port": str(port),
+    }
+    arguments = [text for name, value in options.items() for text in (f"--{name}", value)]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager", *arguments]
+    with serving(command, port, log, VLLM):
+        yield OpenAI(base_url=f"http://{HOST}:{port}/v1", api_key="none", timeout=120)
+
+
+def test_answer_is_the_one_of_transformers(client: OpenAI, pruned_folder: Path) -> None:
+    chat = client.chat.completions.create(
+        model="smollm2", messages=[{"role": "user", "content": QUESTION}], temperature=0, max_tokens=20
+    )
+    assert chat.choices[0].message.content == answer(pruned_folder, QUESTION)
+
+
+def test_streaming_and_several_at_once(client: OpenAI) -> None:
+    prompts = ["The capital of France is", "Once upon a time", "Water boils at"]
+    request = {"model": "smollm2", "prompt": prompts, "temperature": 0, "max_tokens": 8}
+    streamed = [part.choices[0].index for part in client.completions.create(**request, stream=True)]
+    assert set(streamed) == {0, 1, 2}
+    at_once = client.completions.create(**request)
+    assert [choice.index for choice in at_once.choices if choice.text] == [0, 1, 2]
+
+
+def test_log_names_the_path_of_each_shape_once(client: OpenAI, log: Path) -> None:
+    client.completions.create(model="smollm2", prompt="One", max_tokens=1)
+    said = [line for line in log.read_text().splitlines() if "takes the reference path on cpu" in line]
+    assert len(said) == 2
+    assert "output-split 3072 × 576" in said[0]
+    assert "input-split 576 × 1536" in said[1]
+
+
+def test_tokens_of_a_real_model(pruned_folder: Path) -> None:
+    ours, stock = Run(pruned_folder, "spense"), Run(pruned_folder, "compressed-tensors")
+    answers = generate([ours, stock])
+    require_same_or_tied(answers[ours], answers[stock], ROUNDING)
