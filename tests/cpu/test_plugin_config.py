@@ -1,0 +1,212 @@
+"""vLLM's layers under SpenseConfig, without an engine."""
+
+import copy
+import pickle
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.model_executor.models.utils import WeightsMapper
+
+import vllm_spense
+from vllm_spense.config import SpenseConfig
+from vllm_spense.errors import FormatError, SpenseError
+from vllm_spense.format import KEY, Annotation, Projections, Regions
+from vllm_spense.linear import InputSplitLinearMethod, OutputSplitLinearMethod
+
+HIDDEN, REGIONS = 64, Regions(64, 32)
+I = REGIONS.intermediate  # noqa: E741
+MLP = "model.layers.0.mlp"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _world_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with set_current_vllm_config(VllmConfig()):
+        file = tmp_path_factory.mktemp("world") / "store"
+        init_distributed_environment(1, 0, f"file://{file}", 0, "gloo")
+        initialize_model_parallel()
+        yield
+    cleanup_dist_env_and_memory()
+
+
+def quantization_config(**changes: Any) -> dict[str, Any]:
+    fp8 = {"num_bits": 8, "type": "float"}
+    scheme = QuantizationScheme(
+        targets=["Linear"],
+        weights=QuantizationArgs(**fp8, strategy="channel"),
+        input_activations=QuantizationArgs(**fp8, strategy="token", dynamic=True),
+    )
+    config = QuantizationConfig(config_groups={"group_0": scheme}, format="float-quantized", ignore=["lm_head"])
+    annotation = Annotation(
+        method="magnitude",
+        settings={},
+        calibration=None,
+        alignment=32,
+        projections=Projections("gate_proj", "up_proj", "down_proj"),
+        modules=(MLP,),
+        default=REGIONS,
+    )
+    return config.to_dict() | {KEY: annotation.to_dict() | changes}
+
+
+@pytest.fixture
+def config() -> SpenseConfig:
+    made = SpenseConfig.from_config(quantization_config())
+    made.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
+    return made
+
+
+def gate_up(config: SpenseConfig, prefix: str = f"{MLP}.gate_up_proj", bias: bool = False) -> Any:
+    return MergedColumnParallelLinear(HIDDEN, [I, I], bias=bias, quant_config=config, prefix=prefix)
+
+
+def load(layer: Any, *arguments: Any, name: str = "weight") -> None:
+    parameter = getattr(layer, name)
+    parameter.weight_loader(parameter, *arguments)
+
+
+def sparse_weight(rows: int, columns: int, sparse: tuple[slice, slice]) -> torch.Tensor:
+    weight = torch.randn(rows, columns)
+    weight[sparse].unflatten(-1, (-1, 4))[..., 2:] = 0
+    return weight.to(torch.float8_e4m3fn)
+
+
+def test_registration_is_idempotent() -> None:
+    vllm_spense.register()
+    vllm_spense.register()
+    assert get_quantization_config("spense") is SpenseConfig
+
+
+def test_whose_checkpoint_it_is() -> None:
+    ask = SpenseConfig.override_quantization_method
+    ours, other = quantization_config(), {"quant_method": "gptq", "bits": 4}
+    assert ask(ours, None) == ask(ours, "spense") == "spense"
+    assert ask(ours, "compressed-tensors") is None
+    assert ask(other, None) is ask(other, "gptq") is ask(None, None) is ask(None, "spense") is None
+    with pytest.raises(FormatError, match=r"file: /m/config\.json; key: quantization_config\.spense; found: nothing"):
+        ask(other, "spense", hf_config=SimpleNamespace(_name_or_path="/m"))
+
+
+def test_a_broken_annotation_does_not_pass_unseen() -> None:
+    with pytest.raises(FormatError, match=r"file: /m/config\.json; key: version; found: 9"):
+        SpenseConfig.override_quantization_method(
+            quantization_config(version=9), None, SimpleNamespace(_name_or_path="/m")
+        )
+
+
+def test_research_checkpoint() -> None:
+    assert SpenseConfig.get_config_filenames() == ["spense.json"]
+    with pytest.raises(SpenseError, match="pruned but not quantized"):
+        SpenseConfig.from_config(quantization_config()[KEY])
+
+
+def test_travels_to_other_processes(config: SpenseConfig) -> None:
+    for copied in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config)):
+        assert copied.annotation == config.annotation
+        assert copied.layers == config.layers
+
+
+def test_only_pruned_layers_are_ours(config: SpenseConfig) -> None:
+    assert isinstance(gate_up(config).quant_method, OutputSplitLinearMethod)
+    down = RowParallelLinear(I, HIDDEN, bias=False, quant_config=config, prefix=f"{MLP}.down_proj")
+    assert isinstance(down.quant_method, InputSplitLinearMethod)
+    config.ignore.append("re:.*layers.1.*")
+    other = gate_up(config, "model.layers.1.mlp.gate_up_proj")
+    assert isinstance(other.quant_method, UnquantizedLinearMethod)
+
+
+def test_names_follow_vllms_twice(config: SpenseConfig) -> None:
+    mapper = WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."})
+    config.apply_vllm_mapper(mapper)
+    config.apply_vllm_mapper(mapper)
+    assert set(config.layers) == {f"language_model.{MLP}.{name}_proj" for name in ("gate", "up", "down")}
+
+
+def test_a_merged_layer_pruned_in_part(config: SpenseConfig) -> None:
+    del config.layers[f"{MLP}.up_proj"]
+    with pytest.raises(FormatError, match=rf"not pruned alike \(layer: {MLP}\.gate_up_proj"):
+        gate_up(config)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda scheme: scheme.update(input_activations=None),
+        lambda scheme: scheme["weights"].update(strategy="tensor"),
+        lambda scheme: scheme["weights"].update(type="int"),
+    ],
+)
+def test_wrong_quantization(change: Any) -> None:
+    data = quantization_config()
+    change(data["config_groups"]["group_0"])
+    with pytest.raises(FormatError, match=rf"wrong quantization \(layer: {MLP}\.down_proj; key: quantization_config"):
+        RowParallelLinear(I, HIDDEN, bias=False, quant_config=SpenseConfig.from_config(data), prefix=f"{MLP}.down_proj")
+
+
+def test_wrong_intermediate_size(config: SpenseConfig) -> None:
+    with pytest.raises(FormatError, match=r"layer: .*down_proj; key: regions; found: 64 \+ 32; expected: 128"):
+        RowParallelLinear(128, HIDDEN, bias=False, quant_config=config, prefix=f"{MLP}.down_proj")
+
+
+def dequantized(x: torch.Tensor) -> torch.Tensor:
+    """x rounded to FP8 per token, as the layers do."""
+    scale = x.abs().amax(-1, keepdim=True) / 448
+    return (x / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+def test_gate_and_up_with_biases(config: SpenseConfig) -> None:
+    layer = gate_up(config, bias=True)
+    weights = [sparse_weight(I, HIDDEN, (slice(0, 64), slice(None))) for _ in range(2)]
+    scales, biases = torch.rand(2, I, 1) + 0.5, torch.randn(2, I)
+    for part in range(2):
+        load(layer, weights[part], part)
+        load(layer, scales[part], part, name="weight_scale")
+        load(layer, biases[part], part, name="bias")
+    layer.quant_method.process_weights_after_loading(layer)
+    assert {"weight_sparse", "weight_dense", "weight_scale", "bias"} <= dict(layer.named_parameters()).keys()
+
+    x = torch.randn(2, 5, HIDDEN)
+    found, _ = layer(x)
+    expected = [dequantized(x) @ (w.float() * s).t() + b for w, s, b in zip(weights, scales, biases, strict=True)]
+    torch.testing.assert_close(found, torch.cat(expected, -1), rtol=1e-4, atol=1e-3)
+
+
+def test_a_gate_that_vllm_does_not_merge(config: SpenseConfig) -> None:
+    layer = ColumnParallelLinear(HIDDEN, I, bias=False, quant_config=config, prefix=f"{MLP}.gate_proj")
+    weight = sparse_weight(I, HIDDEN, (slice(0, 64), slice(None)))
+    load(layer, weight)
+    load(layer, torch.ones(I, 1), name="weight_scale")
+    layer.quant_method.process_weights_after_loading(layer)
+    x = torch.randn(3, HIDDEN)
+    torch.testing.assert_close(layer(x)[0], dequantized(x) @ weight.float().t(), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale", "said"),
+    [
+        (None, 1.0, r"the weight is missing or holds NaN \(layer: .*down_proj; key: weight\)"),
+        (0.0, None, r"a weight scale is missing or wrong \(layer: .*down_proj; key: weight_scale; found: nan"),
+        (0.0, -1.0, r"key: weight_scale; found: -1.0; expected: a positive number"),
+        (1.0, 1.0, r"are not 2:4; .* \(layer: .*down_proj; found: \[1.0, 1.0, 1.0, 1.0\]"),
+    ],
+)
+def test_unsound_weights(config: SpenseConfig, weight: float | None, scale: float | None, said: str) -> None:
+    layer: Any = RowParallelLinear(I, HIDDEN, bias=False, quant_config=config, prefix=f"{MLP}.down_proj")
+    if weight is not None:
+        load(layer, torch.full((HIDDEN, I), weight).to(torch.float8_e4m3fn))
+    if scale is not None:
+        load(layer, torch.full((HIDDEN, 1), scale), name="weight_scale")
+    with pytest.raises(FormatError, match=said):
+        layer.quant_method.process_weights_after_loading(layer)

@@ -1,0 +1,98 @@
+"""`spense::region_gemm` against float64, eager and compiled, and its registration."""
+
+import logging
+
+import pytest
+import torch
+
+from vllm_spense import ops
+from vllm_spense.format import Regions
+from vllm_spense.kernels.problem import Problem, Split
+
+FP8 = torch.float8_e4m3fn
+
+
+def make(problem: Problem, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (M, K) and W (N, K), FP8, with values of all sizes that FP8 has."""
+    generator = torch.Generator().manual_seed(tokens)
+    return tuple(
+        (torch.randn(rows, problem.k, generator=generator) * 100).clamp(-448, 448).to(FP8)
+        for rows in (tokens, problem.n)
+    )
+
+
+def problem(split: Split, sparse: int, dense: int, out_dtype: torch.dtype = torch.float32) -> Problem:
+    n, k = (sparse + dense, 96) if split == "output" else (96, sparse + dense)
+    return Problem(n, k, Regions(sparse, dense), split, out_dtype)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 16, 33])
+@pytest.mark.parametrize(("sparse", "dense"), [(96, 32), (128, 0), (0, 128)])
+@pytest.mark.parametrize("split", ["output", "input"])
+def test_against_float64(split: Split, sparse: int, dense: int, tokens: int) -> None:
+    p = problem(split, sparse, dense)
+    x, weight = make(p, tokens)
+    exact = x.double() @ weight.double().t()
+    found = ops.region_gemm(x, ops.pack(weight, p), p)
+    assert found.dtype == torch.float32
+    # K products, each exact, summed in float32: at most K roundings of a partial sum.
+    bound = p.k * torch.finfo(torch.float32).eps * (x.double().abs() @ weight.double().abs().t())
+    assert ((found.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("split", ["output", "input"])
+def test_bfloat16_sums(split: Split) -> None:
+    p = problem(split, 96, 32, torch.bfloat16)
+    x, weight = make(p, 8)
+    found = ops.region_gemm(x, ops.pack(weight, p), p)
+    assert found.dtype == torch.bfloat16
+    # One rounding of the result, and for input-split one of the sparse region's sum.
+    size = x.double().abs() @ weight.double().abs().t()
+    assert (
+        (found.double() - x.double() @ weight.double().t()).abs() <= 2 * torch.finfo(torch.bfloat16).eps * size
+    ).all()
+
+
+@pytest.mark.parametrize("split", ["output", "input"])
+def test_registration(split: Split) -> None:
+    p = problem(split, 96, 32)
+    x, weight = make(p, 5)
+    packed = ops.pack(weight, p)
+    sizes = (p.n, p.k, p.regions.sparse, p.regions.dense)
+    # opcheck compares inputs before and after, which torch cannot in FP8.
+    arguments = (x.float(), list(packed.values()), list(packed), *sizes, split, p.out_dtype)
+    torch.library.opcheck(torch.ops.spense.region_gemm.default, arguments)
+
+
+def test_one_graph_for_every_number_of_tokens() -> None:
+    p = problem("output", 96, 32)
+    _, weight = make(p, 1)
+    packed = ops.pack(weight, p)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(lambda x: ops.region_gemm(x, packed, p) * 2, backend=backend, fullgraph=True, dynamic=True)
+    for tokens in (3, 5, 17):
+        x, _ = make(p, tokens)
+        assert torch.equal(compiled(x), ops.region_gemm(x, packed, p) * 2)
+    assert len(graphs) == 1
+
+
+def test_packed_weights_do_not_keep_the_whole_weight() -> None:
+    p = problem("input", 96, 32)
+    _, weight = make(p, 1)
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in ops.pack(weight, p).values())
+
+
+def test_a_path_is_named_once_for_each_shape(caplog: pytest.LogCaptureFixture) -> None:
+    p = problem("output", 64, 32)
+    packed = ops.pack(make(p, 1)[1], p)
+    with caplog.at_level(logging.INFO, logger="vllm.spense"):
+        for tokens in (1, 2, 2, 64):
+            ops.region_gemm(make(p, tokens)[0], packed, p)
+    said = [record.getMessage() for record in caplog.records if "output-split 96 × 96" in record.getMessage()]
+    assert len(said) == 1
+    assert "reference path on cpu" in said[0]
