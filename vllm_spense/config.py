@@ -113,8 +113,8 @@ class SpenseConfig(CompressedTensorsConfig):
         """Our method for a pruned layer, otherwise what compressed-tensors gives.
 
         Raises:
-            FormatError: a merged layer is pruned in part, or a pruned layer is not quantized to FP8 per channel and
-                per token.
+            FormatError: a layer inside a pruned module is not one that the annotation names, or a pruned layer is not
+                quantized to FP8 per channel and per token.
         """
         found = self._find(prefix) if isinstance(layer, LinearBase) else None
         if found is None:
@@ -126,15 +126,18 @@ class SpenseConfig(CompressedTensorsConfig):
 
     def _find(self, prefix: str) -> tuple[Regions, Method] | None:
         parent, _, leaf = prefix.rpartition(".")
-        parts = [self.layers.get(f"{parent}.{part}") for part in self.packed_modules_mapping.get(leaf, [leaf])]
-        if len(set(parts)) > 1:
+        parts = {self.layers.get(f"{parent}.{part}") for part in self.packed_modules_mapping.get(leaf, [leaf])}
+        siblings = [name for name in self.layers if name.rpartition(".")[0] == parent]
+        # Going on dense would give the right answers, and no reason to notice.
+        if siblings and (len(parts) > 1 or None in parts):
             raise FormatError(
-                "vLLM runs these layers as one, but they are not pruned alike",
+                "vLLM has a layer in a pruned module that is not one of its projections",
                 layer=prefix,
-                key="modules",
-                found=parts,
+                key="projections",
+                found=leaf,
+                expected=" | ".join(siblings),
             )
-        return parts[0]
+        return parts.pop()
 
     def _require_fp8(self, layer: torch.nn.Module, prefix: str) -> None:
         scheme = self.get_scheme_dict(layer, prefix) or {}

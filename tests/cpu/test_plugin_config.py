@@ -134,9 +134,12 @@ def test_names_follow_vllms_twice(config: SpenseConfig) -> None:
     assert set(config.layers) == {f"language_model.{MLP}.{name}_proj" for name in ("gate", "up", "down")}
 
 
-def test_a_merged_layer_pruned_in_part(config: SpenseConfig) -> None:
+def test_no_layer_of_a_pruned_module_is_left_dense(config: SpenseConfig) -> None:
+    said = r"not one of its projections \(layer: {}; key: projections; found: {}; expected: .*gate_proj \| "
+    with pytest.raises(FormatError, match=said.format(f"{MLP}.w13", "w13")):
+        gate_up(config, f"{MLP}.w13")
     del config.layers[f"{MLP}.up_proj"]
-    with pytest.raises(FormatError, match=rf"not pruned alike \(layer: {MLP}\.gate_up_proj"):
+    with pytest.raises(FormatError, match=said.format(f"{MLP}.gate_up_proj", "gate_up_proj")):
         gate_up(config)
 
 

@@ -37,7 +37,7 @@ def one_rank(spense_checkpoints: dict[str, Path], overrides: Path) -> Answers:
         *(Run(spense_checkpoints[name], q) for name in ("llama", "bias", "phi3") for q in ("spense", STOCK)),
         *(Run(llama, q, compiled=True) for q in ("spense", STOCK)),
         Run(llama, None),
-        Run(llama, "spense", reload=True),
+        Run(spense_checkpoints["bias"], "spense", reload=True),
         Run(llama, "spense", load_format="dummy"),
         Run(overrides, "spense"),
     ]
@@ -63,8 +63,9 @@ def test_without_the_flag(one_rank: Answers, spense_checkpoint: Path) -> None:
     assert one_rank[Run(spense_checkpoint, None)] != one_rank[Run(spense_checkpoint, STOCK)]
 
 
-def test_reload(one_rank: Answers, spense_checkpoint: Path) -> None:
-    assert one_rank[Run(spense_checkpoint, "spense", reload=True)] == one_rank[Run(spense_checkpoint, "spense")]
+def test_reload(one_rank: Answers, spense_checkpoints: dict[str, Path]) -> None:
+    folder = spense_checkpoints["bias"]
+    assert one_rank[Run(folder, "spense", reload=True)] == one_rank[Run(folder, "spense")]
 
 
 def test_regions_of_single_layers(one_rank: Answers, overrides: Path, spense_checkpoint: Path) -> None:
