@@ -58,6 +58,7 @@ class Run:
     ranks: int = 1
     reload: bool = False
     load_format: str = "auto"
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def _run(prompts: list[str], run: dict[str, Any]) -> list[dict[str, Any]]:
         enforce_eager=not run["compiled"],
         tensor_parallel_size=run["ranks"],
         load_format=run["load_format"],
-        dtype="float32",
+        dtype=run["dtype"],
         max_model_len=256,
         seed=0,
     )
