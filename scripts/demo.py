@@ -47,7 +47,7 @@ def main() -> None:
         checkpoints[title] = pruned(model, pruning)
     heading(f"Perplexity on held-out text ({HELDOUT_SAMPLES} × {HELDOUT_LENGTH} tokens)")
     show_perplexities(model, checkpoints)
-    heading("vLLM's OpenAI-compatible server, --quantization spense")
+    heading("vLLM's OpenAI-compatible server with --quantization spense, ready in about a minute")
     ask(checkpoints[SERVED], port, on_cpu)
     if on_cpu:
         console.print("\nThis ran on CPU, where nothing gets faster: the speed of 2:4 sparsity needs an NVIDIA GPU.")
@@ -63,8 +63,9 @@ def show_perplexities(model: Path, checkpoints: dict[str, Path]) -> None:
 
     table = Table("method", "MLP sparsity", "perplexity")
     for title, folder in {"dense": model, **checkpoints}.items():
-        loaded, tokenizer = load_dense(folder)
-        value = perplexity(loaded, heldout_tokens(tokenizer, HELDOUT_SAMPLES, HELDOUT_LENGTH))
+        with console.status(f"measuring {title}"):
+            loaded, tokenizer = load_dense(folder)
+            value = perplexity(loaded, heldout_tokens(tokenizer, HELDOUT_SAMPLES, HELDOUT_LENGTH))
         table.add_row(title, f"{PRUNINGS[title].sparsity:.1%}" if title in PRUNINGS else "0", f"{value:.2f}")
     console.print(table)
 

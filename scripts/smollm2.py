@@ -28,6 +28,9 @@ def smollm2(folder: Path) -> Path:
     """
     if folder.exists():
         return folder
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
