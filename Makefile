@@ -1,6 +1,8 @@
 # The Python that makes .venv, and the demo server's port: make demo PYTHON=python3.12 PORT=8001
 PYTHON ?= python3
 PORT ?= 8000
+# OpenMP's waiting threads spin by default, which costs several times the work's time when anything else runs.
+export OMP_WAIT_POLICY ?= PASSIVE
 RUN := .venv/bin/python -m
 
 .DEFAULT_GOAL := help
