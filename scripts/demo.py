@@ -50,11 +50,12 @@ def main() -> None:
     heading("vLLM's OpenAI-compatible server with --quantization spense, ready in about a minute")
     ask(checkpoints[SERVED], port, on_cpu)
     if on_cpu:
-        console.print("\nThis ran on CPU, where nothing gets faster: the speed of 2:4 sparsity needs an NVIDIA GPU.")
+        said = "\nThis ran on CPU, where nothing gets faster: the speed of 2:4 sparsity needs an NVIDIA GPU."
+        console.print(said, soft_wrap=True)
 
 
 def heading(text: str) -> None:
-    console.print(f"\n[bold]{text}[/bold]")
+    console.print(f"\n[bold]{text}[/bold]", soft_wrap=True)
 
 
 def show_perplexities(model: Path, checkpoints: dict[str, Path]) -> None:
