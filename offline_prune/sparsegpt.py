@@ -5,17 +5,25 @@ All functions are pure: tensors in, tensors out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
+from offline_prune.meter import stage
 from offline_prune.quantize import round_to_fp8
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import GROUP, KEPT
 
 #: λ / mean(diag H) at which a Hessian that still cannot be factorized is given up.
 MAX_DAMPING = 1.0
+#: Role of a column that is not pruned; a pruned one's role is its place in its group of four.
+DENSE = -1
+#: Triangular matrices of this size are inverted by substitution, larger ones by halves.
+_SMALL = 1024
+
+#: (columns of W (N, n), changed in place; their corner of U (n, n); roles; prunable rows (N,); scales (N,)) → errors.
+Solver = Callable[[torch.Tensor, torch.Tensor, list[int], torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,8 @@ def inverse_factor(hessian: torch.Tensor, damping: float, layer: str) -> Inverse
     """Upper Cholesky factor of (H + λ·I)⁻¹, λ = damping · mean(diag H).
 
     With J the exchange matrix and J·H·J = L·Lᵀ, R = J·L·J is upper triangular and H = R·Rᵀ, so H⁻¹ = R⁻ᵀ·R⁻¹ and
-    U = R⁻¹: one factorization and one triangular inverse, without ever forming H⁻¹.
+    U = R⁻¹: one factorization and one triangular inverse, without ever forming H⁻¹. Needs memory for three more
+    matrices of H's size.
 
     Args:
         hessian: float32 (K, K), Σ x·xᵀ over the calibration tokens.
@@ -49,61 +58,69 @@ def inverse_factor(hessian: torch.Tensor, damping: float, layer: str) -> Inverse
     mean = diagonal.double().mean().item()
     if not torch.isfinite(diagonal).all() or mean <= 0:
         raise SpenseError(f"{layer}: the Hessian of its inputs is not usable (mean of the diagonal: {mean})")
-    size = len(hessian)
-    flipped = hessian.flip(0, 1)
-    while True:
-        damped = flipped + damping * mean * torch.eye(size, dtype=hessian.dtype, device=hessian.device)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed.item():
-            break
-        if damping * 10 > MAX_DAMPING:
-            raise SpenseError(
-                f"{layer}: the Hessian of its inputs is not positive definite even with damping {damping:g}; "
-                "more, or more varied, calibration text may help"
-            )
-        damping = max(damping, 1e-4) * 10
-    identity = torch.eye(size, dtype=hessian.dtype, device=hessian.device)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-    return InverseFactor(inverse.flip(0, 1).contiguous(), damping)
+    with stage("factorize"):
+        while True:
+            damped = hessian.flip(0, 1)
+            damped.diagonal().add_(damping * mean)
+            lower, failed = torch.linalg.cholesky_ex(damped)
+            del damped
+            if not failed.item():
+                break
+            if damping * 10 > MAX_DAMPING:
+                raise SpenseError(
+                    f"{layer}: the Hessian of its inputs is not positive definite even with damping {damping:g}; "
+                    "more, or more varied, calibration text may help"
+                )
+            damping = max(damping, 1e-4) * 10
+        _invert_lower(lower)
+        return InverseFactor(lower.flip(0, 1).contiguous(), damping)
+
+
+def _invert_lower(lower: torch.Tensor) -> None:
+    """Inverts a lower triangular (n, n) in place: [[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [−C⁻¹·B·A⁻¹, C⁻¹]]."""
+    size = len(lower)
+    if size <= _SMALL:
+        identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        return
+    half = size // 2
+    top, corner, bottom = lower[:half, :half], lower[half:, :half], lower[half:, half:]
+    _invert_lower(top)
+    _invert_lower(bottom)
+    corner.copy_((bottom @ corner @ top).neg_())
 
 
 @dataclass(frozen=True)
-class _Tile:
-    """Neighbouring columns [start, stop) that are decided together: one group of four, or dense ones."""
+class _Block:
+    """Neighbouring columns [start, start + len(roles)) between two updates of everything to their right."""
 
     start: int
-    stop: int
-    sparse: bool
+    roles: list[int]
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.roles)
 
 
-def _tiles(sparse_columns: torch.Tensor, block_size: int, dense_too: bool) -> Iterator[list[_Tile]]:
-    """Cuts the columns into blocks of at most about `block_size` columns, each a list of tiles."""
+def _blocks(sparse_columns: torch.Tensor, block_size: int, dense_too: bool) -> Iterator[_Block]:
+    """Cuts the columns that have work to do into blocks of at most `block_size`; groups stay whole."""
     flags = sparse_columns.tolist()
-    block: list[_Tile] = []
+    block = _Block(0, [])
     column = 0
     while column < len(flags):
         sparse = flags[column]
-        ahead = flags[column : column + GROUP]
-        if sparse and ahead != [True] * GROUP:
+        if sparse and flags[column : column + GROUP] != [True] * GROUP:
             raise ValueError(f"sparse columns do not come in whole groups of four at column {column}")
-        width = GROUP if sparse else (ahead.index(True) if True in ahead else len(ahead))
-        wanted = sparse or dense_too
-        if wanted:
-            block.append(_Tile(column, column + width, sparse))
-        column += width
-        if block and (not wanted or column - block[0].start >= block_size):
+        roles = [] if not (sparse or dense_too) else list(range(GROUP)) if sparse else [DENSE]
+        if block.roles and (not roles or len(block.roles) + len(roles) > block_size):
             yield block
-            block = []
-    if block:
+            block = _Block(column, [])
+        if roles:
+            block = block if block.roles else _Block(column, [])
+            block.roles.extend(roles)
+        column += GROUP if sparse else 1
+    if block.roles:
         yield block
-
-
-def _prune_mask(scores: torch.Tensor) -> torch.Tensor:
-    """True for the two lowest scores in each column of (4, N); of equal scores the later is pruned."""
-    ahead = scores.unsqueeze(0) < scores.unsqueeze(1)
-    tie = scores.unsqueeze(0) == scores.unsqueeze(1)
-    later = torch.ones(GROUP, GROUP, dtype=torch.bool, device=scores.device).triu(1).unsqueeze(-1)
-    return (ahead | (tie & later)).sum(1) < GROUP - KEPT
 
 
 def sparsegpt(
@@ -119,8 +136,9 @@ def sparsegpt(
 
     Columns go left to right in groups of four. In each sparse row the two weights with the smallest w² / U_cc² are
     pruned (the paper's equation 3); each column's error (w_c − ŵ_c) / U_cc, from pruning and from rounding alike,
-    is spread with U_c,c+1… over all columns still to the right, dense ones included. The columns of a group and of
-    a block are updated lazily, which changes the order of the sums and nothing else.
+    is spread with U_c,c+1… over all columns still to the right, dense ones included. The columns of a block are
+    updated lazily, which changes the order of the sums and nothing else. On a GPU one kernel walks the columns of
+    a block; `solve_block` is its twin in plain torch.
 
     Args:
         weight: float (N, K).
@@ -134,6 +152,7 @@ def sparsegpt(
         float32 (N, K).
     """
     upper = factor.upper
+    solve = _solver(weight.device)
     result = weight.float().clone()
     # Without rounding, a row that is never pruned makes no error and gets none.
     rows = None if scales is not None or bool(sparse_rows.all()) else sparse_rows.nonzero().squeeze(1)
@@ -141,30 +160,65 @@ def sparsegpt(
     prunable = sparse_rows if rows is None else sparse_rows[rows]
     channel = None if scales is None else scales.float().squeeze(1)
 
-    for block in _tiles(sparse_columns, block_size, dense_too=scales is not None):
-        first, last = block[0].start, block[-1].stop
-        columns = work[:, first:last].T.contiguous()
-        errors = torch.empty_like(columns)
-        for tile in block:
-            here = slice(tile.start - first, tile.stop - first)
-            corner = upper[tile.start : tile.stop, tile.start : tile.stop]
-            errors[here] = _solve_tile(columns[here], corner, prunable if tile.sparse else None, channel)
-            if tile.stop < last:
-                rest = upper[tile.start : tile.stop, tile.stop : last]
-                columns[tile.stop - first :].addmm_(rest.T, errors[here], alpha=-1)
-        work[:, first:last] = columns.T
-        if last < work.shape[1]:
-            work[:, last:].addmm_(errors.T, upper[first:last, last:], alpha=-1)
+    for block in _blocks(sparse_columns, block_size, dense_too=scales is not None):
+        here = slice(block.start, block.stop)
+        errors = solve(work[:, here], upper[here, here], block.roles, prunable, channel)
+        if block.stop < work.shape[1]:
+            work[:, block.stop :].addmm_(errors, upper[here, block.stop :], alpha=-1)
 
     if rows is not None:
         result[rows] = work
     return result
 
 
+def _solver(device: torch.device) -> Solver:
+    if device.type != "cuda":
+        return solve_block
+    from offline_prune import column_kernel
+
+    return column_kernel.solve_block
+
+
+def solve_block(
+    weight: torch.Tensor,
+    corner: torch.Tensor,
+    roles: list[int],
+    prunable: torch.Tensor,
+    scales: torch.Tensor | None,
+) -> torch.Tensor:
+    """Decides neighbouring columns of a weight in place and returns their errors.
+
+    Args:
+        weight: float32 (N, n), overwritten by the final values.
+        corner: float32 (n, n), the columns' part of U.
+        roles: n times `DENSE` or the column's place in its group.
+        prunable: bool (N,).
+        scales: float32 (N,) for rounding to FP8, or None.
+
+    Returns:
+        float32 (N, n): (w_c − ŵ_c) / U_cc.
+    """
+    columns = weight.T.contiguous()
+    errors = torch.empty_like(columns)
+    start = 0
+    while start < len(roles):
+        sparse = roles[start] != DENSE
+        stop = start + 1
+        while stop < len(roles) and stop - start < GROUP and (roles[stop] != DENSE) == sparse:
+            stop += 1
+        here = slice(start, stop)
+        errors[here] = _solve_tile(columns[here], corner[here, here], prunable if sparse else None, scales)
+        if stop < len(roles):
+            columns[stop:].addmm_(corner[here, stop:].T, errors[here], alpha=-1)
+        start = stop
+    weight.copy_(columns.T)
+    return errors.T
+
+
 def _solve_tile(
     tile: torch.Tensor, corner: torch.Tensor, prunable: torch.Tensor | None, scales: torch.Tensor | None
 ) -> torch.Tensor:
-    """Decides the columns of one tile in place and returns their errors.
+    """Decides one group of four, or a few dense columns, in place and returns their errors.
 
     Args:
         tile: (n, N): column c of the weight is row c here; overwritten by the final values.
@@ -187,3 +241,11 @@ def _solve_tile(
         if c + 1 < len(tile):
             tile[c + 1 :].addr_(corner[c, c + 1 :], errors[c], alpha=-1)
     return errors
+
+
+def _prune_mask(scores: torch.Tensor) -> torch.Tensor:
+    """True for the two lowest scores in each column of (4, N); of equal scores the later is pruned."""
+    ahead = scores.unsqueeze(0) < scores.unsqueeze(1)
+    tie = scores.unsqueeze(0) == scores.unsqueeze(1)
+    later = torch.ones(GROUP, GROUP, dtype=torch.bool, device=scores.device).triu(1).unsqueeze(-1)
+    return (ahead | (tie & later)).sum(1) < GROUP - KEPT

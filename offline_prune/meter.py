@@ -1,0 +1,85 @@
+"""Where a run's time and memory go."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from pathlib import Path
+
+import torch
+
+_active: ContextVar[Meter | None] = ContextVar("meter", default=None)
+_STATUS = Path("/proc/self/status")
+
+
+class Meter:
+    """Seconds by stage, and peaks of memory.
+
+    A stage entered inside another one stops the outer one's clock meanwhile, so the seconds add up to the whole.
+
+    Attributes:
+        seconds: by stage.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._peak_host = 0
+        self._stack: list[str] = []
+        self._since = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[Meter]:
+        """Makes `stage` count here."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        token = _active.set(self)
+        try:
+            yield self
+        finally:
+            _active.reset(token)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self._lap()
+        self._stack.append(name)
+        try:
+            yield
+        finally:
+            self._lap()
+            self._stack.pop()
+
+    @property
+    def peak_host(self) -> int:
+        """Bytes of host memory beyond mapped files, the largest seen between two stages."""
+        return self._peak_host
+
+    @property
+    def peak_device(self) -> int:
+        """Bytes of GPU memory that tensors took; 0 on a CPU."""
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+    def _lap(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        if self._stack:
+            self.seconds[self._stack[-1]] += now - self._since
+        self._since = now
+        self._peak_host = max(self._peak_host, _host_memory())
+
+
+def stage(name: str) -> AbstractContextManager[None]:
+    """Counts the time inside towards a stage of the running meter, if one is running."""
+    meter = _active.get()
+    return nullcontext() if meter is None else meter.stage(name)
+
+
+def _host_memory() -> int:
+    """Bytes of this process's own memory: what it allocated, not the files it mapped."""
+    found = re.findall(r"^(?:RssAnon|RssShmem):\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
+    return sum(map(int, found)) * 1024
