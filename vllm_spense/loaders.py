@@ -95,8 +95,12 @@ def fill_dummy(weight: torch.Tensor, scale: torch.Tensor, problem: Problem) -> N
         scale: (N, 1) float32, filled.
     """
     weight.copy_(random_weight(problem, weight.device))
-    # Outputs about as large as inputs.
-    scale.fill_(1 / (_DUMMY_STANDARD_DEVIATION * problem.k**0.5))
+    scale.fill_(dummy_scale(problem.k))
+
+
+def dummy_scale(k: int) -> float:
+    """The weight scale at which outputs of a random weight (N, K) are about as large as its inputs."""
+    return 1 / (_DUMMY_STANDARD_DEVIATION * k**0.5)
 
 
 def _check(layer: str, param: torch.Tensor, loaded: torch.Tensor, expected: tuple[int, ...]) -> None:

@@ -1,0 +1,241 @@
+"""Time of an output token and of prefill: stock vLLM in FP8 against Spense, end to end (the paper's Figure 5).
+
+    python benchmarks/decode_speed.py
+
+times the shape of Qwen3-32B with random weights and writes benchmarks/results/decode_speed.json and .png. Every engine
+is a process of its own: one start for each sparsity and each type of KV cache. `--work FOLDER` keeps what finished
+engines measured, so that the same command goes on where it was cut short.
+
+    python benchmarks/decode_speed.py --url http://localhost:8001/v1 --dense-url http://localhost:8000/v1
+
+times running servers instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.envelope import RESULTS, ROOT, write_result
+from benchmarks.make_shape import make_shape
+from benchmarks.timings import Timing
+from vllm_spense.errors import SpenseError
+from vllm_spense.format import KEY, Annotation
+from vllm_spense.shapes import SHAPES
+
+SPARSITIES = (0.25, 0.375, 0.5)
+BATCHES = (1, 8, 32, 64, 128, 256)
+CONTEXTS = (16, 1024, 4096)
+KV_CACHES = ("auto", "fp8")
+#: Of a failed engine's output.
+_LAST_LINES = 40
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One engine or server.
+
+    Attributes:
+        timings: by (batch, context).
+        start_s, weight_bytes: of an engine.
+        saved_bytes: what the format says its regions save over dense weights.
+    """
+
+    timings: Mapping[tuple[int, int], Timing]
+    start_s: float | None = None
+    weight_bytes: int | None = None
+    saved_bytes: int = 0
+
+
+def main() -> None:
+    options = parse()
+    rows: list[Row] = []
+    # After each engine, so that a run that is cut short leaves what it has.
+    for more in server_rows(options) if options.url else engine_rows(options):
+        rows += more
+        for row in more:
+            print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+        write_result(options.out, "decode_speed", rows)
+    if any(row["ratio"] for row in rows):
+        plot(rows, options.out.with_suffix(".png"))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-32b")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
+    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
+    parser.add_argument("--contexts", nargs="+", type=int, default=CONTEXTS)
+    parser.add_argument("--kv", nargs="+", choices=KV_CACHES, default=KV_CACHES, help="types of KV cache")
+    parser.add_argument(
+        "--steps", type=int, default=24, help="output tokens timed for each batch and context, 8 or more"
+    )
+    parser.add_argument("--eager", action="store_true", help="neither compile nor capture: to try things out")
+    parser.add_argument("--work", type=Path, help="folder for configurations, logs and what engines measured")
+    parser.add_argument("--url", help="of a server that runs Spense, …/v1")
+    parser.add_argument("--dense-url", help="of the server to compare it with")
+    parser.add_argument("--out", type=Path, default=RESULTS / "decode_speed.json")
+    options = parser.parse_args()
+    if options.steps < 8:
+        parser.error(f"--steps: found {options.steps}, expected at least 8")
+    return options
+
+
+def engine_rows(options: argparse.Namespace) -> Iterator[list[Row]]:
+    """Rows of each sparsity and type of KV cache, the dense engine right before those it is compared with."""
+    with TemporaryDirectory() as temporary:
+        work = options.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        for kv in options.kv:
+            dense = measure_engine(options, None, kv, work)
+            for sparsity in options.sparsities:
+                spense = measure_engine(options, sparsity, kv, work)
+                about = {"shape": options.shape, "kv_cache_dtype": kv, "sparsity": sparsity}
+                yield compare(about, dense, spense)
+
+
+def measure_engine(options: argparse.Namespace, sparsity: float | None, kv: str, work: Path) -> Measured:
+    """Starts a process that measures one engine, unless `work` holds what an equal one measured.
+
+    Raises:
+        SpenseError: the process failed; shows the end of its log.
+    """
+    name = f"{options.shape}-{'dense' if sparsity is None else sparsity}"
+    folder = make_shape(options.shape, work / name, sparsity, options.layers)
+    order = json.dumps(
+        {
+            "model": str(folder.resolve()),
+            "quantization": "compressed-tensors" if sparsity is None else "spense",
+            "kv_cache_dtype": kv,
+            "batches": options.batches,
+            "contexts": options.contexts,
+            "steps": options.steps,
+            "eager": options.eager,
+        }
+    )
+    stem = f"{name}-kv-{kv}-{sha256(f'{order}{options.layers}'.encode()).hexdigest()[:8]}"
+    answer, log = work / f"{stem}.json", work / f"{stem}.log"
+    if answer.exists():
+        print(f"{stem}: measured before", flush=True)
+    else:
+        print(f"{stem}: measuring", flush=True)
+        with log.open("w") as output:
+            command = [sys.executable, "-m", "benchmarks.engine_times", order, str(answer.resolve())]
+            done = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        if done.returncode:
+            end = "\n".join(log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
+            raise SpenseError(f"{end}\nthe engine of {stem} ended with code {done.returncode}")
+    found = json.loads(answer.read_text(encoding="utf-8"))
+    timings = [Timing(**timing) for timing in found["timings"]]
+    return Measured(
+        {(timing.batch, timing.context): timing for timing in timings},
+        found["start_s"],
+        found["weight_bytes"],
+        saved_bytes(json.loads((folder / "config.json").read_text(encoding="utf-8"))),
+    )
+
+
+def saved_bytes(config: Mapping[str, Any]) -> int:
+    """Bytes of dense FP8 weights that the sparse regions of a config.json do without: 0.375 of each."""
+    if KEY not in config["quantization_config"]:
+        return 0
+    annotation = Annotation.from_dict(config["quantization_config"][KEY])
+    sparse = sum(annotation.regions(module).sparse for module in annotation.modules)
+    return 3 * sparse * config["hidden_size"] * 3 // 8
+
+
+def server_rows(options: argparse.Namespace) -> Iterator[list[Row]]:
+    """Rows of a running server, and of another to compare it with if there is one."""
+    from benchmarks.server_times import time_server
+
+    found = [
+        Measured(time_server(url, options.batches, options.contexts, options.steps)) if url else Measured({})
+        for url in (options.dense_url, options.url)
+    ]
+    yield compare({"shape": options.url, "kv_cache_dtype": None, "sparsity": None}, *found)
+
+
+def compare(about: Row, dense: Measured, spense: Measured) -> list[Row]:
+    """One row for each batch and context that Spense was measured at; what dense lacks is null."""
+    rows = []
+    for (batch, context), ours in spense.timings.items():
+        theirs = dense.timings.get((batch, context))
+        rows.append(
+            {
+                "shape": about["shape"],
+                "batch": batch,
+                "context": context,
+                "kv_cache_dtype": about["kv_cache_dtype"],
+                "sparsity": about["sparsity"],
+                "dense_ms": theirs and theirs.ms,
+                "spense_ms": ours.ms,
+                "ratio": theirs and round(theirs.ms / ours.ms, 4),
+                "dense_spread_ms": theirs and theirs.spread_ms,
+                "spense_spread_ms": ours.spread_ms,
+                "prefill_dense_ms": theirs and theirs.prefill_ms,
+                "prefill_spense_ms": ours.prefill_ms,
+                "prefill_ratio": theirs and round(theirs.prefill_ms / ours.prefill_ms, 4),
+                "dense_start_s": dense.start_s,
+                "spense_start_s": spense.start_s,
+                "dense_weight_bytes": dense.weight_bytes,
+                "spense_weight_bytes": spense.weight_bytes,
+                "format_weight_bytes": dense.weight_bytes and dense.weight_bytes - spense.saved_bytes,
+            }
+        )
+    return rows
+
+
+def plot(rows: Sequence[Row], file: Path) -> None:
+    """Speed-up against batch, one panel for each type of KV cache and context, one line for each sparsity."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    kinds = list(dict.fromkeys(row["kv_cache_dtype"] for row in rows))
+    contexts = list(dict.fromkeys(row["context"] for row in rows))
+    sparsities = list(dict.fromkeys(row["sparsity"] for row in rows))
+    batches = sorted({row["batch"] for row in rows})
+    size = (4.2 * len(contexts), 3.2 * len(kinds))
+    figure, axes = plt.subplots(len(kinds), len(contexts), figsize=size, sharey=True, squeeze=False)
+    for kind, panels in zip(kinds, axes, strict=True):
+        for context, axis in zip(contexts, panels, strict=True):
+            for sparsity in sparsities:
+                points = [
+                    (row["batch"], row["ratio"])
+                    for row in rows
+                    if (row["kv_cache_dtype"], row["context"], row["sparsity"]) == (kind, context, sparsity)
+                ]
+                label = None if sparsity is None else f"{sparsity:.1%} sparse"
+                axis.plot([x for x, _ in points], [y for _, y in points], marker="o", label=label)
+            axis.axhline(1, color="gray", lw=0.8)
+            axis.set(title=f"context {context}, KV cache {kind}", xlabel="batch", xscale="log")
+            axis.set_xticks(batches, [str(batch) for batch in batches])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+        panels[0].set_ylabel("speed-up of an output token")
+    if sparsities != [None]:
+        axes[0][0].legend(fontsize=8)
+    figure.suptitle(rows[0]["shape"])
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SpenseError as error:
+        sys.exit(str(error))

@@ -1,0 +1,186 @@
+"""Times one vLLM engine at every batch and context. A program of its own (`decode_speed.py` starts it), because a GPU
+has memory for one engine at a time.
+
+    python -m benchmarks.engine_times '{"model": …}' ANSWER_FILE
+
+The engine runs in this process: all requests of a batch are there before the first step, and the time of every step is
+seen. Scheduling stays asynchronous, as it is in a server, so that the GPU does not wait for it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from vllm import LLM, SamplingParams
+from vllm.inputs.engine import tokens_input
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from benchmarks.random_weights import fill_random, weight_bytes
+from benchmarks.timings import TOKEN_BUDGET, Timing, output_tokens, summarize, time_steps
+from vllm_spense.errors import SpenseError
+
+#: Batches whose prompts have no more tokens than this are timed several times.
+REPEATED_TOKENS = 16384
+REPETITIONS = 3
+#: Decode steps right after a prefill, which do not count.
+_SETTLING = 2
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to time.
+
+    Attributes:
+        model: folder that `make_shape.py` wrote; its weights are random.
+        quantization: vLLM's name of it.
+        steps: decode steps of the whole batch.
+        eager: neither compiled nor captured, for trying things out.
+    """
+
+    model: str
+    quantization: str
+    kv_cache_dtype: str
+    batches: tuple[int, ...]
+    contexts: tuple[int, ...]
+    steps: int
+    eager: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """
+    Attributes:
+        start_s: to a ready engine: loading, searching for kernels, compiling, capturing.
+        weight_bytes: of all parameters, in the device's memory.
+        kv_tokens: tokens that the KV cache has room for; batches that need more are left out.
+    """
+
+    start_s: float
+    weight_bytes: int
+    kv_tokens: int
+    timings: tuple[Timing, ...]
+
+
+def main() -> None:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    order, target = Order(**json.loads(sys.argv[1])), Path(sys.argv[2])
+    answer = run(order)
+    unfinished = target.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(asdict(answer)), encoding="utf-8")
+    unfinished.rename(target)
+
+
+def run(order: Order) -> Answer:
+    """Starts the engine and times it."""
+    start = time.perf_counter()
+    llm = start_engine(order)
+    start_s = time.perf_counter() - start
+    llm.apply_model(fill_random)
+    bench = Bench(llm.llm_engine, order.steps)
+    bench.require_finite()
+    grid = [(batch, context) for context in order.contexts for batch in order.batches]
+    timings = []
+    for batch, context in grid:
+        if bench.fits(batch, context):
+            timings.append(bench.time(batch, context))
+            print(f"decode_speed: {timings[-1]}", flush=True)
+        else:
+            print(f"decode_speed: batch {batch} × context {context} does not fit the KV cache", flush=True)
+    return Answer(round(start_s, 1), llm.apply_model(weight_bytes)[0], bench.kv_tokens, tuple(timings))
+
+
+def start_engine(order: Order) -> LLM:
+    """An engine that captures the batches it will be asked for, and no others."""
+    longest = max(order.contexts) + max(
+        output_tokens(batch, context, order.steps) for batch in order.batches for context in order.contexts
+    )
+    return LLM(
+        order.model,
+        quantization=order.quantization,
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        kv_cache_dtype=order.kv_cache_dtype,
+        max_model_len=longest,
+        max_num_seqs=max(order.batches),
+        max_num_batched_tokens=TOKEN_BUDGET,
+        # Every prompt is new, and its whole prefill counts.
+        enable_prefix_caching=False,
+        enforce_eager=order.eager,
+        compilation_config={"cudagraph_capture_sizes": sorted(order.batches)},
+        seed=0,
+    )
+
+
+class Bench:
+    """Times batches on a running engine."""
+
+    def __init__(self, engine: LLMEngine, steps: int) -> None:
+        config = engine.vllm_config
+        self.engine = engine
+        self.steps = steps
+        self.vocabulary = engine.model_config.get_vocab_size()
+        self.block = config.cache_config.block_size
+        self.kv_tokens = (config.cache_config.num_gpu_blocks or 0) * self.block
+
+    def fits(self, batch: int, context: int) -> bool:
+        """Whether the KV cache holds the whole batch, so that no request is put off."""
+        tokens = context + output_tokens(batch, context, self.steps)
+        # vLLM keeps one block for itself.
+        return (batch * math.ceil(tokens / self.block) + 1) * self.block <= self.kv_tokens
+
+    def time(self, batch: int, context: int) -> Timing:
+        """Random prompts, generated until the whole batch has decoded for `steps` steps."""
+        repetitions = REPETITIONS if batch * context <= REPEATED_TOKENS else 1
+        tokens = output_tokens(batch, context, self.steps)
+        prefills, steps = [], []
+        for _ in range(repetitions):
+            prefill, decode = time_steps(self._results(self._prompts(batch, context), tokens), batch)
+            prefills.append(prefill)
+            steps += decode[_SETTLING:]
+        return summarize(batch, context, prefills, steps)
+
+    def require_finite(self) -> None:
+        """Runs one request, which also warms up, and looks at what the model makes of it.
+
+        Raises:
+            SpenseError: logits that are not numbers, or all the same.
+        """
+        params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, detokenize=False, logprobs=2)
+        self.engine.add_request("finite", tokens_input(self._prompts(1, 16)[0]), params)
+        while self.engine.has_unfinished_requests():
+            for output in self.engine.step():
+                for likeliest in output.outputs[0].logprobs:
+                    found = sorted(entry.logprob for entry in likeliest.values())
+                    if not all(map(math.isfinite, found)) or found[0] == found[-1]:
+                        raise SpenseError(f"the model's logits make no sense (key: logprobs; found: {found})")
+
+    def _prompts(self, batch: int, context: int) -> list[list[int]]:
+        return torch.randint(self.vocabulary, (batch, context)).tolist()
+
+    def _results(self, prompts: Sequence[Sequence[int]], tokens: int) -> Iterator[set[str]]:
+        """First nothing, once all requests are there; then after each step the requests that got a token."""
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=tokens,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        for number, prompt in enumerate(prompts):
+            self.engine.add_request(str(number), tokens_input(list(prompt)), params)
+        yield set()
+        while self.engine.has_unfinished_requests():
+            yield {output.request_id for output in self.engine.step()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Writes the configuration of a published model, without weights, for vLLM's `--load-format dummy`.
+
+    python benchmarks/make_shape.py qwen3-32b /tmp/qwen3-32b --sparsity 0.375
+    vllm serve /tmp/qwen3-32b --load-format dummy --skip-tokenizer-init
+
+`--sparsity dense` writes the FP8 baseline: the same `quantization_config` without an annotation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from offline_prune.checkpoint import fp8_config
+from offline_prune.settings import fit_regions
+from vllm_spense.errors import SpenseError
+from vllm_spense.format import KEY, Annotation, Projections
+from vllm_spense.shapes import SHAPES
+
+DENSE = "dense"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--sparsity", default="0.375", help="share of zeros in the MLP weights, 0 to 0.5, or `dense`")
+    parser.add_argument("--layers", type=int, help="fewer layers than published")
+    options = parser.parse_args()
+    try:
+        sparsity = None if options.sparsity == DENSE else float(options.sparsity)
+        make_shape(options.shape, options.out, sparsity, options.layers)
+    except (SpenseError, ValueError) as error:
+        parser.error(str(error))
+
+
+def make_shape(shape: str, out: Path, sparsity: float | None, layers: int | None = None) -> Path:
+    """Writes config.json and generation_config.json.
+
+    Args:
+        shape: a key of `SHAPES`.
+        out: the folder, created where it is missing.
+        sparsity: MLP sparsity, or None for the dense baseline.
+        layers: None for as many as published.
+
+    Raises:
+        SpenseError: no regions have that sparsity.
+    """
+    config: dict[str, Any] = {**SHAPES[shape]}
+    config["num_hidden_layers"] = layers or config["num_hidden_layers"]
+    config["quantization_config"] = quantization = fp8_config(ignore=["lm_head"])
+    if sparsity is not None:
+        quantization[KEY] = annotation(config, sparsity).to_dict()
+    out.mkdir(parents=True, exist_ok=True)
+    generation = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"]}
+    for name, content in (("config.json", config), ("generation_config.json", generation)):
+        (out / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return out
+
+
+def annotation(config: dict[str, Any], sparsity: float) -> Annotation:
+    """What the pruner would write for such a model, had it pruned one."""
+    modules = tuple(f"model.layers.{layer}.mlp" for layer in range(config["num_hidden_layers"]))
+    regions, alignment = fit_regions(config["intermediate_size"], sparsity, None, modules[0])
+    return Annotation(
+        method="none: dummy weights",
+        settings={},
+        calibration=None,
+        alignment=alignment,
+        projections=Projections("gate_proj", "up_proj", "down_proj"),
+        modules=modules,
+        default=regions,
+    )
+
+
+if __name__ == "__main__":
+    main()
