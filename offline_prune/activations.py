@@ -1,59 +1,149 @@
-"""Calibration activations: hidden states between two blocks, and the statistics of what a linear layer sees."""
+"""The hidden states of the calibration text, between two blocks and behind a block's attention."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from offline_prune.blocks import Observer, Split, find_split, forward, watch
 from offline_prune.glu import Glu
+from offline_prune.meter import stage
 from offline_prune.model import SourceModel
-from offline_prune.precision import fast_matmul
+from offline_prune.place import Place, allocate
 from vllm_spense.errors import SpenseError
 
-Observer = Callable[[torch.Tensor], None]
 
+class Stream:
+    """The hidden states of every calibration sequence, and how to call the blocks.
 
-class Hessian:
-    """H = Σ x·xᵀ of one linear layer's inputs, float32 (K, K).
+    One buffer holds them and is overwritten as they move on: while a block is worked on, its input becomes the
+    residual stream behind the block's attention, and that becomes its output.
 
-    Only blocks of rows from the diagonal rightwards are accumulated; the rest follows by symmetry.
+    Args:
+        model: its embeddings are loaded for the duration of the call.
+        tokens: int64 (samples, length).
+        dtype: of the hidden states.
+        batch_tokens: about how many tokens go through a block at once.
+        place: where the buffer is.
+        folder: for the file, if there is one; the file has no name any more once this returns.
     """
 
-    _ROWS = 512
+    def __init__(
+        self,
+        model: SourceModel,
+        tokens: torch.Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_tokens: int,
+        place: Place = "device",
+        folder: Path | None = None,
+    ) -> None:
+        self.device = device
+        self.kwargs: list[dict[str, Any]] = []
+        samples, length = tokens.shape
+        self._per_batch = max(1, batch_tokens // length)
+        self._starts = range(0, samples, self._per_batch)
+        self._splits: dict[type[nn.Module], Split | None] = {}
+        self._split: Split | None = None
+        width = model.skeleton.config.get_text_config().hidden_size
+        self.hidden = allocate((samples, length, width), dtype, device, place, folder)
+        with stage("forward"), _recording(model, device, dtype) as recorders:
+            for batch in range(len(self._starts)):
+                model.skeleton.base_model(input_ids=tokens[self._rows(batch)].to(device), use_cache=False)
+                self._put(batch, recorders[0].hidden)
+            # No padding and no cache: all batches share their masks and positions, but for the batch size.
+            model.skeleton.base_model(input_ids=tokens[:1].to(device), use_cache=False)
+            self.kwargs = [recorder.kwargs for recorder in recorders]
 
-    def __init__(self, size: int, device: torch.device) -> None:
-        self._sum = torch.zeros(size, size, device=device)
+    def attend(
+        self,
+        index: int,
+        block: nn.Module,
+        mlp: Glu,
+        on_input: Observer | None = None,
+        on_mid: Observer | None = None,
+        mid_tokens: int | None = None,
+    ) -> None:
+        """Takes the hidden states through a block's attention, once.
 
-    def add(self, inputs: torch.Tensor) -> None:
-        """Adds (tokens, K), any float type."""
-        x = inputs.float()
-        for start in range(0, x.shape[1], self._ROWS):
-            stop = start + self._ROWS
-            self._sum[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+        Args:
+            on_input: is shown the inputs of the block's MLP, (tokens, H).
+            on_mid: is shown the intermediate activations, (tokens, I).
+            mid_tokens: of about this many tokens only, evenly spread; None for all.
+        """
+        if type(block) not in self._splits:
+            self._splits[type(block)] = find_split(block, mlp, self._get(0), self.kwargs[index])
+        self._split = self._splits[type(block)]
+        entrance, exit_ = f"{mlp.path}.{mlp.projections.gate}", f"{mlp.path}.{mlp.projections.down}"
+        shown = self._spread(mid_tokens) if on_mid else frozenset()
+        for batch in range(len(self._starts)):
+            observers: dict[str, Observer] = {entrance: _flat(on_input)} if on_input else {}
+            if on_mid and batch in shown:
+                observers[exit_] = _flat(on_mid)
+            arrived: list[torch.Tensor] = []
+            if self._split:
+                observers[self._split.point] = arrived.append
+            watch(block, self._get(batch), self.kwargs[index], observers, exit_ if batch in shown else entrance)
+            if self._split:
+                self._put(batch, arrived[0])
 
-    def matrix(self) -> torch.Tensor:
-        """float32 (K, K), symmetric."""
-        upper = self._sum.triu()
-        return upper + upper.triu(1).T
+    def observe(self, index: int, block: nn.Module, mlp: Glu, on_mid: Observer) -> None:
+        """Shows an observer the intermediate activations, (tokens, I), of a block that `attend` has been called for."""
+        exit_ = f"{mlp.path}.{mlp.projections.down}"
+        with self._entered(block):
+            for batch in range(len(self._starts)):
+                watch(block, self._get(batch), self.kwargs[index], {exit_: _flat(on_mid)}, exit_)
+
+    def advance(self, index: int, block: nn.Module, name: str) -> None:
+        """Replaces the hidden states by the block's outputs, from behind its attention if `attend` went there.
+
+        Raises:
+            SpenseError: an output is not finite.
+        """
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        with self._entered(block):
+            for batch in range(len(self._starts)):
+                output = forward(block, self._get(batch), self.kwargs[index])
+                finite &= torch.isfinite(output).all()
+                self._put(batch, output)
+        self._split = None
+        if not finite.item():
+            raise SpenseError(f"{name}: its output on the calibration text is not finite")
+
+    @contextmanager
+    def _entered(self, block: nn.Module) -> Iterator[None]:
+        if self._split is None:
+            yield
+        else:
+            with self._split.skipping(block):
+                yield
+
+    def _rows(self, batch: int) -> slice:
+        return slice(self._starts[batch], self._starts[batch] + self._per_batch)
+
+    def _get(self, batch: int) -> torch.Tensor:
+        return self.hidden[self._rows(batch)].to(self.device, non_blocking=True)
+
+    def _put(self, batch: int, hidden: torch.Tensor) -> None:
+        self.hidden[self._rows(batch)].copy_(hidden, non_blocking=True)
+
+    def _spread(self, tokens: int | None) -> frozenset[int]:
+        """Batches that hold about so many tokens, evenly spread."""
+        batches = len(self._starts)
+        wanted = batches if tokens is None else math.ceil(tokens / (self._per_batch * self.hidden.shape[1]))
+        return (
+            frozenset(i * batches // wanted for i in range(wanted)) if wanted < batches else frozenset(range(batches))
+        )
 
 
-class Energy:
-    """diag(H) = Σ x_j² of one linear layer's inputs, float32 (K,)."""
-
-    def __init__(self, size: int, device: torch.device) -> None:
-        self.diagonal = torch.zeros(size, device=device)
-
-    def add(self, inputs: torch.Tensor) -> None:
-        """Adds (tokens, K), any float type."""
-        self.diagonal += inputs.float().square().sum(0)
-
-
-class _ReachedDown(Exception):
-    """Ends a forward pass whose output nobody needs."""
+def _flat(observer: Observer) -> Observer:
+    return lambda inputs: observer(inputs.flatten(0, -2))
 
 
 class _Recorder(nn.Module):
@@ -76,76 +166,6 @@ class _Recorder(nn.Module):
         return hidden_states
 
 
-class Stream:
-    """The hidden states of every calibration sequence at the input of one block, and how to call the blocks.
-
-    Args:
-        model: its embeddings are loaded for the duration of the call.
-        tokens: int64 (samples, length).
-        batch_tokens: about how many tokens go through a block at once.
-    """
-
-    def __init__(
-        self, model: SourceModel, tokens: torch.Tensor, device: torch.device, dtype: torch.dtype, batch_tokens: int
-    ) -> None:
-        self.device = device
-        batches = tokens.split(max(1, batch_tokens // tokens.shape[1]))
-        self.hidden: list[torch.Tensor] = []
-        self.kwargs: list[dict[str, Any]] = []
-        self._attention: list[dict[str, Any]] = [{} for _ in batches]
-        with _recording(model, device, dtype) as recorders:
-            for batch in batches:
-                model.skeleton.base_model(input_ids=batch.to(device), use_cache=False)
-                self.hidden.append(recorders[0].hidden.to(dtype).cpu())
-                # No padding and no cache: all batches share their masks and positions, but for the batch size.
-                if not self.kwargs:
-                    model.skeleton.base_model(input_ids=batch[:1].to(device), use_cache=False)
-                    self.kwargs = [recorder.kwargs for recorder in recorders]
-
-    def observe(
-        self,
-        index: int,
-        block: nn.Module,
-        mlp: Glu,
-        on_input: Observer | None = None,
-        on_mid: Observer | None = None,
-    ) -> None:
-        """Shows observers the inputs, (tokens, H), and the intermediate activations, (tokens, I), of a block's MLP."""
-        hooks = []
-        if on_input is not None:
-            hooks.append(_watch(mlp.gate_up(block)[0], on_input))
-        hooks.append(_watch(mlp.down(block), on_mid, stop=True))
-        try:
-            for batch in range(len(self.hidden)):
-                try:
-                    self._forward(index, block, batch, mlp)
-                except _ReachedDown:
-                    continue
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def advance(self, index: int, block: nn.Module, name: str, mlp: Glu | None) -> None:
-        """Replaces the hidden states by the block's outputs.
-
-        Raises:
-            SpenseError: an output is not finite.
-        """
-        for batch in range(len(self.hidden)):
-            output = self._forward(index, block, batch, mlp)
-            if not torch.isfinite(output).all():
-                raise SpenseError(f"{name}: its output on the calibration text is not finite")
-            self.hidden[batch] = output.cpu()
-        self._attention = [{} for _ in self.hidden]
-
-    def _forward(self, index: int, block: nn.Module, batch: int, mlp: Glu | None) -> torch.Tensor:
-        hidden = self.hidden[batch].to(self.device)
-        kwargs = self.kwargs[index]
-        with torch.inference_mode(), fast_matmul(), _replayed(block, mlp, self._attention[batch]):
-            output = block(hidden, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
-
-
 @contextmanager
 def _recording(model: SourceModel, device: torch.device, dtype: torch.dtype) -> Iterator[list[_Recorder]]:
     """The model with its embeddings loaded and a recorder in place of every block."""
@@ -162,48 +182,3 @@ def _recording(model: SourceModel, device: torch.device, dtype: torch.dtype) -> 
         finally:
             for i, block in enumerate(originals):
                 parent[i] = block
-
-
-def _watch(layer: nn.Linear, observer: Observer | None, stop: bool = False) -> Any:
-    def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if observer is not None:
-            observer(inputs[0].flatten(0, -2))
-        if stop:
-            raise _ReachedDown
-
-    return layer.register_forward_pre_hook(hook)
-
-
-@contextmanager
-def _replayed(block: nn.Module, mlp: Glu | None, cache: dict[str, Any]) -> Iterator[None]:
-    """Runs the block's attention on the first pass and returns its stored output on later ones.
-
-    A block is passed through three times with the same input; attention does not depend on what changes in
-    between. Whatever child of the block has linear layers and does not hold the MLP counts as attention.
-    """
-    originals: dict[str, Callable[..., Any]] = {}
-    if mlp is not None:
-        for name, child in block.named_children():
-            if name != mlp.path.split(".")[0] and any(isinstance(m, nn.Linear) for m in child.modules()):
-                originals[name] = child.forward
-                child.forward = _remember(name, child.forward, cache)
-    try:
-        yield
-    finally:
-        for name in originals:
-            del block.get_submodule(name).forward
-
-
-def _remember(name: str, forward: Callable[..., Any], cache: dict[str, Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if name not in cache:
-            output = forward(*args, **kwargs)
-            first, *rest = output if isinstance(output, tuple) else (output,)
-            cache[name] = (first.cpu(), isinstance(output, tuple), [None] * len(rest))
-            return output
-        first, is_tuple, rest = cache[name]
-        source = args[0] if args else kwargs["hidden_states"]
-        first = first.to(source.device)
-        return (first, *rest) if is_tuple else first
-
-    return call

@@ -1,19 +1,24 @@
-"""Writing a checkpoint folder: shard by shard into a hidden folder, renamed when it is whole."""
+"""Writing a checkpoint folder: part by part into a hidden folder, renamed when it is whole."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from offline_prune.quantize import SCALE_DTYPE, to_fp8
+from offline_prune.journal import FILE as JOURNAL
+from offline_prune.journal import Journal, Part
+from offline_prune.quantize import SCALE_DTYPE, dequantize, to_fp8
 from offline_prune.source import INDEX_NAME, SINGLE_NAME
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import KEY, SIDECAR, Annotation
@@ -43,6 +48,24 @@ def stored_form(weight: torch.Tensor, scales: torch.Tensor | None, dtype: torch.
     }
 
 
+def restored(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights that `stored_form` keeps, as everyone who reads them computes with them.
+
+    Args:
+        tensors: of any layers, by full name.
+
+    Returns:
+        The same without scales; weights that had one are float32.
+    """
+    suffix = "_scale"
+    scaled = {name.removesuffix(suffix): tensor for name, tensor in tensors.items() if name.endswith(suffix)}
+    return {
+        name: dequantize(tensor, scaled[name]) if name in scaled else tensor
+        for name, tensor in tensors.items()
+        if not name.endswith(suffix)
+    }
+
+
 def fp8_config(ignore: list[str]) -> dict[str, Any]:
     """The `quantization_config` of per-channel FP8 weights and dynamic per-token FP8 activations."""
     weights = QuantizationArgs(num_bits=8, type="float", strategy="channel", symmetric=True, dynamic=False)
@@ -58,44 +81,81 @@ def fp8_config(ignore: list[str]) -> dict[str, Any]:
     return json.loads(config.model_dump_json(exclude_unset=True))
 
 
+class Unfinished(SpenseError):
+    """The work cannot go on now; what is finished is kept for `--resume`."""
+
+
 class CheckpointWriter:
-    """A context in which tensors are added; leaving it normally makes the checkpoint visible, all at once.
+    """A context in which parts are written; leaving it normally makes the checkpoint visible, all at once.
+
+    Parts are written in the background, one at a time, into a hidden folder beside `out` with a journal. When the
+    context is left by anything but a mistake of the user's, and a part is finished, the folder stays for a run
+    that resumes.
 
     Args:
         out: the folder to create.
-        overwrite: replace a checkpoint that is there.
+        run: whatever decides the result, by name; a run that is resumed must have had the same.
+        overwrite: replace a checkpoint, or an unfinished one, that is there.
+        resume: go on with an unfinished one, if there is one.
 
     Raises:
-        SpenseError: at construction, when `out` is filled and may not be replaced.
+        SpenseError: at construction, when there is something that may not be replaced or resumed.
     """
 
-    def __init__(self, out: Path, overwrite: bool) -> None:
+    def __init__(self, out: Path, run: Mapping[str, Any], overwrite: bool, resume: bool) -> None:
         self.out = out
         refuse_filled(out, overwrite)
         self._hidden = out.parent / f".{out.name}.partial-{os.getpid()}"
-        self._shards: list[list[str]] = []
-        self._pending: dict[str, torch.Tensor] = {}
-        self._pending_bytes = 0
-        self.total_bytes = 0
+        self._journal = Journal(self._hidden, run)
+        self._resumed: Path | None = None
+        self._background = ThreadPoolExecutor(1, "write")
+        self._last: Future[None] | None = None
+        left = unfinished(out)
+        if left and resume:
+            left.require(run)
+            self._resumed = left.folder
+            self._journal.parts = left.parts
+        elif left and not overwrite:
+            raise SpenseError(
+                f"{left.folder}: an unfinished run ({len(left.parts)} blocks done); --resume goes on, --overwrite starts anew"
+            )
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoint is built."""
+        return self._hidden
+
+    @property
+    def finished(self) -> dict[str, Any]:
+        """The records of all finished parts, by name."""
+        return {part.name: part.record for part in self._journal.parts}
 
     def __enter__(self) -> CheckpointWriter:
         self.out.parent.mkdir(parents=True, exist_ok=True)
+        if self._resumed:
+            self._resumed.rename(self._hidden)
         _remove_abandoned(self.out)
-        self._hidden.mkdir()
+        self._hidden.mkdir(exist_ok=True)
+        kept = {part.file for part in self._journal.parts}
+        for file in self._hidden.iterdir():
+            if file.name not in kept:
+                file.unlink()
+        self._journal.start()
         return self
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Takes one tensor; writes a shard when enough have come."""
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > MAX_SHARD_BYTES:
-            self._flush()
-        self._pending[name] = tensor
-        self._pending_bytes += size
-        self.total_bytes += size
+    def add(self, name: str, tensors: Mapping[str, torch.Tensor], record: Any = None) -> None:
+        """Writes a part in the background, once the one before is written.
 
-    def add_layer(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
-        for key, tensor in tensors.items():
-            self.add(f"{name}.{key}", tensor)
+        Raises:
+            Unfinished: that one could not be written.
+        """
+        self._wait()
+        self._last = self._background.submit(self._write, name, dict(tensors), record)
+
+    def read(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of a finished part."""
+        file = next(part.file for part in self._journal.parts if part.name == name)
+        return load_file(self._hidden / file)
 
     def write_json(self, file: str, data: Any) -> None:
         (self._hidden / file).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -126,32 +186,53 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self._flush()
-            self._name_shards()
-            self._publish()
-        shutil.rmtree(self._hidden, ignore_errors=True)
+        try:
+            if kind is None:
+                self._wait()
+                self._name_shards()
+                (self._hidden / JOURNAL).unlink()
+                self._publish()
+        finally:
+            # Whatever was being written when something else went wrong is finished first.
+            self._background.shutdown()
+            mistake = kind is not None and issubclass(kind, SpenseError) and not issubclass(kind, Unfinished)
+            if mistake or not self._journal.parts:
+                shutil.rmtree(self._hidden, ignore_errors=True)
 
-    def _flush(self) -> None:
-        if self._pending:
-            number = len(self._shards)
-            shard = self._hidden / f"shard-{number}"
-            save_file(self._pending, shard, metadata={"format": "pt"})
-            shard.chmod(0o644)
-            self._shards.append(list(self._pending))
-            self._pending, self._pending_bytes = {}, 0
+    def _wait(self) -> None:
+        if self._last:
+            self._last.result()
+            self._last = None
+
+    def _write(self, name: str, tensors: dict[str, torch.Tensor], record: Any) -> None:
+        file = self._hidden / f"part-{len(self._journal.parts)}"
+        try:
+            save_file(tensors, file, metadata={"format": "pt"})
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+            file.chmod(0o644)
+            self._journal.add(Part(name, file.name, record))
+        except (OSError, SafetensorError) as error:
+            raise Unfinished(f"{file}: cannot be written: {error}") from None
 
     def _name_shards(self) -> None:
-        total = len(self._shards)
-        if total == 1:
-            (self._hidden / "shard-0").rename(self._hidden / SINGLE_NAME)
+        parts = self._journal.parts
+        files = [self._hidden / part.file for part in parts]
+        if sum(file.stat().st_size for file in files) <= MAX_SHARD_BYTES:
+            together = {name: tensor for file in files for name, tensor in load_file(file).items()}
+            save_file(together, self._hidden / SINGLE_NAME, metadata={"format": "pt"})
+            (self._hidden / SINGLE_NAME).chmod(0o644)
+            for file in files:
+                file.unlink()
             return
-        weight_map = {}
-        for number, names in enumerate(self._shards):
-            file = f"model-{number + 1:05d}-of-{total:05d}.safetensors"
-            (self._hidden / f"shard-{number}").rename(self._hidden / file)
-            weight_map.update(dict.fromkeys(names, file))
-        self.write_json(INDEX_NAME, {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map})
+        weight_map, total_bytes = {}, 0
+        for number, file in enumerate(files):
+            shard = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+            tensors = load_file(file)
+            total_bytes += sum(tensor.nbytes for tensor in tensors.values())
+            weight_map.update(dict.fromkeys(tensors, shard))
+            file.rename(self._hidden / shard)
+        self.write_json(INDEX_NAME, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
 
     def _publish(self) -> None:
         if self.out.exists():
@@ -161,6 +242,12 @@ class CheckpointWriter:
             shutil.rmtree(old)
         else:
             self._hidden.rename(self.out)
+
+
+def unfinished(out: Path) -> Journal | None:
+    """The journal of the run to `out` that got furthest and whose process is gone, if it finished anything."""
+    journals = [journal for folder in _abandoned(out) if (journal := Journal.read(folder)) and journal.parts]
+    return max(journals, key=lambda journal: len(journal.parts), default=None)
 
 
 def refuse_filled(out: Path, overwrite: bool) -> None:
@@ -178,11 +265,16 @@ def refuse_filled(out: Path, overwrite: bool) -> None:
 
 
 def _remove_abandoned(out: Path) -> None:
-    """Removes what killed runs left: hidden folders whose process is gone."""
-    for folder in out.parent.glob(f".{out.name}.partial-*"):
-        pid = folder.name.rpartition("-")[2]
-        if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(folder)
+    """Removes what killed runs left."""
+    for folder in _abandoned(out):
+        shutil.rmtree(folder)
+
+
+def _abandoned(out: Path) -> list[Path]:
+    """Hidden folders whose process is gone."""
+    folders = out.parent.glob(f".{out.name}.partial-*")
+    pids = {folder: folder.name.rpartition("-")[2] for folder in folders}
+    return [folder for folder, pid in pids.items() if pid.isdigit() and not _alive(int(pid))]
 
 
 def _alive(pid: int) -> bool:

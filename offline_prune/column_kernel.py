@@ -1,5 +1,7 @@
 """SparseGPT's walk over a block of columns as one Triton kernel; `sparsegpt.solve_block` is its plain twin."""
 
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import torch
@@ -48,7 +50,7 @@ def _two_lowest(tile, columns, c, corner, corner_stride):
 
 @triton.jit
 def _to_fp8(ratio, LARGEST: tl.constexpr):
-    """The nearest E4M3 value in float32, ties to even; arithmetic alone, for GPUs and an interpreter without the type."""
+    """The nearest E4M3 value in float32, ties to even, by arithmetic that every GPU and the interpreter have."""
     ratio = tl.minimum(tl.maximum(ratio, -LARGEST), LARGEST)
     power = (ratio.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     step = tl.maximum(power, 0.015625) * 0.125  # Three bits of mantissa; below 2⁻⁶ values are subnormal.

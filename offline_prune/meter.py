@@ -28,7 +28,7 @@ class Meter:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self._peak_host = 0
+        self._host_before = self._host_peak = _host_memory()
         self._stack: list[str] = []
         self._since = 0.0
 
@@ -55,8 +55,8 @@ class Meter:
 
     @property
     def peak_host(self) -> int:
-        """Bytes of host memory beyond mapped files, the largest seen between two stages."""
-        return self._peak_host
+        """Bytes of host memory beyond mapped files and what was there at first, the most seen between two stages."""
+        return self._host_peak - self._host_before
 
     @property
     def peak_device(self) -> int:
@@ -70,7 +70,7 @@ class Meter:
         if self._stack:
             self.seconds[self._stack[-1]] += now - self._since
         self._since = now
-        self._peak_host = max(self._peak_host, _host_memory())
+        self._host_peak = max(self._host_peak, _host_memory())
 
 
 def stage(name: str) -> AbstractContextManager[None]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -49,6 +50,8 @@ class SourceModel:
         self.tensors = TensorFiles(self.folder)
         self.skeleton = empty_model(self.folder)
         self.blocks = [Block(name, find_glu(module)) for name, module in _decoder_blocks(self.skeleton)]
+        self._reader = ThreadPoolExecutor(1, "prefetch")
+        self._ahead: dict[str, Future[dict[str, torch.Tensor]]] = {}
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -70,22 +73,34 @@ class SourceModel:
         head = self.skeleton.get_output_embeddings()
         return next(name for name, module in self.skeleton.named_modules() if module is head)
 
-    def load(self, name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    def prefetch(self, name: str) -> None:
+        """Starts to read a module's tensors into pinned host memory, in the background, for the next `load` of it."""
+
+        def read() -> dict[str, torch.Tensor]:
+            return {key: self.tensors.read(key).pin_memory() for key in self.tensors if key.startswith(f"{name}.")}
+
+        self._ahead[name] = self._reader.submit(read)
+
+    def load(
+        self, name: str, device: torch.device, dtype: torch.dtype, instead: Mapping[str, torch.Tensor] | None = None
+    ) -> nn.Module:
         """Fills a module with its weights, in place.
 
         Args:
             name: full module name, such as a block's.
+            instead: tensors, by full name, that take the place of the files' own.
 
         Raises:
             SpenseError: a tensor is missing, has another shape, or is not finite.
         """
         module = self.module(name)
-        converted: dict[str, torch.Tensor] = {}
+        read: dict[str, torch.Tensor] = self._ahead.pop(name).result() if name in self._ahead else {}
         if any(f"{name}.{key}" not in self.tensors for key, _ in module.named_parameters()):
-            converted = self._converted(name)
+            read = self._converted(name)
+        read = {**read, **(instead or {})}
         for key, parameter in list(module.named_parameters()):
             full = f"{name}.{key}"
-            weight = converted[full] if full in converted else self.tensors.read(full)
+            weight = read[full] if full in read else self.tensors.read(full)
             _set_parameter(module, key, self._checked(full, weight, parameter, device, dtype))
         for key, buffer in list(module.named_buffers()):
             owner, _, leaf = key.rpartition(".")
@@ -132,9 +147,10 @@ class SourceModel:
     ) -> torch.Tensor:
         if weight.shape != empty.shape:
             raise SpenseError(f"{name}: found shape {tuple(weight.shape)}, expected {tuple(empty.shape)}")
-        if not torch.isfinite(weight).all():
+        loaded = weight.to(device, dtype, non_blocking=True)
+        if not torch.isfinite(loaded).all():
             raise SpenseError(f"{self.tensors.folder}: {name} holds NaN or infinity")
-        return weight.to(device, dtype)
+        return loaded
 
     def unload(self, name: str) -> None:
         """Gives the memory of a filled module back; its buffers, which are no weights, stay."""

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-import resource
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from types import MappingProxyType
 from typing import cast
 
 import torch
+import transformers
 from torch import nn
 
-from offline_prune.activations import Energy, Hessian, Stream
+from offline_prune.activations import Stream
 from offline_prune.calibrate import calibration_tokens
-from offline_prune.checkpoint import CheckpointWriter, refuse_filled, stored_form
+from offline_prune.checkpoint import CheckpointWriter, refuse_filled, restored, stored_form
 from offline_prune.glu import Glu, Unsupported
+from offline_prune.hessian import Energy, Hessian
+from offline_prune.meter import Meter
 from offline_prune.mlp import Pruned, dense_order, prune_down, prune_gate_up
 from offline_prune.model import Block, SourceModel
-from offline_prune.plan import memory_plan, require_disk_space
+from offline_prune.plan import GIB, MemoryPlan, batch_tokens, memory_plan
 from offline_prune.quantize import channel_scales, round_to_fp8
-from offline_prune.report import FILE, PICTURE, LayerReport, Report, projection_report
+from offline_prune.report import FILE, PICTURE, LayerReport, ProjectionReport, Report, projection_report
 from offline_prune.select import selection_hash
 from offline_prune.settings import PruneSettings, fit_regions
 from vllm_spense.errors import SpenseError
@@ -33,14 +34,30 @@ from vllm_spense.format import Annotation, Calibration, Regions
 Progress = Callable[[int, int, str], None]
 Say = Callable[[str], None]
 
+#: Tokens from which SpenseGPT+ takes the diagonal of down's Hessian. As many as Wanda and SparseGPT are usually
+#: calibrated on; all of two million would cost SpenseGPT+ a tenth more time and choose the same indices.
+ENERGY_TOKENS = 2**18
+#: Selections that do not look at what reaches down.
+_BLIND = ("last", "random")
+#: The checkpoint's part that holds what is in no block.
+_OUTSIDE = "outside the blocks"
+#: Settings that do not change what is written.
+_WHERE_AND_HOW = ("model", "out", "device", "activations", "overwrite", "resume")
 
-def prune(settings: PruneSettings, progress: Progress = lambda *_: None, say: Say = lambda _: None) -> Report:
+
+def prune(
+    settings: PruneSettings,
+    progress: Progress = lambda *_: None,
+    say: Say = lambda _: None,
+    tokens: torch.Tensor | None = None,
+) -> Report:
     """Prunes a model and writes the checkpoint.
 
     Args:
         settings: what to do.
         progress: told about every finished block.
         say: told what a person should know, a line at a time: the plan, warnings.
+        tokens: int64 (samples, length) to calibrate on; None draws them as the settings say.
 
     Returns:
         The report that also lies beside the checkpoint.
@@ -51,7 +68,7 @@ def prune(settings: PruneSettings, progress: Progress = lambda *_: None, say: Sa
     refuse_filled(settings.out, settings.overwrite)
     device = pick_device(settings.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    return _Run(SourceModel(settings.model), settings, device, dtype, progress, say).run()
+    return _Run(SourceModel(settings.model), settings, device, dtype, progress, say).run(tokens)
 
 
 def pick_device(name: str) -> torch.device:
@@ -88,7 +105,7 @@ class _Run:
         self.dtype = dtype
         self.progress = progress
         self.say = say
-        self.stages: defaultdict[str, float] = defaultdict(float)
+        self.meter = Meter(device)
         self.regions, self.alignment = self._fit()
         self.quantized = set(self._quantized_linears())
         self.report = Report(
@@ -98,37 +115,78 @@ class _Run:
             skipped={block.name: block.mlp.found for block in model.blocks if isinstance(block.mlp, Unsupported)},
         )
 
-    def run(self) -> Report:
+    def run(self, tokens: torch.Tensor | None) -> Report:
         start = time.perf_counter()
-        plan = memory_plan(self.model, self.settings, self.dtype)
-        for line in plan.lines(self.device):
-            self.say(line)
-        require_disk_space(self.settings.out, plan)
-        with self._stage("calibration text"):
-            tokens = calibration_tokens(
-                self.settings.calibration,
-                self.model.tokenizer,
-                self.settings.samples,
-                self.settings.length,
-                self.settings.seed,
-            )
-        with CheckpointWriter(self.settings.out, self.settings.overwrite) as writer:
-            with self._stage("forward"):
-                stream = Stream(self.model, tokens, self.device, self.dtype, self.settings.batch_tokens)
-            self._copy_outside_blocks(writer)
-            for index, block in enumerate(self.model.blocks):
-                self._block(index, block, stream, writer)
-                self.progress(index + 1, len(self.model.blocks), block.name)
-            with self._stage("write"):
-                writer.copy_companions(self.model.folder)
-                ignore = self._ignored() if self.settings.quantize == "fp8" else None
-                writer.write_config(self.model.config_json, self._annotation(), ignore)
-            self.report.stages = dict(self.stages)
-            self.report.seconds = time.perf_counter() - start
-            self.report.peak_host_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            writer.write_json(FILE, self.report.to_dict())
-            self.report.draw(writer.path(PICTURE))
+        with self.meter.running():
+            plan = memory_plan(self.model, self.settings, self.device, self.dtype)
+            for line in plan.lines():
+                self.say(line)
+            if tokens is None:
+                with self.meter.stage("calibration text"):
+                    tokens = self._tokens()
+            run = self._identity(tokens)
+            writer = CheckpointWriter(self.settings.out, run, self.settings.overwrite, self.settings.resume)
+            try:
+                with writer:
+                    self._blocks(tokens, plan, writer)
+                    self._copy_outside_blocks(writer)
+                    with self.meter.stage("write"):
+                        writer.copy_companions(self.model.folder)
+                        ignore = self._ignored() if self.settings.quantize == "fp8" else None
+                        writer.write_config(self.model.config_json, self._annotation(), ignore)
+                    self._close_report(plan, start)
+                    writer.write_json(FILE, self.report.to_dict())
+                    self.report.draw(writer.path(PICTURE))
+            except BaseException:
+                if writer.folder.exists():
+                    self.say(f"what is finished is kept ({len(writer.finished)} blocks); --resume goes on from there")
+                raise
         return self.report
+
+    def _tokens(self) -> torch.Tensor:
+        settings = self.settings
+        return calibration_tokens(
+            settings.calibration, self.model.tokenizer, settings.samples, settings.length, settings.seed
+        )
+
+    def _identity(self, tokens: torch.Tensor) -> dict[str, object]:
+        """Whatever decides the result, by name: what a run that is resumed must have in common with this one."""
+        settings = {key: value for key, value in asdict(self.settings).items() if key not in _WHERE_AND_HOW}
+        return {
+            **settings,
+            "batch_tokens": batch_tokens(self.settings, self.device),
+            "model": self.model.tensors.fingerprint(),
+            "calibration tokens": hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()[:16],
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+
+    def _blocks(self, tokens: torch.Tensor, plan: MemoryPlan, writer: CheckpointWriter) -> None:
+        """Prunes block after block; those that are finished are only passed through."""
+        names = [block.name for block in self.model.blocks]
+        if all(name in writer.finished for name in names):
+            self.report.layers += [LayerReport.from_dict(writer.finished[name]) for name in self._pruned_blocks()]
+            return
+        with self.meter.stage("forward"):
+            tokens_at_once = batch_tokens(self.settings, self.device)
+            stream = Stream(self.model, tokens, self.device, self.dtype, tokens_at_once, plan.place, writer.folder)
+        for index, block in enumerate(self.model.blocks):
+            start = time.perf_counter()
+            if block.name in writer.finished:
+                self._pass_through(index, block, stream, writer)
+            else:
+                self._block(index, block, stream, writer)
+            self.model.unload(block.name)
+            self.report.block_seconds.append(time.perf_counter() - start)
+            self.progress(index + 1, len(names), block.name)
+
+    def _close_report(self, plan: MemoryPlan, start: float) -> None:
+        report = self.report
+        report.stages = dict(self.meter.seconds)
+        report.seconds = time.perf_counter() - start
+        report.planned_host_gib, report.planned_device_gib = plan.host / GIB, plan.on_device / GIB
+        report.peak_host_gib, report.peak_device_gib = self.meter.peak_host / GIB, self.meter.peak_device / GIB
 
     def _fit(self) -> tuple[dict[str, Regions], int]:
         """The regions of every MLP that will be pruned, by module name, and their common alignment."""
@@ -158,6 +216,9 @@ class _Run:
         if self.settings.quantize == "fp8":
             yield from (name for name in self.model.linears() if not (skipped and name.startswith(skipped)))
 
+    def _pruned_blocks(self) -> list[str]:
+        return [block.name for block in self.model.blocks if isinstance(block.mlp, Glu)]
+
     def _ignored(self) -> list[str]:
         """What stays unquantized, as compressed-tensors names it: the head, and whole blocks that were skipped."""
         return [self.model.head_name, *(f"re:{re.escape(block)}\\..*" for block in self.report.skipped)]
@@ -181,8 +242,11 @@ class _Run:
 
     def _copy_outside_blocks(self, writer: CheckpointWriter) -> None:
         """Embeddings, norms and the head go over as they are; linear layers out there, if any, to FP8."""
+        if _OUTSIDE in writer.finished:
+            return
         inside = tuple(f"{block.name}." for block in self.model.blocks)
-        with self._stage("write"):
+        stored: dict[str, torch.Tensor] = {}
+        with self.meter.stage("write"):
             for name in self.model.tensors:
                 layer = name.rpartition(".")[0]
                 if name.startswith(inside):
@@ -190,34 +254,47 @@ class _Run:
                 tensor = self.model.tensors.read(name)
                 if layer in self.quantized and name.endswith(".weight"):
                     weight, scales = self._rounded(tensor.float())
-                    writer.add_layer(layer, stored_form(weight, scales, tensor.dtype))
+                    self._store(stored, layer, weight, scales)
                 else:
-                    writer.add(name, tensor)
+                    stored[name] = tensor
+            writer.add(_OUTSIDE, stored)
 
     def _rounded(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scales = channel_scales(weight)
         return round_to_fp8(weight, scales), scales
 
+    def _pass_through(self, index: int, block: Block, stream: Stream, writer: CheckpointWriter) -> None:
+        """Takes the hidden states through a block that an earlier run finished, exactly as that run did."""
+        with self.meter.stage("load"):
+            module = self.model.load(block.name, self.device, self.dtype, restored(writer.read(block.name)))
+        with self.meter.stage("forward"):
+            if isinstance(block.mlp, Glu):
+                self.report.layers.append(LayerReport.from_dict(writer.finished[block.name]))
+                stream.attend(index, module, block.mlp)
+            stream.advance(index, module, block.name)
+
     def _block(self, index: int, block: Block, stream: Stream, writer: CheckpointWriter) -> None:
-        with self._stage("load"):
+        with self.meter.stage("load"):
             module = self.model.load(block.name, self.device, self.dtype)
+        more = index + 1 < len(self.model.blocks)
+        if more and self.device.type == "cuda":
+            self.model.prefetch(self.model.blocks[index + 1].name)
         stored: dict[str, torch.Tensor] = {}
-        with self._stage("quantize"), torch.inference_mode():
+        with self.meter.stage("quantize"), torch.inference_mode():
             self._quantize_unpruned(block, module, stored)
-        mlp = block.mlp if isinstance(block.mlp, Glu) else None
-        if mlp is not None:
-            self.report.layers.append(self._prune_mlp(index, block.name, mlp, module, stream, stored))
-        if index + 1 < len(self.model.blocks):
-            with self._stage("forward"):
-                stream.advance(index, module, block.name, mlp)
-        with self._stage("write"):
+        layer = None
+        if isinstance(block.mlp, Glu):
+            layer = self._prune_mlp(index, block.name, block.mlp, module, stream, stored)
+            self.report.layers.append(layer)
+        if more:
+            with self.meter.stage("forward"):
+                stream.advance(index, module, block.name)
+        with self.meter.stage("write"):
             prefix = f"{block.name}."
             for name in self.model.tensors:
                 if name.startswith(prefix) and name not in stored:
                     stored[name] = self.model.tensors.read(name)
-            for name in sorted(stored):
-                writer.add(name, stored[name])
-        self.model.unload(block.name)
+            writer.add(block.name, dict(sorted(stored.items())), asdict(layer) if layer else None)
 
     def _quantize_unpruned(self, block: Block, module: nn.Module, stored: dict[str, torch.Tensor]) -> None:
         """Rounds the block's other linear layers first, so that all Hessians see what inference will see."""
@@ -225,9 +302,7 @@ class _Run:
         for name in self.quantized:
             if name.startswith(f"{block.name}.") and not (pruned and name.startswith(pruned)):
                 layer = cast(nn.Linear, module.get_submodule(name.removeprefix(f"{block.name}.")))
-                weight, scales = self._rounded(layer.weight.float())
-                layer.weight.copy_(weight)
-                self._store(stored, name, weight, scales)
+                self._put(stored, name, layer, *self._rounded(layer.weight.float()))
 
     def _store(
         self, stored: dict[str, torch.Tensor], layer: str, weight: torch.Tensor, scales: torch.Tensor | None
@@ -246,7 +321,7 @@ class _Run:
         stored: dict[str, torch.Tensor],
     ) -> LayerReport:
         start = time.perf_counter()
-        settings = self.settings
+        settings, meter = self.settings, self.meter
         name = f"{block_name}.{mlp.path}"
         regions = self.regions[name]
         gate_up_layers, down_layer = mlp.gate_up(module), mlp.down(module)
@@ -254,80 +329,87 @@ class _Run:
         hessian_in = Hessian(mlp.hidden, self.device)
         whole_mid = settings.wanted_selection == "sparsegpt-score" or not settings.true_sequential
         before: Hessian | Energy = (Hessian if whole_mid else Energy)(mlp.intermediate, self.device)
-        with self._stage("forward"):
-            stream.observe(index, module, mlp, hessian_in.add, before.add)
-        with self._stage("select"):
-            hessian = hessian_in.matrix()
+        on_mid = before.add if whole_mid or settings.wanted_selection not in _BLIND else None
+        with meter.stage("forward"):
+            stream.attend(index, module, mlp, hessian_in.add, on_mid, None if whole_mid else ENERGY_TOKENS)
+        hessian = hessian_in.matrix()
+        mid = before.matrix() if isinstance(before, Hessian) else before.diagonal
+        with meter.stage("select"):
             gate_up = torch.cat([layer.weight for layer in gate_up_layers])
             gate, up = gate_up.chunk(2)
-            mid = before.matrix() if isinstance(before, Hessian) else before.diagonal
             energy = mid if settings.wanted_selection == "sparsegpt-score" or mid.ndim == 1 else mid.diagonal()
             order = dense_order(gate, up, down_layer.weight, hessian, energy, regions, settings, name)
 
-        with self._stage("prune"):
+        with meter.stage("prune"):
             both = torch.cat([order, order + mlp.intermediate])
             pruned = prune_gate_up(gate_up[both], hessian, regions, settings, f"{name}: gate and up")
-            self._assign(gate_up_layers, pruned.weight, both)
             down_layer.weight.copy_(down_layer.weight[:, order])
+        del gate_up, gate, up, hessian, hessian_in
+        with meter.stage("quantize"):
+            self._put_gate_up(stored, name, mlp, pruned, gate_up_layers, both)
+        gate_report = self._report(f"{name}: gate", pruned, slice(0, mlp.intermediate))
+        up_report = self._report(f"{name}: up", pruned, slice(mlp.intermediate, None))
+        # Float32 copies of the weights make room for down's Hessian.
+        del pruned
 
         if settings.true_sequential:
             after = Hessian(mlp.intermediate, self.device)
-            with self._stage("forward"):
-                stream.observe(index, module, mlp, None, after.add)
-            hessian_mid = after.matrix()
+            with meter.stage("forward"):
+                stream.observe(index, module, mlp, after.add)
+            mid = after.matrix()
         else:
-            hessian_mid = mid[order][:, order]
-        with self._stage("prune"):
-            pruned_down = prune_down(down_layer.weight, hessian_mid, order, regions, settings, f"{name}: down")
-            down_layer.weight.copy_(pruned_down.weight)
-
-        with self._stage("quantize"):
-            self._store_gate_up(stored, name, mlp, pruned, gate_up_layers)
-            self._store(stored, f"{name}.{mlp.projections.down}", pruned_down.weight, pruned_down.scales)
-        for damping, what in ((pruned.damping, "gate and up"), (pruned_down.damping, "down")):
-            if damping is not None and damping > settings.damping:
-                self.say(f"{name}: {what}: the Hessian needed a damping of {damping:g} to be factorized")
+            mid = mid[order][:, order]
+        with meter.stage("prune"):
+            pruned = prune_down(down_layer.weight, mid, order, regions, settings, f"{name}: down")
+        with meter.stage("quantize"):
+            self._put(stored, f"{name}.{mlp.projections.down}", down_layer, pruned.weight, pruned.scales)
         return LayerReport(
             name=name,
             regions=regions,
             dense_indices=selection_hash(order, regions),
             seconds=time.perf_counter() - start,
-            gate=projection_report(pruned, slice(0, mlp.intermediate)),
-            up=projection_report(pruned, slice(mlp.intermediate, None)),
-            down=projection_report(pruned_down),
+            gate=gate_report,
+            up=up_report,
+            down=self._report(f"{name}: down", pruned),
         )
 
-    def _assign(self, layers: tuple[nn.Linear, ...], weight: torch.Tensor, order: torch.Tensor) -> None:
-        """Puts a stacked weight, and the biases in its new row order, back into its layers."""
-        heights = [layer.out_features for layer in layers]
-        biases: list[torch.Tensor] = [layer.bias for layer in layers if layer.bias is not None]
-        for layer, part in zip(layers, weight.split(heights), strict=True):
-            layer.weight.copy_(part)
-        if biases:
-            moved = torch.cat(biases)[order]
-            for bias, part in zip(biases, moved.split(heights), strict=True):
-                bias.copy_(part)
+    def _report(self, what: str, pruned: Pruned, rows: slice = slice(None)) -> ProjectionReport:
+        if pruned.damping is not None and pruned.damping > self.settings.damping:
+            self.say(f"{what}: the Hessian needed a damping of {pruned.damping:g} to be factorized")
+        return projection_report(pruned, rows)
 
-    def _store_gate_up(
-        self, stored: dict[str, torch.Tensor], name: str, mlp: Glu, pruned: Pruned, layers: tuple[nn.Linear, ...]
+    def _put_gate_up(
+        self,
+        stored: dict[str, torch.Tensor],
+        name: str,
+        mlp: Glu,
+        pruned: Pruned,
+        layers: tuple[nn.Linear, ...],
+        order: torch.Tensor,
     ) -> None:
-        names = dict.fromkeys((mlp.projections.gate, mlp.projections.up))
+        """Puts the stacked weight, and the biases in its new row order, back into their layers."""
+        biases: list[torch.Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+        moved = torch.cat(biases)[order] if biases else None
         start = 0
-        for projection, layer in zip(names, layers, strict=True):
+        for projection, layer in zip(dict.fromkeys((mlp.projections.gate, mlp.projections.up)), layers, strict=True):
             rows = slice(start, start + layer.out_features)
             scales = None if pruned.scales is None else pruned.scales[rows]
-            self._store(stored, f"{name}.{projection}", pruned.weight[rows], scales)
-            if layer.bias is not None:
+            self._put(stored, f"{name}.{projection}", layer, pruned.weight[rows], scales)
+            if moved is not None:
                 bias = f"{name}.{projection}.bias"
+                layer.bias.copy_(moved[rows])
                 stored[bias] = layer.bias.to(self.model.tensors.dtype(bias)).cpu().clone()
             start = rows.stop
 
-    @contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.stages[name] += time.perf_counter() - start
+    def _put(
+        self,
+        stored: dict[str, torch.Tensor],
+        name: str,
+        layer: nn.Linear,
+        weight: torch.Tensor,
+        scales: torch.Tensor | None,
+    ) -> None:
+        """Gives a layer the weight that its readers will see, and keeps it for the checkpoint."""
+        seen = weight if scales is not None else weight.to(self.model.tensors.dtype(f"{name}.weight"))
+        layer.weight.copy_(seen)
+        self._store(stored, name, weight, scales)

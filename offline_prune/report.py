@@ -49,6 +49,12 @@ class LayerReport:
     up: ProjectionReport
     down: ProjectionReport
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> LayerReport:
+        """From what `dataclasses.asdict` made of one."""
+        projections = {name: ProjectionReport(**data[name]) for name in ("gate", "up", "down")}
+        return cls(**{**data, **projections, "regions": Regions(**data["regions"])})
+
 
 @dataclass
 class Report:
@@ -56,6 +62,10 @@ class Report:
 
     Attributes:
         stages: seconds by kind of work, summed over the blocks.
+        block_seconds: of each decoder block; all but the last include the way to the next one's input.
+        planned_host_gib, planned_device_gib: what the plan said before the work started.
+        peak_host_gib: beyond mapped files, Python and its libraries.
+        peak_device_gib: of a GPU; 0 on a CPU.
     """
 
     model: str
@@ -65,7 +75,11 @@ class Report:
     skipped: dict[str, str] = field(default_factory=dict)
     stages: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    block_seconds: list[float] = field(default_factory=list)
+    planned_host_gib: float = 0.0
+    planned_device_gib: float = 0.0
     peak_host_gib: float = 0.0
+    peak_device_gib: float = 0.0
     versions: dict[str, str] = field(default_factory=lambda: {"torch": torch.__version__})
 
     def to_dict(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from offline_prune.calibrate import DEFAULT_SOURCE
+from offline_prune.place import PLACES, Place
 from offline_prune.select import LAYOUTS, SELECTIONS, Layout, Selection
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import MIN_ALIGNMENT, Regions, Scalar
@@ -61,8 +62,10 @@ class PruneSettings:
         true_sequential: collect down's Hessian through the pruned gate and up.
         skip_unsupported: leave blocks without a gated MLP as they are instead of refusing the model.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        batch_tokens: about how many tokens pass through a block at once.
+        batch_tokens: about how many tokens pass through a block at once; None for what suits the device.
+        activations: where the calibration text's hidden states are kept; `auto` takes the first place that has room.
         overwrite: replace an existing checkpoint in `out`.
+        resume: go on with an unfinished run to `out` that had the same settings, if there is one.
 
     Raises:
         SpenseError: at construction, for a value outside its range.
@@ -85,8 +88,10 @@ class PruneSettings:
     true_sequential: bool = True
     skip_unsupported: bool = False
     device: str = "auto"
-    batch_tokens: int = 2048
+    batch_tokens: int | None = None
+    activations: Literal["auto"] | Place = "auto"
     overwrite: bool = False
+    resume: bool = False
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, tuple(METHODS))
@@ -99,9 +104,11 @@ class PruneSettings:
         _one_of("layout", self.layout, LAYOUTS)
         _one_of("quantize", self.quantize, ("fp8", "none"))
         _one_of("fp8-rounding", self.rounding, ("inside", "after"))
+        _one_of("activations", self.activations, ("auto", *PLACES))
         for name in ("samples", "length", "batch_tokens"):
-            if getattr(self, name) < 1:
-                raise SpenseError(f"--{name.replace('_', '-')}: found {getattr(self, name)}, expected at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SpenseError(f"--{name.replace('_', '-')}: found {value}, expected at least 1")
         if not (math.isfinite(self.damping) and 0 <= self.damping <= 1):
             raise SpenseError(f"--damping: found {self.damping:g}, expected 0 to 1")
         if self.alignment is not None and (self.alignment < MIN_ALIGNMENT or self.alignment & (self.alignment - 1)):

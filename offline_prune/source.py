@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -101,6 +102,12 @@ class TensorFiles:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
+
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that change when a file of weights is replaced."""
+        files = [self.folder / file for file in sorted(set(self._file_of.values()))]
+        seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
 
     def file_of(self, name: str) -> Path:
         """The file that holds the tensor."""

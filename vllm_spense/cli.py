@@ -15,6 +15,7 @@ from rich.table import Table
 from vllm_spense.errors import SpenseError
 
 if TYPE_CHECKING:
+    from offline_prune.place import Place
     from offline_prune.report import Report
     from offline_prune.select import Layout, Selection
     from offline_prune.settings import Quantize, Rounding
@@ -73,8 +74,14 @@ def prune(
         bool, typer.Option(help="Leave blocks without a gated MLP (experts, plain MLPs) as they are.")
     ] = False,
     device: Annotated[str, typer.Option(help="auto | cpu | cuda | cuda:N")] = "auto",
-    batch_tokens: Annotated[int, typer.Option(help="Tokens that pass through a block at once.")] = 2048,
-    overwrite: Annotated[bool, typer.Option(help="Replace the checkpoint in OUT.")] = False,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens that pass through a block at once. [default: 2048 on a CPU, 16384]")
+    ] = None,
+    activations: Annotated[
+        str, typer.Option(help="Where hidden states are kept: auto (the first with room) | device | host | disk")
+    ] = "auto",
+    overwrite: Annotated[bool, typer.Option(help="Replace the checkpoint, or the unfinished one, in OUT.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on with an unfinished run to OUT, if there is one.")] = False,
 ) -> None:
     """Prune MODEL in one shot and write a checkpoint that vLLM serves."""
     from rich.progress import (
@@ -108,7 +115,9 @@ def prune(
         skip_unsupported=skip_unsupported,
         device=device,
         batch_tokens=batch_tokens,
+        activations=cast("Place", activations),
         overwrite=overwrite,
+        resume=resume,
     )
     columns = (
         TextColumn("{task.description}"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from runs import run
 from safetensors.torch import load_file
-from tiny_models import FAMILIES, INTERMEDIATE, LAYERS, tiny_model
+from tiny_models import FAMILIES, HIDDEN, INTERMEDIATE, LAYERS, tiny_model
 from transformers import AutoModelForCausalLM
 
 from offline_prune.activations import Stream
@@ -43,14 +43,19 @@ def test_every_family_streams_like_the_whole_model(name: str, tmp_path: Path) ->
     for index, block in enumerate(model.blocks):
         module = model.load(block.name, torch.device("cpu"), torch.float32)
         seen: list[torch.Tensor] = []
-        stream.observe(index, module, block.mlp, seen.append)
-        assert torch.cat(seen).shape == (120, module.get_submodule("mlp").down_proj.out_features)
-        stream.advance(index, module, block.name, block.mlp)
+        mids: list[torch.Tensor] = []
+        stream.attend(index, module, block.mlp, seen.append, mids.append)
+        assert torch.cat(seen).shape == (120, HIDDEN)
+        stream.observe(index, module, block.mlp, mids.append)
+        half = len(mids) // 2
+        assert torch.cat(mids).shape == (240, INTERMEDIATE)
+        assert all(torch.equal(*pair) for pair in zip(mids[:half], mids[half:], strict=True))
+        stream.advance(index, module, block.name)
         model.unload(block.name)
     whole, _ = load_dense(tmp_path / "model")
     with torch.inference_mode():
         expected = whole.model(input_ids=tokens, use_cache=False).last_hidden_state
-        found = whole.model.norm(torch.cat(stream.hidden))
+        found = whole.model.norm(stream.hidden)
     assert torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
 
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -173,30 +170,6 @@ def test_overwrite_spares_folders_that_are_no_checkpoints(llama: Path, tmp_path:
     with pytest.raises(SpenseError, match="no checkpoint"):
         run(llama, tmp_path / "out", text, overwrite=True)
     assert (tmp_path / "out/diary.txt").read_text() == "dear"
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_run_leaves_nothing_visible(number: signal.Signals, tmp_path: Path) -> None:
-    model = tiny_model("llama", tmp_path / "model", num_hidden_layers=400)
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "offline_prune", str(model), str(out), "--calibration", "builtin"]
-    process = subprocess.Popen(
-        [*command, "--samples", "8", "--length", "64", "--device", "cpu"], stderr=subprocess.PIPE
-    )
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(".out.partial-*")):
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert b"Traceback" not in stderr
-    assert not out.exists()
-    left = list(tmp_path.glob(".out*"))
-    assert bool(left) == (number == signal.SIGKILL)
-    if left:
-        assert not any(re.fullmatch(r"(model|config).*", path.name) for path in left[0].iterdir())
 
 
 def test_the_next_run_clears_what_a_killed_one_left(llama: Path, tmp_path: Path, text: Path) -> None:

@@ -1,0 +1,160 @@
+"""Calling one decoder block of any architecture, in whole or only the part behind its attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from offline_prune.glu import Glu
+from offline_prune.precision import fast_matmul
+
+Observer = Callable[[torch.Tensor], None]
+
+#: All of them exact; each is taken where the ones before it do not apply.
+_ATTENTION = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+class _Enough(Exception):
+    """Ends a forward pass whose output nobody needs."""
+
+
+def forward(block: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    """The block's output for hidden states (sequences, length, H)."""
+    with torch.inference_mode(), fast_matmul(), sdpa_kernel(_ATTENTION, set_priority=True):
+        output = block(hidden, **kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def watch(
+    block: nn.Module,
+    hidden: torch.Tensor,
+    kwargs: dict[str, Any],
+    observers: dict[str, Observer],
+    last: str,
+) -> None:
+    """Runs the block as far as the submodule `last`, and shows observers the inputs of the submodules they name."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def show(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            if name in observers:
+                observers[name](_first(args, named))
+            if name == last:
+                raise _Enough
+
+        return show
+
+    names = dict.fromkeys([*observers, last])
+    hooks = [block.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in names]
+    try:
+        forward(block, hidden, kwargs)
+    except _Enough:
+        return
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where a block's attention ends: the residual stream there, and only it, decides the block's output.
+
+    Attributes:
+        point: the child that gets the residual stream behind the attention as its input.
+        before: children that run ahead of the attention and only feed it.
+        attention: the attention children, with the number of values each returns; 0 for a bare tensor.
+    """
+
+    point: str
+    before: tuple[str, ...]
+    attention: dict[str, int]
+
+    @contextmanager
+    def skipping(self, block: nn.Module) -> Iterator[None]:
+        """Inside, the block takes the residual stream behind its attention as its input.
+
+        Attention that returns zeros adds nothing to it, to the bit.
+        """
+        children = [block.get_submodule(name) for name in (*self.before, *self.attention)]
+        for name in self.before:
+            block.get_submodule(name).forward = _first_of
+        for name, values in self.attention.items():
+            block.get_submodule(name).forward = _silent(values)
+        try:
+            yield
+        finally:
+            for child in children:
+                del child.forward
+
+
+def find_split(block: nn.Module, mlp: Glu, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Split | None:
+    """Tries out where the block can be entered behind its attention.
+
+    Whatever child has linear layers and does not hold the MLP counts as attention. Every child that runs after it
+    is a candidate; the right one is found by running the rest of the block on its input.
+
+    Args:
+        hidden: (sequences, length, H), any real input of the block.
+
+    Returns:
+        None where no such point exists, as in blocks whose attention and MLP stand side by side.
+    """
+    holder = mlp.path.split(".")[0]
+    inputs: dict[str, torch.Tensor] = {}
+    values: dict[str, int] = {}
+
+    def record(name: str) -> Callable[..., None]:
+        def seen(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+            inputs[name] = _first(args, named)
+            values[name] = len(output) if isinstance(output, tuple) else 0
+
+        return seen
+
+    hooks = [child.register_forward_hook(record(name), with_kwargs=True) for name, child in block.named_children()]
+    try:
+        expected = forward(block, hidden, kwargs)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    ran = list(inputs)
+    attention = [name for name in ran if name != holder and _has_linears(block.get_submodule(name))]
+    if not attention or holder not in ran:
+        return None
+    first, last = ran.index(attention[0]), ran.index(attention[-1])
+    for point in ran[last + 1 : ran.index(holder) + 1]:
+        split = Split(point, tuple(ran[:first]), {name: values[name] for name in attention})
+        if inputs[point].shape == hidden.shape:
+            with split.skipping(block):
+                if torch.equal(forward(block, inputs[point], kwargs), expected):
+                    return split
+    return None
+
+
+def _has_linears(module: nn.Module) -> bool:
+    return any(isinstance(child, nn.Linear) for child in module.modules())
+
+
+def _first(args: tuple[Any, ...], named: dict[str, Any]) -> torch.Tensor:
+    return args[0] if args else named["hidden_states"]
+
+
+def _first_of(*args: Any, **named: Any) -> torch.Tensor:
+    return _first(args, named)
+
+
+def _silent(values: int) -> Callable[..., Any]:
+    def forward(*args: Any, **named: Any) -> Any:
+        zeros = torch.zeros_like(_first(args, named))
+        return (zeros, *[None] * (values - 1)) if values else zeros
+
+    return forward
