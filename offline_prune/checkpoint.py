@@ -117,7 +117,8 @@ class CheckpointWriter:
             self._journal.parts = left.parts
         elif left and not overwrite:
             raise SpenseError(
-                f"{left.folder}: an unfinished run ({len(left.parts)} blocks done); --resume goes on, --overwrite starts anew"
+                f"{left.folder}: an unfinished run ({len(left.parts)} blocks done); "
+                "--resume goes on, --overwrite starts anew"
             )
 
     @property

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from pathlib import Path
 
+import psutil
 import torch
 
 _active: ContextVar[Meter | None] = ContextVar("meter", default=None)
-_STATUS = Path("/proc/self/status")
 
 
 class Meter:
@@ -81,5 +79,5 @@ def stage(name: str) -> AbstractContextManager[None]:
 
 def _host_memory() -> int:
     """Bytes of this process's own memory: what it allocated, not the files it mapped."""
-    found = re.findall(r"^(?:RssAnon|RssShmem):\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
-    return sum(map(int, found)) * 1024
+    used = psutil.Process().memory_info()
+    return used.rss - used.shared

@@ -24,7 +24,7 @@ from offline_prune.mlp import Pruned, dense_order, prune_down, prune_gate_up
 from offline_prune.model import Block, SourceModel
 from offline_prune.plan import GIB, MemoryPlan, batch_tokens, memory_plan
 from offline_prune.quantize import channel_scales, round_to_fp8
-from offline_prune.report import FILE, PICTURE, LayerReport, ProjectionReport, Report, projection_report
+from offline_prune.report import FILE, PICTURE, BlockTime, LayerReport, ProjectionReport, Report, projection_report
 from offline_prune.select import selection_hash
 from offline_prune.settings import PruneSettings, fit_regions
 from vllm_spense.errors import SpenseError
@@ -172,13 +172,14 @@ class _Run:
             tokens_at_once = batch_tokens(self.settings, self.device)
             stream = Stream(self.model, tokens, self.device, self.dtype, tokens_at_once, plan.place, writer.folder)
         for index, block in enumerate(self.model.blocks):
-            start = time.perf_counter()
+            before, start = dict(self.meter.seconds), time.perf_counter()
             if block.name in writer.finished:
                 self._pass_through(index, block, stream, writer)
             else:
                 self._block(index, block, stream, writer)
             self.model.unload(block.name)
-            self.report.block_seconds.append(time.perf_counter() - start)
+            stages = {name: seconds - before.get(name, 0.0) for name, seconds in self.meter.seconds.items()}
+            self.report.blocks.append(BlockTime(block.name, time.perf_counter() - start, stages))
             self.progress(index + 1, len(names), block.name)
 
     def _close_report(self, plan: MemoryPlan, start: float) -> None:

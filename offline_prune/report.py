@@ -56,13 +56,22 @@ class LayerReport:
         return cls(**{**data, **projections, "regions": Regions(**data["regions"])})
 
 
+@dataclass(frozen=True)
+class BlockTime:
+    """Seconds that one decoder block took in this run, in all and by kind of work."""
+
+    name: str
+    seconds: float
+    stages: dict[str, float]
+
+
 @dataclass
 class Report:
     """A whole run.
 
     Attributes:
         stages: seconds by kind of work, summed over the blocks.
-        block_seconds: of each decoder block; all but the last include the way to the next one's input.
+        blocks: what each decoder block took; all but the last include the way to the next one's input.
         planned_host_gib, planned_device_gib: what the plan said before the work started.
         peak_host_gib: beyond mapped files, Python and its libraries.
         peak_device_gib: of a GPU; 0 on a CPU.
@@ -75,7 +84,7 @@ class Report:
     skipped: dict[str, str] = field(default_factory=dict)
     stages: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
-    block_seconds: list[float] = field(default_factory=list)
+    blocks: list[BlockTime] = field(default_factory=list)
     planned_host_gib: float = 0.0
     planned_device_gib: float = 0.0
     peak_host_gib: float = 0.0

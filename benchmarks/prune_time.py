@@ -1,0 +1,214 @@
+"""How long pruning a published shape takes, from whole blocks measured with random weights and random tokens.
+
+    python benchmarks/prune_time.py
+
+prunes three blocks of Qwen3-32B's shape on 128 × 16384 tokens with both methods, through the same code as
+`spense prune`, reading and writing real files, and writes benchmarks/results/prune_time.json and .png. A model of a few more blocks is
+pruned than are measured: one to profile, and the last one, which has no next block to compute the input of. The
+projection takes the first block and the last as measured, and the mean of the others for all the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.envelope import RESULTS, write_result
+from offline_prune.model import empty_model
+from offline_prune.pipeline import pick_device, prune
+from offline_prune.report import BlockTime, Report
+from offline_prune.settings import METHODS, PruneSettings
+from offline_prune.source import INDEX_NAME
+from vllm_spense.shapes import SHAPES
+
+#: Minutes for the whole model on a B200 with 128 × 16384 tokens, as the paper's Table 8 has them.
+PAPER = {("qwen3-32b", "spensegpt"): 1.33 * 60, ("qwen3-32b", "spensegpt+"): 1.87 * 60}
+#: Embeddings are outside of what is measured.
+VOCABULARY = 1024
+TENSOR_CORES = re.compile(r"nvjet|xmma|tensorop|wgmma|flash|fmha|sdpa", re.IGNORECASE)
+ORDINARY_CORES = re.compile(r"simt|sgemm|f32f32_f32f32_f32", re.IGNORECASE)
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["qwen3-32b"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["spensegpt", "spensegpt+"])
+    parser.add_argument("--blocks", type=int, default=3, help="blocks to measure")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=16384)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--profile", action=argparse.BooleanOptionalAction, default=True, help="one block more")
+    parser.add_argument("--folder", type=Path, help="for the model and its pruned form [default: a temporary one]")
+    parser.add_argument("--out", type=Path, default=RESULTS / "prune_time.json")
+    options = parser.parse_args()
+
+    rows: list[Row] = []
+    for shape in options.shapes:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            model = Path(folder) / shape
+            write_model(model, shape, options.blocks + (2 if options.profile else 1), pick_device(options.device))
+            for method in options.methods:
+                rows.append(measure(model, shape, method, options))
+                print(json.dumps(rows[-1], indent=2), flush=True)
+                write_result(options.out, "prune_time", rows)
+    draw(rows, options.out.with_suffix(".png"))
+
+
+def write_model(folder: Path, shape: str, layers: int, device: torch.device) -> None:
+    """Writes a model of random BF16 weights that keep activations about as large as 1, one safetensors file a block."""
+    folder.mkdir(parents=True)
+    config = {**SHAPES[shape], "num_hidden_layers": layers, "vocab_size": VOCABULARY, "bos_token_id": 0}
+    config["eos_token_id"] = 1
+    (folder / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator(device).manual_seed(0)
+    files: dict[str, dict[str, torch.Tensor]] = {}
+    for name, parameter in empty_model(folder).named_parameters():
+        tensor = torch.ones(parameter.shape, dtype=torch.bfloat16, device=device)
+        if parameter.ndim > 1:
+            tensor.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
+        block = re.match(r".*\.layers\.\d+", name)
+        files.setdefault(block[0] if block else "rest", {})[name] = tensor.cpu()
+    for file, tensors in files.items():
+        save_file(tensors, folder / f"{file}.safetensors", metadata={"format": "pt"})
+    weight_map = {name: f"{file}.safetensors" for file, tensors in files.items() for name in tensors}
+    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
+
+
+def measure(model: Path, shape: str, method: str, options: argparse.Namespace) -> Row:
+    """Prunes the model and returns a row of the result."""
+    device = pick_device(options.device)
+    tokens = torch.randint(VOCABULARY, (options.samples, options.length), generator=torch.Generator().manual_seed(0))
+    settings = PruneSettings(
+        str(model),
+        model.with_name("pruned"),
+        method=method,
+        samples=options.samples,
+        length=options.length,
+        device=options.device,
+        overwrite=True,
+    )
+    kernels = Kernels(device)
+
+    def progress(done: int, total: int, name: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {method}: {done} of {total}", flush=True)
+        if options.profile and done == options.blocks:
+            kernels.start()
+        elif options.profile and done == options.blocks + 1:
+            kernels.stop()
+
+    report = prune(settings, progress, print, tokens)
+    measured, last = report.blocks[: options.blocks], report.blocks[-1]
+    layers = SHAPES[shape]["num_hidden_layers"]
+    return {
+        "shape": shape,
+        "method": method,
+        "gpus": 1,
+        "samples": options.samples,
+        "length": options.length,
+        "blocks_measured": len(measured),
+        "seconds_per_block": steady([block.seconds for block in measured]),
+        "projected_minutes": projected(report, measured, last, layers) / 60,
+        "paper_minutes": PAPER.get((shape, method)),
+        "first_block_seconds": measured[0].seconds,
+        "last_block_seconds": last.seconds,
+        "stages": {stage: steady([block.stages.get(stage, 0.0) for block in measured]) for stage in last.stages},
+        "tensor_core_share": kernels.share,
+        "kernels": kernels.slowest,
+        "peak_gpu_gib": report.peak_device_gib,
+        "planned_gpu_gib": report.planned_device_gib,
+        "peak_host_gib": report.peak_host_gib,
+        "planned_host_gib": report.planned_host_gib,
+    }
+
+
+def steady(values: list[float]) -> float:
+    """The mean without the first block, in which kernels are compiled and libraries wake up."""
+    return statistics.mean(values[1:] or values)
+
+
+def projected(report: Report, measured: list[BlockTime], last: BlockTime, layers: int) -> float:
+    """Seconds for a model of so many blocks."""
+    around = report.seconds - sum(block.seconds for block in report.blocks)
+    return around + measured[0].seconds + (layers - 2) * steady([block.seconds for block in measured]) + last.seconds
+
+
+class Kernels:
+    """What the GPU's time goes to, while it is watched.
+
+    Attributes:
+        share: of the time in which tensor cores multiply; None without a GPU.
+        slowest: seconds of the kernels that take longest, by name.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.share: float | None = None
+        self.slowest: dict[str, float] = {}
+        self._profiler = None
+        if device.type == "cuda":
+            self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+        self._since = 0.0
+
+    def start(self) -> None:
+        if self._profiler:
+            self._profiler.start()
+            self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        if self._profiler:
+            torch.cuda.synchronize()
+            seconds = time.perf_counter() - self._since
+            self._profiler.stop()
+            spent = {event.key: event.self_device_time_total / 1e6 for event in self._profiler.key_averages()}
+            on_tensor_cores = (
+                time for name, time in spent.items() if TENSOR_CORES.search(name) and not ORDINARY_CORES.search(name)
+            )
+            self.share = sum(on_tensor_cores) / seconds
+            slowest = sorted(spent.items(), key=lambda item: -item[1])[:16]
+            self.slowest = {name[:100]: time for name, time in slowest}
+
+
+def draw(rows: list[Row], file: Path) -> None:
+    """Minutes for the whole model, a bar for each row, stacked by stage; the paper's time as a line beside it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1.2 + 0.7 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    stages = list(dict.fromkeys(stage for row in rows for stage in row["stages"]))
+    labels = [f"{row['shape']}\n{row['method']}" for row in rows]
+    places = range(len(rows))
+    left = [0.0] * len(rows)
+    for stage in stages:
+        widths = [row["stages"].get(stage, 0.0) * SHAPES[row["shape"]]["num_hidden_layers"] / 60 for row in rows]
+        axes.barh(places, widths, left=left, label=stage, height=0.6)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    for place, row in zip(places, rows, strict=True):
+        axes.text(left[place], place, f" {row['projected_minutes']:.1f} min", va="center")
+        if row["paper_minutes"]:
+            axes.plot(
+                [row["paper_minutes"]] * 2, [place - 0.4, place + 0.4], color="black", label="the paper, on a B200"
+            )
+    axes.set_yticks(places, labels)
+    axes.invert_yaxis()
+    axes.set_xlabel("minutes for the whole model")
+    handles, names = axes.get_legend_handles_labels()
+    unique = dict(zip(names, handles, strict=True))
+    axes.legend(unique.values(), unique.keys(), fontsize="small", ncols=2)
+    figure.savefig(file, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
