@@ -1,0 +1,304 @@
+"""One MLP between its two norms, run three ways: stock FP8, Spense's regions, and SlideSparse's expanded 6:8.
+
+What surrounds the GEMMs is the same ordinary torch for all three, for Inductor to fuse, as vLLM compiles it:
+add · norm · quantize → gate_up → SiLU · mul · quantize → down → add · norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from vllm_spense import ops
+from vllm_spense.format import GROUP, KEPT, Regions
+from vllm_spense.kernels.problem import Problem
+from vllm_spense.kernels.synthetic import random_fp8, random_weight
+from vllm_spense.loaders import dummy_scale
+from vllm_spense.policy import Path
+
+FP8 = torch.float8_e4m3fn
+_FP8_MAX = torch.finfo(FP8).max
+#: As vLLM's: rows of zeros have a scale too.
+_SMALLEST_SCALE = 1 / (_FP8_MAX * 512)
+_EPSILON = 1e-6
+#: Of SlideSparse: 6 of 8 are kept, and three windows of 4 columns, 2 apart, hold them.
+SLIDE_GROUP, SLIDE_STEP = 8, 2
+SLIDE_EXPANSION = 1.5
+
+Part = Literal["gate_up", "down"]
+#: By part, one copy of both weights as the scheme's GEMMs read them.
+Weights = Mapping[Part, Any]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    hidden: int
+    intermediate: int
+
+    def shape(self, part: Part) -> tuple[int, int]:
+        """(N, K) of the weight."""
+        return (2 * self.intermediate, self.hidden) if part == "gate_up" else (self.hidden, self.intermediate)
+
+
+class Stock:
+    """Dense FP8 through vLLM's CUTLASS kernel, which applies the scales. The other schemes override what differs."""
+
+    name = "stock"
+
+    def __init__(self, sizes: Sizes, device: torch.device) -> None:
+        self.sizes = sizes
+        self.device = device
+        self.norm = torch.ones(sizes.hidden, dtype=torch.bfloat16, device=device)
+        self.scales: dict[Part, torch.Tensor] = {}
+        for part in ("gate_up", "down"):
+            n, k = sizes.shape(part)
+            self.scales[part] = torch.full((n, 1), dummy_scale(k), device=device)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros in the weights."""
+        return 0.0
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of both weights."""
+        return sum(n * k for n, k in map(self.sizes.shape, ("gate_up", "down")))
+
+    def padded(self, tokens: int) -> int:
+        """Rows that the scheme's quantization writes."""
+        return tokens
+
+    def weights(self) -> Weights:
+        """A new random copy."""
+        return {part: random_fp8(*self.sizes.shape(part), self.device) for part in ("gate_up", "down")}
+
+    def gemm(self, part: Part, x: torch.Tensor, x_scale: torch.Tensor, weights: Weights) -> torch.Tensor:
+        """(M, K) FP8 and its scales (M, 1) → (M, N) as the scheme's kernel leaves it."""
+        from vllm._custom_ops import cutlass_scaled_mm
+
+        return cutlass_scaled_mm(x, weights[part].t(), x_scale, self.scales[part], torch.bfloat16)
+
+    def scaled(self, part: Part, y: torch.Tensor, x_scale: torch.Tensor) -> torch.Tensor:
+        """What `gemm` left → outputs in bfloat16."""
+        return y
+
+    def gate_and_up(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return y.chunk(2, -1)
+
+    def lift(self, x: torch.Tensor) -> torch.Tensor:
+        """Activations (M, K) as the scheme's GEMM expects their columns, before they are quantized."""
+        return x
+
+    def enter(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(M, hidden) twice → FP8 input of gate_up, its scales, residual."""
+        residual = x + residual
+        return *quantize(self.lift(rms_norm(residual, self.norm))), residual
+
+    def between(self, y: torch.Tensor, x_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What gate_up's GEMM left → FP8 input of down, its scales."""
+        gate, up = self.gate_and_up(self.scaled("gate_up", y, x_scale))
+        return quantize(self.lift(F.silu(gate) * up))
+
+    def leave(self, y: torch.Tensor, x_scale: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """What down's GEMM left → what the next layer normalizes."""
+        return rms_norm(self.scaled("down", y, x_scale) + residual, self.norm)
+
+    @cached_property
+    def compiled(self) -> tuple[Any, Any, Any]:
+        return tuple(compiled(function) for function in (self.enter, self.between, self.leave))
+
+    def run(self, x: torch.Tensor, residual: torch.Tensor, weights: Weights) -> torch.Tensor:
+        """The whole MLP with compiled glue.
+
+        Args:
+            x, residual: (M, hidden) bfloat16.
+
+        Returns:
+            (M, hidden) bfloat16.
+        """
+        enter, between, leave = self.compiled
+        quantized, scale, residual = enter(x, residual)
+        y = self.gemm("gate_up", quantized, scale, weights)
+        quantized, scale = between(y, scale)
+        return leave(self.gemm("down", quantized, scale, weights), scale, residual)
+
+    def run_gemms(self, inputs: Mapping[Part, torch.Tensor], scale: torch.Tensor, weights: Weights) -> None:
+        """Both GEMMs and nothing else, on the inputs that `gemm_inputs` made."""
+        for part, x in inputs.items():
+            self.gemm(part, x, scale, weights)
+
+    def gemm_inputs(self, tokens: int) -> Mapping[Part, torch.Tensor]:
+        """Random FP8 activations (M, K) of both GEMMs."""
+        return {part: random_fp8(tokens, self.columns(part), self.device) for part in ("gate_up", "down")}
+
+    def columns(self, part: Part) -> int:
+        """K of the scheme's GEMM."""
+        return self.sizes.shape(part)[1]
+
+
+class Spense(Stock):
+    """A 2:4 and a dense region, through the plugin's own op; raw sums are scaled by what follows."""
+
+    name = "spense"
+
+    def __init__(self, sizes: Sizes, device: torch.device, regions: Regions) -> None:
+        super().__init__(sizes, device)
+        self.regions = regions
+        merged = Regions(2 * regions.sparse, 2 * regions.dense)
+        self.problems: dict[Part, Problem] = {
+            "gate_up": Problem(*sizes.shape("gate_up"), merged, "output"),
+            "down": Problem(*sizes.shape("down"), regions, "input"),
+        }
+
+    @property
+    def sparsity(self) -> float:
+        return self.regions.mlp_sparsity
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(problem.weight_bytes for problem in self.problems.values())
+
+    def prepare(self, tokens: int) -> None:
+        """Searches for kernels, as the plugin does while a model loads."""
+        for problem in self.problems.values():
+            ops.prepare(problem, tokens, self.device)
+
+    def weights(self) -> Weights:
+        return {part: ops.pack(random_weight(problem, self.device), problem) for part, problem in self.problems.items()}
+
+    def gemm(self, part: Part, x: torch.Tensor, x_scale: torch.Tensor, weights: Weights) -> torch.Tensor:
+        return ops.region_gemm(x, weights[part], self.problems[part])
+
+    def scaled(self, part: Part, y: torch.Tensor, x_scale: torch.Tensor) -> torch.Tensor:
+        return (y * x_scale * self.scales[part].t()).to(torch.bfloat16)
+
+    def gate_and_up(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # From [gate sparse | up sparse | gate dense | up dense], as the plugin's linear method does.
+        regions = y.split((2 * self.regions.sparse, 2 * self.regions.dense), -1)
+        pairs = zip(*(region.chunk(2, -1) for region in regions), strict=True)
+        return torch.cat([region for pair in pairs for region in pair], -1).chunk(2, -1)
+
+
+class SlideSparse(Spense):
+    """SlideSparse's scheme (arXiv 2603.05232) at 6:8: three 2:4 windows hold a group of 8 weights, activations are
+    expanded 1.5 times to meet them, and cuSPARSELt multiplies.
+
+    Expanding is fused with quantizing, as its authors do; scales are fused with what follows, which they are not there.
+    """
+
+    name = "slidesparse 6:8"
+
+    def __init__(self, sizes: Sizes, device: torch.device) -> None:
+        super().__init__(sizes, device, Regions(sizes.intermediate, 0))
+        for part, split in (("gate_up", "output"), ("down", "input")):
+            n, k = sizes.shape(part)
+            expanded = int(k * SLIDE_EXPANSION)
+            self.problems[part] = Problem(n, expanded, Regions(n if split == "output" else expanded, 0), split)
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - 6 / SLIDE_GROUP
+
+    def padded(self, tokens: int) -> int:
+        if self.device.type != "cuda":
+            return tokens
+        from vllm_spense.kernels.library import padded
+
+        return padded(tokens)
+
+    def prepare(self, tokens: int) -> None:
+        """Nothing: `gemm` searches."""
+
+    def weights(self) -> Weights:
+        return {
+            part: self.pack(part, expand_weight(random_6of8(*self.sizes.shape(part), self.device)))
+            for part in self.problems
+        }
+
+    def pack(self, part: Part, expanded: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        return self._kernel.pack(expanded, self.problems[part])
+
+    @cached_property
+    def _kernel(self) -> ops.Kernel:
+        # Its own choice of library, whatever the policy makes of these shapes.
+        return ops.kernel(Path.LIBRARY if self.device.type == "cuda" else Path.REFERENCE)
+
+    def gemm(self, part: Part, x: torch.Tensor, x_scale: torch.Tensor, weights: Weights) -> torch.Tensor:
+        return self._kernel.run(x, weights[part], self.problems[part])
+
+    def gate_and_up(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return y.chunk(2, -1)
+
+    def lift(self, x: torch.Tensor) -> torch.Tensor:
+        # Before quantizing, so that the scales' reduction and the rest are one kernel.
+        columns = torch.arange(int(x.shape[-1] * SLIDE_EXPANSION), device=x.device)
+        windows = SLIDE_GROUP // SLIDE_STEP - 1
+        window, column = columns // GROUP, columns % GROUP
+        return x[:, window // windows * SLIDE_GROUP + window % windows * SLIDE_STEP + column]
+
+    def columns(self, part: Part) -> int:
+        return self.problems[part].k
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """One graph for every number of tokens, as in vLLM; the sizes of the layer are constants."""
+    graph = torch.compile(function, fullgraph=True)
+
+    def call(*arguments: torch.Tensor) -> Any:
+        for argument in arguments:
+            torch._dynamo.maybe_mark_dynamic(argument, 0)
+        return graph(*arguments)
+
+    return call
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """(M, K) → (M, K) in x's dtype."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + _EPSILON)).to(x.dtype) * weight
+
+
+def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(M, K) → float8_e4m3fn (M, K) and its scales, float32 (M, 1)."""
+    scale = (x.abs().amax(-1, keepdim=True).float() / _FP8_MAX).clamp(min=_SMALLEST_SCALE)
+    return (x.float() * scale.reciprocal()).clamp(-_FP8_MAX, _FP8_MAX).to(FP8), scale
+
+
+def random_6of8(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """(rows, columns) float8_e4m3fn, two random columns of every group of eight zero."""
+    weight = random_fp8(rows, columns, device)
+    for rows_of_weight in weight.view(torch.uint8).split(4096):
+        groups = rows_of_weight.unflatten(1, (-1, SLIDE_GROUP))
+        pruned = torch.rand(groups.shape, device=device).topk(2, dim=-1).indices
+        groups.scatter_(-1, pruned, 0)
+    return weight
+
+
+def expand_weight(weight: torch.Tensor) -> torch.Tensor:
+    """The same product from 2:4 windows: window w of a group of eight holds columns 2·w … 2·w + 3 of it.
+
+    Each window takes what it can from the left, which suffices for six weights in any place.
+
+    Args:
+        weight: (N, K) float8_e4m3fn, 6:8 along K.
+
+    Returns:
+        (N, 1.5·K) float8_e4m3fn, 2:4 along its columns.
+    """
+    expanded = []
+    for rows in weight.view(torch.uint8).split(4096):
+        left = rows.unflatten(1, (-1, SLIDE_GROUP)).clone()
+        windows = []
+        for start in range(0, SLIDE_GROUP - GROUP + 1, SLIDE_STEP):
+            window = left[..., start : start + GROUP]
+            taken = (window != 0) & ((window != 0).cumsum(-1) <= KEPT)
+            windows.append(window * taken)
+            window.masked_fill_(taken, 0)
+        assert not left.any(), "a group of eight holds more than six weights"
+        expanded.append(torch.stack(windows, -2).flatten(1))
+    return torch.cat(expanded).view(FP8)
