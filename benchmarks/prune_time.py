@@ -3,9 +3,9 @@
     python benchmarks/prune_time.py
 
 prunes three blocks of Qwen3-32B's shape on 128 × 16384 tokens with both methods, through the same code as
-`spense prune`, reading and writing real files, and writes benchmarks/results/prune_time.json and .png. A model of a few more blocks is
-pruned than are measured: one to profile, and the last one, which has no next block to compute the input of. The
-projection takes the first block and the last as measured, and the mean of the others for all the rest.
+`spense prune`, reading and writing real files, and writes benchmarks/results/prune_time.json and .png. The model that
+is pruned has a few more blocks than are measured: one to profile, and the last one, which has no next block to compute
+the input of. The projection takes the first block and the last as measured, and the mean of the others for the rest.
 """
 
 from __future__ import annotations
@@ -168,17 +168,21 @@ class Kernels:
             self._since = time.perf_counter()
 
     def stop(self) -> None:
-        if self._profiler:
-            torch.cuda.synchronize()
-            seconds = time.perf_counter() - self._since
-            self._profiler.stop()
-            spent = {event.key: event.self_device_time_total / 1e6 for event in self._profiler.key_averages()}
-            on_tensor_cores = (
-                time for name, time in spent.items() if TENSOR_CORES.search(name) and not ORDINARY_CORES.search(name)
-            )
-            self.share = sum(on_tensor_cores) / seconds
-            slowest = sorted(spent.items(), key=lambda item: -item[1])[:16]
-            self.slowest = {name[:100]: time for name, time in slowest}
+        if self._profiler is None:
+            return
+        torch.cuda.synchronize()
+        wall = time.perf_counter() - self._since
+        self._profiler.stop()
+        spent = {event.key: event.self_device_time_total / 1e6 for event in self._profiler.key_averages()}
+        slowest = sorted(spent.items(), key=lambda item: -item[1])[:16]
+        self.slowest = {name[:100]: seconds for name, seconds in slowest}
+        # On machines that forbid profiling the profiler reports nothing at all.
+        if spent:
+            self.share = sum(seconds for name, seconds in spent.items() if on_tensor_cores(name)) / wall
+
+
+def on_tensor_cores(kernel: str) -> bool:
+    return bool(TENSOR_CORES.search(kernel)) and not ORDINARY_CORES.search(kernel)
 
 
 def draw(rows: list[Row], file: Path) -> None:

@@ -73,10 +73,11 @@ class SourceModel:
         head = self.skeleton.get_output_embeddings()
         return next(name for name, module in self.skeleton.named_modules() if module is head)
 
-    def prefetch(self, name: str) -> None:
-        """Starts to read a module's tensors into pinned host memory, in the background, for the next `load` of it."""
+    def prefetch(self, name: str, device: torch.device) -> None:
+        """Starts to read a module's tensors into host memory pinned for a GPU, in the background, for `load`."""
 
         def read() -> dict[str, torch.Tensor]:
+            torch.cuda.set_device(device)  # Threads start out on the first GPU.
             return {key: self.tensors.read(key).pin_memory() for key in self.tensors if key.startswith(f"{name}.")}
 
         self._ahead[name] = self._reader.submit(read)

@@ -1,0 +1,123 @@
+"""The pruner on a real GPU: its kernel and its sums against their twins, and whole runs wherever activations are."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cpu"))
+
+from column_problems import compare, every_problem, ties
+from test_resume import contents, cut_off
+from tiny_models import tiny_model
+
+from offline_prune import sparsegpt
+from offline_prune.column_kernel import solve_block
+from offline_prune.hessian import Energy, Hessian
+from offline_prune.pipeline import prune
+from offline_prune.quantize import channel_scales
+from offline_prune.settings import PruneSettings
+from offline_prune.verify import verify
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device("cuda", 0)
+
+
+def test_the_kernel_against_its_twin() -> None:
+    for problem in every_problem(1000, DEVICE):
+        compare(solve_block, problem)
+    ties(solve_block, DEVICE)
+
+
+def correlated(tokens: int, width: int) -> torch.Tensor:
+    """BF16 (tokens, width), as unevenly spread as real activations."""
+    torch.manual_seed(0)
+    mix = torch.randn(width, width, device=DEVICE) / width**0.5
+    spread = torch.logspace(-1, 1, width, device=DEVICE)
+    return (torch.randn(tokens, width, device=DEVICE) @ mix * spread).bfloat16()
+
+
+def test_sums_of_bf16_inputs_are_exact_to_float32() -> None:
+    inputs = correlated(4096, 1600)
+    hessian, energy = Hessian(1600, DEVICE), Energy(1600, DEVICE)
+    for part in inputs.split(1000):
+        hessian.add(part)
+        energy.add(part)
+    exact = inputs.double().T @ inputs.double()
+    found = hessian.matrix()
+    assert torch.equal(found, found.T)
+    assert (found - exact).norm() <= 1e-6 * exact.norm()
+    assert torch.allclose(energy.diagonal.double(), exact.diagonal(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("rounding", [False, True], ids=["plain", "fp8"])
+def test_the_whole_loop_against_the_plain_one(rounding: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding to FP8 amplifies the order of sums: a tie that falls the other way changes the rest of its row."""
+    inputs = correlated(16384, 4096)
+    hessian = Hessian(4096, DEVICE)
+    hessian.add(inputs)
+    weight = 0.02 * torch.randn(2048, 4096, device=DEVICE)
+    factor = sparsegpt.inverse_factor(hessian.matrix(), 0.01, "layer")
+    options = {
+        "sparse_rows": torch.ones(2048, dtype=torch.bool, device=DEVICE),
+        "sparse_columns": torch.arange(4096, device=DEVICE) < 3072,
+        "scales": channel_scales(weight, 1.5) if rounding else None,
+    }
+    found = sparsegpt.sparsegpt(weight, factor, **options)
+    monkeypatch.setattr(sparsegpt, "_solver", lambda device: sparsegpt.solve_block)
+    expected = sparsegpt.sparsegpt(weight, factor, **options)
+    errors = [((result - weight) @ hessian.matrix() * (result - weight)).sum().item() for result in (found, expected)]
+    masks = ((found == 0) == (expected == 0)).float().mean().item()
+    print(f"masks {masks:.5%}, errors {errors[0]:.6g} and {errors[1]:.6g}")
+    assert abs(errors[0] / errors[1] - 1) <= 1e-3
+    assert masks >= 0.999
+
+
+def test_the_factor_of_a_large_matrix() -> None:
+    hessian = Hessian(6000, DEVICE)
+    hessian.add(correlated(20000, 6000))
+    matrix = hessian.matrix()
+    upper = sparsegpt.inverse_factor(matrix, 0.01, "layer").upper.double()
+    damped = matrix.double()
+    damped.diagonal().add_(0.01 * matrix.diagonal().double().mean())
+    # Hᵢ·U maps to itself: U·H·Uᵀ = I.
+    assert (upper @ damped @ upper.T - torch.eye(6000, device=DEVICE)).abs().max() < 1e-3
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model("qwen3", tmp_path_factory.mktemp("models") / "qwen3", num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(f"{i} sheep jump over {i * i % 97} fences." for i in range(400)))
+    return path
+
+
+def on_gpu(model: Path, out: Path, text: Path, **options: object) -> None:
+    settings = {"samples": 8, "length": 64, "calibration": str(text), "device": "cuda", "batch_tokens": 128}
+    prune(PruneSettings(str(model), out, **{**settings, **options}))  # type: ignore[arg-type]
+    verify(out)
+
+
+@pytest.mark.parametrize("place", ["host", "disk"])
+def test_where_activations_are_changes_nothing(place: str, model: Path, text: Path, tmp_path: Path) -> None:
+    on_gpu(model, tmp_path / "device", text, activations="device")
+    on_gpu(model, tmp_path / place, text, activations=place)
+    assert contents(tmp_path / place) == contents(tmp_path / "device")
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(model: Path, text: Path, tmp_path: Path) -> None:
+    on_gpu(model, tmp_path / "whole", text)
+    cut_off(model, tmp_path / "out", text, 2, device="cuda", batch_tokens=128)
+    on_gpu(model, tmp_path / "out", text, resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
