@@ -34,6 +34,7 @@ class Meter:
     def running(self) -> Iterator[Meter]:
         """Makes `stage` count here."""
         if self.device.type == "cuda":
+            torch.cuda.init()
             torch.cuda.reset_peak_memory_stats(self.device)
         token = _active.set(self)
         try:
