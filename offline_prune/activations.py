@@ -96,7 +96,7 @@ class Stream:
     def observe(self, index: int, block: nn.Module, mlp: Glu, on_mid: Observer) -> None:
         """Shows an observer the intermediate activations, (tokens, I), of a block that `attend` has been called for."""
         exit_ = f"{mlp.path}.{mlp.projections.down}"
-        with self._entered(block):
+        with self.entered(block):
             for batch in range(len(self._starts)):
                 watch(block, self._get(batch), self.kwargs[index], {exit_: _flat(on_mid)}, exit_)
 
@@ -107,7 +107,7 @@ class Stream:
             SpenseError: an output is not finite.
         """
         finite = torch.ones((), dtype=torch.bool, device=self.device)
-        with self._entered(block):
+        with self.entered(block):
             for batch in range(len(self._starts)):
                 output = forward(block, self._get(batch), self.kwargs[index])
                 finite &= torch.isfinite(output).all()
@@ -117,12 +117,21 @@ class Stream:
             raise SpenseError(f"{name}: its output on the calibration text is not finite")
 
     @contextmanager
-    def _entered(self, block: nn.Module) -> Iterator[None]:
+    def entered(self, block: nn.Module) -> Iterator[None]:
+        """Inside, the block is entered where the hidden states are: behind its attention if `attend` was there."""
         if self._split is None:
             yield
         else:
             with self._split.skipping(block):
                 yield
+
+    def units(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states (samples, length, H) in parts that the block as it is entered now can take each on its own.
+
+        Returns:
+            A view: (tokens, 1, H) behind the attention, else the sequences as they are.
+        """
+        return hidden if self._split is None else hidden.flatten(0, 1).unsqueeze(1)
 
     def _rows(self, batch: int) -> slice:
         return slice(self._starts[batch], self._starts[batch] + self._per_batch)

@@ -6,7 +6,7 @@ import hashlib
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import MappingProxyType
 from typing import cast
 
@@ -17,6 +17,7 @@ from torch import nn
 from offline_prune.activations import Stream
 from offline_prune.calibrate import calibration_tokens
 from offline_prune.checkpoint import CheckpointWriter, refuse_filled, restored, stored_form
+from offline_prune.device import pick_device
 from offline_prune.glu import Glu, Unsupported
 from offline_prune.hessian import Energy, Hessian
 from offline_prune.meter import Meter
@@ -24,11 +25,12 @@ from offline_prune.mlp import Pruned, dense_order, prune_down, prune_gate_up
 from offline_prune.model import Block, SourceModel
 from offline_prune.plan import GIB, MemoryPlan, batch_tokens, memory_plan
 from offline_prune.quantize import channel_scales, round_to_fp8
+from offline_prune.regions import model_regions
 from offline_prune.report import FILE, PICTURE, BlockTime, LayerReport, ProjectionReport, Report, projection_report
 from offline_prune.select import selection_hash
-from offline_prune.settings import PruneSettings, fit_regions
-from vllm_spense.errors import SpenseError
-from vllm_spense.format import Annotation, Calibration, Regions
+from offline_prune.settings import PruneSettings
+from offline_prune.tune import tune
+from vllm_spense.format import Annotation, Calibration
 
 #: Called after each block with (blocks done, blocks in all, name of the block).
 Progress = Callable[[int, int, str], None]
@@ -71,24 +73,6 @@ def prune(
     return _Run(SourceModel(settings.model), settings, device, dtype, progress, say).run(tokens)
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto`: the first GPU if there is one.
-
-    Raises:
-        SpenseError: no such device on this machine.
-    """
-    if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    kind, _, index = name.partition(":")
-    if kind == "cpu" and not index:
-        return torch.device("cpu")
-    if kind == "cuda" and (not index or index.isdigit()):
-        if int(index or 0) < torch.cuda.device_count():
-            return torch.device("cuda", int(index or 0))
-        raise SpenseError(f"--device: found {name}, but torch sees {torch.cuda.device_count()} GPUs")
-    raise SpenseError(f"--device: found {name}, expected auto, cpu, cuda or cuda:N")
-
-
 class _Run:
     def __init__(
         self,
@@ -106,7 +90,9 @@ class _Run:
         self.progress = progress
         self.say = say
         self.meter = Meter(device)
-        self.regions, self.alignment = self._fit()
+        #: Of the dense model, where blocks are tuned towards it.
+        self.dense: Stream | None = None
+        self.regions, self.alignment = model_regions(self.model, settings)
         self.quantized = set(self._quantized_linears())
         self.report = Report(
             model=settings.model,
@@ -170,7 +156,9 @@ class _Run:
             return
         with self.meter.stage("forward"):
             tokens_at_once = batch_tokens(self.settings, self.device)
-            stream = Stream(self.model, tokens, self.device, self.dtype, tokens_at_once, plan.place, writer.folder)
+            place = self.device, self.dtype, tokens_at_once, plan.place, writer.folder
+            stream = Stream(self.model, tokens, *place)
+            self.dense = Stream(self.model, tokens, *place) if self.settings.wanted_tune_steps else None
         for index, block in enumerate(self.model.blocks):
             before, start = dict(self.meter.seconds), time.perf_counter()
             if block.name in writer.finished:
@@ -188,29 +176,6 @@ class _Run:
         report.seconds = time.perf_counter() - start
         report.planned_host_gib, report.planned_device_gib = plan.host / GIB, plan.on_device / GIB
         report.peak_host_gib, report.peak_device_gib = self.meter.peak_host / GIB, self.meter.peak_device / GIB
-
-    def _fit(self) -> tuple[dict[str, Regions], int]:
-        """The regions of every MLP that will be pruned, by module name, and their common alignment."""
-        regions: dict[str, Regions] = {}
-        alignments = []
-        for block in self.model.blocks:
-            if isinstance(block.mlp, Glu):
-                name = f"{block.name}.{block.mlp.path}"
-                regions[name], alignment = fit_regions(
-                    block.mlp.intermediate, self.settings.wanted_sparsity, self.settings.alignment, name
-                )
-                alignments.append(alignment)
-            elif not self.settings.skip_unsupported:
-                raise SpenseError(
-                    f"{block.name}: found {block.mlp.found}; expected one gated MLP (gate, up, down). "
-                    "--skip-unsupported leaves such blocks as they are"
-                )
-        if not regions:
-            raise SpenseError(f"{self.settings.model}: no block has a gated MLP, so there is nothing to prune")
-        projections = {block.mlp.projections for block in self.model.blocks if isinstance(block.mlp, Glu)}
-        if len(projections) > 1:
-            raise SpenseError(f"{self.settings.model}: its MLPs name their projections differently: {projections}")
-        return regions, min(alignments)
 
     def _quantized_linears(self) -> Iterator[str]:
         skipped = tuple(f"{block.name}." for block in self.model.blocks if isinstance(block.mlp, Unsupported))
@@ -266,6 +231,11 @@ class _Run:
 
     def _pass_through(self, index: int, block: Block, stream: Stream, writer: CheckpointWriter) -> None:
         """Takes the hidden states through a block that an earlier run finished, exactly as that run did."""
+        if self.dense:
+            with self.meter.stage("load"):
+                module = self.model.load(block.name, self.device, self.dtype)
+            with self.meter.stage("forward"):
+                self.dense.advance(index, module, block.name)
         with self.meter.stage("load"):
             module = self.model.load(block.name, self.device, self.dtype, restored(writer.read(block.name)))
         with self.meter.stage("forward"):
@@ -279,13 +249,18 @@ class _Run:
             module = self.model.load(block.name, self.device, self.dtype)
         more = index + 1 < len(self.model.blocks)
         if more and self.device.type == "cuda":
-            self.model.prefetch(self.model.blocks[index + 1].name)
+            self.model.prefetch(self.model.blocks[index + 1].name, self.device)
+        if self.dense:
+            with self.meter.stage("forward"):
+                self.dense.advance(index, module, block.name)
         stored: dict[str, torch.Tensor] = {}
         with self.meter.stage("quantize"), torch.inference_mode():
             self._quantize_unpruned(block, module, stored)
         layer = None
         if isinstance(block.mlp, Glu):
             layer = self._prune_mlp(index, block.name, block.mlp, module, stream, stored)
+            if self.dense:
+                layer = self._tune(index, block.name, block.mlp, module, stream, self.dense, stored, layer)
             self.report.layers.append(layer)
         if more:
             with self.meter.stage("forward"):
@@ -373,6 +348,30 @@ class _Run:
             up=up_report,
             down=self._report(f"{name}: down", pruned),
         )
+
+    def _tune(
+        self,
+        index: int,
+        block_name: str,
+        mlp: Glu,
+        module: nn.Module,
+        stream: Stream,
+        dense: Stream,
+        stored: dict[str, torch.Tensor],
+        layer: LayerReport,
+    ) -> LayerReport:
+        start = time.perf_counter()
+        scales: dict[str, torch.Tensor | None] = {}
+        for projection in mlp.projections.to_dict().values():
+            scale = stored.get(f"{block_name}.{mlp.path}.{projection}.weight_scale")
+            scales[f"{mlp.path}.{projection}"] = None if scale is None else scale.to(self.device, torch.float32)
+        with self.meter.stage("tune"):
+            weights, report = tune(module, scales, index, stream, dense, self.settings)
+            with torch.inference_mode():
+                for name, weight in weights.items():
+                    linear = cast(nn.Linear, module.get_submodule(name))
+                    self._put(stored, f"{block_name}.{name}", linear, weight, scales[name])
+        return replace(layer, seconds=layer.seconds + time.perf_counter() - start, tuning=report)
 
     def _report(self, what: str, pruned: Pruned, rows: slice = slice(None)) -> ProjectionReport:
         if pruned.damping is not None and pruned.damping > self.settings.damping:

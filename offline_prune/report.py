@@ -38,8 +38,20 @@ def projection_report(pruned: Pruned, rows: slice = slice(None)) -> ProjectionRe
 
 
 @dataclass(frozen=True)
+class TuningReport:
+    """‖f(x̃) − y‖² / ‖y‖², mean over tokens, of a block's output against the dense model's, before and after tuning."""
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class LayerReport:
-    """One pruned MLP; `dense_indices` is the hash of the set that stayed dense."""
+    """One pruned MLP; `dense_indices` is the hash of the set that stayed dense.
+
+    Attributes:
+        gate, up, down: as they were pruned, before any tuning.
+    """
 
     name: str
     regions: Regions
@@ -48,12 +60,14 @@ class LayerReport:
     gate: ProjectionReport
     up: ProjectionReport
     down: ProjectionReport
+    tuning: TuningReport | None = None
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LayerReport:
         """From what `dataclasses.asdict` made of one."""
         projections = {name: ProjectionReport(**data[name]) for name in ("gate", "up", "down")}
-        return cls(**{**data, **projections, "regions": Regions(**data["regions"])})
+        tuning = TuningReport(**data["tuning"]) if data["tuning"] else None
+        return cls(**{**data, **projections, "regions": Regions(**data["regions"]), "tuning": tuning})
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,11 @@ class Method:
     solver: Solver
     selection: Selection
     sparsity: float
+    tune_steps: int = 0
 
 
 METHODS = {
+    "spensegpt++": Method("sparsegpt", "spensegpt+", 0.375, tune_steps=128),
     "spensegpt+": Method("sparsegpt", "spensegpt+", 0.375),
     "spensegpt": Method("sparsegpt", "last", 0.375),
     "sparsegpt": Method("sparsegpt", "last", 0.5),
@@ -60,6 +62,9 @@ class PruneSettings:
         rounding: `inside` the column loop, where rounding errors are compensated too, or `after` it.
         damping: λ / mean(diag H).
         true_sequential: collect down's Hessian through the pruned gate and up.
+        tune_steps: steps of Adam on each block's kept weights after it is pruned, in all one pass over the calibration
+            text; 0 for none, None for the method's own.
+        tune_rate: of those steps, relative to the weights: see `tune.tune`.
         skip_unsupported: leave blocks without a gated MLP as they are instead of refusing the model.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         batch_tokens: about how many tokens pass through a block at once; None for what suits the device.
@@ -86,6 +91,8 @@ class PruneSettings:
     rounding: Rounding = "inside"
     damping: float = 0.01
     true_sequential: bool = True
+    tune_steps: int | None = None
+    tune_rate: float = 0.016
     skip_unsupported: bool = False
     device: str = "auto"
     batch_tokens: int | None = None
@@ -111,6 +118,10 @@ class PruneSettings:
                 raise SpenseError(f"--{name.replace('_', '-')}: found {value}, expected at least 1")
         if not (math.isfinite(self.damping) and 0 <= self.damping <= 1):
             raise SpenseError(f"--damping: found {self.damping:g}, expected 0 to 1")
+        if self.tune_steps is not None and self.tune_steps < 0:
+            raise SpenseError(f"--tune-steps: found {self.tune_steps}, expected at least 0")
+        if not 0 < self.tune_rate <= 1:
+            raise SpenseError(f"--tune-rate: found {self.tune_rate:g}, expected more than 0 and at most 1")
         if self.alignment is not None and (self.alignment < MIN_ALIGNMENT or self.alignment & (self.alignment - 1)):
             raise SpenseError(
                 f"--alignment: found {self.alignment}, expected a power of two of at least {MIN_ALIGNMENT}"
@@ -129,6 +140,10 @@ class PruneSettings:
         return self.selection or METHODS[self.method].selection
 
     @property
+    def wanted_tune_steps(self) -> int:
+        return METHODS[self.method].tune_steps if self.tune_steps is None else self.tune_steps
+
+    @property
     def rounds_inside(self) -> bool:
         return self.quantize == "fp8" and self.rounding == "inside" and self.solver == "sparsegpt"
 
@@ -143,6 +158,8 @@ class PruneSettings:
         }
         if self.solver == "sparsegpt":
             recorded["damping"] = self.damping
+        if self.wanted_tune_steps:
+            recorded |= {"tune_steps": self.wanted_tune_steps, "tune_rate": self.tune_rate}
         if self.quantize == "fp8":
             recorded["fp8_rounding"] = "inside" if self.rounds_inside else "after"
         return recorded

@@ -39,7 +39,9 @@ def _spense() -> None:
 def prune(
     model: Annotated[str, typer.Argument(help="Folder of a Hugging Face causal LM, or its hub name.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; must not be there yet.")],
-    method: Annotated[str, typer.Option(help="spensegpt+ | spensegpt | sparsegpt | wanda | magnitude")] = "spensegpt+",
+    method: Annotated[
+        str, typer.Option(help="spensegpt++ | spensegpt+ | spensegpt | sparsegpt | wanda | magnitude")
+    ] = "spensegpt+",
     sparsity: Annotated[
         float | None,
         typer.Option(help="Share of zeros in the MLP weights, 0 to 0.5. [default: 0.375; 0.5 for the last three]"),
@@ -70,6 +72,11 @@ def prune(
     true_sequential: Annotated[
         bool, typer.Option(help="Calibrate down on the outputs of the pruned gate and up.")
     ] = True,
+    tune_steps: Annotated[
+        int | None,
+        typer.Option(help="Steps of tuning each block after it is pruned. [default: 128 for spensegpt++, else 0]"),
+    ] = None,
+    tune_rate: Annotated[float, typer.Option(help="Of those steps, relative to the weights.")] = 0.016,
     skip_unsupported: Annotated[
         bool, typer.Option(help="Leave blocks without a gated MLP (experts, plain MLPs) as they are.")
     ] = False,
@@ -112,6 +119,8 @@ def prune(
         rounding=cast("Rounding", fp8_rounding),
         damping=damping,
         true_sequential=true_sequential,
+        tune_steps=tune_steps,
+        tune_rate=tune_rate,
         skip_unsupported=skip_unsupported,
         device=device,
         batch_tokens=batch_tokens,

@@ -60,7 +60,7 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("blocks", [1, LAYERS])
-@pytest.mark.parametrize("options", [{}, {"quantize": "none"}, {"method": "wanda"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"quantize": "none"}, {"method": "wanda"}, {"method": "spensegpt++"}], ids=str)
 def test_a_resumed_run_ends_as_an_uninterrupted_one(
     blocks: int, options: dict[str, Any], deep: Path, tmp_path: Path, text: Path
 ) -> None:
