@@ -50,7 +50,7 @@ def calibration_tokens(
 
 def heldout_tokens(tokenizer: PreTrainedTokenizerBase, samples: int, length: int, seed: int = 0) -> torch.Tensor:
     """Text for perplexity that the built-in calibration source does not contain; int64 (samples, length)."""
-    return pack(_docstrings(HELDOUT_PACKAGES, seed), tokenizer, samples, length, "held-out docstrings")
+    return pack(docstrings(HELDOUT_PACKAGES, seed), tokenizer, samples, length, "held-out docstrings")
 
 
 def pack(
@@ -81,7 +81,7 @@ def _tokenize(document: Document, tokenizer: PreTrainedTokenizerBase) -> list[in
 
 def _documents(source: str, seed: int) -> Iterator[Document]:
     if source == BUILTIN:
-        return _docstrings(BUILTIN_PACKAGES, seed)
+        return docstrings(BUILTIN_PACKAGES, seed)
     path = Path(source)
     rows = _read_file(path) if path.suffix in FILE_KINDS or path.exists() else _read_dataset(source)
     random.Random(seed).shuffle(rows)
@@ -161,7 +161,7 @@ def _message(message: Any, where: str) -> dict[str, str]:
     raise SpenseError(f"{where}: found the message {str(message)[:80]}; expected one with role and content")
 
 
-def _docstrings(packages: Iterable[str], seed: int) -> Iterator[str]:
+def docstrings(packages: Iterable[str], seed: int) -> Iterator[str]:
     """The docstrings of installed packages, one Python file's after another's, files in random order."""
     files: list[Path] = []
     for package in packages:

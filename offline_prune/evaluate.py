@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -66,3 +67,41 @@ def perplexity(model: PreTrainedModel, tokens: torch.Tensor) -> float:
             total += nn.functional.cross_entropy(logits, sequence[0, 1:], reduction="sum").item()
             count += sequence.shape[1] - 1
     return math.exp(total / count)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How a model predicts a text's next tokens, and how far from a reference model's predictions that is.
+
+    Attributes:
+        perplexity: as `perplexity`.
+        kl: mean over the positions of KL(reference ‖ model), in nats.
+        top1_agreement: share of the positions where both find the same token most likely.
+    """
+
+    perplexity: float
+    kl: float
+    top1_agreement: float
+
+
+@torch.inference_mode()
+def agreement(model: PreTrainedModel, reference: PreTrainedModel, tokens: torch.Tensor) -> Agreement:
+    """Compares two models of one vocabulary, every sequence on its own.
+
+    Args:
+        tokens: int64 (n, length).
+    """
+    totals, count = torch.zeros(3, dtype=torch.float64), 0
+    with fast_matmul():
+        for sequence in tokens.to(model.device).split(1):
+            found, expected = (
+                each(input_ids=sequence, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+                for each in (model, reference)
+            )
+            loss = nn.functional.nll_loss(found, sequence[0, 1:], reduction="sum")
+            kl = nn.functional.kl_div(found, expected, reduction="sum", log_target=True)
+            same = (found.argmax(-1) == expected.argmax(-1)).sum()
+            totals += torch.stack([loss, kl, same.float()]).double().cpu()
+            count += sequence.shape[1] - 1
+    loss, kl, same = (totals / count).tolist()
+    return Agreement(math.exp(loss), kl, same)

@@ -1,0 +1,177 @@
+"""Quality of every method at every MLP sparsity: perplexity, KL divergence and top-1 agreement on held-out text.
+
+    python -m benchmarks.accuracy
+
+prunes SmolLM2-135M-Instruct (or `--model`) with each method, sparsity and calibration seed, and compares it with the
+dense model on three texts: docstrings of packages that the calibration text does not hold, Python's language reference,
+and the standard library's code. With `--texts`, a folder that `python -m benchmarks.texts` wrote stands for all texts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from benchmarks.envelope import RESULTS, write_result
+from benchmarks.texts import CALIBRATION, DOMAINS, heldout
+from offline_prune.calibrate import BUILTIN
+from offline_prune.device import pick_device
+from offline_prune.evaluate import agreement, load_dense
+from offline_prune.pipeline import prune
+from offline_prune.settings import METHODS, PruneSettings
+from scripts.pruned import CACHE
+from scripts.smollm2 import smollm2
+
+SPARSITIES = (0.25, 0.375, 0.5)
+#: The same as another method there: with dense indices it is SpenseGPT, and SpenseGPT without any is it.
+SAME = {("sparsegpt", 0.25), ("sparsegpt", 0.375), ("spensegpt", 0.5), ("spensegpt+", 0.5)}
+#: The checkpoint's format and what `PruneSettings` calls it.
+FORMATS = {"bf16": "none", "fp8": "fp8"}
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    options = parse()
+    console = Console(stderr=True)
+    device = pick_device(options.device)
+    model = options.model or smollm2(CACHE / "smollm2-135m")
+    reference, tokenizer = load_dense(model, str(device))
+    texts = {name: heldout(name, tokenizer, options.heldout, options.length, options.texts) for name in DOMAINS}
+    dense = {"method": "dense", "sparsity": 0.0, "format": "bf16", "seed": 0}
+    rows = list(measured(reference, reference, texts, {"model": model.name, **dense}, None))
+    for case in cases(options):
+        rows += list(pruned_rows(model, reference, texts, case, options, device))
+        kls = "  ".join(f"{row['domain']} {row['kl']:.4f}" for row in rows[-len(DOMAINS) :])
+        console.print(f"{case['method']} {case['sparsity']:.1%} {case['format']} seed {case['seed']}: KL {kls}")
+        # A long run that is cut off leaves what it has measured.
+        write_result(options.out, "accuracy", rows)
+    plot(rows, options.out.with_suffix(".png"))
+    print(markdown(rows))
+    console.print(f"written: {options.out}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.accuracy", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, help="folder of a dense model [default: SmolLM2-135M-Instruct]")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["fp8"], metavar="FORMAT")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the calibration text's order")
+    parser.add_argument("--samples", type=int, default=64, help="calibration sequences")
+    parser.add_argument("--length", type=int, default=512, help="tokens in each sequence")
+    parser.add_argument("--heldout", type=int, default=32, help="sequences of each held-out text")
+    parser.add_argument("--texts", type=Path, help="folder of texts [default: what is installed]")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=RESULTS / "accuracy-smollm2.json")
+    return parser.parse_args()
+
+
+def cases(options: argparse.Namespace) -> Iterator[Row]:
+    """What is pruned, as the first keys of its rows; at MLP sparsity 0 that is only the rounding."""
+    if "fp8" in options.formats:
+        yield {"method": "dense", "sparsity": 0.0, "format": "fp8", "seed": 0}
+    every = itertools.product(options.methods, options.sparsities, options.formats, options.seeds)
+    for method, sparsity, form, seed in every:
+        if (method, sparsity) not in SAME:
+            yield {"method": method, "sparsity": sparsity, "format": form, "seed": seed}
+
+
+def pruned_rows(
+    model: Path,
+    reference: PreTrainedModel,
+    texts: dict[str, torch.Tensor],
+    case: Row,
+    options: argparse.Namespace,
+    device: torch.device,
+) -> Iterator[Row]:
+    """Prunes into a folder that is gone afterwards, and measures."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = PruneSettings(
+            str(model),
+            Path(folder) / "pruned",
+            # At sparsity 0 every method is only the quantization.
+            method="magnitude" if case["method"] == "dense" else case["method"],
+            sparsity=case["sparsity"],
+            calibration=str(options.texts / f"{CALIBRATION}.jsonl") if options.texts else BUILTIN,
+            samples=options.samples,
+            length=options.length,
+            seed=case["seed"],
+            quantize=FORMATS[case["format"]],  # type: ignore[arg-type]
+            device=str(device),
+        )
+        report = prune(settings)
+        found, _ = load_dense(settings.out, str(device))
+        yield from measured(found, reference, texts, {"model": model.name, **case}, report.seconds)
+
+
+def measured(
+    model: PreTrainedModel, reference: PreTrainedModel, texts: dict[str, torch.Tensor], case: Row, seconds: float | None
+) -> Iterator[Row]:
+    """One row for each domain."""
+    for domain, tokens in texts.items():
+        found = asdict(agreement(model, reference, tokens))
+        yield {**case, "domain": domain, **found, "prune_seconds": seconds}
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Methods down; perplexity and KL of each domain, mean ± standard error over the seeds, across."""
+    head = " | ".join(f"{domain}: perplexity | KL" for domain in DOMAINS)
+    lines = [f"| method | MLP sparsity | format | {head} |", "|---|---|---|" + "---|---|" * len(DOMAINS)]
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["sparsity"], row["format"]), []).append(row)
+    for (method, sparsity, form), group in groups.items():
+        cells = [
+            _mean([row[key] for row in group if row["domain"] == domain], digits)
+            for domain in DOMAINS
+            for key, digits in (("perplexity", 2), ("kl", 3))
+        ]
+        lines.append(f"| `{method}` | {sparsity:.1%} | {form.upper()} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _mean(values: Sequence[float], digits: int) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
+
+
+def plot(rows: Sequence[Row], file: Path) -> None:
+    """KL against MLP sparsity: a panel for each domain, a line for each method, a bar of one standard deviation."""
+    from matplotlib.figure import Figure
+
+    form = rows[-1]["format"]
+    figure = Figure(figsize=(4.2 * len(DOMAINS), 4), layout="constrained")
+    for axes, domain in zip(figure.subplots(1, len(DOMAINS), sharey=True), DOMAINS, strict=True):
+        here = [row for row in rows if row["domain"] == domain and row["format"] == form and row["sparsity"]]
+        for method in dict.fromkeys(row["method"] for row in here):
+            points: dict[float, list[float]] = {}
+            for row in here:
+                if row["method"] == method:
+                    points.setdefault(row["sparsity"], []).append(row["kl"])
+            spread = [statistics.stdev(found) if len(found) > 1 else 0.0 for found in points.values()]
+            means = [statistics.mean(found) for found in points.values()]
+            axes.errorbar(list(points), means, yerr=spread, marker=".", label=method)
+        axes.set(title=domain, xlabel="MLP sparsity", yscale="log")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel(f"KL from the dense model, nats ({form.upper()})")
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(file, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""The accuracy benchmark: what it measures, and on which texts."""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_model
+
+from benchmarks import accuracy, texts
+from offline_prune.evaluate import agreement, load_dense, perplexity
+from vllm_spense.errors import SpenseError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("texts")
+    for name in (texts.CALIBRATION, *texts.DOMAINS):
+        lines = [json.dumps({"text": f"{name} {i}: {i * i % 97} sheep"}) for i in range(100)]
+        (path / f"{name}.jsonl").write_text("\n".join(lines))
+    return path
+
+
+def test_agreement_is_what_its_definition_says(llama: Path, tmp_path: Path) -> None:
+    model, reference = load_dense(llama)[0], load_dense(tiny_model("llama", tmp_path / "other", vocab_size=258))[0]
+    with torch.no_grad():
+        head = model.lm_head.weight
+        head += 0.05 * torch.randn(head.shape, generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, 256, (2, 32), generator=torch.Generator().manual_seed(0))
+    found = agreement(model, reference, tokens)
+    with torch.inference_mode():
+        p, q = (each(input_ids=tokens).logits[:, :-1].double().softmax(-1) for each in (reference, model))
+    assert found.perplexity == pytest.approx(perplexity(model, tokens), rel=1e-3)
+    assert found.kl == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=2e-2)
+    assert found.kl > 0.01
+    assert found.top1_agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item(), abs=0.05)
+    assert found.top1_agreement < 1
+
+
+def test_a_model_agrees_with_itself(llama: Path) -> None:
+    model, _ = load_dense(llama)
+    found = agreement(model, model, torch.randint(0, 256, (2, 32), generator=torch.Generator().manual_seed(0)))
+    assert (found.kl, found.top1_agreement) == (0, 1)
+
+
+def test_the_table_from_a_folder_of_texts(
+    llama: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "accuracy.json"
+    sizes = "--samples 8 --length 64 --heldout 2 --seeds 0 1 --sparsities 0.375 0.5"
+    command = f"accuracy --model {llama} --methods spensegpt++ spensegpt {sizes} --device cpu --texts {folder}"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--out", str(out)])
+    accuracy.main()
+    result = json.loads(out.read_text())
+    assert result["benchmark"] == "accuracy"
+    rows = result["rows"]
+    # Dense twice, ++ at both sparsities and SpenseGPT at one, with two seeds: on three domains.
+    assert len(rows) == 3 * (2 + 2 * 3)
+    assert list(rows[0]) == [
+        *("model", "method", "sparsity", "format", "seed", "domain"),
+        *("perplexity", "kl", "top1_agreement", "prune_seconds"),
+    ]
+    dense, rounded, *pruned = rows[::3]
+    assert (dense["kl"], dense["top1_agreement"], dense["prune_seconds"]) == (0, 1, None)
+    assert 0 < rounded["kl"] < min(row["kl"] for row in pruned)
+    assert len({row["kl"] for row in pruned}) == len(pruned)
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    table = capsys.readouterr().out
+    assert accuracy.markdown(rows) in table
+    assert table.count("±") == 3 * 2 * 3
+    assert "| `spensegpt` | 37.5% | FP8 |" in table
+    assert "| `spensegpt` | 50.0% |" not in table
+
+
+def test_mean_and_standard_error() -> None:
+    assert accuracy._mean([1.0, 2.0, 3.0], 3) == "2.000 ± 0.577"
+
+
+def test_a_folder_written_here_is_read_as_what_is_installed(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {name: list(islice(texts.documents(name), 3)) for name in (texts.CALIBRATION, *texts.DOMAINS)}
+    monkeypatch.setattr(texts, "documents", lambda name: iter(few[name]))
+    texts.write(tmp_path)
+    assert sorted(file.stem for file in tmp_path.iterdir()) == sorted(few)
+    tokenizer = load_dense(llama)[1]
+    for domain in texts.DOMAINS:
+        here, there = (texts.heldout(domain, tokenizer, 2, 64, folder) for folder in (None, tmp_path))
+        assert torch.equal(here, there)
+    with pytest.raises(SpenseError, match=r"prose.jsonl: no such file; `python -m benchmarks.texts"):
+        texts.heldout("prose", tokenizer, 2, 64, tmp_path / "nowhere")
+
+
+def test_code_is_code_and_prose_is_not() -> None:
+    for text in islice(texts.documents("code"), 5):
+        assert ast.get_docstring(ast.parse(text)) is None
+    with pytest.raises(SyntaxError):
+        ast.parse(next(texts.documents("prose")))
