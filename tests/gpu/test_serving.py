@@ -1,8 +1,18 @@
-"""vLLM on a real GPU: the library path generates what the reference path generates."""
+"""vLLM with pruned SmolLM2 on a real GPU: the tokens of dense execution, and two minutes of 64 clients.
+
+    pytest -m gpu --noconftest tests/gpu/test_serving.py
+
+`SPENSE_TEST_CHECKPOINT` names a pruned checkpoint, or `SPENSE_TEST_MODEL` a model to prune; without either it is
+SmolLM2 from its package. `SPENSE_TEST_SECONDS` shortens the two minutes.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import os
+import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,36 +24,108 @@ pytest.importorskip("vllm", reason="needs vLLM")
 pytest.importorskip("nvmath", reason="needs nvmath-python")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "engine"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from checkpoints import prune_tiny, tiny_llama
-from engines import Run, generate, require_same_or_tied, spread
+from engines import Completion, Run, generate, require_same_or_tied, spread
+from openai import OpenAI
+from soak import host_bytes, soak
 
+from scripts.pruned import CACHE, Pruning, pruned
+from scripts.server import HOST, serving
+from scripts.smollm2 import smollm2
 from vllm_spense.policy import SWITCH
+from vllm_spense.policy import Path as ExecutionPath
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
 
 STOCK = "compressed-tensors"
+CLIENTS = 64
+SECONDS = float(os.environ.get("SPENSE_TEST_SECONDS", "120"))
+#: In half the time every layer multiplies some ten thousand times: a few hundred bytes left by each would be more.
+MAX_GROWTH_BYTES = 64 << 20
+QUESTION = "The capital of France is"
 
 
-def test_the_library_path_against_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eager and in CUDA graphs, at every number of tokens that twenty prompts make.
+@pytest.fixture(scope="module")
+def checkpoint() -> Path:
+    if folder := os.environ.get("SPENSE_TEST_CHECKPOINT"):
+        return Path(folder)
+    model = os.environ.get("SPENSE_TEST_MODEL")
+    return pruned(Path(model) if model else smollm2(CACHE / "smollm2-135m"), Pruning("spensegpt+", 0.375))
+
+
+@pytest.fixture(scope="module")
+def stock(checkpoint: Path) -> dict[bool, list[Completion]]:
+    """Dense execution of the same files, eager and compiled."""
+    return {compiled: complete(Run(checkpoint, STOCK, compiled, dtype="bfloat16")) for compiled in (False, True)}
+
+
+def complete(run: Run) -> list[Completion]:
+    # A process for each engine: the next one wants the GPU memory of the last.
+    return generate([run])[run]
+
+
+@pytest.mark.parametrize("path", ["", *(path.value for path in ExecutionPath if path is not ExecutionPath.REFERENCE)])
+def test_tokens_are_those_of_dense_execution(
+    checkpoint: Path, stock: dict[bool, list[Completion]], path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In CUDA graphs, with the policy's choice and with each path alone, at every batch that twenty prompts make.
 
     BF16 sums in another order round other activations to other FP8 values. How much that moves the numbers is
     measured on stock vLLM itself, as it goes from eager to compiled.
     """
-    checkpoint = prune_tiny(tiny_llama(tmp_path / "dense"), tmp_path / "spense")
-    ours = {compiled: Run(checkpoint, "spense", compiled, dtype="bfloat16") for compiled in (False, True)}
-    stock = {compiled: Run(checkpoint, STOCK, compiled, dtype="bfloat16") for compiled in (False, True)}
-    monkeypatch.setenv(SWITCH, "library")
-    # A process for each engine: the next one wants the GPU memory of the last.
-    found = {run: generate([run])[run] for run in (*ours.values(), *stock.values())}
-    monkeypatch.setenv(SWITCH, "reference")
-    reference = generate([ours[False]])[ours[False]]
-    tolerance = 2 * spread(found[stock[True]], found[stock[False]])
-    for compiled in (False, True):
-        for other in (reference, found[stock[compiled]]):
-            distance = spread(found[ours[compiled]], other)
-            print(f"compiled {compiled}: {distance:.4f} nats, tolerance {tolerance:.4f}")
-            assert distance <= tolerance
-            require_same_or_tied(found[ours[compiled]], other, tolerance)
-    assert found[ours[False]] != reference
+    monkeypatch.setenv(SWITCH, path)
+    ours = complete(Run(checkpoint, "spense", True, dtype="bfloat16"))
+    tolerance = 2 * spread(stock[True], stock[False])
+    found = spread(ours, stock[True])
+    print(f"{path or 'auto'}: {found:.4f} nats, tolerance {tolerance:.4f}")
+    assert found <= tolerance
+    require_same_or_tied(ours, stock[True], tolerance)
+    # It is another execution, not the same one twice.
+    assert ours != stock[True]
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """URL and log of a server as users start it."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)]
+    options = ["--served-model-name", "smollm2", "--max-model-len", "1024", "--gpu-memory-utilization", "0.5"]
+    log = tmp_path_factory.mktemp("server") / "log"
+    with serving([*command, *options, "--port", str(port)], port, log):
+        yield f"http://{HOST}:{port}/v1", log
+
+
+def test_64_clients_for_two_minutes(server: tuple[str, Path]) -> None:
+    """No error and no growth in the second half; before that, pools fill and new lengths of prompts need plans."""
+    url, log = server
+    before = answer(url)
+    halfway: list[int] = []
+    outcome = asyncio.run(soak(url, "smollm2", CLIENTS, SECONDS, lambda: halfway.extend(memory())))
+    end = memory()
+    growth = [late - early for late, early in zip(end, halfway, strict=True)]
+    print(f"{outcome.streams} streams, {outcome.dropped} dropped, {outcome.tokens} tokens in {SECONDS:.0f} s")
+    for name, used, grown in zip(("GPU", "host"), end, growth, strict=True):
+        print(f"{name}: {used / 2**20:.0f} MiB at the end, {grown / 2**20:+.1f} MiB since halfway")
+    assert not outcome.wrong, outcome.wrong[:5]
+    assert outcome.streams >= CLIENTS
+    assert all(grown <= MAX_GROWTH_BYTES for grown in growth)
+    assert answer(url) == before
+    said = log.read_text()
+    assert "Traceback" not in said
+    assert "Spense: output-split" in said
+    assert "the reference path is slow on a GPU" not in said
+
+
+def memory() -> tuple[int, int]:
+    """Bytes in use on the GPU, by anybody, and by the server's processes on the host."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free, host_bytes()
+
+
+def answer(url: str) -> str:
+    client = OpenAI(base_url=url, api_key="none")
+    completion = client.completions.create(model="smollm2", prompt=QUESTION, temperature=0, max_tokens=16)
+    return completion.choices[0].text
