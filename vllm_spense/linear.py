@@ -21,7 +21,7 @@ from vllm.model_executor.parameter import BasevLLMParameter
 from vllm_spense import layout, loaders, ops
 from vllm_spense.errors import FormatError
 from vllm_spense.format import Regions
-from vllm_spense.kernels.problem import Problem, Split
+from vllm_spense.kernels.problem import Problem, Split, sum_dtype
 from vllm_spense.layout import Shard
 from vllm_spense.loaders import Loader
 
@@ -79,9 +79,7 @@ class RegionLinearMethod(LinearMethodBase):
             )
         shard = layout.shard(self.regions, layer.tp_rank, layer.tp_size, self.name)
         n, k = sum(output_partition_sizes), input_size_per_partition
-        # Raw sums are too large for float16, and bfloat16 is coarser than it.
-        sum_dtype = torch.bfloat16 if params_dtype == torch.bfloat16 else torch.float32
-        self.problem = Problem(n, k, self.merged(shard.regions), self.split, sum_dtype)
+        self.problem = Problem(n, k, self.merged(shard.regions), self.split, sum_dtype(params_dtype))
 
         weight_loader, scale_loader = self.make_loaders(layer, shard)
         weight = torch.empty(n, k, dtype=FP8)

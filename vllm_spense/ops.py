@@ -18,13 +18,15 @@ import torch
 from vllm_spense.format import Regions
 from vllm_spense.kernels.problem import Problem, Split
 from vllm_spense.policy import (
+    ONE_LAUNCH_CAPABILITY,
     SWITCH,
     Device,
     Path,
     candidates,
     choose,
     forced_path,
-    reason_against_library,
+    reason_against,
+    tokens_of,
 )
 
 # A child of vLLM's logger: its handlers and level apply in every process that vLLM starts.
@@ -36,21 +38,64 @@ class Kernel(Protocol):
 
     def pack(self, weight: torch.Tensor, problem: Problem) -> dict[str, torch.Tensor]: ...
 
-    def prepare(self, problem: Problem, max_tokens: int, device: torch.device) -> None: ...
+    def prepare(self, problem: Problem, min_tokens: int, max_tokens: int, device: torch.device) -> None: ...
 
     def run(self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], problem: Problem) -> torch.Tensor: ...
+
+
+class Timed(Kernel, Protocol):
+    """A kernel that competes with another."""
+
+    def us(self, problem: Problem, tokens: int, device: torch.device) -> float: ...
 
 
 @cache
 def kernel(path: Path) -> Kernel:
     """The module of a path, imported when it is first needed: not every machine has every library."""
-    return cast(Kernel, importlib.import_module(f"vllm_spense.kernels.{path.value}"))
+    return cast(Kernel, importlib.import_module(f"vllm_spense.kernels.{path.name.lower()}"))
 
 
+@cache
 def prepare(problem: Problem, max_tokens: int, device: torch.device) -> None:
-    """Makes whatever is slow to make, for up to `max_tokens` rows of activations."""
-    for path in candidates(problem, _describe(device), _forced()):
-        kernel(path).prepare(problem, max_tokens, device)
+    """Makes whatever is slow to make, for up to `max_tokens` rows of activations, and says which path runs when."""
+    paths = _paths(problem, device)
+    for path in paths:
+        if span := tokens_of(path, paths, max_tokens):
+            kernel(path).prepare(problem, *span, device)
+    logger.info(
+        "Spense: %s-split %d × %d, 2:4 in %d and dense in %d, runs on %s by the %s path",
+        problem.split,
+        problem.n,
+        problem.k,
+        problem.regions.sparse,
+        problem.regions.dense,
+        _describe(device),
+        _turns(problem, max_tokens, device),
+    )
+    if device.type == "cuda" and Path.REFERENCE in paths:
+        logger.warning(
+            "Spense: the reference path is slow on a GPU; the library path is not taken because %s",
+            reason_against(Path.LIBRARY, problem, _describe(device)) or f"{SWITCH} says so",
+        )
+
+
+def _turns(problem: Problem, max_tokens: int, device: torch.device) -> str:
+    """In words, which path runs for how many tokens: "one-launch (to 128 tokens), then library"."""
+    turns: list[tuple[Path, int]] = []
+    tokens = 1
+    while tokens < 2 * max_tokens:
+        path = _path(problem, tokens, device)
+        if turns and turns[-1][0] is path:
+            turns.pop()
+        turns.append((path, tokens))
+        tokens *= 2
+    *earlier, (last, _) = turns
+    return "".join(f"{path} (to {tokens} tokens), then " for path, tokens in earlier) + last
+
+
+def runs_fast(problem: Problem, device: torch.device) -> bool:
+    """Whether anything but plain torch can run this problem, and may."""
+    return Path.REFERENCE not in _paths(problem, device)
 
 
 def pack(weight: torch.Tensor, problem: Problem) -> dict[str, torch.Tensor]:
@@ -63,8 +108,9 @@ def pack(weight: torch.Tensor, problem: Problem) -> dict[str, torch.Tensor]:
         Named tensors for `region_gemm`; none shares memory with `weight`.
     """
     packed: dict[str, torch.Tensor] = {}
-    for path in candidates(problem, _describe(weight.device), _forced()):
-        packed |= kernel(path).pack(weight, problem)
+    # Paths that share their bytes share the function.
+    for pack_for in dict.fromkeys(kernel(path).pack for path in _paths(problem, weight.device)):
+        packed |= pack_for(weight, problem)
     return packed
 
 
@@ -104,8 +150,8 @@ def _region_gemm(
 ) -> torch.Tensor:
     problem = Problem(n, k, Regions(sparse, dense), split, out_dtype)
     # The number of tokens is symbolic in a compiled graph: only in here can it decide the path.
-    path = choose(problem, x.shape[0], _describe(x.device), _forced())
-    _announce(path, problem, _describe(x.device))
+    # By powers of two, so that it is decided once for each.
+    path = _path(problem, 1 << (x.shape[0] - 1).bit_length(), x.device)
     return kernel(path).run(x, dict(zip(names, tensors, strict=True)), problem)
 
 
@@ -124,36 +170,32 @@ def _region_gemm_fake(
 
 
 @cache
+def _path(problem: Problem, tokens: int, device: torch.device) -> Path:
+    return choose(_paths(problem, device), tokens, lambda path: cast(Timed, kernel(path)).us(problem, tokens, device))
+
+
+@cache
+def _paths(problem: Problem, device: torch.device) -> tuple[Path, ...]:
+    return candidates(problem, _describe(device), _forced())
+
+
+@cache
 def _describe(device: torch.device) -> Device:
     if device.type != "cuda":
         return Device(device.type)
+    capability = torch.cuda.get_device_capability(device)
     bindings = importlib.util.find_spec("nvmath") is not None
-    return Device(device.type, torch.cuda.get_device_capability(device), bindings)
+    foreign_layout = None
+    if bindings and capability == ONE_LAUNCH_CAPABILITY:
+        from vllm_spense.kernels import one_launch
+
+        foreign_layout = one_launch.foreign_layout(device)
+    return Device(device.type, capability, bindings, foreign_layout)
 
 
 @cache
 def _forced() -> Path | None:
     return forced_path(os.environ.get(SWITCH))
-
-
-@cache
-def _announce(path: Path, problem: Problem, device: Device) -> None:
-    """Logs a path the first time that a shape takes it."""
-    logger.info(
-        "Spense: %s-split %d × %d, 2:4 in %d and dense in %d, takes the %s path on %s",
-        problem.split,
-        problem.n,
-        problem.k,
-        problem.regions.sparse,
-        problem.regions.dense,
-        path,
-        device,
-    )
-    if device.kind == "cuda" and path is Path.REFERENCE:
-        logger.warning(
-            "Spense: the reference path is slow on a GPU; the library path is not taken because %s",
-            reason_against_library(problem, device) or f"{SWITCH} says so",
-        )
 
 
 # Torch removes the ops of a library object that is collected.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -12,6 +13,11 @@ from vllm_spense.kernels.problem import WEIGHT_MULTIPLE, Problem
 SWITCH = "SPENSE_PATH"
 #: Compute capability that the library path was measured on; older GPUs have no FP8 in cuSPARSELt.
 LIBRARY_CAPABILITY = (9, 0)
+#: The one-launch path issues this GPU's own instructions.
+ONE_LAUNCH_CAPABILITY = (9, 0)
+#: Up to the first number of tokens the one-launch path won on every shape that was measured, beyond the second the
+#: library path did (docs/kernels.md). Between them, both are timed on the machine that serves.
+ALWAYS_ONE_LAUNCH, NEVER_ONE_LAUNCH = 64, 256
 
 
 class Path(StrEnum):
@@ -19,6 +25,7 @@ class Path(StrEnum):
 
     REFERENCE = "reference"
     LIBRARY = "library"
+    ONE_LAUNCH = "one-launch"
 
 
 @dataclass(frozen=True)
@@ -29,11 +36,13 @@ class Device:
         kind: torch's name for the kind of device.
         capability: CUDA's compute capability, None on other devices.
         bindings: whether nvmath-python, the way to NVIDIA's libraries, is installed.
+        foreign_layout: why cuSPARSELt's bytes cannot be read by the one-launch path, None if they can.
     """
 
     kind: str
     capability: tuple[int, int] | None = None
     bindings: bool = False
+    foreign_layout: str | None = None
 
     def __str__(self) -> str:
         return self.kind if self.capability is None else "{} {}.{}".format(self.kind, *self.capability)
@@ -45,28 +54,53 @@ def candidates(problem: Problem, device: Device, forced: Path | None = None) -> 
     Raises:
         SpenseError: the forced path cannot run this problem on this device.
     """
-    reason = reason_against_library(problem, device)
-    if forced is Path.LIBRARY and reason:
-        raise SpenseError(f"{SWITCH}={forced} cannot be followed: {reason}")
-    return (forced or (Path.REFERENCE if reason else Path.LIBRARY),)
+    if forced:
+        if reason := reason_against(forced, problem, device):
+            raise SpenseError(f"{SWITCH}={forced} cannot be followed: {reason}")
+        return (forced,)
+    fast = tuple(path for path in (Path.ONE_LAUNCH, Path.LIBRARY) if not reason_against(path, problem, device))
+    return fast or (Path.REFERENCE,)
 
 
-def choose(problem: Problem, tokens: int, device: Device, forced: Path | None = None) -> Path:
-    """The path for `tokens` rows of activations: one of the candidates."""
-    return candidates(problem, device, forced)[0]
+def tokens_of(path: Path, paths: Sequence[Path], max_tokens: int) -> tuple[int, int] | None:
+    """Smallest and largest number of tokens, up to `max_tokens`, for which `path` may be chosen among `paths`."""
+    both = len(paths) > 1
+    first = ALWAYS_ONE_LAUNCH + 1 if both and path is Path.LIBRARY else 1
+    last = min(max_tokens, NEVER_ONE_LAUNCH) if both and path is Path.ONE_LAUNCH else max_tokens
+    return (first, last) if first <= last else None
 
 
-def reason_against_library(problem: Problem, device: Device) -> str | None:
-    """Why cuSPARSELt and cuBLASLt cannot run this problem here, or None if they can."""
+def choose(paths: Sequence[Path], tokens: int, us: Callable[[Path], float]) -> Path:
+    """The path for `tokens` rows of activations.
+
+    Args:
+        paths: the candidates.
+        us: a path's measured time for these tokens; asked for only where neither path always wins.
+    """
+    if len(paths) == 1:
+        return paths[0]
+    if tokens <= ALWAYS_ONE_LAUNCH:
+        return Path.ONE_LAUNCH
+    return Path.LIBRARY if tokens > NEVER_ONE_LAUNCH else min(paths, key=us)
+
+
+def reason_against(path: Path, problem: Problem, device: Device) -> str | None:
+    """Why a path cannot run this problem here, or None if it can."""
+    if path is Path.REFERENCE:
+        return None
     if device.kind != "cuda" or device.capability is None:
         return f"it needs an NVIDIA GPU, and this is {device}"
     if device.capability < LIBRARY_CAPABILITY:
         return "it needs compute capability {}.{}, and this is {}.{}".format(*LIBRARY_CAPABILITY, *device.capability)
     if not device.bindings:
-        return "nvmath-python is not installed (pip install 'nvmath-python>=1.0')"
+        return "nvmath-python is not installed (pip install 'nvmath-python[cu13]>=1.0')"
     sizes = (*problem.sparse_shape, *problem.dense_shape)
     if any(size % WEIGHT_MULTIPLE for size in sizes):
         return f"region sizes {sizes} are not all multiples of {WEIGHT_MULTIPLE}"
+    if path is Path.ONE_LAUNCH:
+        if device.capability != ONE_LAUNCH_CAPABILITY:
+            return "it is written for compute capability {}.{}".format(*ONE_LAUNCH_CAPABILITY)
+        return device.foreign_layout
     return None
 
 

@@ -8,6 +8,7 @@ import torch
 from vllm_spense import ops
 from vllm_spense.format import Regions
 from vllm_spense.kernels.problem import Problem, Split
+from vllm_spense.policy import Path
 
 FP8 = torch.float8_e4m3fn
 
@@ -89,10 +90,18 @@ def test_packed_weights_do_not_keep_the_whole_weight() -> None:
 
 def test_a_path_is_named_once_for_each_shape(caplog: pytest.LogCaptureFixture) -> None:
     p = problem("output", 64, 32)
-    packed = ops.pack(make(p, 1)[1], p)
     with caplog.at_level(logging.INFO, logger="vllm.spense"):
-        for tokens in (1, 2, 2, 64):
-            ops.region_gemm(make(p, tokens)[0], packed, p)
+        for _ in range(3):
+            ops.prepare(p, 64, torch.device("cpu"))
     said = [record.getMessage() for record in caplog.records if "output-split 96 × 96" in record.getMessage()]
     assert len(said) == 1
-    assert "reference path on cpu" in said[0]
+    assert said[0].endswith("runs on cpu by the reference path")
+
+
+def test_the_turns_of_paths_are_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def path(_problem: Problem, tokens: int, _device: torch.device) -> Path:
+        return Path.ONE_LAUNCH if tokens <= 128 else Path.LIBRARY
+
+    monkeypatch.setattr(ops, "_path", path)
+    turns = ops._turns(problem("output", 64, 32), 8192, torch.device("cpu"))
+    assert turns == "one-launch (to 128 tokens), then library"

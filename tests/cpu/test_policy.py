@@ -5,16 +5,69 @@ import pytest
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import Regions
 from vllm_spense.kernels.problem import Problem
-from vllm_spense.policy import Device, Path, candidates, choose, forced_path, reason_against_library
+from vllm_spense.policy import (
+    ALWAYS_ONE_LAUNCH,
+    NEVER_ONE_LAUNCH,
+    Device,
+    Path,
+    candidates,
+    choose,
+    forced_path,
+    reason_against,
+    tokens_of,
+)
 
 PROBLEM = Problem(128, 64, Regions(96, 32), "output")
 HOPPER = Device("cuda", (9, 0), bindings=True)
+BLACKWELL = Device("cuda", (10, 0), bindings=True)
+BOTH = (Path.ONE_LAUNCH, Path.LIBRARY)
 
 
-def test_a_hopper_with_the_bindings_takes_the_libraries() -> None:
-    assert reason_against_library(PROBLEM, HOPPER) is None
-    for tokens in (1, 16, 8192):
-        assert choose(PROBLEM, tokens, HOPPER) is Path.LIBRARY
+def never(path: Path) -> float:
+    raise AssertionError("measured where nothing is in doubt")
+
+
+def test_a_hopper_with_the_bindings_has_both_fast_paths() -> None:
+    assert candidates(PROBLEM, HOPPER) == BOTH
+    for tokens in (1, 16, ALWAYS_ONE_LAUNCH):
+        assert choose(BOTH, tokens, never) is Path.ONE_LAUNCH
+    for tokens in (NEVER_ONE_LAUNCH + 1, 16384):
+        assert choose(BOTH, tokens, never) is Path.LIBRARY
+
+
+@pytest.mark.parametrize("faster", BOTH)
+@pytest.mark.parametrize("tokens", [ALWAYS_ONE_LAUNCH + 1, NEVER_ONE_LAUNCH])
+def test_between_them_the_clock_decides(tokens: int, faster: Path) -> None:
+    assert choose(BOTH, tokens, lambda path: 10.0 if path is faster else 11.0) is faster
+
+
+@pytest.mark.parametrize("max_tokens", [1, 64, 65, 300, 8192])
+def test_whatever_may_be_chosen_is_prepared(max_tokens: int) -> None:
+    for tokens in range(1, max_tokens + 1):
+        for faster in BOTH:
+            chosen = choose(BOTH, tokens, lambda path, faster=faster: float(path is not faster))
+            span = tokens_of(chosen, BOTH, max_tokens)
+            assert span is not None
+            assert span[0] <= tokens <= span[1]
+    assert tokens_of(Path.LIBRARY, BOTH, ALWAYS_ONE_LAUNCH) is None
+    assert tokens_of(Path.LIBRARY, (Path.LIBRARY,), 8) == (1, 8)
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [
+        (BLACKWELL, "it is written for compute capability 9.0"),
+        (
+            Device("cuda", (9, 0), bindings=True, foreign_layout="a layout that is not known"),
+            "layout that is not known",
+        ),
+    ],
+)
+def test_the_libraries_run_alone_where_the_kernel_cannot(device: Device, reason: str) -> None:
+    assert candidates(PROBLEM, device) == (Path.LIBRARY,)
+    assert choose((Path.LIBRARY,), 1, never) is Path.LIBRARY
+    with pytest.raises(SpenseError, match=f"SPENSE_PATH=one-launch cannot be followed: .*{reason}"):
+        candidates(PROBLEM, device, Path.ONE_LAUNCH)
 
 
 @pytest.mark.parametrize(
@@ -29,18 +82,19 @@ def test_a_hopper_with_the_bindings_takes_the_libraries() -> None:
 )
 def test_everything_else_takes_the_reference_and_says_why(problem: Problem, device: Device, reason: str) -> None:
     assert candidates(problem, device) == (Path.REFERENCE,)
-    assert reason in str(reason_against_library(problem, device))
-    with pytest.raises(SpenseError, match="SPENSE_PATH=library cannot be followed"):
-        candidates(problem, device, Path.LIBRARY)
+    for path in BOTH:
+        assert reason in str(reason_against(path, problem, device))
+        with pytest.raises(SpenseError, match=f"SPENSE_PATH={path} cannot be followed"):
+            candidates(problem, device, path)
 
 
 def test_the_switch_wins() -> None:
-    assert choose(PROBLEM, 16, HOPPER, forced_path("reference")) is Path.REFERENCE
-    assert choose(PROBLEM, 16, HOPPER, forced_path("library")) is Path.LIBRARY
+    for path in Path:
+        assert candidates(PROBLEM, HOPPER, forced_path(path.value)) == (path,)
     assert forced_path(None) is None
     assert forced_path("") is None
 
 
 def test_a_typo_in_the_switch_is_an_error() -> None:
-    with pytest.raises(SpenseError, match=r"SPENSE_PATH: found libary, expected reference \| library"):
+    with pytest.raises(SpenseError, match=r"SPENSE_PATH: found libary, expected reference \| library \| one-launch"):
         forced_path("libary")

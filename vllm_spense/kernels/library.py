@@ -24,6 +24,8 @@ Packed = Mapping[str, torch.Tensor]
 _MAX_COPIES = 8
 #: Largest number of tokens that vLLM captures in a CUDA graph unless told otherwise.
 _LARGEST_DECODE = 512
+#: From here on more tokens are only more of the same.
+_LARGEST_BUCKET = 2048
 #: Of each library's kernels, how many are tried together.
 _FINALISTS = 3
 
@@ -55,12 +57,22 @@ def padded(tokens: int) -> int:
     return -(-tokens // multiple) * multiple
 
 
-def prepare(problem: Problem, max_tokens: int, device: torch.device) -> None:
-    """Finds kernels for every M up to `max_tokens` now, rather than while somebody waits for an answer."""
-    bucket = cusparselt.TOKEN_MULTIPLE
-    while bucket < 2 * max_tokens:
-        _choice(problem, bucket, device)
-        bucket *= 2
+def prepare(problem: Problem, min_tokens: int, max_tokens: int, device: torch.device) -> None:
+    """Finds kernels for every M in this range now, rather than while somebody waits for an answer."""
+    tokens = bucket(min_tokens)
+    while tokens <= bucket(max_tokens):
+        _choice(problem, tokens, device)
+        tokens *= 2
+
+
+def us(problem: Problem, tokens: int, device: torch.device) -> float:
+    """What the search measured for M = `tokens`."""
+    return _choice(problem, bucket(tokens), device).us
+
+
+def bucket(tokens: int) -> int:
+    """Kernels are searched for by powers of two."""
+    return min(max(cusparselt.TOKEN_MULTIPLE, 1 << (tokens - 1).bit_length()), _LARGEST_BUCKET)
 
 
 def run(x: torch.Tensor, packed: Packed, problem: Problem) -> torch.Tensor:
@@ -74,9 +86,8 @@ def run(x: torch.Tensor, packed: Packed, problem: Problem) -> torch.Tensor:
 
 @cache
 def plan(problem: Problem, tokens: int, device: torch.device) -> LibraryPlan:
-    """The plan for M = `tokens`, a multiple of 16. Kernels are searched for, and kept, by powers of two."""
-    bucket = max(cusparselt.TOKEN_MULTIPLE, 1 << (tokens - 1).bit_length())
-    choice = _choice(problem, bucket, device)
+    """The plan for M = `tokens`, a multiple of 16."""
+    choice = _choice(problem, bucket(tokens), device)
     try:
         return LibraryPlan(problem, tokens, device, choice)
     except (cusparselt.Error, cublaslt.Error) as error:
@@ -86,16 +97,16 @@ def plan(problem: Problem, tokens: int, device: torch.device) -> LibraryPlan:
 
 
 @cache
-def _choice(problem: Problem, bucket: int, device: torch.device) -> Choice:
+def _choice(problem: Problem, tokens: int, device: torch.device) -> Choice:
     key = {
         "path": "library",
         **environment(device),
         "cublaslt": cublaslt.version(),
         "cusparselt": cusparselt.version(device),
         **problem.describe(),
-        "tokens": bucket,
+        "tokens": tokens,
     }
-    return load_or_find(key, Choice, lambda: search(problem, bucket, device))
+    return load_or_find(key, Choice, lambda: search(problem, tokens, device))
 
 
 @dataclass(frozen=True)
@@ -106,11 +117,13 @@ class Choice:
         sparse, dense: the libraries' kernels; None for their default.
         concurrent: both GEMMs at once, on two streams. An input-split problem then needs a second output and an
             addition; in sequence the dense GEMM accumulates into the sparse one's output.
+        us: what one call took.
     """
 
     sparse: cusparselt.Algorithm | None = None
     dense: cublaslt.Algorithm | None = None
     concurrent: bool = False
+    us: float = 0
 
 
 @cache
@@ -226,15 +239,16 @@ def search(problem: Problem, tokens: int, device: torch.device) -> Choice:
         plan.run(x, packed, out)
 
     def fastest(choices: Iterable[Choice], call: Callable[[LibraryPlan, Packed], None]) -> list[Choice]:
-        """The best few choices, best first."""
-        times = {}
+        """The best few choices with their times, best first."""
+        timed = []
         for choice in choices:
             try:
                 plan = LibraryPlan(problem, tokens, device, choice)
             except (cusparselt.Error, cublaslt.Error):
                 continue  # not a kernel for this shape
-            times[choice] = median_us([partial(call, plan, packed) for packed in packs])
-        return sorted(times, key=times.__getitem__)[:_FINALISTS]
+            us = median_us([partial(call, plan, packed) for packed in packs])
+            timed.append(replace(choice, us=round(us, 2)))
+        return sorted(timed, key=lambda choice: choice.us)[:_FINALISTS]
 
     sparse = dense = [Choice()]
     if default.sparse is not None:

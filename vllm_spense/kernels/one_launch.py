@@ -1,207 +1,329 @@
-"""The one-launch path: tile shapes and the launch of `one_launch_kernel.gemm`."""
+"""The one-launch path: what `one_launch.cu` is compiled with, its tables and its launch."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
+from importlib.resources import files
 from itertools import product
 
 import torch
-import triton
 
-from vllm_spense.kernels import one_launch_kernel
-from vllm_spense.kernels.one_launch_pack import HALF, SPARSE_COLUMNS, kernel_order, pack, reason_against
+from vllm_spense.kernels import cuda_driver, cusparselt, library
+from vllm_spense.kernels.packing import TILE, TILE_BYTES, compress, metadata_shape, value_bytes
 from vllm_spense.kernels.plan_cache import environment, load_or_find
 from vllm_spense.kernels.problem import Problem
-from vllm_spense.kernels.synthetic import random_fp8, random_weight
+from vllm_spense.kernels.schedule import DENSE_K, ROWS, Tiling, schedule, tiles
+from vllm_spense.kernels.synthetic import random_2of4, random_fp8, random_weight
 from vllm_spense.kernels.timing import cold_copies, median_us
 
-__all__ = ["OneLaunchPlan", "Tiling", "kernel_order", "pack", "plan", "reason_against", "run", "search"]
+Packed = Mapping[str, torch.Tensor]
 
-#: Tensor cores want 16 tokens; with more than 64 registers run out.
-_MIN_TOKEN_BLOCK, _MAX_TOKEN_BLOCK = 16, 64
-#: What one launch takes. It needs FP32 slots for them, and beyond 64 tokens, reading the weights once for each token
-#: block, it is only a way to do without a second copy of the weights.
-MAX_TOKENS = 512
+#: Tokens of a tile. More than the largest read the weights again for each tile, and the libraries win.
+MIN_TILE_TOKENS, MAX_TILE_TOKENS = 8, 256
+_THREADS = 384
+#: Of shared memory, per thread block on Hopper; and what it takes for alignment, the output's turn and barriers.
+_SHARED_BYTES, _FIXED_SHARED_BYTES = 227 * 1024, 1024 + 8 * 16 * 48 + 256
+_MIN_STAGES, _MAX_STAGES = 3, 12
+#: Counters that are made at once.
+_ARRIVALS = 1 << 20
 
-
-@dataclass(frozen=True)
-class Tiling:
-    """Tile shapes of one launch.
-
-    Attributes:
-        rows: output rows of a program, a multiple of 64.
-        dense_columns: columns of a step in the dense region, 128 or 256; a step in the sparse region has 256.
-        sparse_stages, dense_stages: steps in flight.
-        warps: of a program, 4 or 8.
-        sparse_parts, dense_parts: programs that share one row block of a region. They take equal time where
-            dense_parts is 1.6 · sparse_parts times the ratio of the regions' sizes along K.
-    """
-
-    rows: int
-    dense_columns: int
-    sparse_stages: int
-    dense_stages: int
-    warps: int
-    sparse_parts: int
-    dense_parts: int
-
-    def fits(self, problem: Problem) -> bool:
-        """Whether both regions have whole row blocks and steps, and at least a step for each part."""
-        (sparse_rows, sparse_columns), (dense_rows, dense_columns) = problem.sparse_shape, problem.dense_shape
-        sparse_fits = sparse_rows % self.rows == 0 and sparse_columns >= self.sparse_parts * SPARSE_COLUMNS
-        dense_fits = (
-            dense_rows % self.rows == 0
-            and dense_columns % self.dense_columns == 0
-            and dense_columns >= self.dense_parts * self.dense_columns
-        )
-        return (sparse_fits or not problem.regions.sparse) and (dense_fits or not problem.regions.dense)
+#: The weight as the library path packs it: both paths read the same bytes.
+pack = library.pack
 
 
-def token_block(tokens: int) -> int:
-    """Tokens that a program computes at once: the power of two ≥ `tokens`, between 16 and 64."""
-    return min(_MAX_TOKEN_BLOCK, max(_MIN_TOKEN_BLOCK, 1 << (tokens - 1).bit_length()))
+@cache
+def foreign_layout(device: torch.device) -> str | None:
+    """Why this path cannot read what the installed cuSPARSELt compresses, or None if it can."""
+    probe = random_2of4(2 * TILE, 2 * TILE, device)
+    # Zeros beyond those that 2:4 asks for, in every place.
+    probe.view(torch.uint8).mul_(torch.rand(probe.shape, device=device) > 0.2)
+    if torch.equal(cusparselt.compress(probe), compress(probe)):
+        return None
+    return f"cuSPARSELt {cusparselt.version(device)} compresses into a layout that is not known here"
 
 
-def run(x: torch.Tensor, packed: Mapping[str, torch.Tensor], problem: Problem) -> torch.Tensor:
-    """As `OneLaunchPlan.run`, with the best plan for these tokens, for x in its ordinary order and any M.
+def bucket(tokens: int) -> int:
+    """The tile that serves M = `tokens`: the next power of two."""
+    return min(max(MIN_TILE_TOKENS, 1 << (tokens - 1).bit_length()), MAX_TILE_TOKENS)
 
-    Putting x in order costs a small kernel; where x is made, `kernel_order` costs nothing.
+
+def prepare(problem: Problem, min_tokens: int, max_tokens: int, device: torch.device) -> None:
+    """Finds how to cut the GEMM, and compiles and loads its kernel, for every M in this range."""
+    for tokens in _buckets(min_tokens, max_tokens):
+        plan(problem, tokens, device)
+
+
+def us(problem: Problem, tokens: int, device: torch.device) -> float:
+    """What the search measured for M = `tokens`, at most 256."""
+    return _found(problem, bucket(tokens), device).us
+
+
+def _buckets(min_tokens: int, max_tokens: int) -> Iterator[int]:
+    tokens = bucket(min_tokens)
+    while tokens <= bucket(max_tokens):
+        yield tokens
+        tokens *= 2
+
+
+def run(x: torch.Tensor, packed: Packed, problem: Problem) -> torch.Tensor:
+    """As `OneLaunchPlan.run`, with the best plan for these tokens; searches for it the first time.
 
     Raises:
         RuntimeError: a search would be needed while a CUDA graph is being captured.
     """
-    out = torch.empty(x.shape[0], problem.n, dtype=problem.out_dtype, device=x.device)
-    for x_part, out_part in zip(kernel_order(x).split(MAX_TOKENS), out.split(MAX_TOKENS), strict=True):
-        plan(problem, x_part.shape[0], x.device).run(x_part, packed, out_part)
-    return out
-
-
-def plan(problem: Problem, tokens: int, device: torch.device) -> OneLaunchPlan:
-    """The plan for up to `tokens` rows, at most MAX_TOKENS, by powers of two; searches for it the first time."""
-    assert tokens <= MAX_TOKENS, tokens
-    return _plan(problem, max(_MIN_TOKEN_BLOCK, 1 << (tokens - 1).bit_length()), device)
+    tiles_of_tokens = -(-len(x) // MAX_TILE_TOKENS)
+    tokens = bucket(len(x)) if tiles_of_tokens == 1 else tiles_of_tokens * MAX_TILE_TOKENS
+    return plan(problem, tokens, x.device).run(x, packed)
 
 
 @cache
-def _plan(problem: Problem, max_tokens: int, device: torch.device) -> OneLaunchPlan:
-    key = {
-        "path": "one-launch",
-        **environment(device),
-        "triton": triton.__version__,
-        **problem.describe(),
-        "tokens": max_tokens,
-    }
-    tiling = load_or_find(key, Tiling, lambda: search(problem, max_tokens, device))
-    return OneLaunchPlan(problem, max_tokens, device, tiling)
+def plan(problem: Problem, tokens: int, device: torch.device) -> OneLaunchPlan:
+    """The plan for M up to `tokens`, a power of two or a multiple of 256."""
+    return OneLaunchPlan(problem, tokens, device, _found(problem, bucket(tokens), device).tiling)
 
 
-class OneLaunchPlan:
-    """All that a launch needs but its tensors. One plan serves any number of layers, on one stream at a time.
+@dataclass(frozen=True)
+class Found:
+    """What a search found: a `Tiling`'s fields, and its time in µs."""
 
-    Args:
-        problem: the GEMM; `reason_against` must be None for it.
-        max_tokens: the largest M that will be run.
-    """
+    tokens: int
+    sparse_k: int
+    parts: int
+    cluster: bool
+    us: float
 
-    def __init__(self, problem: Problem, max_tokens: int, device: torch.device, tiling: Tiling) -> None:
-        assert tiling.fits(problem), (tiling, problem)
-        self.problem = problem
-        self.max_tokens = max_tokens
-        self.tiling = tiling
-        shared = problem.split == "input"
-        (sparse_rows, sparse_columns), (dense_rows, dense_columns) = problem.sparse_shape, problem.dense_shape
-        has_sparse, has_dense = problem.regions.sparse > 0, problem.regions.dense > 0
-        sparse_blocks = sparse_rows // tiling.rows if has_sparse else 0
-        dense_blocks = dense_rows // tiling.rows if has_dense else 0
-        # An empty region leaves nothing in the slots that are summed.
-        sparse_parts, dense_parts = tiling.sparse_parts * has_sparse, tiling.dense_parts * has_dense
-        self._programs = sparse_blocks * sparse_parts + dense_blocks * dense_parts
-        tiles = (sparse_columns // SPARSE_COLUMNS, dense_columns // HALF)
-        self._sizes = (*tiles, sparse_blocks, dense_blocks, sparse_parts, dense_parts)
-        self._shapes = {
-            "SHARED": shared,
-            "TOKEN_BLOCK": token_block(max_tokens),
-            "ROW_BLOCK": tiling.rows,
-            "DENSE_COLUMNS": tiling.dense_columns,
-            "SPARSE_STAGES": tiling.sparse_stages,
-            "DENSE_STAGES": tiling.dense_stages,
-            # Triton's interpreter, for tests without a GPU, knows no PTX.
-            "PTX": device.type != "cpu",
-            "num_warps": tiling.warps,
-        }
-        groups = self._token_blocks(max_tokens) * (problem.n // tiling.rows)
-        alone = max(sparse_parts, dense_parts) == 1 and not (shared and has_sparse and has_dense)
-        slots = 0 if alone else groups * (sparse_parts + dense_parts)
-        self._slots = torch.empty(slots * tiling.rows * token_block(max_tokens), dtype=torch.float32, device=device)
-        # The kernel leaves every counter at zero again.
-        self._arrivals = torch.zeros(groups, dtype=torch.int32, device=device)
-
-    def _token_blocks(self, tokens: int) -> int:
-        return -(-tokens // token_block(self.max_tokens))
-
-    def run(self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], out: torch.Tensor | None = None) -> torch.Tensor:
-        """One launch.
-
-        Args:
-            x: (M, K) float8_e4m3fn in kernel order, M ≤ max_tokens; rows may be strided by a multiple of 16.
-            packed: what `pack` returned for this problem.
-            out: (M, N) of the problem's out_dtype to write into; rows may be strided.
-
-        Returns:
-            (M, N) raw sums, without scales.
-        """
-        tokens = x.shape[0]
-        assert tokens <= self.max_tokens, (tokens, self.max_tokens)
-        if out is None:
-            out = torch.empty(tokens, self.problem.n, dtype=self.problem.out_dtype, device=x.device)
-        one_launch_kernel.gemm[(self._token_blocks(tokens), self._programs)](
-            x, packed["sparse_tiles"], packed["dense_tiles"], out, self._slots, self._arrivals,
-            tokens, x.stride(0), out.stride(0), *self._sizes, **self._shapes,
-        )  # fmt: skip
-        return out
+    @property
+    def tiling(self) -> Tiling:
+        return Tiling(self.tokens, self.sparse_k, self.parts, self.cluster)
 
 
-def candidates(problem: Problem, max_tokens: int) -> Iterator[Tiling]:
-    """Tile shapes worth timing: those that won for some shape on an H100 (docs/kernels.md)."""
-    shapes = ((64, 128, 4, 5, 4), (64, 128, 5, 6, 4), (64, 256, 4, 4, 4), (128, 256, 3, 3, 4), (128, 128, 4, 5, 8))
-    if max_tokens > _MAX_TOKEN_BLOCK:
-        parts = [(1, 1)]  # token blocks make programs enough
-    elif problem.regions.sparse and problem.regions.dense:
-        parts = [(1, 1), (1, 2), (2, 1), (2, 3), (3, 1), (3, 2)]
-    else:
-        parts = [(1, 1), (2, 2), (3, 3), (4, 4)]
-    for shape, (sparse_parts, dense_parts) in product(shapes, parts):
-        tiling = Tiling(*shape, sparse_parts, dense_parts)
-        if tiling.fits(problem):
-            yield tiling
+@cache
+def _found(problem: Problem, tokens: int, device: torch.device) -> Found:
+    """The fastest way to cut a GEMM of M = `tokens`, a power of two."""
+    key = {"path": "one-launch", **environment(device), **problem.describe(), "tokens": tokens, "source": _digest()}
+    return load_or_find(key, Found, lambda: search(problem, tokens, device))
 
 
-def search(problem: Problem, max_tokens: int, device: torch.device) -> Tiling:
-    """Compiles and times all `candidates` on random weights that are cold in the cache.
+def search(problem: Problem, tokens: int, device: torch.device) -> Found:
+    """Times all `candidates` on random weights that are cold in the cache.
 
     Raises:
         RuntimeError: a CUDA graph is being captured.
     """
     if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(f"a GEMM of {max_tokens} tokens was captured before it ran once: {problem}")
+        raise RuntimeError(f"a GEMM of {tokens} tokens was captured before it ran once: {problem}")
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    tilings = list(candidates(problem, tokens, multiprocessors))
+    # Of all tiles at once: threads compile in parallel, and the next search finds them made.
+    everything = {Tiling(t, c.sparse_k, c.parts, c.cluster) for t in _buckets(1, MAX_TILE_TOKENS) for c in tilings}
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(partial(_machine_code, out_float=problem.out_dtype == torch.float32), everything))
     weight = random_weight(problem, device)
     packs = [pack(weight, problem) for _ in range(cold_copies(problem.weight_bytes, device))]
     del weight
-    x = random_fp8(max_tokens, problem.k, device)
-    out = torch.empty(max_tokens, problem.n, dtype=problem.out_dtype, device=device)
+    x = random_fp8(tokens, problem.k, device)
+    out = torch.empty(tokens, problem.n, dtype=problem.out_dtype, device=device)
+    times = {}
+    for tiling in tilings:
+        plan = OneLaunchPlan(problem, tokens, device, tiling)
+        times[tiling] = median_us([partial(plan.run, x, packed, out) for packed in packs])
+    best = min(times, key=times.__getitem__)
+    return Found(best.tokens, best.sparse_k, best.parts, best.cluster, round(times[best], 2))
 
-    def run(tiling: Tiling) -> None:
-        OneLaunchPlan(problem, max_tokens, device, tiling).run(x, packs[0], out)
 
-    def time(tiling: Tiling) -> float:
-        plan = OneLaunchPlan(problem, max_tokens, device, tiling)
-        return median_us([partial(plan.run, x, packed, out) for packed in packs])
+def candidates(problem: Problem, tokens: int, multiprocessors: int) -> Iterator[Tiling]:
+    """Ways to cut a GEMM that are worth timing."""
+    tile = bucket(tokens)
+    for sparse_k in (128, 256):
+        if not fits(Tiling(tile, sparse_k)):
+            continue
+        yield Tiling(tile, sparse_k)
+        count = sum(1 for _ in tiles(problem, tokens, Tiling(tile, sparse_k)))
+        # Half of the multiprocessors can keep the memory busy, and fewer parts are sooner added up.
+        for parts, cluster in product((2, 3, 4, 6, 8), (False, True)):
+            if 0.5 * multiprocessors <= count * parts <= multiprocessors:
+                yield Tiling(tile, sparse_k, parts, cluster)
 
-    tilings = list(candidates(problem, max_tokens))
-    # The first run of each tile shape compiles it, which threads do at once.
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(run, {replace(tiling, sparse_parts=1, dense_parts=1) for tiling in tilings}))
-    return min(tilings, key=time)
+
+def fits(tiling: Tiling) -> bool:
+    """Whether enough steps fit into shared memory to keep the memory busy."""
+    return _stages(tiling)[0] >= _MIN_STAGES
+
+
+def _stages(tiling: Tiling) -> tuple[int, int]:
+    """(steps in flight, bytes of shared memory), from the sizes that the kernel lays out."""
+    stage = ROWS * DENSE_K + tiling.tokens * tiling.sparse_k + ROWS // TILE * tiling.sparse_k // TILE * TILE_BYTES
+    stages = min((_SHARED_BYTES - _FIXED_SHARED_BYTES) // stage, _MAX_STAGES)
+    return stages, _FIXED_SHARED_BYTES + stages * stage
+
+
+@cache
+def _code() -> str:
+    return files("vllm_spense.kernels").joinpath("one_launch.cu").read_text(encoding="utf-8")
+
+
+@cache
+def _digest() -> str:
+    return cuda_driver.digest(_code())
+
+
+def _machine_code(tiling: Tiling, out_float: bool) -> bytes:
+    macros = {
+        "TOKENS": tiling.tokens,
+        "SPARSE_K": tiling.sparse_k,
+        "CLUSTER": tiling.cluster_size,
+        "STAGES": _stages(tiling)[0],
+        "OUT_FLOAT": int(out_float),
+    }
+    source = _instruction(tiling.tokens, sparse=True) + _instruction(tiling.tokens, sparse=False) + _code()
+    options = ["--gpu-architecture=sm_90a", "--std=c++17", *(f"-D{name}={value}" for name, value in macros.items())]
+    return cuda_driver.compile_cubin(source, options)
+
+
+def _instruction(tokens: int, sparse: bool) -> str:
+    """A C++ function for one tensor core instruction: its operands depend on the number of tokens."""
+    sums = tokens // 2
+    registers = ", ".join(f"%{i}" for i in range(sums))
+    name, kind, k = ("sparse", ".sp", 64) if sparse else ("dense", "", 32)
+    metadata = f"%{sums + 2}, 0, " if sparse else ""
+    outputs = ", ".join(f'"+f"(d[{i}])' for i in range(sums))
+    return f"""
+__device__ __forceinline__ void {name}_mma(
+    float (&d)[{sums}], unsigned long long w, unsigned long long x{", unsigned metadata" if sparse else ""}) {{
+    asm volatile(
+        "wgmma.mma_async{kind}.sync.aligned.m64n{tokens}k{k}.f32.e4m3.e4m3 "
+        "{{{registers}}}, %{sums}, %{sums + 1}, {metadata}1, 1, 1;"
+        : {outputs} : "l"(w), "l"(x){', "r"(metadata)' if sparse else ""});
+}}
+"""
+
+
+@cache
+def _kernel(tiling: Tiling, out_float: bool, device: torch.device) -> cuda_driver.Kernel:
+    return cuda_driver.load(_machine_code(tiling, out_float), "gemm", _THREADS, _stages(tiling)[1], device)
+
+
+class _Arguments(ctypes.Structure):
+    """`Arguments` of the kernel."""
+
+    _fields_ = (
+        *((name, cuda_driver.TensorMap) for name in ("x", "values", "metadata", "dense")),
+        *((name, ctypes.c_void_p) for name in ("segments", "parts", "arrivals", "out")),
+        *((name, ctypes.c_int) for name in ("segments_each", "tokens", "n", "dense_row", "dense_column")),
+    )
+
+
+class _Arrivals:
+    """Counters for `Arguments.arrivals`: the kernel needs them zero and leaves them zero.
+
+    Launches that may run at the same time must not share any. Those of one stream never do; of a captured launch
+    nobody knows in which stream it will be replayed, so each gets counters of its own.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.free = torch.empty(0, dtype=torch.int32)
+        self.of_stream: dict[tuple[int, int], torch.Tensor] = {}
+
+    def take(self, count: int, stream: int) -> torch.Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            return self._new(count)
+        key = (count, stream)
+        if key not in self.of_stream:
+            self.of_stream[key] = self._new(count)
+        return self.of_stream[key]
+
+    def _new(self, count: int) -> torch.Tensor:
+        if len(self.free) < count:
+            self.free = torch.zeros(_ARRIVALS, dtype=torch.int32, device=self.device)
+        new, self.free = self.free[:count], self.free[count:]
+        return new
+
+
+@cache
+def _arrivals(device: torch.device) -> _Arrivals:
+    return _Arrivals(device)
+
+
+class OneLaunchPlan:
+    """Tables and machine code for one problem and M up to `tokens`. Serves any number of layers and streams.
+
+    Args:
+        problem: the GEMM; its region sizes are multiples of `WEIGHT_MULTIPLE`.
+        tokens: the largest M.
+    """
+
+    def __init__(self, problem: Problem, tokens: int, device: torch.device, tiling: Tiling) -> None:
+        self.problem = problem
+        self.tokens = tokens
+        self.device = device
+        self.tiling = tiling
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        tables = schedule(problem, tokens, tiling, multiprocessors)
+        self._kernel = _kernel(tiling, problem.out_dtype == torch.float32, device)
+        self._segments = torch.from_numpy(tables.segments).to(device)
+        self._counters = 0 if tiling.cluster else tables.arrivals
+        self._part_floats = 0 if tiling.cluster else tables.parts * ROWS * tiling.tokens
+        _arrivals(device)
+
+    def run(self, x: torch.Tensor, packed: Packed, out: torch.Tensor | None = None) -> torch.Tensor:
+        """One launch.
+
+        Args:
+            x: (M, K) float8_e4m3fn, M ≤ tokens; rows may be strided by a multiple of 16.
+            packed: what `pack` returned for this problem.
+            out: (M, N) of the problem's out_dtype to write into, contiguous.
+
+        Returns:
+            (M, N) raw sums, without scales.
+        """
+        problem, m = self.problem, len(x)
+        assert m <= self.tokens, (m, self.tokens)
+        if out is None:
+            out = torch.empty(m, problem.n, dtype=problem.out_dtype, device=x.device)
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        arguments = _Arguments(
+            x=_x_map(x.data_ptr(), m, problem.k, x.stride(0), self.tiling.tokens),
+            **_weight_maps(problem, self.tiling.sparse_k, packed["compressed"].data_ptr(), packed["dense"].data_ptr()),
+            segments=self._segments.data_ptr(),
+            out=out.data_ptr(),
+            segments_each=self._segments.shape[1],
+            tokens=m,
+            n=problem.n,
+            dense_row=problem.regions.sparse if problem.split == "output" else 0,
+            dense_column=problem.regions.sparse if problem.split == "input" else 0,
+        )
+        if self._counters:
+            # Until the launch is enqueued it must not go back to torch, which then orders its next use after it.
+            parts = torch.empty(self._part_floats, dtype=torch.float32, device=x.device)
+            arguments.parts = parts.data_ptr()
+            arguments.arrivals = _arrivals(self.device).take(self._counters, stream).data_ptr()
+        self._kernel.launch(len(self._segments), arguments, stream)
+        return out
+
+
+@lru_cache(maxsize=4096)
+def _x_map(address: int, tokens: int, k: int, stride: int, tile_tokens: int) -> ctypes.Array[ctypes.c_uint64]:
+    return cuda_driver.tensor_map(address, tokens, k, stride, tile_tokens, 128, 128)
+
+
+@cache
+def _weight_maps(
+    problem: Problem, sparse_k: int, compressed: int, dense: int
+) -> dict[str, ctypes.Array[ctypes.c_uint64]]:
+    (sn, sk), (dn, dk) = problem.sparse_shape, problem.dense_shape
+    maps = {}
+    if sn * sk:
+        half, box = sparse_k // 2, sparse_k // TILE * TILE_BYTES
+        row_tiles, pitch = metadata_shape(sn, sk)
+        metadata = compressed + value_bytes(sn, sk)
+        maps["values"] = cuda_driver.tensor_map(compressed, sn, sk // 2, sk // 2, ROWS, half, half)
+        # In items of 8 bytes, because a box has no more than 256 in a row.
+        maps["metadata"] = cuda_driver.tensor_map(metadata, row_tiles, pitch // 8, pitch, ROWS // TILE, box // 8, 0, 8)
+    if dn * dk:
+        maps["dense"] = cuda_driver.tensor_map(dense, dn, dk, dk, ROWS, DENSE_K, 128)
+    return maps

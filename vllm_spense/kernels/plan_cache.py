@@ -61,7 +61,8 @@ def load_or_find(key: Mapping[str, Any], kind: type[Found], find: Callable[[], F
     if found is None:
         found = find()
         try:
-            _store(file, {"key": key, "found": asdict(found)})  # type: ignore[call-overload]
+            entry = {"key": key, "found": asdict(found)}  # type: ignore[call-overload]
+            _replace(file, json.dumps(entry, indent=2).encode())
         except OSError as error:
             logger.warning("Spense: cannot keep what was found for the next start: %s", error)
     return found
@@ -80,13 +81,28 @@ def _load(file: Path, key: Mapping[str, Any], kind: type[Found]) -> Found | None
         return None
 
 
-def _store(file: Path, entry: Mapping[str, Any]) -> None:
+def _replace(file: Path, content: bytes) -> None:
+    """Writes a file whole, or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            json.dump(entry, stream, indent=2)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
         os.replace(temporary, file)
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def load_or_make_bytes(name: str, make: Callable[[], bytes]) -> bytes:
+    """The content of file `name`, which says all that the content depends on; made now if it is not there yet."""
+    file = folder() / name
+    try:
+        return file.read_bytes()
+    except OSError:
+        content = make()
+    try:
+        _replace(file, content)
+    except OSError as error:
+        logger.warning("Spense: cannot keep what was made for the next start: %s", error)
+    return content

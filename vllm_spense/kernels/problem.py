@@ -20,6 +20,11 @@ WEIGHT_MULTIPLE = 32
 OUT_DTYPES = (torch.bfloat16, torch.float32)
 
 
+def sum_dtype(model_dtype: torch.dtype) -> torch.dtype:
+    """What raw sums are kept in: they are too large for float16, and bfloat16 is coarser than it."""
+    return torch.bfloat16 if model_dtype == torch.bfloat16 else torch.float32
+
+
 @dataclass(frozen=True)
 class Problem:
     """out[m, n] = Σ_k x[m, k] · W[n, k], W (n, k) with its sparse region first along N or K."""

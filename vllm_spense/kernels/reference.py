@@ -24,7 +24,7 @@ def pack(weight: torch.Tensor, problem: Problem) -> dict[str, torch.Tensor]:
     return {"sparse": sparse, "dense": dense}
 
 
-def prepare(problem: Problem, max_tokens: int, device: torch.device) -> None:
+def prepare(problem: Problem, min_tokens: int, max_tokens: int, device: torch.device) -> None:
     """Nothing to prepare: torch's kernels take any number of tokens."""
 
 

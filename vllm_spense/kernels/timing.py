@@ -7,8 +7,8 @@ from statistics import median
 
 import torch
 
-#: In a graph, so that starting it does not count.
-_MIN_CALLS = 8
+#: µs of work in a graph, so that starting it does not count.
+_MIN_WORK_US = 400
 
 
 def median_us(calls: Sequence[Callable[[], object]], replays: int = 7) -> float:
@@ -18,22 +18,23 @@ def median_us(calls: Sequence[Callable[[], object]], replays: int = 7) -> float:
     """
     for call in calls:
         call()
-    torch.cuda.synchronize()
-    calls = list(calls) * -(-_MIN_CALLS // len(calls))
+    once = _elapsed_us(lambda: [call() for call in calls])
+    calls = list(calls) * max(1, round(_MIN_WORK_US / once))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
             call()
     graph.replay()
-    times = []
-    for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return median(times)
+    return median(_elapsed_us(graph.replay) for _ in range(replays)) / len(calls)
+
+
+def _elapsed_us(work: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3
 
 
 def cold_copies(weight_bytes: int, device: torch.device) -> int:

@@ -1,0 +1,134 @@
+"""CUDA C++ at run time: NVRTC compiles, the driver loads and launches. Nothing is compiled at installation."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from cuda.bindings import driver, nvrtc
+
+from vllm_spense.kernels.plan_cache import load_or_make_bytes
+
+#: A CUtensorMap's bytes. Not of characters: ctypes would copy those up to the first zero only.
+TensorMap = ctypes.c_uint64 * 16
+_SWIZZLES = {
+    0: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_NONE,
+    64: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_64B,
+    128: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+}
+_TYPES = {
+    1: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+    8: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_INT64,
+}
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    status, *values = result
+    if status.value:
+        raise RuntimeError(f"CUDA: {status!r}")
+    return values[0] if len(values) == 1 else values
+
+
+def compile_cubin(source: str, options: Sequence[str]) -> bytes:
+    """Machine code of CUDA C++ `source`; compiled once, then kept beside the plans.
+
+    Raises:
+        RuntimeError: with the compiler's messages.
+    """
+    version = _checked(nvrtc.nvrtcVersion())
+    name = f"{digest(source, *options, str(version))}.cubin"
+    return load_or_make_bytes(name, lambda: _compile(source, options))
+
+
+def digest(*texts: str) -> str:
+    """A name for exactly these texts."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:32]
+
+
+def _compile(source: str, options: Sequence[str]) -> bytes:
+    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"one_launch.cu", 0, [], []))
+    try:
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+        if status.value:
+            log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+            _checked(nvrtc.nvrtcGetProgramLog(program, log))
+            raise RuntimeError(f"NVRTC: {log.decode()}")
+        cubin = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+        _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
+        return cubin
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A loaded function, and how it is launched: `threads` a block, `shared_bytes` of shared memory, one block each SM.
+
+    A launch may overlap the end of the kernel before it: the code must wait (`griddepcontrol.wait`) before it touches
+    anything but weights.
+    """
+
+    function: Any
+    threads: int
+    shared_bytes: int
+
+    def launch(self, blocks: int, arguments: ctypes.Structure, stream: int) -> None:
+        """Enqueues one launch; the arguments, one structure, are copied."""
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = self.threads, 1, 1
+        config.sharedMemBytes, config.hStream = self.shared_bytes, stream
+        config.attrs, config.numAttrs = [_overlap()], 1
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        _checked(driver.cuLaunchKernelEx(config, self.function, ctypes.addressof(pointers), 0))
+
+
+@cache
+def _overlap() -> driver.CUlaunchAttribute:
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    return attribute
+
+
+def load(cubin: bytes, name: str, threads: int, shared_bytes: int, device: torch.device) -> Kernel:
+    """The function `name` of machine code, for torch's context on `device`."""
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()
+        module = _checked(driver.cuModuleLoadData(cubin))
+        function = _checked(driver.cuModuleGetFunction(module, name.encode()))
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
+    return Kernel(function, threads, shared_bytes)
+
+
+def tensor_map(
+    address: int, rows: int, columns: int, pitch: int, box_rows: int, box_columns: int, swizzle: int, item: int = 1
+) -> ctypes.Array[ctypes.c_uint64]:
+    """How the copy engine reads boxes out of a matrix; what lies outside reads as zero.
+
+    Args:
+        address: of the matrix, a multiple of 16.
+        rows, columns: its size in items.
+        pitch: bytes from row to row, a multiple of 16.
+        box_rows, box_columns: size of a box, each at most 256.
+        swizzle: bytes of a box's row, 64 or 128, that are spread over banks; 0 for none.
+        item: bytes of an item, 1 or 8.
+    """
+    sizes = driver.cuuint64_t
+    boxes = driver.cuuint32_t
+    encoded = _checked(
+        driver.cuTensorMapEncodeTiled(
+            _TYPES[item], 2, address, [sizes(columns), sizes(rows)], [sizes(pitch)],
+            [boxes(box_columns), boxes(box_rows)], [boxes(1), boxes(1)],
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE, _SWIZZLES[swizzle],
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )  # fmt: skip
+    return TensorMap.from_buffer_copy(ctypes.string_at(encoded.getPtr(), ctypes.sizeof(TensorMap)))
