@@ -1,0 +1,197 @@
+"""Writes the tables of docs/performance.md and of the README's performance section from the result files.
+
+    python -m benchmarks.performance
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`; what is there is replaced, the text around it stays. A
+test holds both documents to this.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.envelope import RESULTS, ROOT
+from vllm_spense.estimate import GPUS, estimate, load
+
+DOCUMENTS = (ROOT / "docs" / "performance.md", ROOT / "README.md")
+_TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+#: What the README shows of all combinations.
+_README_BATCHES, _README_CONTEXTS = (1, 32, 128), (16, 4096)
+
+Row = Mapping[str, Any]
+#: As `benchmarks.envelope` writes it.
+Result = Mapping[str, Any]
+
+
+def main() -> None:
+    for document in DOCUMENTS:
+        document.write_text(filled(document.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def filled(text: str, results: Path = RESULTS) -> str:
+    """The document with all its tables as the files in `results` have them.
+
+    Raises:
+        KeyError: there is no table of that name.
+    """
+
+    def table(found: re.Match[str]) -> str:
+        before, name, after = found.groups()
+        benchmark, make = TABLES[name]
+        file = results / f"{benchmark}.json"
+        if file.exists():
+            content = make(json.loads(file.read_text(encoding="utf-8")))
+        else:
+            content = [f"Not measured yet: `python benchmarks/{benchmark}.py` on a GPU makes this table."]
+        return "\n".join((before.rstrip("\n"), "", *content, "", after))
+
+    return _TABLE.sub(table, text)
+
+
+def markdown(headings: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return ["| " + " | ".join(map(str, line)) + " |" for line in lines]
+
+
+def source(result: Result) -> str:
+    """One sentence: where the numbers come from."""
+    versions = ", ".join(
+        f"{name} {result['versions'][name]}" for name in ("vllm", "torch") if name in result["versions"]
+    )
+    gpu = result["gpu"]["name"] if result["gpu"] else result["cpu"]
+    return f"{gpu}, {versions}, commit {result['commit']}: `{result['command']}`."
+
+
+def decode(result: Result) -> list[str]:
+    """Speed-up of an output token, by KV cache, context and batch."""
+    picture = "![Speed-up against batch](../benchmarks/results/decode_speed.png)"
+    return [*speed_ups(result["rows"], "ms", "ratio"), "", source(result), "", picture]
+
+
+def prefill(result: Result) -> list[str]:
+    """Speed-up of reading the prompts of a whole batch."""
+    rows = [row for row in result["rows"] if row["kv_cache_dtype"] == result["rows"][0]["kv_cache_dtype"]]
+    return [*speed_ups(rows, "prefill", "prefill_ratio"), "", source(result)]
+
+
+def speed_ups(rows: Sequence[Row], time: str, ratio: str) -> list[str]:
+    """Stock's time in ms, and Spense's speed-up at each sparsity."""
+    sparsities = sorted({row["sparsity"] for row in rows})
+    headings = ["KV cache", "context", "batch", "stock, ms", *(f"{sparsity:.1%}" for sparsity in sparsities)]
+    stock_key = "dense_ms" if time == "ms" else f"{time}_dense_ms"
+    lines = []
+    for kv, context, batch in dict.fromkeys((row["kv_cache_dtype"], row["context"], row["batch"]) for row in rows):
+        mine = {
+            row["sparsity"]: row
+            for row in rows
+            if (row["kv_cache_dtype"], row["context"], row["batch"]) == (kv, context, batch)
+        }
+        stock = next((row[stock_key] for row in mine.values() if row[stock_key]), None)
+        ratios = (mine[sparsity][ratio] if sparsity in mine else None for sparsity in sparsities)
+        cells = (f"{value:.2f}" if value else "" for value in ratios)
+        lines.append([kv, context, batch, f"{stock:.2f}" if stock else "", *cells])
+    return markdown(headings, lines)
+
+
+def memory(result: Result) -> list[str]:
+    """Weights in GPU memory against the bytes of the format, and start-up."""
+    engines: dict[object, tuple[float, float, float]] = {}
+    for row in result["rows"]:
+        if row["dense_weight_bytes"]:
+            engines.setdefault("dense", (row["dense_weight_bytes"], row["dense_weight_bytes"], row["dense_start_s"]))
+            engines.setdefault(
+                f"{row['sparsity']:.1%}",
+                (row["spense_weight_bytes"], row["format_weight_bytes"], row["spense_start_s"]),
+            )
+    lines = (
+        [name, f"{held / 2**30:.2f}", f"{form / 2**30:.2f}", f"{held / form - 1:+.2%}", f"{start:.0f}"]
+        for name, (held, form, start) in engines.items()
+    )
+    return [
+        *markdown(["sparsity", "in GPU memory, GiB", "by the format, GiB", "more", "start, s"], lines),
+        "",
+        source(result),
+    ]
+
+
+def errors(result: Result) -> list[str]:
+    """What `spense estimate` would have said, against what was measured."""
+    gpu = next((gpu for gpu in GPUS.values() if result["gpu"] and gpu.name in result["gpu"]["name"]), None)
+    if gpu is None:
+        return ["This GPU's data sheet is not known to `spense estimate`."]
+    rows = [row for row in result["rows"] if row["ratio"]]
+    ratios, times = [], []
+    for row in rows:
+        model, layers = load(row["shape"], row["sparsity"])
+        model = replace(model, num_hidden_layers=row["layers"])
+        layers = layers[: row["layers"]]
+        found = estimate(model, layers, gpu, row["batch"], row["context"], row["kv_cache_dtype"])
+        ratios.append(abs(found.speed_up / row["ratio"] - 1))
+        times.append(abs(found.dense_ms / row["dense_ms"] - 1))
+    lines = (
+        [name, f"{median(found):.1%}", f"{max(found):.1%}"]
+        for name, found in (("speed-up", ratios), ("stock's ms per output token", times))
+    )
+    count = f"{len(rows)} measurements of the table above, without a plan cache."
+    return [*markdown(["estimate of", "median error", "largest error"], lines), "", count]
+
+
+def gemm(result: Result) -> list[str]:
+    """Speed-up of the better path over the best dense GEMM, and its share of the ideal."""
+    rows = result["rows"]
+    tokens = sorted({row["m"] for row in rows})
+    lines = []
+    for layer, ratio in dict.fromkeys((row["layer"], row["dense_ratio"]) for row in rows):
+        mine = [row for row in rows if (row["layer"], row["dense_ratio"]) == (layer, ratio)]
+        best = [max((row["ratio"] for row in mine if row["m"] == m), default=None) for m in tokens]
+        ideal = mine[0]["ideal"]
+        cells = [f"{value:.2f} ({value / ideal:.0%})" if value else "" for value in best]
+        lines.append([layer, f"{ratio:g}", f"{ideal:.2f}", *cells])
+    return [*markdown(["layer", "ρ", "ideal", *(f"M = {m}" for m in tokens)], lines), "", source(result)]
+
+
+def mlp(result: Result) -> list[str]:
+    """One MLP inside and outside its GEMMs."""
+    lines = (
+        [
+            row["m"],
+            f"{row['scheme']} {row['sparsity']:.1%}" if row["sparsity"] else row["scheme"],
+            f"{row['gemm_us']:.1f}",
+            f"{row['other_us']:.1f}",
+            f"{row['total_us']:.1f}",
+            f"{row['ratio']:.2f}",
+            row["kernels"],
+        ]
+        for row in result["rows"]
+    )
+    headings = ["tokens", "scheme", "GEMMs, µs", "other, µs", "MLP, µs", "speed-up", "kernels"]
+    picture = "![One MLP](../benchmarks/results/layer_breakdown.png)"
+    return [*markdown(headings, lines), "", source(result), "", picture]
+
+
+def readme(result: Result) -> list[str]:
+    """The few rows of `decode` that the README shows."""
+    rows = [row for row in result["rows"] if row["batch"] in _README_BATCHES and row["context"] in _README_CONTEXTS]
+    return [*speed_ups(rows, "ms", "ratio"), "", source(result)]
+
+
+#: Table → result file, and what makes it.
+TABLES: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
+    "decode": ("decode_speed", decode),
+    "prefill": ("decode_speed", prefill),
+    "memory": ("decode_speed", memory),
+    "errors": ("decode_speed", errors),
+    "gemm": ("gemm_sweep", gemm),
+    "mlp": ("layer_breakdown", mlp),
+    "readme": ("decode_speed", readme),
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""docs/performance.md and the README quote the result files, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import performance
+from benchmarks.performance import DOCUMENTS, TABLES, errors, filled
+from vllm_spense import estimate as module
+from vllm_spense.estimate import GPUS, estimate, load
+
+ABOUT = {
+    "commit": "0123456789ab",
+    "command": "python benchmarks/x.py",
+    "gpu": {"name": "NVIDIA H100 80GB HBM3"},
+    "cpu": "a CPU",
+    "versions": {"vllm": "0.26.0", "torch": "2.11.0"},
+}
+DECODE = [
+    {
+        "shape": "qwen3-32b",
+        "layers": 64,
+        "batch": batch,
+        "context": context,
+        "kv_cache_dtype": kv,
+        "sparsity": sparsity,
+        "dense_ms": 16.0,
+        "spense_ms": 16.0 / ratio,
+        "ratio": ratio,
+        "prefill_dense_ms": 300.0,
+        "prefill_ratio": ratio - 0.05,
+        "dense_start_s": 80.0,
+        "spense_start_s": 90.0,
+        "dense_weight_bytes": 32 << 30,
+        "spense_weight_bytes": 28.28 * 2**30,
+        "format_weight_bytes": 28 << 30,
+    }
+    for kv in ("auto", "fp8")
+    for sparsity, ratio in ((0.25, 1.14), (0.375, 1.23))
+    for context in (16, 4096)
+    for batch in (1, 64)
+]
+BREAKDOWN = [
+    {
+        "m": 32,
+        "scheme": "stock",
+        "sparsity": 0.0,
+        "gemm_us": 144.25,
+        "other_us": 20.0,
+        "total_us": 164.25,
+        "ratio": 1.0,
+    },
+    {"m": 32, "scheme": "spense", "sparsity": 0.375, "gemm_us": 104.0, "other_us": 21, "total_us": 125, "ratio": 1.314},
+]
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A folder with the results of the two benchmarks that need a GPU the most."""
+    for name, rows in (("decode_speed", DECODE), ("layer_breakdown", [row | {"kernels": 5} for row in BREAKDOWN])):
+        (tmp_path / f"{name}.json").write_text(json.dumps({**ABOUT, "rows": rows}))
+    return tmp_path
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_the_tables_are_those_of_the_result_files(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    assert filled(text) == text, "run: python -m benchmarks.performance"
+
+
+def test_every_table_has_its_place() -> None:
+    text = "".join(document.read_text(encoding="utf-8") for document in DOCUMENTS)
+    assert all(text.count(f"<!-- table {name} -->") == 1 for name in TABLES)
+    assert text.count("<!-- end -->") == len(TABLES)
+
+
+def table(name: str, results: Path) -> str:
+    return filled(f"before\n<!-- table {name} -->\nold\n<!-- end -->\nafter\n", results)
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        (
+            "decode",
+            ["| KV cache | context | batch | stock, ms | 25.0% | 37.5% |", "| fp8 | 16 | 64 | 16.00 | 1.14 | 1.23 |"],
+        ),
+        ("prefill", ["| auto | 4096 | 64 | 300.00 | 1.09 | 1.18 |"]),
+        ("memory", ["| dense | 32.00 | 32.00 | +0.00% | 80 |", "| 37.5% | 28.28 | 28.00 | +1.00% | 90 |"]),
+        ("mlp", ["| 32 | spense 37.5% | 104.0 | 21.0 | 125.0 | 1.31 | 5 |"]),
+        ("readme", ["| auto | 16 | 1 | 16.00 | 1.14 | 1.23 |"]),
+    ],
+)
+def test_tables(name: str, lines: list[str], results: Path) -> None:
+    text = table(name, results)
+    assert text.startswith(f"before\n<!-- table {name} -->\n")
+    assert text.endswith("<!-- end -->\nafter\n")
+    assert "old" not in text
+    for line in lines:
+        assert f"\n{line}\n" in text
+    assert "NVIDIA H100 80GB HBM3, vllm 0.26.0, torch 2.11.0, commit 0123456789ab: `python benchmarks/x.py`." in text
+    assert filled(text, results) == text
+
+
+def test_prefill_and_the_readme_are_shorter(results: Path) -> None:
+    assert "fp8" not in table("prefill", results)
+    assert "| 64 |" not in table("readme", results)
+
+
+def test_what_was_not_measured_says_so(results: Path) -> None:
+    assert "Not measured yet: `python benchmarks/gemm_sweep.py`" in table("gemm", results)
+
+
+def test_a_table_that_does_not_exist_is_an_error(results: Path) -> None:
+    with pytest.raises(KeyError, match="speed"):
+        table("speed", results)
+
+
+def test_errors_of_the_estimate(results: Path) -> None:
+    found = estimate(*load("qwen3-32b", 0.25), GPUS["h100"], 32, 16)
+    row: dict[str, Any] = DECODE[0] | {"batch": 32, "dense_ms": found.dense_ms / 2, "ratio": found.speed_up / 1.1}
+    lines = errors({**ABOUT, "rows": [row, row | {"dense_ms": found.dense_ms, "ratio": found.speed_up}]})
+    assert "| speed-up | 5.0% | 10.0% |" in lines
+    assert "| stock's ms per output token | 50.0% | 100.0% |" in lines
+    shorter = estimate(*load("qwen3-32b", 0.25), GPUS["h100"], 32, 16).dense_ms
+    fewer = errors({**ABOUT, "rows": [row | {"layers": 32, "dense_ms": shorter}]})
+    assert "0.0% | 0.0%" not in "".join(fewer)
+    unknown = {**ABOUT, "gpu": {"name": "NVIDIA L4"}, "rows": [row]}
+    assert errors(unknown) == ["This GPU's data sheet is not known to `spense estimate`."]
+
+
+def test_the_text_has_the_constants_of_the_code() -> None:
+    text = (performance.ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    regions = (module.STOCK, module.DENSE_REGION, module.SPARSE_REGION)
+    memory, products = ([getattr(share, name) for share in regions] for name in ("memory", "tensor_cores"))
+    assert f"{min(memory) * 100:.0f} to {max(memory) * 100:.0f}% of the memory's bandwidth" in text
+    words = " ".join(text.split())
+    assert f"{min(products) * 100:.0f} to {max(products) * 100:.0f}% of the tensor cores' peak" in words
+    assert f"{module._LAYER_US:.0f} µs a layer and {module._TOKEN_US} µs a layer and token" in words
