@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
 from vllm_spense.estimate import Gemm, Timed, read_cache
-from vllm_spense.policy import LIBRARY_CAPABILITY, ONE_LAUNCH_CAPABILITY
+from vllm_spense.policy import LIBRARY_CAPABILITY, ONE_LAUNCH_CAPABILITY, SWITCH, Path, forced_path
 
 INSTALL = "pip install 'vllm-spense[cuda]'"
 #: By torch's major version of CUDA. Brings cuda-bindings, cuSPARSELt, cuBLASLt and NVRTC.
@@ -29,6 +30,7 @@ class Machine:
         packages: by name, the version of what is installed.
         libraries: by name, a version, or the error that asking for it ended in.
         plugin: whether vLLM will find Spense.
+        forced: the path that `SPENSE_PATH` names.
         cache: times of this GPU in the plan cache.
     """
 
@@ -39,6 +41,7 @@ class Machine:
     packages: Mapping[str, str]
     libraries: Mapping[str, str | Exception]
     plugin: bool
+    forced: Path | None = None
     cache: Sequence[Timed] = ()
 
 
@@ -60,8 +63,10 @@ class Finding:
 def judge(machine: Machine) -> list[Finding]:
     """About ten lines; the last one says what will run pruned layers, and is good if that is fast."""
     findings = [*_hardware(machine), *_software(machine)]
-    fast = all(finding.good is not False for finding in findings)
-    if not fast:
+    fast = all(finding.good is not False for finding in findings) and machine.forced is not Path.REFERENCE
+    if machine.forced:
+        path = f"{machine.forced}, because {SWITCH} says so"
+    elif not fast:
         path = "the reference path: right, and slow"
     elif machine.capability == ONE_LAUNCH_CAPABILITY:
         path = "one-launch for few tokens, library for many; where they meet is measured for each shape"
@@ -120,16 +125,21 @@ def _describe(gemm: Gemm) -> str:
 
 
 def examine() -> Machine:
-    """Looks at this machine. Loads torch and, on a GPU, the libraries; runs nothing."""
+    """Looks at this machine. Loads torch and, on a GPU, the libraries.
+
+    Raises:
+        SpenseError: `SPENSE_PATH` names no path.
+    """
+    forced = forced_path(os.environ.get(SWITCH))
     packages = {name: version for name in PACKAGES if (version := _version(name) or _version(_OTHER_NAMES.get(name)))}
     plugin = any(point.name == PLUGIN for point in metadata.entry_points(group=PLUGIN_GROUP))
     if "torch" not in packages:
-        return Machine(None, None, None, None, packages, {}, plugin)
+        return Machine(None, None, None, None, packages, {}, plugin, forced)
     import torch
 
     cuda = torch.version.cuda
     if not torch.cuda.is_available() or cuda is None:
-        return Machine(None, None, None, cuda, packages, {}, plugin)
+        return Machine(None, None, None, cuda, packages, {}, plugin, forced)
     from vllm_spense.kernels.plan_cache import environment, folder
 
     device = torch.device("cuda", torch.cuda.current_device())
@@ -140,7 +150,7 @@ def examine() -> Machine:
     }
     libraries = {name: _ask(ask, device) for name, ask in asked.items()}
     cache = [timed for timed in read_cache(folder()) if timed.gpu == about["gpu"]]
-    return Machine(about["gpu"], about["driver"], capability, cuda, packages, libraries, plugin, cache)
+    return Machine(about["gpu"], about["driver"], capability, cuda, packages, libraries, plugin, forced, cache)
 
 
 def _version(package: str | None) -> str | None:

@@ -256,11 +256,12 @@ def calibration(cache: Sequence[Timed], gpu: Gpu, gemm: Gemm, tokens: int) -> fl
 
     None where the cache holds nothing for this GPU and number of tokens.
     """
-    # Searches are for powers of two, on the library path from 16 on.
+    # Searches are for powers of two: from 8 on for the one-launch path, from 16 on for the library path.
     bucket = 1 << (tokens - 1).bit_length()
+    buckets = {max(bucket, 8), max(bucket, 16)}
     best: dict[tuple[Gemm, int], float] = {}
     for timed in cache:
-        if gpu.name in timed.gpu and timed.gemm.split == gemm.split and timed.tokens in (bucket, max(bucket, 16)):
+        if gpu.name in timed.gpu and timed.gemm.split == gemm.split and timed.tokens in buckets:
             key = (timed.gemm, timed.tokens)
             best[key] = min(timed.us, best.get(key, timed.us))
     ratios = {key: us / key[0].us(key[1], gpu) for key, us in best.items()}

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from vllm_spense.doctor import Machine, examine, judge, turning_points
+from vllm_spense.errors import SpenseError
 from vllm_spense.estimate import Gemm, Timed
+from vllm_spense.policy import SWITCH, Path
 
 GATE_UP = Gemm(51200, 5120, "output", 38400, 12800)
 
@@ -66,6 +68,19 @@ def test_whatever_is_missing_has_a_remedy(change: dict[str, object], subject: st
     assert remedy in bad(machine)[subject]
     assert judge(machine)[-1].found == "the reference path: right, and slow"
     assert judge(machine)[-1].good is False
+
+
+@pytest.mark.parametrize(("path", "good"), [(Path.LIBRARY, True), (Path.REFERENCE, False)])
+def test_a_forced_path_is_named(path: Path, good: bool) -> None:
+    last = judge(replace(HOPPER, forced=path))[-1]
+    assert last.found == f"{path}, because SPENSE_PATH says so"
+    assert last.good is good
+
+
+def test_a_typo_in_the_switch_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SWITCH, "libary")
+    with pytest.raises(SpenseError, match="found libary"):
+        examine()
 
 
 def test_an_error_is_shown() -> None:
