@@ -95,57 +95,92 @@ def parse() -> argparse.Namespace:
 
 
 def engine_rows(options: argparse.Namespace) -> Iterator[list[Row]]:
-    """Rows of each sparsity and type of KV cache, the dense engine right before those it is compared with."""
+    """Rows of each sparsity and type of KV cache, all against the dense engine with the same type of KV cache."""
     with TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        for kv in options.kv:
-            dense = measure_engine(options, None, kv, work)
-            for sparsity in options.sparsities:
-                spense = measure_engine(options, sparsity, kv, work)
-                about = {"shape": options.shape, "kv_cache_dtype": kv, "sparsity": sparsity}
-                yield compare(about, dense, spense)
+        runs = [EngineRun(options, s, kv, work) for kv in options.kv for s in (None, *options.sparsities)]
+        try:
+            runs[0].start()
+            for run, following in zip(runs, [*runs[1:], None], strict=True):
+                if following:
+                    following.start()
+                found = run.measure()
+                if run.sparsity is None:
+                    dense = found
+                else:
+                    about = {"shape": options.shape, "layers": run.layers, "kv_cache_dtype": run.kv}
+                    yield compare({**about, "sparsity": run.sparsity}, dense, found)
+        finally:
+            for run in runs:
+                run.stop()
 
 
-def measure_engine(options: argparse.Namespace, sparsity: float | None, kv: str, work: Path) -> Measured:
-    """Starts a process that measures one engine, unless `work` holds what an equal one measured.
+class EngineRun:
+    """A process that measures one engine, or what an equal one left in `work`.
 
-    Raises:
-        SpenseError: the process failed; shows the end of its log.
+    Args:
+        sparsity: None for stock vLLM.
+        work: folder for its configuration, log and answer.
     """
-    name = f"{options.shape}-{'dense' if sparsity is None else sparsity}"
-    folder = make_shape(options.shape, work / name, sparsity, options.layers)
-    order = json.dumps(
-        {
-            "model": str(folder.resolve()),
-            "quantization": "compressed-tensors" if sparsity is None else "spense",
-            "kv_cache_dtype": kv,
-            "batches": options.batches,
-            "contexts": options.contexts,
-            "steps": options.steps,
-            "eager": options.eager,
-        }
-    )
-    stem = f"{name}-kv-{kv}-{sha256(f'{order}{options.layers}'.encode()).hexdigest()[:8]}"
-    answer, log = work / f"{stem}.json", work / f"{stem}.log"
-    if answer.exists():
-        print(f"{stem}: measured before", flush=True)
-    else:
-        print(f"{stem}: measuring", flush=True)
-        with log.open("w") as output:
-            command = [sys.executable, "-m", "benchmarks.engine_times", order, str(answer.resolve())]
-            done = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
-        if done.returncode:
-            end = "\n".join(log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
-            raise SpenseError(f"{end}\nthe engine of {stem} ended with code {done.returncode}")
-    found = json.loads(answer.read_text(encoding="utf-8"))
-    timings = [Timing(**timing) for timing in found["timings"]]
-    return Measured(
-        {(timing.batch, timing.context): timing for timing in timings},
-        found["start_s"],
-        found["weight_bytes"],
-        saved_bytes(json.loads((folder / "config.json").read_text(encoding="utf-8"))),
-    )
+
+    def __init__(self, options: argparse.Namespace, sparsity: float | None, kv: str, work: Path) -> None:
+        name = f"{options.shape}-{'dense' if sparsity is None else sparsity}"
+        self.sparsity = sparsity
+        self.kv = kv
+        self.layers = options.layers or SHAPES[options.shape]["num_hidden_layers"]
+        self.folder = make_shape(options.shape, work / name, sparsity, options.layers)
+        self.order = json.dumps(
+            {
+                "model": str(self.folder.resolve()),
+                "quantization": "compressed-tensors" if sparsity is None else "spense",
+                "kv_cache_dtype": kv,
+                "batches": options.batches,
+                "contexts": options.contexts,
+                "steps": options.steps,
+                "eager": options.eager,
+            }
+        )
+        digest = sha256(f"{self.order}{options.layers}".encode()).hexdigest()[:8]
+        self.stem = f"{name}-kv-{kv}-{digest}"
+        self.answer, self.log = work / f"{self.stem}.json", work / f"{self.stem}.log"
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        """Lets the process import vLLM, which takes long, while the engine before still has the GPU."""
+        if self.answer.exists():
+            print(f"{self.stem}: measured before", flush=True)
+            return
+        command = [sys.executable, "-m", "benchmarks.engine_times", self.order, str(self.answer.resolve())]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, text=True
+            )
+
+    def measure(self) -> Measured:
+        """Lets the process have the GPU, and waits for its answer.
+
+        Raises:
+            SpenseError: the process failed; shows the end of its log.
+        """
+        if self.process:
+            print(f"{self.stem}: measuring", flush=True)
+            self.process.communicate("\n")
+            if self.process.returncode:
+                end = "\n".join(self.log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
+                raise SpenseError(f"{end}\nthe engine of {self.stem} ended with code {self.process.returncode}")
+        found = json.loads(self.answer.read_text(encoding="utf-8"))
+        timings = [Timing(**timing) for timing in found["timings"]]
+        return Measured(
+            {(timing.batch, timing.context): timing for timing in timings},
+            found["start_s"],
+            found["weight_bytes"],
+            saved_bytes(json.loads((self.folder / "config.json").read_text(encoding="utf-8"))),
+        )
+
+    def stop(self) -> None:
+        if self.process:
+            self.process.kill()
 
 
 def saved_bytes(config: Mapping[str, Any]) -> int:
@@ -165,7 +200,7 @@ def server_rows(options: argparse.Namespace) -> Iterator[list[Row]]:
         Measured(time_server(url, options.batches, options.contexts, options.steps)) if url else Measured({})
         for url in (options.dense_url, options.url)
     ]
-    yield compare({"shape": options.url, "kv_cache_dtype": None, "sparsity": None}, *found)
+    yield compare({"shape": options.url, "layers": None, "kv_cache_dtype": None, "sparsity": None}, *found)
 
 
 def compare(about: Row, dense: Measured, spense: Measured) -> list[Row]:
@@ -176,6 +211,7 @@ def compare(about: Row, dense: Measured, spense: Measured) -> list[Row]:
         rows.append(
             {
                 "shape": about["shape"],
+                "layers": about["layers"],
                 "batch": batch,
                 "context": context,
                 "kv_cache_dtype": about["kv_cache_dtype"],

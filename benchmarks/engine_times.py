@@ -3,6 +3,8 @@ has memory for one engine at a time.
 
     python -m benchmarks.engine_times '{"model": …}' ANSWER_FILE
 
+It imports everything first and begins when it gets a line of input: the GPU may still be busy with another engine.
+
 The engine runs in this process: all requests of a batch are there before the first step, and the time of every step is
 seen. Scheduling stays asynchronous, as it is in a server, so that the GPU does not wait for it.
 """
@@ -72,6 +74,7 @@ class Answer:
 
 def main() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    sys.stdin.readline()
     order, target = Order(**json.loads(sys.argv[1])), Path(sys.argv[2])
     answer = run(order)
     unfinished = target.with_suffix(".tmp")

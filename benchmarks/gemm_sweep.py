@@ -4,9 +4,9 @@
 
 times the shapes of Qwen3-32B and writes benchmarks/results/gemm_sweep.json and .png. Inputs are random, weights take
 turns so that none is in the cache when its turn comes, everything runs inside CUDA graphs; times are medians. Dense
-kernels that apply scales do so, the others return raw sums as Spense does. The one-launch path gets its activations
-in kernel order, and the library path in a multiple of 16 rows, because whatever quantizes them can write them so.
-`plan_s` is what finding the plan took: seconds at the first run, next to nothing once the plan cache is filled.
+kernels that apply scales do so, the others return raw sums as Spense does. The library path gets its activations in a
+multiple of 16 rows. `chosen` says which path the policy takes. `plan_s` is what finding the plan took: seconds at the
+first run, next to nothing once the plan cache is filled.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path as File
 from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(File(__file__).resolve().parents[1]))
 
 from benchmarks.envelope import RESULTS, write_result
 from vllm_spense.format import Regions
@@ -29,6 +29,7 @@ from vllm_spense.kernels import library, one_launch
 from vllm_spense.kernels.problem import Problem, Split
 from vllm_spense.kernels.synthetic import random_fp8, random_weight
 from vllm_spense.kernels.timing import cold_copies, median_us
+from vllm_spense.policy import NEVER_ONE_LAUNCH, Path, choose
 
 #: split, N, K of the merged gate and up projections and of down.
 LAYERS: dict[str, tuple[Split, int, int]] = {
@@ -37,7 +38,7 @@ LAYERS: dict[str, tuple[Split, int, int]] = {
     "llama-3.1-8b gate_up": ("output", 28672, 4096),
     "llama-3.1-8b down": ("input", 4096, 14336),
 }
-TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 2048)
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
 DENSE_RATIOS = (0.5, 0.25, 0.0)
 #: Memory in byte/s and dense FP8 tensor cores in FLOP/s, by NVIDIA's datasheet of the SXM parts. 2:4 doubles FLOP/s.
 PEAK = {"H100": (3.35e12, 1979e12), "H200": (4.8e12, 1979e12)}
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS)[:2])
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--dense-ratios", nargs="+", type=float, default=DENSE_RATIOS)
-    parser.add_argument("--out", type=Path, default=RESULTS / "gemm_sweep.json")
+    parser.add_argument("--out", type=File, default=RESULTS / "gemm_sweep.json")
     options = parser.parse_args()
 
     device = torch.device("cuda", 0)
@@ -107,33 +108,37 @@ def sweep(layer: str, ratio: float, dense: Mapping[int, Mapping[str, float]], de
     dense_extent = round(extent * ratio / 256) * 256
     problem = Problem(n, k, Regions(extent - dense_extent, dense_extent), split)
     weight = random_weight(problem, device)
-    for path, module in (("one-launch", one_launch), ("library", library)):
-        packs = [module.pack(weight, problem) for _ in range(cold_copies(problem.weight_bytes, device))]
-        torch.cuda.synchronize()
-        for tokens, dense_us in dense.items():
-            if module is one_launch and tokens > one_launch.MAX_TOKENS:
-                continue
-            rows = tokens if module is one_launch else library.padded(tokens)
-            start = time.perf_counter()
-            plan = module.plan(problem, rows, device)
-            plan_s = time.perf_counter() - start
-            x = random_fp8(rows, k, device)
-            spense_us = rotate([partial(plan.run, x, packed) for packed in packs])
-            best = min(dense_us, key=dense_us.__getitem__)
+    packs = [library.pack(weight, problem) for _ in range(cold_copies(problem.weight_bytes, device))]
+    del weight
+    for tokens, dense_us in dense.items():
+        best = min(dense_us, key=dense_us.__getitem__)
+        start = time.perf_counter()
+        plans = {Path.LIBRARY: library.plan(problem, library.padded(tokens), device)}
+        if tokens <= NEVER_ONE_LAUNCH:
+            plans[Path.ONE_LAUNCH] = one_launch.plan(problem, one_launch.bucket(tokens), device)
+        plan_s = time.perf_counter() - start
+        x = random_fp8(library.padded(tokens), k, device)
+        times = {
+            path: rotate([partial(plan.run, x if path is Path.LIBRARY else x[:tokens], packed) for packed in packs])
+            for path, plan in plans.items()
+        }
+        chosen = choose((Path.ONE_LAUNCH, Path.LIBRARY), tokens, times.__getitem__)
+        for path, plan in plans.items():
             yield {
                 "layer": layer,
                 "m": tokens,
                 "dense_ratio": round(problem.regions.dense_ratio, 4),
                 "dense_us": dense_us[best],
-                "spense_us": spense_us,
-                "ratio": round(dense_us[best] / spense_us, 3),
+                "spense_us": times[path],
+                "ratio": round(dense_us[best] / times[path], 3),
                 "ideal": round(problem.ideal, 3),
                 "roofline": roofline(problem, tokens, device),
                 "path": path,
+                "chosen": path is chosen,
                 "dense_kernel": best,
                 "dense_kernels": dense_us,
                 "plan_s": round(plan_s, 2),
-                "choice": str(plan.choice if module is library else plan.tiling),
+                "choice": str(plan.choice if path is Path.LIBRARY else plan.tiling),
             }
 
 
@@ -157,7 +162,7 @@ def roofline(problem: Problem, tokens: int, device: torch.device) -> float | Non
     return round(limit(n * k, 1) / limit(problem.weight_bytes, (1 + problem.regions.dense_ratio) / 2), 3)
 
 
-def plot(rows: Sequence[Row], file: Path) -> None:
+def plot(rows: Sequence[Row], file: File) -> None:
     """Speed-up against tokens, one panel for each layer and ρ."""
     import matplotlib
 
@@ -176,10 +181,10 @@ def plot(rows: Sequence[Row], file: Path) -> None:
         axis = axes[layers.index(layer)][[r for name, r in panels if name == layer].index(ratio)]
         axis.set_visible(True)
         mine = [row for row in rows if (row["layer"], row["dense_ratio"]) == (layer, ratio)]
-        for path, marker in (("one-launch", "o"), ("library", "s")):
+        for path, marker in ((Path.ONE_LAUNCH, "o"), (Path.LIBRARY, "s")):
             points = [row for row in mine if row["path"] == path]
             axis.plot([row["m"] for row in points], [row["ratio"] for row in points], marker=marker, label=path)
-        limits = [row for row in mine if row["path"] == "library"]
+        limits = [row for row in mine if row["path"] == Path.LIBRARY]
         axis.plot([row["m"] for row in limits], [row["ideal"] for row in limits], "k--", lw=1, label="ideal")
         if all(row["roofline"] for row in limits):
             axis.plot([row["m"] for row in limits], [row["roofline"] for row in limits], "k:", lw=1, label="roofline")

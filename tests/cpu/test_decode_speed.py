@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TextIO
 
 import pytest
 
@@ -83,9 +83,10 @@ def test_rows_hold_what_the_issue_names_and_null_for_what_dense_lacks() -> None:
     spense = Measured(
         {(1, 16): Timing(1, 16, 20.0, 2.0, 60.0), (8, 16): Timing(8, 16, 25.0, 2.0, 70.0)}, 120.0, 810, saved_bytes=200
     )
-    first, second = compare({"shape": "x", "kv_cache_dtype": "fp8", "sparsity": 0.25}, dense, spense)
+    first, second = compare({"shape": "x", "layers": 2, "kv_cache_dtype": "fp8", "sparsity": 0.25}, dense, spense)
     assert first == {
         "shape": "x",
+        "layers": 2,
         "batch": 1,
         "context": 16,
         "kv_cache_dtype": "fp8",
@@ -122,20 +123,30 @@ def fake_engines(monkeypatch: pytest.MonkeyPatch, code: int = 0) -> list[dict[st
     """Replaces engine processes by an answer: twice as fast when they are Spense's."""
     orders: list[dict[str, Any]] = []
 
-    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:
-        order, answer = json.loads(command[3]), Path(command[4])
-        orders.append(order)
-        ms = 1.0 if order["quantization"] == "spense" else 2.0
-        found = [Timing(batch, context, ms, 0.1, ms) for context in order["contexts"] for batch in order["batches"]]
-        options["stdout"].write("the engine's last words\n")
-        options["stdout"].flush()
-        if not code:
-            answer.write_text(
-                json.dumps({"start_s": 1.0, "weight_bytes": 10**6, "timings": [vars(timing) for timing in found]})
-            )
-        return subprocess.CompletedProcess(command, code)
+    class Engine:
+        """As `subprocess.Popen`; it begins when it gets a line of input."""
 
-    monkeypatch.setattr(decode_speed, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
+        returncode = code
+
+        def __init__(self, command: list[str], stdout: TextIO, **_: Any) -> None:
+            self.order, self.answer = json.loads(command[3]), Path(command[4])
+            stdout.write("the engine's last words\n")
+
+        def communicate(self, line: str) -> None:
+            assert line == "\n"
+            order = self.order
+            orders.append(order)
+            ms = 1.0 if order["quantization"] == "spense" else 2.0
+            found = [Timing(batch, context, ms, 0.1, ms) for context in order["contexts"] for batch in order["batches"]]
+            answer = {"start_s": 1.0, "weight_bytes": 10**6, "timings": [vars(timing) for timing in found]}
+            if not code:
+                self.answer.write_text(json.dumps(answer))
+
+        def kill(self) -> None:
+            pass
+
+    fake = SimpleNamespace(Popen=Engine, PIPE=subprocess.PIPE, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr(decode_speed, "subprocess", fake)
     return orders
 
 
