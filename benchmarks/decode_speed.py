@@ -79,6 +79,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--contexts", nargs="+", type=int, default=CONTEXTS)
+    parser.add_argument("--most-tokens", type=int, help="leave out what has a larger batch × context")
     parser.add_argument("--kv", nargs="+", choices=KV_CACHES, default=KV_CACHES, help="types of KV cache")
     parser.add_argument(
         "--steps", type=int, default=24, help="output tokens timed for each batch and context, 8 or more"
@@ -137,6 +138,7 @@ class EngineRun:
                 "kv_cache_dtype": kv,
                 "batches": options.batches,
                 "contexts": options.contexts,
+                "most_tokens": options.most_tokens,
                 "steps": options.steps,
                 "eager": options.eager,
             }

@@ -44,6 +44,7 @@ class Order:
     Attributes:
         model: folder that `make_shape.py` wrote; its weights are random.
         quantization: vLLM's name of it.
+        most_tokens: batches whose prompts have more than this are left out; None for no limit.
         steps: decode steps of the whole batch.
         eager: neither compiled nor captured, for trying things out.
     """
@@ -53,6 +54,7 @@ class Order:
     kv_cache_dtype: str
     batches: tuple[int, ...]
     contexts: tuple[int, ...]
+    most_tokens: int | None
     steps: int
     eager: bool = False
 
@@ -91,6 +93,8 @@ def run(order: Order) -> Answer:
     bench = Bench(llm.llm_engine, order.steps)
     bench.require_finite()
     grid = [(batch, context) for context in order.contexts for batch in order.batches]
+    if order.most_tokens is not None:
+        grid = [(batch, context) for batch, context in grid if batch * context <= order.most_tokens]
     timings = []
     for batch, context in grid:
         if bench.fits(batch, context):
