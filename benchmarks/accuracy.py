@@ -5,12 +5,15 @@
 prunes SmolLM2-135M-Instruct (or `--model`) with each method, sparsity and calibration seed, and compares it with the
 dense model on three texts: docstrings of packages that the calibration text does not hold, Python's language reference,
 and the standard library's code. With `--texts`, a folder that `python -m benchmarks.texts` wrote stands for all texts.
+Left out is what another name stands for: sparsegpt with dense indices, spensegpt and spensegpt+ without any. The same
+command goes on where it was cut off.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,7 +25,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from benchmarks.envelope import RESULTS, write_result
+from benchmarks.envelope import RESULTS, envelope, write_result
 from benchmarks.texts import CALIBRATION, DOMAINS, heldout
 from offline_prune.calibrate import BUILTIN
 from offline_prune.device import pick_device
@@ -33,7 +36,7 @@ from scripts.pruned import CACHE
 from scripts.smollm2 import smollm2
 
 SPARSITIES = (0.25, 0.375, 0.5)
-#: The same as another method there: with dense indices it is SpenseGPT, and SpenseGPT without any is it.
+#: SparseGPT with dense indices is SpenseGPT, and SpenseGPT without any is SparseGPT.
 SAME = {("sparsegpt", 0.25), ("sparsegpt", 0.375), ("spensegpt", 0.5), ("spensegpt+", 0.5)}
 #: The checkpoint's format and what `PruneSettings` calls it.
 FORMATS = {"bf16": "none", "fp8": "fp8"}
@@ -50,11 +53,12 @@ def main() -> None:
     texts = {name: heldout(name, tokenizer, options.heldout, options.length, options.texts) for name in DOMAINS}
     dense = {"method": "dense", "sparsity": 0.0, "format": "bf16", "seed": 0}
     rows = list(measured(reference, reference, texts, {"model": model.name, **dense}, None))
+    before = earlier_rows(options.out)
     for case in cases(options):
-        rows += list(pruned_rows(model, reference, texts, case, options, device))
+        known = [row for row in before if row.items() >= {"model": model.name, **case}.items()]
+        rows += known or pruned_rows(model, reference, texts, case, options, device)
         kls = "  ".join(f"{row['domain']} {row['kl']:.4f}" for row in rows[-len(DOMAINS) :])
         console.print(f"{case['method']} {case['sparsity']:.1%} {case['format']} seed {case['seed']}: KL {kls}")
-        # A long run that is cut off leaves what it has measured.
         write_result(options.out, "accuracy", rows)
     plot(rows, options.out.with_suffix(".png"))
     print(markdown(rows))
@@ -77,6 +81,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=RESULTS / "accuracy-smollm2.json")
     return parser.parse_args()
+
+
+def earlier_rows(file: Path) -> list[Row]:
+    """What the same command and commit measured before it was cut off, if it was."""
+    if not file.exists():
+        return []
+    earlier, now = json.loads(file.read_text(encoding="utf-8")), envelope("accuracy", [])
+    return earlier["rows"] if all(earlier[key] == now[key] for key in ("command", "commit", "gpu", "versions")) else []
 
 
 def cases(options: argparse.Namespace) -> Iterator[Row]:

@@ -32,7 +32,7 @@ CALIBRATION = "calibration"
 #: Held out, from the one most like the calibration text to the ones least like it.
 DOMAINS = ("docstrings", "prose", "code")
 #: Of each text; more than any benchmark reads.
-_DOCUMENTS = 3000
+_DOCUMENTS = 1000
 
 
 def documents(name: str) -> Iterator[str]:

@@ -76,6 +76,17 @@ def test_the_table_from_a_folder_of_texts(
     assert "| `spensegpt` | 37.5% | FP8 |" in table
     assert "| `spensegpt` | 50.0% |" not in table
 
+    def no_more(*_: object) -> None:
+        raise AssertionError("pruned again")
+
+    monkeypatch.setattr(accuracy, "prune", no_more)
+    accuracy.main()
+    assert json.loads(out.read_text())["rows"] == rows
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--heldout", "3"])
+    monkeypatch.setattr(sys, "orig_argv", [*sys.orig_argv, "--heldout", "3"])
+    with pytest.raises(AssertionError, match="pruned again"):
+        accuracy.main()
+
 
 def test_mean_and_standard_error() -> None:
     assert accuracy._mean([1.0, 2.0, 3.0], 3) == "2.000 ± 0.577"
