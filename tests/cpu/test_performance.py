@@ -111,6 +111,14 @@ def test_prefill_and_the_readme_are_shorter(results: Path) -> None:
     assert "| 64 |" not in table("readme", results)
 
 
+def test_gemms_are_those_that_the_policy_takes(results: Path) -> None:
+    row = {"layer": "down", "dense_ratio": 0.25, "ideal": 1.391, "m": 32}
+    rows = [row | {"ratio": 1.3, "chosen": True}, row | {"ratio": 1.35, "chosen": False}]
+    rows.append(row | {"ratio": 1.1, "chosen": True, "m": 256})
+    (results / "gemm_sweep.json").write_text(json.dumps({**ABOUT, "rows": rows}))
+    assert "\n| down | 0.25 | 1.39 | 1.30 (93%) | 1.10 (79%) |\n" in table("gemm", results)
+
+
 def test_what_was_not_measured_says_so(results: Path) -> None:
     assert "Not measured yet: `python benchmarks/gemm_sweep.py`" in table("gemm", results)
 
