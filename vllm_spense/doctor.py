@@ -168,11 +168,16 @@ def _ask(ask: Callable[[object], object], device: object) -> str | Exception:
 
 
 def _cusparselt(device: object) -> object:
-    return importlib.import_module("vllm_spense.kernels.cusparselt").version(device)
+    return dotted(importlib.import_module("vllm_spense.kernels.cusparselt").version(device), 1000)
 
 
 def _cublaslt(device: object) -> object:
-    return importlib.import_module("vllm_spense.kernels.cublaslt").version()
+    return dotted(importlib.import_module("vllm_spense.kernels.cublaslt").version(), 10000)
+
+
+def dotted(version: int, major: int) -> str:
+    """A library's version number as people write it: with 1000 for each major version, 800 is 0.8.0."""
+    return f"{version // major}.{version % major // 100}.{version % 100}"
 
 
 def _nvrtc(device: object) -> object:

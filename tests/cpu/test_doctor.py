@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vllm_spense.doctor import Machine, examine, judge, turning_points
+from vllm_spense.doctor import Machine, dotted, examine, judge, turning_points
 from vllm_spense.errors import SpenseError
 from vllm_spense.estimate import Gemm, Timed
 from vllm_spense.policy import SWITCH, Path
@@ -27,7 +27,7 @@ HOPPER = Machine(
     (9, 0),
     "13.0",
     {"torch": "2.11.0", "vllm": "0.26.0", "nvmath-python": "1.0.0", "cuda-bindings": "13.1.1"},
-    {"cuSPARSELt": "800", "cuBLASLt": "130101", "NVRTC": "13.0"},
+    {"cuSPARSELt": "0.8.0", "cuBLASLt": "13.1.1", "NVRTC": "13.0"},
     plugin=True,
 )
 
@@ -81,6 +81,11 @@ def test_a_typo_in_the_switch_is_an_error(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv(SWITCH, "libary")
     with pytest.raises(SpenseError, match="found libary"):
         examine()
+
+
+def test_versions_are_written_with_dots() -> None:
+    assert dotted(800, 1000) == "0.8.0"
+    assert dotted(130101, 10000) == "13.1.1"
 
 
 def test_an_error_is_shown() -> None:
