@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from offline_prune import parts, ranks
 from offline_prune.blocks import Observer, Split, find_split, forward, watch
 from offline_prune.glu import Glu
 from offline_prune.meter import stage
@@ -18,9 +19,12 @@ from offline_prune.model import SourceModel
 from offline_prune.place import Place, allocate
 from vllm_spense.errors import SpenseError
 
+#: Is shown inputs (tokens, K) and which of this rank's parts of the text they are of.
+PartObserver = Callable[[torch.Tensor, int], None]
+
 
 class Stream:
-    """The hidden states of every calibration sequence, and how to call the blocks.
+    """The hidden states of this rank's calibration sequences, and how to call the blocks.
 
     One buffer holds them and is overwritten as they move on: while a block is worked on, its input becomes the
     residual stream behind the block's attention, and that becomes its output.
@@ -47,15 +51,16 @@ class Stream:
         self.device = device
         self.kwargs: list[dict[str, Any]] = []
         samples, length = tokens.shape
-        self._per_batch = max(1, batch_tokens // length)
-        self._starts = range(0, samples, self._per_batch)
+        at_once = max(1, batch_tokens // length)
+        self._parts = [_batches(part, at_once) for part in parts.cut(samples)]
+        self._batches = [batch for part in self._parts for batch in part]
         self._splits: dict[type[nn.Module], Split | None] = {}
         self._split: Split | None = None
         width = model.skeleton.config.get_text_config().hidden_size
         self.hidden = allocate((samples, length, width), dtype, device, place, folder)
         with stage("forward"), _recording(model, device, dtype) as recorders:
-            for batch in range(len(self._starts)):
-                model.skeleton.base_model(input_ids=tokens[self._rows(batch)].to(device), use_cache=False)
+            for batch in self._batches:
+                model.skeleton.base_model(input_ids=tokens[batch].to(device), use_cache=False)
                 self._put(batch, recorders[0].hidden)
             # No padding and no cache: all batches share their masks and positions, but for the batch size.
             model.skeleton.base_model(input_ids=tokens[:1].to(device), use_cache=False)
@@ -66,8 +71,8 @@ class Stream:
         index: int,
         block: nn.Module,
         mlp: Glu,
-        on_input: Observer | None = None,
-        on_mid: Observer | None = None,
+        on_input: PartObserver | None = None,
+        on_mid: PartObserver | None = None,
         mid_tokens: int | None = None,
     ) -> None:
         """Takes the hidden states through a block's attention, once.
@@ -75,30 +80,32 @@ class Stream:
         Args:
             on_input: is shown the inputs of the block's MLP, (tokens, H).
             on_mid: is shown the intermediate activations, (tokens, I).
-            mid_tokens: of about this many tokens only, evenly spread; None for all.
+            mid_tokens: of about this many tokens of all ranks only, evenly spread; None for all.
         """
         if type(block) not in self._splits:
-            self._splits[type(block)] = find_split(block, mlp, self._get(0), self.kwargs[index])
+            self._splits[type(block)] = find_split(block, mlp, self._get(self._batches[0]), self.kwargs[index])
         self._split = self._splits[type(block)]
         entrance, exit_ = f"{mlp.path}.{mlp.projections.gate}", f"{mlp.path}.{mlp.projections.down}"
-        shown = self._spread(mid_tokens) if on_mid else frozenset()
-        for batch in range(len(self._starts)):
-            observers: dict[str, Observer] = {entrance: _flat(on_input)} if on_input else {}
-            if on_mid and batch in shown:
-                observers[exit_] = _flat(on_mid)
-            arrived: list[torch.Tensor] = []
-            if self._split:
-                observers[self._split.point] = arrived.append
-            watch(block, self._get(batch), self.kwargs[index], observers, exit_ if batch in shown else entrance)
-            if self._split:
-                self._put(batch, arrived[0])
+        for part, batches in enumerate(self._parts):
+            shown = self._spread(batches, mid_tokens) if on_mid else []
+            for batch in batches:
+                observers: dict[str, Observer] = {entrance: _flat(on_input, part)} if on_input else {}
+                if on_mid and batch in shown:
+                    observers[exit_] = _flat(on_mid, part)
+                arrived: list[torch.Tensor] = []
+                if self._split:
+                    observers[self._split.point] = arrived.append
+                watch(block, self._get(batch), self.kwargs[index], observers, exit_ if batch in shown else entrance)
+                if self._split:
+                    self._put(batch, arrived[0])
 
-    def observe(self, index: int, block: nn.Module, mlp: Glu, on_mid: Observer) -> None:
+    def observe(self, index: int, block: nn.Module, mlp: Glu, on_mid: PartObserver) -> None:
         """Shows an observer the intermediate activations, (tokens, I), of a block that `attend` has been called for."""
         exit_ = f"{mlp.path}.{mlp.projections.down}"
         with self.entered(block):
-            for batch in range(len(self._starts)):
-                watch(block, self._get(batch), self.kwargs[index], {exit_: _flat(on_mid)}, exit_)
+            for part, batches in enumerate(self._parts):
+                for batch in batches:
+                    watch(block, self._get(batch), self.kwargs[index], {exit_: _flat(on_mid, part)}, exit_)
 
     def advance(self, index: int, block: nn.Module, name: str) -> None:
         """Replaces the hidden states by the block's outputs, from behind its attention if `attend` went there.
@@ -106,14 +113,15 @@ class Stream:
         Raises:
             SpenseError: an output is not finite.
         """
-        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        broken = torch.zeros((), dtype=torch.int32, device=self.device)
         with self.entered(block):
-            for batch in range(len(self._starts)):
+            for batch in self._batches:
                 output = forward(block, self._get(batch), self.kwargs[index])
-                finite &= torch.isfinite(output).all()
+                broken += ~torch.isfinite(output).all()
                 self._put(batch, output)
         self._split = None
-        if not finite.item():
+        ranks.add_up(broken)
+        if broken.item():
             raise SpenseError(f"{name}: its output on the calibration text is not finite")
 
     @contextmanager
@@ -133,26 +141,27 @@ class Stream:
         """
         return hidden if self._split is None else hidden.flatten(0, 1).unsqueeze(1)
 
-    def _rows(self, batch: int) -> slice:
-        return slice(self._starts[batch], self._starts[batch] + self._per_batch)
+    def _get(self, batch: slice) -> torch.Tensor:
+        return self.hidden[batch].to(self.device, non_blocking=True)
 
-    def _get(self, batch: int) -> torch.Tensor:
-        return self.hidden[self._rows(batch)].to(self.device, non_blocking=True)
+    def _put(self, batch: slice, hidden: torch.Tensor) -> None:
+        self.hidden[batch].copy_(hidden, non_blocking=True)
 
-    def _put(self, batch: int, hidden: torch.Tensor) -> None:
-        self.hidden[self._rows(batch)].copy_(hidden, non_blocking=True)
-
-    def _spread(self, tokens: int | None) -> frozenset[int]:
-        """Batches that hold about so many tokens, evenly spread."""
-        batches = len(self._starts)
-        wanted = batches if tokens is None else math.ceil(tokens / (self._per_batch * self.hidden.shape[1]))
-        return (
-            frozenset(i * batches // wanted for i in range(wanted)) if wanted < batches else frozenset(range(batches))
-        )
+    def _spread(self, batches: list[slice], tokens: int | None) -> list[slice]:
+        """Of a part's batches so many, evenly spread, that all parts together show about so many tokens."""
+        if tokens is None:
+            return batches
+        samples, length = self.hidden.shape[:2]
+        wanted = math.ceil(len(batches) * min(1.0, tokens / (ranks.size() * samples * length)))
+        return [batches[i * len(batches) // wanted] for i in range(wanted)]
 
 
-def _flat(observer: Observer) -> Observer:
-    return lambda inputs: observer(inputs.flatten(0, -2))
+def _batches(part: range, at_once: int) -> list[slice]:
+    return [slice(start, min(start + at_once, part.stop)) for start in part[::at_once]]
+
+
+def _flat(observer: PartObserver, part: int) -> Observer:
+    return lambda inputs: observer(inputs.flatten(0, -2), part)
 
 
 class _Recorder(nn.Module):

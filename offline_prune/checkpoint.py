@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +27,8 @@ MAX_SHARD_BYTES = 4 * 2**30
 #: What travels along from the source folder: tokenizer, chat template, generation config, remote code, licence.
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 _OWN = ("config.json", INDEX_NAME, SIDECAR)
+
+Say = Callable[[str], None]
 
 
 def stored_form(weight: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -97,39 +99,34 @@ class CheckpointWriter:
         run: whatever decides the result, by name; a run that is resumed must have had the same.
         overwrite: replace a checkpoint, or an unfinished one, that is there.
         resume: go on with an unfinished one, if there is one.
+        say: told when an unfinished one is kept.
+
+    Attributes:
+        journal: of what is finished.
 
     Raises:
         SpenseError: at construction, when there is something that may not be replaced or resumed.
     """
 
-    def __init__(self, out: Path, run: Mapping[str, Any], overwrite: bool, resume: bool) -> None:
+    def __init__(self, out: Path, run: Mapping[str, Any], overwrite: bool, resume: bool, say: Say) -> None:
         self.out = out
         refuse_filled(out, overwrite)
         self._hidden = out.parent / f".{out.name}.partial-{os.getpid()}"
-        self._journal = Journal(self._hidden, run)
+        self.journal = Journal(self._hidden, run)
         self._resumed: Path | None = None
+        self._say = say
         self._background = ThreadPoolExecutor(1, "write")
         self._last: Future[None] | None = None
         left = unfinished(out)
         if left and resume:
             left.require(run)
             self._resumed = left.folder
-            self._journal.parts = left.parts
+            self.journal.parts = left.parts
         elif left and not overwrite:
             raise SpenseError(
                 f"{left.folder}: an unfinished run ({len(left.parts)} blocks done); "
                 "--resume goes on, --overwrite starts anew"
             )
-
-    @property
-    def folder(self) -> Path:
-        """Where the checkpoint is built."""
-        return self._hidden
-
-    @property
-    def finished(self) -> dict[str, Any]:
-        """The records of all finished parts, by name."""
-        return {part.name: part.record for part in self._journal.parts}
 
     def __enter__(self) -> CheckpointWriter:
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -137,11 +134,11 @@ class CheckpointWriter:
             self._resumed.rename(self._hidden)
         _remove_abandoned(self.out)
         self._hidden.mkdir(exist_ok=True)
-        kept = {part.file for part in self._journal.parts}
+        kept = {part.file for part in self.journal.parts}
         for file in self._hidden.iterdir():
             if file.name not in kept:
                 file.unlink()
-        self._journal.start()
+        self.journal.start()
         return self
 
     def add(self, name: str, tensors: Mapping[str, torch.Tensor], record: Any = None) -> None:
@@ -152,11 +149,6 @@ class CheckpointWriter:
         """
         self._wait()
         self._last = self._background.submit(self._write, name, dict(tensors), record)
-
-    def read(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of a finished part."""
-        file = next(part.file for part in self._journal.parts if part.name == name)
-        return load_file(self._hidden / file)
 
     def write_json(self, file: str, data: Any) -> None:
         (self._hidden / file).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -197,8 +189,10 @@ class CheckpointWriter:
             # Whatever was being written when something else went wrong is finished first.
             self._background.shutdown()
             mistake = kind is not None and issubclass(kind, SpenseError) and not issubclass(kind, Unfinished)
-            if mistake or not self._journal.parts:
+            if mistake or not self.journal.parts:
                 shutil.rmtree(self._hidden, ignore_errors=True)
+            elif kind is not None:
+                self._say(f"what is finished is kept ({len(self.journal.parts)} blocks); --resume goes on from there")
 
     def _wait(self) -> None:
         if self._last:
@@ -206,18 +200,18 @@ class CheckpointWriter:
             self._last = None
 
     def _write(self, name: str, tensors: dict[str, torch.Tensor], record: Any) -> None:
-        file = self._hidden / f"part-{len(self._journal.parts)}"
+        file = self._hidden / f"part-{len(self.journal.parts)}"
         try:
             save_file(tensors, file, metadata={"format": "pt"})
             with file.open("rb") as written:
                 os.fsync(written.fileno())
             file.chmod(0o644)
-            self._journal.add(Part(name, file.name, record))
+            self.journal.add(Part(name, file.name, record))
         except (OSError, SafetensorError) as error:
             raise Unfinished(f"{file}: cannot be written: {error}") from None
 
     def _name_shards(self) -> None:
-        parts = self._journal.parts
+        parts = self.journal.parts
         files = [self._hidden / part.file for part in parts]
         if sum(file.stat().st_size for file in files) <= MAX_SHARD_BYTES:
             together = {name: tensor for file in files for name, tensor in load_file(file).items()}

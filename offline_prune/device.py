@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
+import torch.distributed as dist
 
 from vllm_spense.errors import SpenseError
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`: the first GPU if there is one.
+    """`auto`: a GPU if there is one. A process that torchrun started gets the GPU of its local rank.
 
     Raises:
         SpenseError: no such device on this machine.
     """
     if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
     if kind == "cpu" and not index:
         return torch.device("cpu")
-    if kind == "cuda" and (not index or index.isdigit()):
-        if int(index or 0) < torch.cuda.device_count():
-            return torch.device("cuda", int(index or 0))
-        raise SpenseError(f"--device: found {name}, but torch sees {torch.cuda.device_count()} GPUs")
-    raise SpenseError(f"--device: found {name}, expected auto, cpu, cuda or cuda:N")
+    if kind != "cuda" or (index and not index.isdigit()):
+        raise SpenseError(f"--device: found {name}, expected auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count()
+    if dist.is_torchelastic_launched():
+        if index:
+            raise SpenseError(f"--device: found {name}, expected auto, cpu or cuda: torchrun gives each process a GPU")
+        index = os.environ["LOCAL_RANK"]
+        if int(index) >= count:
+            raise SpenseError(f"--nproc-per-node: found {os.environ['LOCAL_WORLD_SIZE']}, but torch sees {count} GPUs")
+    elif int(index or 0) >= count:
+        raise SpenseError(f"--device: found {name}, but torch sees {count} GPUs")
+    return torch.device("cuda", int(index or 0))

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
 from vllm_spense.errors import SpenseError
 
 FILE = "journal.jsonl"
@@ -50,6 +53,16 @@ class Journal:
             return None
         first, *others = map(json.loads, lines)
         return cls(folder, first, [Part(**line) for line in others])
+
+    @property
+    def finished(self) -> dict[str, Any]:
+        """The records of all finished parts, by name."""
+        return {part.name: part.record for part in self.parts}
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of a finished part."""
+        file = next(part.file for part in self.parts if part.name == name)
+        return load_file(self.folder / file)
 
     def start(self) -> None:
         """Writes the journal anew, which drops a last line that was not finished."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from offline_prune import parts, ranks
 from offline_prune.precision import fast_matmul
 from offline_prune.quantize import COMPENSATION_HEADROOM, channel_scales, round_to_fp8
 from offline_prune.select import (
@@ -129,7 +130,18 @@ def _prune(
     if settings.solver == "sparsegpt":
         factor = inverse_factor(hessian, settings.damping, layer)
         damping = factor.damping
-        result = sparsegpt(weight, factor, sparse_rows=sparse_rows, sparse_columns=sparse_columns, scales=scales)
+
+        def pruned(rows: slice) -> torch.Tensor:
+            return sparsegpt(
+                weight[rows],
+                factor,
+                sparse_rows=sparse_rows[rows],
+                sparse_columns=sparse_columns,
+                scales=None if scales is None else scales[rows],
+                row_parts=parts.MOST // ranks.size(),
+            )
+
+        result = ranks.divided(len(weight), pruned)
     else:
         scores = wanda_scores(weight, hessian.diagonal()) if settings.solver == "wanda" else weight.abs()
         result = prune_by_score(weight, scores, sparse_rows=sparse_rows, sparse_columns=sparse_columns)

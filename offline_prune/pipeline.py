@@ -6,6 +6,7 @@ import hashlib
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from types import MappingProxyType
 from typing import cast
@@ -14,27 +15,29 @@ import torch
 import transformers
 from torch import nn
 
+from offline_prune import parts, ranks
 from offline_prune.activations import Stream
 from offline_prune.calibrate import calibration_tokens
-from offline_prune.checkpoint import CheckpointWriter, refuse_filled, restored, stored_form
+from offline_prune.checkpoint import CheckpointWriter, Say, refuse_filled, restored
 from offline_prune.device import pick_device
 from offline_prune.glu import Glu, Unsupported
 from offline_prune.hessian import Energy, Hessian
+from offline_prune.journal import Journal
 from offline_prune.meter import Meter
 from offline_prune.mlp import Pruned, dense_order, prune_down, prune_gate_up
 from offline_prune.model import Block, SourceModel
 from offline_prune.plan import GIB, MemoryPlan, batch_tokens, memory_plan
-from offline_prune.quantize import channel_scales, round_to_fp8
 from offline_prune.regions import model_regions
 from offline_prune.report import FILE, PICTURE, BlockTime, LayerReport, ProjectionReport, Report, projection_report
 from offline_prune.select import selection_hash
 from offline_prune.settings import PruneSettings
+from offline_prune.stored import StoredBlock, rounded
 from offline_prune.tune import tune
+from vllm_spense.errors import SpenseError
 from vllm_spense.format import Annotation, Calibration
 
 #: Called after each block with (blocks done, blocks in all, name of the block).
 Progress = Callable[[int, int, str], None]
-Say = Callable[[str], None]
 
 #: Tokens from which SpenseGPT+ takes the diagonal of down's Hessian. As many as Wanda and SparseGPT are usually
 #: calibrated on; all of two million would cost SpenseGPT+ a tenth more time and choose the same indices.
@@ -53,13 +56,13 @@ def prune(
     say: Say = lambda _: None,
     tokens: torch.Tensor | None = None,
 ) -> Report:
-    """Prunes a model and writes the checkpoint.
+    """Prunes a model and writes the checkpoint, together with the other processes if torchrun started several.
 
     Args:
         settings: what to do.
         progress: told about every finished block.
         say: told what a person should know, a line at a time: the plan, warnings.
-        tokens: int64 (samples, length) to calibrate on; None draws them as the settings say.
+        tokens: int64 (samples, length) to calibrate on, the first rank's count; None draws them as the settings say.
 
     Returns:
         The report that also lies beside the checkpoint.
@@ -70,7 +73,20 @@ def prune(
     refuse_filled(settings.out, settings.overwrite)
     device = pick_device(settings.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    return _Run(SourceModel(settings.model), settings, device, dtype, progress, say).run(tokens)
+    with ranks.joined(device):
+        _check_ranks(settings.samples)
+        if not ranks.first():
+            progress, say = (lambda *_: None), (lambda _: None)
+        return _Run(SourceModel(settings.model), settings, device, dtype, progress, say).run(tokens)
+
+
+def _check_ranks(samples: int) -> None:
+    """Raises SpenseError where the calibration text does not divide evenly among the ranks."""
+    size = ranks.size()
+    if size & (size - 1) or size > parts.MOST:
+        raise SpenseError(f"--nproc-per-node: found {size}, expected a power of two of at most {parts.MOST}")
+    if samples % size:
+        raise SpenseError(f"--samples: found {samples}, expected a multiple of the number of processes, {size}")
 
 
 class _Run:
@@ -92,6 +108,8 @@ class _Run:
         self.meter = Meter(device)
         #: Of the dense model, where blocks are tuned towards it.
         self.dense: Stream | None = None
+        #: Only the first rank has one.
+        self.writer: CheckpointWriter | None = None
         self.regions, self.alignment = model_regions(self.model, settings)
         self.quantized = set(self._quantized_linears())
         self.report = Report(
@@ -103,31 +121,35 @@ class _Run:
 
     def run(self, tokens: torch.Tensor | None) -> Report:
         start = time.perf_counter()
-        with self.meter.running():
-            plan = memory_plan(self.model, self.settings, self.device, self.dtype)
+        with self.meter.running(), ExitStack() as context:
+            plan = ranks.from_first(lambda: memory_plan(self.model, self.settings, self.device, self.dtype))
             for line in plan.lines():
                 self.say(line)
-            if tokens is None:
-                with self.meter.stage("calibration text"):
-                    tokens = self._tokens()
-            run = self._identity(tokens)
-            writer = CheckpointWriter(self.settings.out, run, self.settings.overwrite, self.settings.resume)
-            try:
-                with writer:
-                    self._blocks(tokens, plan, writer)
-                    self._copy_outside_blocks(writer)
-                    with self.meter.stage("write"):
-                        writer.copy_companions(self.model.folder)
-                        ignore = self._ignored() if self.settings.quantize == "fp8" else None
-                        writer.write_config(self.model.config_json, self._annotation(), ignore)
-                    self._close_report(plan, start)
-                    writer.write_json(FILE, self.report.to_dict())
-                    self.report.draw(writer.path(PICTURE))
-            except BaseException:
-                if writer.folder.exists():
-                    self.say(f"what is finished is kept ({len(writer.finished)} blocks); --resume goes on from there")
-                raise
+            with self.meter.stage("calibration text"):
+                tokens = ranks.from_first(lambda: self._tokens() if tokens is None else tokens)
+            journal = ranks.from_first(lambda: self._open(self._identity(tokens), context))
+            self._blocks(ranks.share(tokens), plan, journal)
+            if self.writer:
+                self._close(self.writer, plan, start)
         return self.report
+
+    def _open(self, run: dict[str, object], context: ExitStack) -> Journal:
+        """Starts the checkpoint; what is finished of it already."""
+        settings = self.settings
+        writer = CheckpointWriter(settings.out, run, settings.overwrite, settings.resume, self.say)
+        self.writer = context.enter_context(writer)
+        return writer.journal
+
+    def _close(self, writer: CheckpointWriter, plan: MemoryPlan, start: float) -> None:
+        """Adds what is in no block."""
+        self._copy_outside_blocks(writer)
+        with self.meter.stage("write"):
+            writer.copy_companions(self.model.folder)
+            ignore = self._ignored() if self.settings.quantize == "fp8" else None
+            writer.write_config(self.model.config_json, self._annotation(), ignore)
+        self._close_report(plan, start)
+        writer.write_json(FILE, self.report.to_dict())
+        self.report.draw(writer.path(PICTURE))
 
     def _tokens(self) -> torch.Tensor:
         settings = self.settings
@@ -141,6 +163,7 @@ class _Run:
         return {
             **settings,
             "batch_tokens": batch_tokens(self.settings, self.device),
+            "processes": ranks.size(),
             "model": self.model.tensors.fingerprint(),
             "calibration tokens": hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()[:16],
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
@@ -148,23 +171,24 @@ class _Run:
             "transformers": transformers.__version__,
         }
 
-    def _blocks(self, tokens: torch.Tensor, plan: MemoryPlan, writer: CheckpointWriter) -> None:
+    def _blocks(self, tokens: torch.Tensor, plan: MemoryPlan, journal: Journal) -> None:
         """Prunes block after block; those that are finished are only passed through."""
         names = [block.name for block in self.model.blocks]
-        if all(name in writer.finished for name in names):
-            self.report.layers += [LayerReport.from_dict(writer.finished[name]) for name in self._pruned_blocks()]
+        finished = journal.finished
+        if all(name in finished for name in names):
+            self.report.layers += [LayerReport.from_dict(finished[name]) for name in self._pruned_blocks()]
             return
         with self.meter.stage("forward"):
             tokens_at_once = batch_tokens(self.settings, self.device)
-            place = self.device, self.dtype, tokens_at_once, plan.place, writer.folder
+            place = self.device, self.dtype, tokens_at_once, plan.place, journal.folder
             stream = Stream(self.model, tokens, *place)
             self.dense = Stream(self.model, tokens, *place) if self.settings.wanted_tune_steps else None
         for index, block in enumerate(self.model.blocks):
             before, start = dict(self.meter.seconds), time.perf_counter()
-            if block.name in writer.finished:
-                self._pass_through(index, block, stream, writer)
+            if block.name in finished:
+                self._pass_through(index, block, stream, journal)
             else:
-                self._block(index, block, stream, writer)
+                self._block(index, block, stream)
             self.model.unload(block.name)
             stages = {name: seconds - before.get(name, 0.0) for name, seconds in self.meter.seconds.items()}
             self.report.blocks.append(BlockTime(block.name, time.perf_counter() - start, stages))
@@ -208,10 +232,10 @@ class _Run:
 
     def _copy_outside_blocks(self, writer: CheckpointWriter) -> None:
         """Embeddings, norms and the head go over as they are; linear layers out there, if any, to FP8."""
-        if _OUTSIDE in writer.finished:
+        if _OUTSIDE in writer.journal.finished:
             return
         inside = tuple(f"{block.name}." for block in self.model.blocks)
-        stored: dict[str, torch.Tensor] = {}
+        stored = StoredBlock(self.model.tensors)
         with self.meter.stage("write"):
             for name in self.model.tensors:
                 layer = name.rpartition(".")[0]
@@ -219,17 +243,12 @@ class _Run:
                     continue
                 tensor = self.model.tensors.read(name)
                 if layer in self.quantized and name.endswith(".weight"):
-                    weight, scales = self._rounded(tensor.float())
-                    self._store(stored, layer, weight, scales)
+                    stored.keep(layer, *rounded(tensor.float()))
                 else:
-                    stored[name] = tensor
-            writer.add(_OUTSIDE, stored)
+                    stored.tensors[name] = tensor
+            writer.add(_OUTSIDE, stored.tensors)
 
-    def _rounded(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scales = channel_scales(weight)
-        return round_to_fp8(weight, scales), scales
-
-    def _pass_through(self, index: int, block: Block, stream: Stream, writer: CheckpointWriter) -> None:
+    def _pass_through(self, index: int, block: Block, stream: Stream, journal: Journal) -> None:
         """Takes the hidden states through a block that an earlier run finished, exactly as that run did."""
         if self.dense:
             with self.meter.stage("load"):
@@ -237,14 +256,14 @@ class _Run:
             with self.meter.stage("forward"):
                 self.dense.advance(index, module, block.name)
         with self.meter.stage("load"):
-            module = self.model.load(block.name, self.device, self.dtype, restored(writer.read(block.name)))
+            module = self.model.load(block.name, self.device, self.dtype, restored(journal.tensors(block.name)))
         with self.meter.stage("forward"):
             if isinstance(block.mlp, Glu):
-                self.report.layers.append(LayerReport.from_dict(writer.finished[block.name]))
+                self.report.layers.append(LayerReport.from_dict(journal.finished[block.name]))
                 stream.attend(index, module, block.mlp)
             stream.advance(index, module, block.name)
 
-    def _block(self, index: int, block: Block, stream: Stream, writer: CheckpointWriter) -> None:
+    def _block(self, index: int, block: Block, stream: Stream) -> None:
         with self.meter.stage("load"):
             module = self.model.load(block.name, self.device, self.dtype)
         more = index + 1 < len(self.model.blocks)
@@ -253,7 +272,7 @@ class _Run:
         if self.dense:
             with self.meter.stage("forward"):
                 self.dense.advance(index, module, block.name)
-        stored: dict[str, torch.Tensor] = {}
+        stored = StoredBlock(self.model.tensors)
         with self.meter.stage("quantize"), torch.inference_mode():
             self._quantize_unpruned(block, module, stored)
         layer = None
@@ -265,26 +284,17 @@ class _Run:
         if more:
             with self.meter.stage("forward"):
                 stream.advance(index, module, block.name)
-        with self.meter.stage("write"):
-            prefix = f"{block.name}."
-            for name in self.model.tensors:
-                if name.startswith(prefix) and name not in stored:
-                    stored[name] = self.model.tensors.read(name)
-            writer.add(block.name, dict(sorted(stored.items())), asdict(layer) if layer else None)
+        if self.writer:
+            with self.meter.stage("write"):
+                self.writer.add(block.name, stored.complete(f"{block.name}."), asdict(layer) if layer else None)
 
-    def _quantize_unpruned(self, block: Block, module: nn.Module, stored: dict[str, torch.Tensor]) -> None:
+    def _quantize_unpruned(self, block: Block, module: nn.Module, stored: StoredBlock) -> None:
         """Rounds the block's other linear layers first, so that all Hessians see what inference will see."""
         pruned = f"{block.name}.{block.mlp.path}." if isinstance(block.mlp, Glu) else None
         for name in self.quantized:
             if name.startswith(f"{block.name}.") and not (pruned and name.startswith(pruned)):
                 layer = cast(nn.Linear, module.get_submodule(name.removeprefix(f"{block.name}.")))
-                self._put(stored, name, layer, *self._rounded(layer.weight.float()))
-
-    def _store(
-        self, stored: dict[str, torch.Tensor], layer: str, weight: torch.Tensor, scales: torch.Tensor | None
-    ) -> None:
-        source = self.model.tensors.dtype(f"{layer}.weight")
-        stored.update({f"{layer}.{key}": value for key, value in stored_form(weight, scales, source).items()})
+                stored.put(name, layer, *rounded(layer.weight.float()))
 
     @torch.inference_mode()
     def _prune_mlp(
@@ -294,7 +304,7 @@ class _Run:
         mlp: Glu,
         module: nn.Module,
         stream: Stream,
-        stored: dict[str, torch.Tensor],
+        stored: StoredBlock,
     ) -> LayerReport:
         start = time.perf_counter()
         settings, meter = self.settings, self.meter
@@ -309,7 +319,7 @@ class _Run:
         with meter.stage("forward"):
             stream.attend(index, module, mlp, hessian_in.add, on_mid, None if whole_mid else ENERGY_TOKENS)
         hessian = hessian_in.matrix()
-        mid = before.matrix() if isinstance(before, Hessian) else before.diagonal
+        mid = before.matrix() if isinstance(before, Hessian) else before.diagonal()
         with meter.stage("select"):
             gate_up = torch.cat([layer.weight for layer in gate_up_layers])
             gate, up = gate_up.chunk(2)
@@ -322,7 +332,7 @@ class _Run:
             down_layer.weight.copy_(down_layer.weight[:, order])
         del gate_up, gate, up, hessian, hessian_in
         with meter.stage("quantize"):
-            self._put_gate_up(stored, name, mlp, pruned, gate_up_layers, both)
+            stored.put_gate_up(name, mlp, pruned, gate_up_layers, both)
         gate_report = self._report(f"{name}: gate", pruned, slice(0, mlp.intermediate))
         up_report = self._report(f"{name}: up", pruned, slice(mlp.intermediate, None))
         # Float32 copies of the weights make room for down's Hessian.
@@ -338,7 +348,7 @@ class _Run:
         with meter.stage("prune"):
             pruned = prune_down(down_layer.weight, mid, order, regions, settings, f"{name}: down")
         with meter.stage("quantize"):
-            self._put(stored, f"{name}.{mlp.projections.down}", down_layer, pruned.weight, pruned.scales)
+            stored.put(f"{name}.{mlp.projections.down}", down_layer, pruned.weight, pruned.scales)
         return LayerReport(
             name=name,
             regions=regions,
@@ -357,59 +367,21 @@ class _Run:
         module: nn.Module,
         stream: Stream,
         dense: Stream,
-        stored: dict[str, torch.Tensor],
+        stored: StoredBlock,
         layer: LayerReport,
     ) -> LayerReport:
         start = time.perf_counter()
-        scales: dict[str, torch.Tensor | None] = {}
-        for projection in mlp.projections.to_dict().values():
-            scale = stored.get(f"{block_name}.{mlp.path}.{projection}.weight_scale")
-            scales[f"{mlp.path}.{projection}"] = None if scale is None else scale.to(self.device, torch.float32)
+        layers = [f"{mlp.path}.{projection}" for projection in mlp.projections.to_dict().values()]
+        scales = {name: stored.scales(f"{block_name}.{name}", self.device) for name in layers}
         with self.meter.stage("tune"):
             weights, report = tune(module, scales, index, stream, dense, self.settings)
             with torch.inference_mode():
                 for name, weight in weights.items():
                     linear = cast(nn.Linear, module.get_submodule(name))
-                    self._put(stored, f"{block_name}.{name}", linear, weight, scales[name])
+                    stored.put(f"{block_name}.{name}", linear, weight, scales[name])
         return replace(layer, seconds=layer.seconds + time.perf_counter() - start, tuning=report)
 
     def _report(self, what: str, pruned: Pruned, rows: slice = slice(None)) -> ProjectionReport:
         if pruned.damping is not None and pruned.damping > self.settings.damping:
             self.say(f"{what}: the Hessian needed a damping of {pruned.damping:g} to be factorized")
         return projection_report(pruned, rows)
-
-    def _put_gate_up(
-        self,
-        stored: dict[str, torch.Tensor],
-        name: str,
-        mlp: Glu,
-        pruned: Pruned,
-        layers: tuple[nn.Linear, ...],
-        order: torch.Tensor,
-    ) -> None:
-        """Puts the stacked weight, and the biases in its new row order, back into their layers."""
-        biases: list[torch.Tensor] = [layer.bias for layer in layers if layer.bias is not None]
-        moved = torch.cat(biases)[order] if biases else None
-        start = 0
-        for projection, layer in zip(dict.fromkeys((mlp.projections.gate, mlp.projections.up)), layers, strict=True):
-            rows = slice(start, start + layer.out_features)
-            scales = None if pruned.scales is None else pruned.scales[rows]
-            self._put(stored, f"{name}.{projection}", layer, pruned.weight[rows], scales)
-            if moved is not None:
-                bias = f"{name}.{projection}.bias"
-                layer.bias.copy_(moved[rows])
-                stored[bias] = layer.bias.to(self.model.tensors.dtype(bias)).cpu().clone()
-            start = rows.stop
-
-    def _put(
-        self,
-        stored: dict[str, torch.Tensor],
-        name: str,
-        layer: nn.Linear,
-        weight: torch.Tensor,
-        scales: torch.Tensor | None,
-    ) -> None:
-        """Gives a layer the weight that its readers will see, and keeps it for the checkpoint."""
-        seen = weight if scales is not None else weight.to(self.model.tensors.dtype(f"{name}.weight"))
-        layer.weight.copy_(seen)
-        self._store(stored, name, weight, scales)

@@ -8,6 +8,8 @@ from typing import Literal, get_args
 
 import torch
 
+from offline_prune import ranks
+
 #: On the compute device, in (pinned) host memory, or in a file.
 Place = Literal["device", "host", "disk"]
 PLACES: tuple[str, ...] = get_args(Place)
@@ -26,7 +28,7 @@ def allocate(
     if place == "host":
         return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
     assert folder is not None
-    file = folder / "activations"
+    file = folder / f"activations-{ranks.rank()}"
     tensor = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
     file.unlink()
     return tensor

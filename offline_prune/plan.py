@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from offline_prune import parts, ranks
 from offline_prune.glu import Glu
 from offline_prune.model import SourceModel
 from offline_prune.place import Place
@@ -23,16 +24,17 @@ BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes, by what they are for.
+    """Bytes that one rank needs, by what they are for.
 
     Attributes:
-        activations: hidden states of all calibration sequences.
+        activations: hidden states of its calibration sequences.
         block: the weights of one decoder block, on the compute device.
         work: the largest of what its passes and its pruning need beside them, on the compute device.
         staging: blocks waiting to be loaded or written, in host memory.
         disk: the checkpoint.
         device: that computes.
         place: of the activations.
+        ranks: how many there are.
     """
 
     activations: int
@@ -42,6 +44,7 @@ class MemoryPlan:
     disk: int
     device: torch.device
     place: Place
+    ranks: int = 1
 
     @property
     def on_device(self) -> int:
@@ -54,7 +57,8 @@ class MemoryPlan:
 
     @property
     def on_disk(self) -> int:
-        return self.disk + (self.activations if self.place == "disk" else 0)
+        """Of all ranks together."""
+        return self.disk + (self.ranks * self.activations if self.place == "disk" else 0)
 
     def lines(self) -> list[str]:
         """For people, one item a line."""
@@ -64,6 +68,7 @@ class MemoryPlan:
 
         places = {"device": f"memory of {self.device}", "host": "host memory", "disk": "a file"}
         return [
+            *([f"{self.ranks} processes; memory of each:"] if self.ranks > 1 else []),
             f"calibration activations in {places[self.place]}: {gib(self.activations)}",
             f"one block and the work on it in memory of {self.device}: {gib(self.block + self.work)}",
             f"memory of {self.device} in all: {gib(self.on_device)}",
@@ -78,7 +83,7 @@ def memory_plan(model: SourceModel, settings: PruneSettings, device: torch.devic
     Raises:
         SpenseError: the device has too little memory for one block, or no place has room.
     """
-    tokens = settings.samples * settings.length
+    tokens = settings.samples * settings.length // ranks.size()
     batch = max(settings.length, batch_tokens(settings, device))
     hidden = model.skeleton.config.get_text_config().hidden_size
     mlps = [block.mlp for block in model.blocks if isinstance(block.mlp, Glu)]
@@ -91,9 +96,11 @@ def memory_plan(model: SourceModel, settings: PruneSettings, device: torch.devic
     streams = 2 if settings.wanted_tune_steps else 1
     # A float32 weight of down, what becomes of it, its difference, and two products for the loss.
     weights = 5 * 4 * widest * hidden
+    # A tree of sums keeps one of each level, and one that is exchanged.
+    sums = max(len(parts.cut(settings.samples // ranks.size())).bit_length(), 2 if ranks.size() > 1 else 1)
     phases = {
-        # H, and one batch: residual stream and its norms, the MLP's three wide tensors.
-        "observe": 4 * widest**2 + batch * (3 * widest + 6 * hidden) * dtype.itemsize,
+        # H of the parts of the text, and one batch: residual stream and its norms, the MLP's three wide tensors.
+        "observe": sums * 4 * widest**2 + batch * (3 * widest + 6 * hidden) * dtype.itemsize,
         # H and three matrices of its size to factorize it; weights twice as large, and once in the model's type.
         "gate and up": 4 * 4 * hidden**2 + 2 * weights + 4 * widest * hidden * dtype.itemsize,
         # Of each weight: master, start, gradient, two moments, as it is served, whether it is kept. Of one batch: the
@@ -109,6 +116,7 @@ def memory_plan(model: SourceModel, settings: PruneSettings, device: torch.devic
         disk=_checkpoint_bytes(model, settings),
         device=device,
         place="device",
+        ranks=ranks.size(),
     )
     return _placed(needs, settings)
 
@@ -132,7 +140,7 @@ def _checkpoint_bytes(model: SourceModel, settings: PruneSettings) -> int:
 
 def _placed(needs: MemoryPlan, settings: PruneSettings) -> MemoryPlan:
     device, out = needs.device, settings.out
-    host = int(psutil.virtual_memory().available * USABLE)
+    host = int(psutil.virtual_memory().available * USABLE) // ranks.on_this_machine()
     room = host if device.type == "cpu" else int(torch.cuda.mem_get_info(device)[0] * USABLE)
     if room < needs.block + needs.work:
         raise SpenseError(

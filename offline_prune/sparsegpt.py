@@ -131,6 +131,7 @@ def sparsegpt(
     sparse_columns: torch.Tensor,
     scales: torch.Tensor | None = None,
     block_size: int = 128,
+    row_parts: int = 1,
 ) -> torch.Tensor:
     """Prunes to 2:4 with Optimal Brain Surgeon compensation, and rounds to FP8 in the same loop if asked to.
 
@@ -147,6 +148,8 @@ def sparsegpt(
         sparse_columns: bool (K,); True comes in runs of whole groups of four. Other columns are never pruned.
         scales: (N, 1) float32; rounds every weight to FP8 with these, or None.
         block_size: columns between two updates of everything to the right.
+        row_parts: in how many products such an update is made; how a library multiplies may depend on the number of
+            rows, and so in the last bit the result.
 
     Returns:
         float32 (N, K).
@@ -155,18 +158,21 @@ def sparsegpt(
     solve = _solver(weight.device)
     result = weight.float().clone()
     # Without rounding, a row that is never pruned makes no error and gets none.
-    rows = None if scales is not None or bool(sparse_rows.all()) else sparse_rows.nonzero().squeeze(1)
-    work = result if rows is None else result[rows]
-    prunable = sparse_rows if rows is None else sparse_rows[rows]
+    rows = sparse_rows if scales is None else torch.ones_like(sparse_rows)
+    everywhere = bool(rows.all())
+    work = result if everywhere else result[rows]
+    prunable = sparse_rows[rows]
+    heights = [int(part.sum()) for part in rows.tensor_split(row_parts)]
     channel = None if scales is None else scales.float().squeeze(1)
 
     for block in _blocks(sparse_columns, block_size, dense_too=scales is not None):
         here = slice(block.start, block.stop)
         errors = solve(work[:, here], upper[here, here], block.roles, prunable, channel)
         if block.stop < work.shape[1]:
-            work[:, block.stop :].addmm_(errors, upper[here, block.stop :], alpha=-1)
+            for right, made in zip(work[:, block.stop :].split(heights), errors.split(heights), strict=True):
+                right.addmm_(made, upper[here, block.stop :], alpha=-1)
 
-    if rows is not None:
+    if not everywhere:
         result[rows] = work
     return result
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from offline_prune import ranks
 from offline_prune.activations import Stream
 from offline_prune.plan import batch_tokens
 from offline_prune.precision import fast_matmul
@@ -79,7 +80,7 @@ def tune(
     inputs, targets = stream.units(stream.hidden), stream.units(dense.hidden)
     length = inputs.shape[1]
     at_once = max(1, batch_tokens(settings, stream.device) // length)
-    in_step = max(len(inputs) // settings.wanted_tune_steps, -(-MIN_STEP_TOKENS // length))
+    in_step = max(len(inputs) // settings.wanted_tune_steps, -(-MIN_STEP_TOKENS // (length * ranks.size())))
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(settings.seed))
     chosen = order[: max(1, len(order) // in_step) * in_step].split(in_step)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, len(chosen)))
@@ -99,14 +100,20 @@ def tune(
 
     @torch.no_grad()
     def judge() -> float:
-        return sum(loss.item() for loss in losses(order[: max(1, _JUDGED_TOKENS // length)]))
+        units = order[: max(1, _JUDGED_TOKENS // (length * ranks.size()))]
+        total = torch.stack([loss.detach() for loss in losses(units)]).sum() / ranks.size()
+        ranks.add_up(total)
+        return total.item()
 
     with stream.entered(block), fast_matmul():
         before = judge()
         for units in chosen:
             optimizer.zero_grad()
             for loss in losses(units):
-                loss.backward()
+                (loss / ranks.size()).backward()
+            for weight in weights.values():
+                assert weight.grad is not None
+                ranks.add_up(weight.grad)
             optimizer.step()
             schedule.step()
         after = judge()

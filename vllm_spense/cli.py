@@ -100,6 +100,7 @@ def prune(
         TimeRemainingColumn,
     )
 
+    from offline_prune import ranks
     from offline_prune.pipeline import prune as run
     from offline_prune.settings import PruneSettings
 
@@ -136,14 +137,15 @@ def prune(
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=console, disable=not ranks.first()) as bar:
         task = bar.add_task("preparing", total=None)
 
         def progress(done: int, total: int, name: str) -> None:
             bar.update(task, completed=done, total=total, description=f"pruned {name}")
 
         report = run(settings, progress, bar.console.print)
-    _print_report(report, out)
+    if ranks.first():
+        _print_report(report, out)
 
 
 def _print_report(report: Report, out: Path) -> None:

@@ -35,6 +35,16 @@ def stacked(files: TensorFiles, layer: int) -> dict[str, torch.Tensor]:
     return {"gate": gate, "up": up, "down": down.T}
 
 
+class Shown:
+    """An observer that keeps what it is shown."""
+
+    def __init__(self) -> None:
+        self.inputs: list[torch.Tensor] = []
+
+    def __call__(self, inputs: torch.Tensor, part: int) -> None:
+        self.inputs.append(inputs)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_streams_like_the_whole_model(name: str, tmp_path: Path) -> None:
     model = SourceModel(str(tiny_model(name, tmp_path / "model")))
@@ -42,14 +52,12 @@ def test_every_family_streams_like_the_whole_model(name: str, tmp_path: Path) ->
     stream = Stream(model, tokens, torch.device("cpu"), torch.float32, batch_tokens=80)
     for index, block in enumerate(model.blocks):
         module = model.load(block.name, torch.device("cpu"), torch.float32)
-        seen: list[torch.Tensor] = []
-        mids: list[torch.Tensor] = []
-        stream.attend(index, module, block.mlp, seen.append, mids.append)
-        assert torch.cat(seen).shape == (120, HIDDEN)
-        stream.observe(index, module, block.mlp, mids.append)
-        half = len(mids) // 2
-        assert torch.cat(mids).shape == (240, INTERMEDIATE)
-        assert all(torch.equal(*pair) for pair in zip(mids[:half], mids[half:], strict=True))
+        seen, first, again = Shown(), Shown(), Shown()
+        stream.attend(index, module, block.mlp, seen, first)
+        assert torch.cat(seen.inputs).shape == (120, HIDDEN)
+        stream.observe(index, module, block.mlp, again)
+        assert torch.cat(first.inputs).shape == (120, INTERMEDIATE)
+        assert all(torch.equal(*pair) for pair in zip(first.inputs, again.inputs, strict=True))
         stream.advance(index, module, block.name)
         model.unload(block.name)
     whole, _ = load_dense(tmp_path / "model")

@@ -54,7 +54,7 @@ def test_sums_of_bf16_inputs_are_exact_to_float32() -> None:
     found = hessian.matrix()
     assert torch.equal(found, found.T)
     assert (found - exact).norm() <= 1e-6 * exact.norm()
-    assert torch.allclose(energy.diagonal.double(), exact.diagonal(), rtol=1e-5)
+    assert torch.allclose(energy.diagonal().double(), exact.diagonal(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("rounding", [False, True], ids=["plain", "fp8"])
