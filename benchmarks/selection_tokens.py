@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--calibration", default="builtin")
-    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--sparsity", type=float, default=0.375)
     parser.add_argument("--out", type=Path, default=RESULTS / "selection_tokens.json")
