@@ -81,7 +81,7 @@ def tune(
     length = inputs.shape[1]
     at_once = max(1, batch_tokens(settings, stream.device) // length)
     in_step = max(len(inputs) // settings.wanted_tune_steps, -(-MIN_STEP_TOKENS // (length * ranks.size())))
-    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(settings.seed))
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(settings.seed)).to(inputs.device)
     chosen = order[: max(1, len(order) // in_step) * in_step].split(in_step)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, len(chosen)))
 
@@ -92,7 +92,7 @@ def tune(
                 f"{name}.weight": _AsServed.apply(w, kept[name], layers[name], linears[name].weight.dtype)
                 for name, w in weights.items()
             }
-            x, y = (source[part.to(source.device)].to(stream.device) for source in (inputs, targets))
+            x, y = (source[part].to(stream.device) for source in (inputs, targets))
             output = functional_call(block, served, (x,), stream.kwargs[index])
             output = output[0] if isinstance(output, tuple) else output
             error, power = (output.float() - y.float()).square().sum(-1), y.float().square().sum(-1)
