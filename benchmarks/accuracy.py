@@ -17,7 +17,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,15 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--model", type=Path, help="folder of a dense model [default: SmolLM2-135M-Instruct]")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        type=variant,
+        default=[""],
+        metavar="NAME=VALUE,…",
+        help="settings that each method is tried with, as PruneSettings names them,\n"
+        "such as: layout=back layout=front,selection=random",
+    )
     parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["fp8"], metavar="FORMAT")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the calibration text's order")
@@ -81,6 +90,23 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=RESULTS / "accuracy-smollm2.json")
     return parser.parse_args()
+
+
+def variant(text: str) -> str:
+    """Checks one value of --variants."""
+    names = {field.name for field in fields(PruneSettings)}
+    for name in changes(text):
+        if name not in names:
+            raise argparse.ArgumentTypeError(f"found {name}, expected one of {', '.join(sorted(names))}")
+    return text
+
+
+def changes(text: str) -> Row:
+    """`layout=front,tune_steps=9` as {"layout": "front", "tune_steps": 9}."""
+    pairs = [item.partition("=")[::2] for item in text.split(",") if item]
+    return {
+        name: json.loads(value) if value[:1].isdigit() or value in ("true", "false") else value for name, value in pairs
+    }
 
 
 def earlier_rows(file: Path) -> list[Row]:
@@ -95,10 +121,10 @@ def cases(options: argparse.Namespace) -> Iterator[Row]:
     """What is pruned, as the first keys of its rows; at MLP sparsity 0 that is only the rounding."""
     if "fp8" in options.formats:
         yield {"method": "dense", "sparsity": 0.0, "format": "fp8", "seed": 0}
-    every = itertools.product(options.methods, options.sparsities, options.formats, options.seeds)
-    for method, sparsity, form, seed in every:
-        if (method, sparsity) not in SAME:
-            yield {"method": method, "sparsity": sparsity, "format": form, "seed": seed}
+    every = itertools.product(options.methods, options.variants, options.sparsities, options.formats, options.seeds)
+    for method, change, sparsity, form, seed in every:
+        if change or (method, sparsity) not in SAME:
+            yield {"method": f"{method} {change}".strip(), "sparsity": sparsity, "format": form, "seed": seed}
 
 
 def pruned_rows(
@@ -110,12 +136,13 @@ def pruned_rows(
     device: torch.device,
 ) -> Iterator[Row]:
     """Prunes into a folder that is gone afterwards, and measures."""
+    method, _, change = case["method"].partition(" ")
     with tempfile.TemporaryDirectory() as folder:
         settings = PruneSettings(
             str(model),
             Path(folder) / "pruned",
             # At sparsity 0 every method is only the quantization.
-            method="magnitude" if case["method"] == "dense" else case["method"],
+            method="magnitude" if method == "dense" else method,
             sparsity=case["sparsity"],
             calibration=str(options.texts / f"{CALIBRATION}.jsonl") if options.texts else BUILTIN,
             samples=options.samples,
@@ -123,6 +150,7 @@ def pruned_rows(
             seed=case["seed"],
             quantize=FORMATS[case["format"]],  # type: ignore[arg-type]
             device=str(device),
+            **changes(change),
         )
         report = prune(settings)
         found, _ = load_dense(settings.out, str(device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import json
 import sys
@@ -86,6 +87,22 @@ def test_the_table_from_a_folder_of_texts(
     monkeypatch.setattr(sys, "orig_argv", [*sys.orig_argv, "--heldout", "3"])
     with pytest.raises(AssertionError, match="pruned again"):
         accuracy.main()
+
+
+def test_variants_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = (
+        "accuracy --methods spensegpt+ --sparsities 0.5 --formats bf16 --seeds 7 --variants layout=front,tune_steps=9"
+    )
+    monkeypatch.setattr(sys, "argv", given.split())
+    (case,) = accuracy.cases(accuracy.parse())
+    assert case == {"method": "spensegpt+ layout=front,tune_steps=9", "sparsity": 0.5, "format": "bf16", "seed": 7}
+    assert accuracy.changes("layout=front,tune_steps=9,tune_rate=0.1") == {
+        "layout": "front",
+        "tune_steps": 9,
+        "tune_rate": 0.1,
+    }
+    with pytest.raises(argparse.ArgumentTypeError, match="found layouts, expected one of activations, alignment"):
+        accuracy.variant("layouts=front")
 
 
 def test_mean_and_standard_error() -> None:
