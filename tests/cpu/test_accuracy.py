@@ -96,8 +96,9 @@ def test_variants_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", given.split())
     (case,) = accuracy.cases(accuracy.parse())
     assert case == {"method": "spensegpt+ layout=front,tune_steps=9", "sparsity": 0.5, "format": "bf16", "seed": 7}
-    assert accuracy.changes("layout=front,tune_steps=9,tune_rate=0.1") == {
+    assert accuracy.changes("layout=front,tune_steps=9,tune_rate=0.1,true_sequential=false") == {
         "layout": "front",
+        "true_sequential": False,
         "tune_steps": 9,
         "tune_rate": 0.1,
     }
