@@ -1,9 +1,9 @@
-"""Writes the tables of docs/performance.md and of the README's performance section from the result files.
+"""Writes the tables of docs/performance.md, docs/pruning-at-scale.md and the README from the result files.
 
     python -m benchmarks.performance
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`; what is there is replaced, the text around it stays. A
-test holds both documents to this.
+test holds the documents to this.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.envelope import RESULTS, ROOT
 from vllm_spense.estimate import GPUS, estimate, load
 
-DOCUMENTS = (ROOT / "docs" / "performance.md", ROOT / "README.md")
+DOCUMENTS = (ROOT / "docs" / "performance.md", ROOT / "docs" / "pruning-at-scale.md", ROOT / "README.md")
 _TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 #: What the README shows of all combinations.
 _README_BATCHES, _README_CONTEXTS = (1, 32, 128), (16, 4096)
@@ -48,7 +48,8 @@ def filled(text: str, results: Path = RESULTS) -> str:
         if file.exists():
             content = make(json.loads(file.read_text(encoding="utf-8")))
         else:
-            content = [f"Not measured yet: `python benchmarks/{benchmark}.py` on a GPU makes this table."]
+            script = benchmark.partition("-")[0]
+            content = [f"Not measured yet: `python benchmarks/{script}.py` on a GPU makes this table."]
         return "\n".join((before.rstrip("\n"), "", *content, "", after))
 
     return _TABLE.sub(table, text)
@@ -182,6 +183,66 @@ def readme(result: Result) -> list[str]:
     return [*speed_ups(rows, "ms", "ratio"), "", source(result)]
 
 
+def prune(result: Result) -> list[str]:
+    """What pruning a whole model takes."""
+
+    def of_plan(row: Row, memory: str) -> str:
+        return f"{row[f'peak_{memory}_gib']:.1f} of {row[f'planned_{memory}_gib']:.1f}"
+
+    lines = (
+        [
+            row["shape"],
+            row["method"],
+            row["gpus"],
+            f"{row['samples']} × {row['length']}",
+            f"{row['blocks_measured']} × {row['seconds_per_block']:.1f} s",
+            f"{row['projected_minutes']:.1f}",
+            f"{row['paper_minutes']:.0f}" if row["paper_minutes"] else "",
+            f"{row['tensor_core_share']:.0%}" if row["tensor_core_share"] else "",
+            of_plan(row, "gpu"),
+            of_plan(row, "host"),
+        ]
+        for row in result["rows"]
+    )
+    headings = ["shape", "method", "GPUs", "tokens", "blocks measured", "model, min", "paper on a B200, min"]
+    headings += ["share of tensor cores", "GPU, GiB of plan", "host, GiB of plan"]
+    return [*markdown(headings, lines), "", source(result)]
+
+
+def prune_stages(result: Result) -> list[str]:
+    """Seconds of one block by stage."""
+    rows = result["rows"]
+    stages = sorted(
+        {stage for row in rows for stage in row["stages"]}, key=lambda stage: -rows[0]["stages"].get(stage, 0)
+    )
+    lines = ([stage, *(f"{row['stages'].get(stage, 0.0):.2f}" for row in rows)] for stage in stages)
+    return [*markdown(["stage", *(f"{row['shape']} {row['method']}" for row in rows)], lines), "", source(result)]
+
+
+def prune_sentence(result: Result) -> list[str]:
+    """The README's sentence."""
+    rows = [row for row in result["rows"] if row["shape"] == "qwen3-32b"]
+    gpu = result["gpu"]["name"] if result["gpu"] else result["cpu"]
+    text = f"{rows[0]['samples']} × {rows[0]['length']} tokens"
+    times = " and ".join(f"{row['projected_minutes']:.0f} minutes with `{row['method']}`" for row in rows)
+    return [f"Qwen3-32B's shape and {text} of calibration text take one {gpu} {times}, projected from whole blocks."]
+
+
+def selection(result: Result) -> list[str]:
+    """How far parts of the calibration text choose the dense indices that all of it chooses."""
+    lines = (
+        [
+            row["tokens"],
+            f"1/{row['all_tokens'] // row['tokens']}",
+            f"{row['overlap_mean']:.1%}",
+            f"{row['overlap_least']:.1%}",
+        ]
+        for row in result["rows"]
+    )
+    headings = ["tokens", "of the text", "mean over the layers", "least of a layer"]
+    return [*markdown(headings, lines), "", source(result)]
+
+
 #: Table → result file, and what makes it.
 TABLES: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     "decode": ("decode_speed", decode),
@@ -191,6 +252,11 @@ TABLES: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     "gemm": ("gemm_sweep", gemm),
     "mlp": ("layer_breakdown", mlp),
     "readme": ("decode_speed", readme),
+    "prune": ("prune_time", prune),
+    "prune_stages": ("prune_time", prune_stages),
+    "prune_readme": ("prune_time", prune_sentence),
+    "prune_gpus": ("prune_time-2gpus", prune),
+    "selection": ("selection_tokens", selection),
 }
 
 

@@ -39,8 +39,8 @@ from vllm_spense.format import Annotation, Calibration
 #: Called after each block with (blocks done, blocks in all, name of the block).
 Progress = Callable[[int, int, str], None]
 
-#: Tokens from which SpenseGPT+ takes the diagonal of down's Hessian. As many as Wanda and SparseGPT are usually
-#: calibrated on; all of two million would cost SpenseGPT+ a tenth more time and choose the same indices.
+#: Tokens from which SpenseGPT+ takes the diagonal of down's Hessian. All of a long text would cost one more pass
+#: through gate and up, and choose nearly the same indices: docs/pruning-at-scale.md has by how much.
 ENERGY_TOKENS = 2**18
 #: Selections that do not look at what reaches down.
 _BLIND = ("last", "random")

@@ -1,4 +1,4 @@
-"""docs/performance.md and the README quote the result files, and nothing else."""
+"""docs/performance.md, docs/pruning-at-scale.md and the README quote the result files, and nothing else."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import performance
-from benchmarks.performance import DOCUMENTS, TABLES, errors, filled
+from benchmarks.performance import DOCUMENTS, TABLES, errors, filled, prune_sentence
 from vllm_spense import estimate as module
 from vllm_spense.estimate import GPUS, estimate, load
 
@@ -56,12 +56,43 @@ BREAKDOWN = [
     },
     {"m": 32, "scheme": "spense", "sparsity": 0.375, "gemm_us": 104.0, "other_us": 21, "total_us": 125, "ratio": 1.314},
 ]
+PRUNE = [
+    {
+        "shape": "qwen3-32b",
+        "method": method,
+        "gpus": 1,
+        "samples": 128,
+        "length": 4096,
+        "blocks_measured": 3,
+        "seconds_per_block": minutes,
+        "projected_minutes": minutes,
+        "paper_minutes": paper,
+        "tensor_core_share": share,
+        "stages": {"load": 0.5, "forward": 12.25} | stages,
+        "peak_gpu_gib": 38.25,
+        "planned_gpu_gib": 40.0,
+        "peak_host_gib": 3.0,
+        "planned_host_gib": 4.0,
+    }
+    for method, minutes, paper, share, stages in (
+        ("spensegpt", 21.5, 79.8, 0.75, {}),
+        ("spensegpt+", 22.6, None, None, {"select": 0.125}),
+    )
+]
+SELECTION = [
+    {"all_tokens": 4096, "tokens": 512, "overlap_mean": 0.979, "overlap_least": 0.943},
+]
 
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """A folder with the results of the two benchmarks that need a GPU the most."""
-    for name, rows in (("decode_speed", DECODE), ("layer_breakdown", [row | {"kernels": 5} for row in BREAKDOWN])):
+    """A folder with the results of some benchmarks."""
+    for name, rows in (
+        ("decode_speed", DECODE),
+        ("layer_breakdown", [row | {"kernels": 5} for row in BREAKDOWN]),
+        ("prune_time", PRUNE),
+        ("selection_tokens", SELECTION),
+    ):
         (tmp_path / f"{name}.json").write_text(json.dumps({**ABOUT, "rows": rows}))
     return tmp_path
 
@@ -93,6 +124,15 @@ def table(name: str, results: Path) -> str:
         ("memory", ["| dense | 32.00 | 32.00 | +0.00% | 80 |", "| 37.5% | 28.28 | 28.00 | +1.00% | 90 |"]),
         ("mlp", ["| 32 | spense 37.5% | 104.0 | 21.0 | 125.0 | 1.31 | 5 |"]),
         ("readme", ["| auto | 16 | 1 | 16.00 | 1.14 | 1.23 |"]),
+        (
+            "prune",
+            [
+                "| qwen3-32b | spensegpt | 1 | 128 × 4096 | 3 × 21.5 s | 21.5 | 80 | 75% | 38.2 of 40.0 | 3.0 of 4.0 |",
+                "| qwen3-32b | spensegpt+ | 1 | 128 × 4096 | 3 × 22.6 s | 22.6 |  |  | 38.2 of 40.0 | 3.0 of 4.0 |",
+            ],
+        ),
+        ("prune_stages", ["| forward | 12.25 | 12.25 |", "| select | 0.00 | 0.12 |"]),
+        ("selection", ["| 512 | 1/8 | 97.9% | 94.3% |"]),
     ],
 )
 def test_tables(name: str, lines: list[str], results: Path) -> None:
@@ -104,6 +144,15 @@ def test_tables(name: str, lines: list[str], results: Path) -> None:
         assert f"\n{line}\n" in text
     assert "NVIDIA H100 80GB HBM3, vllm 0.26.0, torch 2.11.0, commit 0123456789ab: `python benchmarks/x.py`." in text
     assert filled(text, results) == text
+
+
+def test_the_sentence_on_pruning(results: Path) -> None:
+    (sentence,) = prune_sentence({**ABOUT, "rows": PRUNE})
+    assert (
+        "128 × 4096 tokens of calibration text take one NVIDIA H100 80GB HBM3 22 minutes with `spensegpt` and"
+        in sentence
+    )
+    assert f"\n{sentence}\n" in table("prune_readme", results)
 
 
 def test_prefill_and_the_readme_are_shorter(results: Path) -> None:
