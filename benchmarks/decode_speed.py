@@ -17,6 +17,7 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.envelope import RESULTS, ROOT, write_result
 from benchmarks.make_shape import make_shape
-from benchmarks.timings import Timing
+from benchmarks.timings import READY, TOKEN_BUDGET, Timing
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import KEY, Annotation
 from vllm_spense.shapes import SHAPES
@@ -85,6 +86,9 @@ def parse() -> argparse.Namespace:
         "--steps", type=int, default=24, help="output tokens timed for each batch and context, 8 or more"
     )
     parser.add_argument("--eager", action="store_true", help="neither compile nor capture: to try things out")
+    parser.add_argument(
+        "--together", action="store_true", help="all engines share the GPU's memory, one is timed at a time"
+    )
     parser.add_argument("--work", type=Path, help="folder for configurations, logs and what engines measured")
     parser.add_argument("--url", help="of a server that runs Spense, …/v1")
     parser.add_argument("--dense-url", help="of the server to compare it with")
@@ -102,9 +106,16 @@ def engine_rows(options: argparse.Namespace) -> Iterator[list[Row]]:
         work.mkdir(parents=True, exist_ok=True)
         runs = [EngineRun(options, s, kv, work) for kv in options.kv for s in (None, *options.sparsities)]
         try:
-            runs[0].start()
+            for run in runs if options.together else runs[:1]:
+                run.start()
+            if options.together:
+                search_first(runs)
+                for run in runs:
+                    run.begin()
+                for run in runs:
+                    run.wait_until_ready()
             for run, following in zip(runs, [*runs[1:], None], strict=True):
-                if following:
+                if following and not options.together:
                     following.start()
                 found = run.measure()
                 if run.sparsity is None:
@@ -141,6 +152,7 @@ class EngineRun:
                 "most_tokens": options.most_tokens,
                 "steps": options.steps,
                 "eager": options.eager,
+                "engines": len(options.kv) * (1 + len(options.sparsities)) if options.together else 1,
             }
         )
         digest = sha256(f"{self.order}{options.layers}".encode()).hexdigest()[:8]
@@ -149,7 +161,7 @@ class EngineRun:
         self.process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
-        """Lets the process import vLLM, which takes long, while the engine before still has the GPU."""
+        """Lets the process import vLLM, which takes long, while another engine still has the GPU."""
         if self.answer.exists():
             print(f"{self.stem}: measured before", flush=True)
             return
@@ -159,6 +171,16 @@ class EngineRun:
                 command, cwd=ROOT, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, text=True
             )
 
+    def begin(self) -> None:
+        """Lets the process start its engine beside others."""
+        if self.process and self.process.stdin:
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+
+    def wait_until_ready(self) -> None:
+        while self.process and self.process.poll() is None and READY not in self.log.read_text(errors="replace"):
+            time.sleep(0.2)
+
     def measure(self) -> Measured:
         """Lets the process have the GPU, and waits for its answer.
 
@@ -167,7 +189,7 @@ class EngineRun:
         """
         if self.process:
             print(f"{self.stem}: measuring", flush=True)
-            self.process.communicate("\n")
+            self.process.communicate("\n\n")
             if self.process.returncode:
                 end = "\n".join(self.log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
                 raise SpenseError(f"{end}\nthe engine of {self.stem} ended with code {self.process.returncode}")
@@ -183,6 +205,30 @@ class EngineRun:
     def stop(self) -> None:
         if self.process:
             self.process.kill()
+
+
+def search_first(runs: Sequence[EngineRun]) -> None:
+    """Fills the plan cache while nobody else uses the GPU: engines that start together would disturb each other."""
+    import torch
+
+    from vllm_spense import ops
+    from vllm_spense.kernels.problem import Problem
+
+    if not torch.cuda.is_available():
+        return
+    for run in runs:
+        config = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
+        if KEY in config["quantization_config"]:
+            hidden = config["hidden_size"]
+            annotation = Annotation.from_dict(config["quantization_config"][KEY])
+            for regions in {annotation.regions(module) for module in annotation.modules}:
+                i = regions.intermediate
+                for problem in (
+                    Problem(2 * i, hidden, regions, "output", parts=2),
+                    Problem(hidden, i, regions, "input"),
+                ):
+                    ops.prepare(problem, TOKEN_BUDGET, torch.device("cuda", 0))
+    torch.cuda.empty_cache()
 
 
 def saved_bytes(config: Mapping[str, Any]) -> int:

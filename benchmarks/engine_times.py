@@ -3,7 +3,8 @@ has memory for one engine at a time.
 
     python -m benchmarks.engine_times '{"model": …}' ANSWER_FILE
 
-It imports everything first and begins when it gets a line of input: the GPU may still be busy with another engine.
+It imports everything first, starts the engine when it gets a line of input, and times it when it gets another: the GPU
+may still be busy with another engine.
 
 The engine runs in this process: all requests of a batch are there before the first step, and the time of every step is
 seen. Scheduling stays asynchronous, as it is in a server, so that the GPU does not wait for it.
@@ -19,6 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from vllm import LLM, SamplingParams
@@ -27,9 +29,11 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from benchmarks.random_weights import fill_random, weight_bytes
-from benchmarks.timings import TOKEN_BUDGET, Timing, output_tokens, summarize, time_steps
+from benchmarks.timings import READY, TOKEN_BUDGET, Timing, output_tokens, summarize, time_steps
 from vllm_spense.errors import SpenseError
 
+#: Of an engine that is not alone.
+_SHARED_KV_BYTES = 2 << 30
 #: Batches whose prompts have no more tokens than this are timed several times.
 REPEATED_TOKENS = 16384
 REPETITIONS = 3
@@ -47,6 +51,7 @@ class Order:
         most_tokens: batches whose prompts have more than this are left out; None for no limit.
         steps: decode steps of the whole batch.
         eager: neither compiled nor captured, for trying things out.
+        engines: that share the GPU's memory.
     """
 
     model: str
@@ -57,6 +62,7 @@ class Order:
     most_tokens: int | None
     steps: int
     eager: bool = False
+    engines: int = 1
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,6 @@ class Answer:
 
 def main() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    sys.stdin.readline()
     order, target = Order(**json.loads(sys.argv[1])), Path(sys.argv[2])
     answer = run(order)
     unfinished = target.with_suffix(".tmp")
@@ -86,10 +91,13 @@ def main() -> None:
 
 def run(order: Order) -> Answer:
     """Starts the engine and times it."""
+    sys.stdin.readline()
     start = time.perf_counter()
     llm = start_engine(order)
     start_s = time.perf_counter() - start
     llm.apply_model(fill_random)
+    print(READY, flush=True)
+    sys.stdin.readline()
     bench = Bench(llm.llm_engine, order.steps)
     bench.require_finite()
     grid = [(batch, context) for context in order.contexts for batch in order.batches]
@@ -110,6 +118,10 @@ def start_engine(order: Order) -> LLM:
     longest = max(order.contexts) + max(
         output_tokens(batch, context, order.steps) for batch in order.batches for context in order.contexts
     )
+    memory: dict[str, Any] = {}
+    if order.engines > 1:
+        # What the others take would be mistaken for this one's.
+        memory = {"gpu_memory_utilization": 0.8 / order.engines, "kv_cache_memory_bytes": _SHARED_KV_BYTES}
     return LLM(
         order.model,
         quantization=order.quantization,
@@ -124,6 +136,7 @@ def start_engine(order: Order) -> LLM:
         enforce_eager=order.eager,
         compilation_config={"cudagraph_capture_sizes": sorted(order.batches)},
         seed=0,
+        **memory,
     )
 
 

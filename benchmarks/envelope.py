@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -32,14 +33,23 @@ def envelope(benchmark: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any
     """
     return {
         "benchmark": benchmark,
-        # As it was typed: sys.argv would name this machine's folders.
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "command": _command(),
         "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"),
         "gpu": _gpu(),
         "cpu": _cpu(),
         "versions": _versions(),
         "rows": list(rows),
     }
+
+
+def _command() -> str:
+    """As it was typed: sys.argv would name this machine's folders."""
+    arguments = sys.orig_argv[1:]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # torchrun starts Python unbuffered.
+        typed = [argument for argument in arguments if argument != "-u"]
+        return shlex.join(["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], *typed])
+    return shlex.join(["python", *arguments])
 
 
 def _gpu() -> dict[str, str] | None:

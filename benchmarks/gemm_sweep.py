@@ -31,12 +31,12 @@ from vllm_spense.kernels.synthetic import random_fp8, random_weight
 from vllm_spense.kernels.timing import cold_copies, median_us
 from vllm_spense.policy import NEVER_ONE_LAUNCH, Path, choose
 
-#: split, N, K of the merged gate and up projections and of down.
-LAYERS: dict[str, tuple[Split, int, int]] = {
-    "qwen3-32b gate_up": ("output", 51200, 5120),
-    "qwen3-32b down": ("input", 5120, 25600),
-    "llama-3.1-8b gate_up": ("output", 28672, 4096),
-    "llama-3.1-8b down": ("input", 4096, 14336),
+#: split, N, K, parts of the merged gate and up projections and of down.
+LAYERS: dict[str, tuple[Split, int, int, int]] = {
+    "qwen3-32b gate_up": ("output", 51200, 5120, 2),
+    "qwen3-32b down": ("input", 5120, 25600, 1),
+    "llama-3.1-8b gate_up": ("output", 28672, 4096, 2),
+    "llama-3.1-8b down": ("input", 4096, 14336, 1),
 }
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
 DENSE_RATIOS = (0.5, 0.25, 0.0)
@@ -74,7 +74,7 @@ def rotate(calls: Sequence[Callable[[], object]]) -> float:
 
 def time_dense(layer: str, tokens: int, device: torch.device) -> dict[str, float]:
     """µs of each dense GEMM that there is, by name."""
-    _, n, k = LAYERS[layer]
+    _, n, k, _ = LAYERS[layer]
     weights = [random_fp8(n, k, device) for _ in range(cold_copies(n * k, device))]
     x = random_fp8(tokens, k, device)
     one = torch.ones((), device=device)
@@ -85,7 +85,7 @@ def time_dense(layer: str, tokens: int, device: torch.device) -> dict[str, float
     whole = Problem(n, k, Regions(0, n), "output")
     cublaslt = library.LibraryPlan(whole, tokens, device, library.search(whole, tokens, device))
     kernels: dict[str, Callable[[torch.Tensor], object]] = {
-        "cublaslt": lambda weight: cublaslt.run(x, {"dense": weight}),
+        "cublaslt": lambda weight: cublaslt.run(x, {"dense": weight[None]}),
         "torch per-tensor": lambda weight: scaled_mm(x, weight.t(), one, one),
         "torch row-wise": lambda weight: scaled_mm(x, weight.t(), row_scales, column_scales),
     }
@@ -102,11 +102,10 @@ def time_dense(layer: str, tokens: int, device: torch.device) -> dict[str, float
 
 def sweep(layer: str, ratio: float, dense: Mapping[int, Mapping[str, float]], device: torch.device) -> Iterator[Row]:
     """One row for each number of tokens and path."""
-    split, n, k = LAYERS[layer]
-    extent = n if split == "output" else k
-    # Whole tiles of every path.
-    dense_extent = round(extent * ratio / 256) * 256
-    problem = Problem(n, k, Regions(extent - dense_extent, dense_extent), split)
+    split, n, k, parts = LAYERS[layer]
+    extent = n // parts if split == "output" else k
+    dense_extent = round(extent * ratio / 128) * 128
+    problem = Problem(n, k, Regions(extent - dense_extent, dense_extent), split, parts=parts)
     weight = random_weight(problem, device)
     packs = [library.pack(weight, problem) for _ in range(cold_copies(problem.weight_bytes, device))]
     del weight

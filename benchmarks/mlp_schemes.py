@@ -49,6 +49,8 @@ class Stock:
     """Dense FP8 through vLLM's CUTLASS kernel, which applies the scales. The other schemes override what differs."""
 
     name = "stock"
+    #: Inductor's, for the glue.
+    options: Mapping[str, int] = {}
 
     def __init__(self, sizes: Sizes, device: torch.device) -> None:
         self.sizes = sizes
@@ -110,7 +112,7 @@ class Stock:
 
     @cached_property
     def compiled(self) -> tuple[Any, Any, Any]:
-        return tuple(compiled(function) for function in (self.enter, self.between, self.leave))
+        return tuple(compiled(function, self.options) for function in (self.enter, self.between, self.leave))
 
     def run(self, x: torch.Tensor, residual: torch.Tensor, weights: Weights) -> torch.Tensor:
         """The whole MLP with compiled glue.
@@ -145,13 +147,13 @@ class Spense(Stock):
     """A 2:4 and a dense region, through the plugin's own op; raw sums are scaled by what follows."""
 
     name = "spense"
+    options = ops.INDUCTOR_OPTIONS
 
     def __init__(self, sizes: Sizes, device: torch.device, regions: Regions) -> None:
         super().__init__(sizes, device)
         self.regions = regions
-        merged = Regions(2 * regions.sparse, 2 * regions.dense)
         self.problems: dict[Part, Problem] = {
-            "gate_up": Problem(*sizes.shape("gate_up"), merged, "output"),
+            "gate_up": Problem(*sizes.shape("gate_up"), regions, "output", parts=2),
             "down": Problem(*sizes.shape("down"), regions, "input"),
         }
 
@@ -176,12 +178,6 @@ class Spense(Stock):
 
     def scaled(self, part: Part, y: torch.Tensor, x_scale: torch.Tensor) -> torch.Tensor:
         return (y * x_scale * self.scales[part].t()).to(torch.bfloat16)
-
-    def gate_and_up(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # From [gate sparse | up sparse | gate dense | up dense], as the plugin's linear method does.
-        regions = y.split((2 * self.regions.sparse, 2 * self.regions.dense), -1)
-        pairs = zip(*(region.chunk(2, -1) for region in regions), strict=True)
-        return torch.cat([region for pair in pairs for region in pair], -1).chunk(2, -1)
 
 
 class SlideSparse(Spense):
@@ -231,9 +227,6 @@ class SlideSparse(Spense):
     def gemm(self, part: Part, x: torch.Tensor, x_scale: torch.Tensor, weights: Weights) -> torch.Tensor:
         return self._kernel.run(x, weights[part], self.problems[part])
 
-    def gate_and_up(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return y.chunk(2, -1)
-
     def lift(self, x: torch.Tensor) -> torch.Tensor:
         # Before quantizing, so that the scales' reduction and the rest are one kernel.
         columns = torch.arange(int(x.shape[-1] * SLIDE_EXPANSION), device=x.device)
@@ -245,9 +238,9 @@ class SlideSparse(Spense):
         return self.problems[part].k
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], options: Mapping[str, int]) -> Callable[..., Any]:
     """One graph for every number of tokens, as in vLLM; the sizes of the layer are constants."""
-    graph = torch.compile(function, fullgraph=True)
+    graph = torch.compile(function, fullgraph=True, options=dict(options))
 
     def call(*arguments: torch.Tensor) -> Any:
         for argument in arguments:

@@ -6,6 +6,10 @@ prunes three blocks of Qwen3-32B's shape on 128 × 16384 tokens with both method
 `spense prune`, reading and writing real files, and writes benchmarks/results/prune_time.json and .png. The model that
 is pruned has a few more blocks than are measured: one to profile, and the last one, which has no next block to compute
 the input of. The projection takes the first block and the last as measured, and the mean of the others for the rest.
+
+    torchrun --nproc-per-node 2 benchmarks/prune_time.py --methods spensegpt+
+
+does so on two GPUs and writes prune_time-2gpus.json.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +31,10 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.envelope import RESULTS, write_result
+from offline_prune import ranks
+from offline_prune.device import pick_device
 from offline_prune.model import empty_model
-from offline_prune.pipeline import pick_device, prune
+from offline_prune.pipeline import prune
 from offline_prune.report import BlockTime, Report
 from offline_prune.settings import METHODS, PruneSettings
 from offline_prune.source import INDEX_NAME
@@ -53,24 +60,33 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--profile", action=argparse.BooleanOptionalAction, default=True, help="one block more")
     parser.add_argument("--folder", type=Path, help="for the model and its pruned form [default: a temporary one]")
-    parser.add_argument("--out", type=Path, default=RESULTS / "prune_time.json")
+    parser.add_argument("--out", type=Path, help="[default: benchmarks/results/prune_time.json]")
     options = parser.parse_args()
 
-    rows: list[Row] = []
-    for shape in options.shapes:
-        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            model = Path(folder) / shape
-            write_model(model, shape, options.blocks + (2 if options.profile else 1), pick_device(options.device))
-            for method in options.methods:
-                rows.append(measure(model, shape, method, options))
-                print(json.dumps(rows[-1], indent=2), flush=True)
-                write_result(options.out, "prune_time", rows)
-    draw(rows, options.out.with_suffix(".png"))
+    device = pick_device(options.device)
+    with ranks.joined(device):
+        file = options.out or RESULTS / (
+            f"prune_time-{ranks.size()}gpus.json" if ranks.size() > 1 else "prune_time.json"
+        )
+        rows: list[Row] = []
+        for shape in options.shapes:
+            with tempfile.TemporaryDirectory(dir=options.folder) as own:
+                # All ranks read the first one's.
+                model = ranks.from_first(partial(write_model, Path(own), shape, options, device))
+                for method in options.methods:
+                    rows.append(measure(model, shape, method, options))
+                    if ranks.first():
+                        print(json.dumps(rows[-1], indent=2), flush=True)
+                        write_result(file, "prune_time", rows)
+        if ranks.first():
+            draw(rows, file.with_suffix(".png"))
 
 
-def write_model(folder: Path, shape: str, layers: int, device: torch.device) -> None:
+def write_model(parent: Path, shape: str, options: argparse.Namespace, device: torch.device) -> Path:
     """Writes a model of random BF16 weights that keep activations about as large as 1, one safetensors file a block."""
-    folder.mkdir(parents=True)
+    layers = options.blocks + (2 if options.profile else 1)
+    folder = parent / shape
+    folder.mkdir()
     config = {**SHAPES[shape], "num_hidden_layers": layers, "vocab_size": VOCABULARY, "bos_token_id": 0}
     config["eos_token_id"] = 1
     (folder / "config.json").write_text(json.dumps(config))
@@ -86,6 +102,7 @@ def write_model(folder: Path, shape: str, layers: int, device: torch.device) -> 
         save_file(tensors, folder / f"{file}.safetensors", metadata={"format": "pt"})
     weight_map = {name: f"{file}.safetensors" for file, tensors in files.items() for name in tensors}
     (folder / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
+    return folder
 
 
 def measure(model: Path, shape: str, method: str, options: argparse.Namespace) -> Row:
@@ -116,7 +133,7 @@ def measure(model: Path, shape: str, method: str, options: argparse.Namespace) -
     return {
         "shape": shape,
         "method": method,
-        "gpus": 1,
+        "gpus": ranks.size(),
         "samples": options.samples,
         "length": options.length,
         "blocks_measured": len(measured),
@@ -192,7 +209,7 @@ def draw(rows: list[Row], file: Path) -> None:
     figure = Figure(figsize=(9, 1.2 + 0.7 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     stages = list(dict.fromkeys(stage for row in rows for stage in row["stages"]))
-    labels = [f"{row['shape']}\n{row['method']}" for row in rows]
+    labels = [f"{row['shape']}\n{row['method']}, {row['gpus']} GPU{'s' * (row['gpus'] > 1)}" for row in rows]
     places = range(len(rows))
     left = [0.0] * len(rows)
     for stage in stages:

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
 
+#: What an engine says in its log between the two lines of input that it waits for.
+READY = "decode_speed: ready"
 #: Tokens in one step of an engine, the same for all.
 TOKEN_BUDGET = 8192
 

@@ -12,13 +12,12 @@ from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
-from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Fp8
 
 from vllm_spense.checks import check_engine, check_files
 from vllm_spense.errors import FormatError, SpenseError
 from vllm_spense.format import KEY, SIDECAR, Annotation, Regions
 from vllm_spense.linear import InputSplitLinearMethod, OutputSplitLinearMethod, RegionLinearMethod
-from vllm_spense.unpruned import UnprunedScheme
+from vllm_spense.ops import INDUCTOR_OPTIONS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -120,12 +119,11 @@ class SpenseConfig(CompressedTensorsConfig):
         """
         found = self._find(prefix) if isinstance(layer, LinearBase) else None
         if found is None:
-            inherited = super().get_quant_method(layer, prefix)
-            scheme = getattr(layer, "scheme", None)
-            if type(scheme) is CompressedTensorsW8A8Fp8 and self._scheme_of(layer, prefix) == FP8:
-                cast(Any, layer).scheme = UnprunedScheme(scheme.weight_quant, scheme.is_static_input_scheme)
-            return inherited
-        check_engine(self.annotation, get_current_vllm_config())
+            return super().get_quant_method(layer, prefix)
+        engine = get_current_vllm_config()
+        check_engine(self.annotation, engine)
+        for option, value in INDUCTOR_OPTIONS.items():
+            engine.compilation_config.inductor_compile_config.setdefault(option, value)
         self._require_fp8(layer, prefix)
         regions, method = found
         return method(regions, prefix)
@@ -145,16 +143,12 @@ class SpenseConfig(CompressedTensorsConfig):
             )
         return parts.pop()
 
-    def _scheme_of(self, layer: torch.nn.Module, prefix: str) -> dict[str, Any]:
-        """Bits, type, strategy, dynamic of weights and input activations; None for what is not quantized."""
-        scheme: Any = (self.get_scheme_dict(layer, prefix) if isinstance(layer, LinearBase) else None) or {}
-        arguments = {name: scheme.get(name) for name in FP8}
-        return {name: a and (a.num_bits, a.type, a.strategy, a.dynamic) for name, a in arguments.items()}
-
     def _require_fp8(self, layer: torch.nn.Module, prefix: str) -> None:
-        scheme = self._scheme_of(layer, prefix)
+        scheme = self.get_scheme_dict(layer, prefix) or {}
         for name, expected in FP8.items():
-            if (found := scheme[name]) != expected:
+            args: Any = scheme.get(name)
+            found = args and (args.num_bits, args.type, args.strategy, args.dynamic)
+            if found != expected:
                 raise FormatError(
                     "a pruned layer has the wrong quantization",
                     layer=prefix,

@@ -79,7 +79,7 @@ class RegionLinearMethod(LinearMethodBase):
             )
         shard = layout.shard(self.regions, layer.tp_rank, layer.tp_size, self.name)
         n, k = sum(output_partition_sizes), input_size_per_partition
-        self.problem = Problem(n, k, self.merged(shard.regions), self.split, sum_dtype(params_dtype))
+        self.problem = Problem(n, k, shard.regions, self.split, sum_dtype(params_dtype), self.parts)
 
         weight_loader, scale_loader = self.make_loaders(layer, shard)
         weight = torch.empty(n, k, dtype=FP8)
@@ -88,10 +88,6 @@ class RegionLinearMethod(LinearMethodBase):
         scale = torch.full((n, 1), torch.nan, dtype=torch.float32)
         layer.register_parameter("weight", BasevLLMParameter(data=weight, weight_loader=weight_loader))
         layer.register_parameter("weight_scale", BasevLLMParameter(data=scale, weight_loader=scale_loader))
-
-    def merged(self, regions: Regions) -> Regions:
-        """Regions of a merged layer's weight along the split, from those of one of its parts."""
-        return regions
 
     @abstractmethod
     def make_loaders(self, layer: Layer, shard: Shard) -> tuple[Loader, Loader]:
@@ -125,7 +121,8 @@ class RegionLinearMethod(LinearMethodBase):
     def _require_sound(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
         if (weight.view(torch.uint8) & 0x7F == 0x7F).any():
             raise FormatError("the weight is missing or holds NaN", layer=self.name, key="weight")
-        layout.require_2of4(loaders.sparse_region(weight, self.problem), self.name)
+        for sparse, _ in self.problem.split_regions(weight):
+            layout.require_2of4(sparse, self.name)
         wrong = scale[~(scale.isfinite() & (scale > 0))]
         if len(wrong):
             raise FormatError(
@@ -151,36 +148,19 @@ class RegionLinearMethod(LinearMethodBase):
         y = ops.region_gemm(x_fp8, packed, self.problem) * x_scale * layer.weight_scale.t()
         if bias is not None:
             y = y + bias
-        return self.reorder(y.to(x.dtype)).view(*x.shape[:-1], self.problem.n)
-
-    def reorder(self, y: torch.Tensor) -> torch.Tensor:
-        """Columns (M, N) in the order of the weight's rows → in the order that the model expects."""
-        return y
+        return y.to(x.dtype).view(*x.shape[:-1], self.problem.n)
 
 
 class OutputSplitLinearMethod(RegionLinearMethod):
-    """gate and up, merged or alone: the regions are rows, and each region's GEMM writes its own columns.
-
-    A rank's rows lie as [gate sparse | up sparse | gate dense | up dense], so that each region is one GEMM.
-    """
+    """gate and up, merged or alone: the regions are rows, and each region's GEMM writes its own columns."""
 
     split = "output"
-
-    def merged(self, regions: Regions) -> Regions:
-        return Regions(self.parts * regions.sparse, self.parts * regions.dense)
 
     def make_loaders(self, layer: Layer, shard: Shard) -> tuple[Loader, Loader]:
         load_rows = loaders.rows_loader(self.name, self.regions.intermediate, shard, self.parts)
         # A bias goes with the weight's rows. The layer creates it after the weights, with the loader it finds here.
         layer.weight_loader = load_rows
         return load_rows, load_rows
-
-    def reorder(self, y: torch.Tensor) -> torch.Tensor:
-        if self.parts == 1:
-            return y
-        sparse, dense = y.split((self.problem.regions.sparse, self.problem.regions.dense), -1)
-        pairs = zip(sparse.chunk(self.parts, -1), dense.chunk(self.parts, -1), strict=True)
-        return torch.cat([region for pair in pairs for region in pair], -1)
 
 
 class InputSplitLinearMethod(RegionLinearMethod):

@@ -25,8 +25,7 @@ _DUMMY_STANDARD_DEVIATION = 16
 def rows_loader(layer: str, intermediate: int, shard: Shard, parts: int) -> Loader:
     """Loads anything with one entry per output row of an output-split layer: weight, weight_scale, bias.
 
-    Rows of the rank's parameter, for gate and up merged: [gate sparse | up sparse | gate dense | up dense], so that
-    each region of both is one GEMM.
+    Rows of the rank's parameter, for gate and up merged: [gate sparse | gate dense | up sparse | up dense].
 
     Args:
         layer: the layer's name, for messages.
@@ -51,8 +50,8 @@ def rows_loader(layer: str, intermediate: int, shard: Shard, parts: int) -> Load
         ids = (loaded_shard_id,) if isinstance(loaded_shard_id, int) else loaded_shard_id
         _check(layer, param, loaded_weight, (len(ids) * intermediate, *param.shape[1:]))
         for part, rows in zip(ids, loaded_weight.split(intermediate), strict=True):
-            param.data.narrow(0, part * s, s).copy_(rows[sparse])
-            param.data.narrow(0, parts * s + part * d, d).copy_(rows[dense])
+            param.data.narrow(0, part * (s + d), s).copy_(rows[sparse])
+            param.data.narrow(0, part * (s + d) + s, d).copy_(rows[dense])
 
     return load_rows
 
@@ -78,11 +77,6 @@ def whole_loader(layer: str) -> Loader:
         param.data.copy_(loaded_weight)
 
     return load_whole
-
-
-def sparse_region(weight: torch.Tensor, problem: Problem) -> torch.Tensor:
-    """The sparse region of a rank's weight (N, K), as a view."""
-    return weight.narrow(0 if problem.split == "output" else 1, 0, problem.regions.sparse)
 
 
 def fill_dummy(weight: torch.Tensor, scale: torch.Tensor, problem: Problem) -> None:

@@ -29,6 +29,10 @@ from vllm_spense.policy import (
     tokens_of,
 )
 
+#: For whatever compiles the scales with what follows. They add reads to SiLU·mul·quant, and beyond a number of reads
+#: Inductor would write its input out first, in a kernel of its own.
+INDUCTOR_OPTIONS = {"realize_reads_threshold": 16, "realize_opcount_threshold": 100}
+
 # A child of vLLM's logger: its handlers and level apply in every process that vLLM starts.
 logger = logging.getLogger("vllm.spense")
 
@@ -67,8 +71,8 @@ def prepare(problem: Problem, max_tokens: int, device: torch.device) -> None:
         problem.split,
         problem.n,
         problem.k,
-        problem.regions.sparse,
-        problem.regions.dense,
+        problem.parts * problem.regions.sparse,
+        problem.parts * problem.regions.dense,
         _describe(device),
         _turns(problem, max_tokens, device),
     )
@@ -93,16 +97,11 @@ def _turns(problem: Problem, max_tokens: int, device: torch.device) -> str:
     return "".join(f"{path} (to {tokens} tokens), then " for path, tokens in earlier) + last
 
 
-def runs_fast(problem: Problem, device: torch.device) -> bool:
-    """Whether anything but plain torch can run this problem, and may."""
-    return Path.REFERENCE not in _paths(problem, device)
-
-
 def pack(weight: torch.Tensor, problem: Problem) -> dict[str, torch.Tensor]:
     """The weight as every path wants it that may run on the weight's device.
 
     Args:
-        weight: (N, K) FP8 E4M3, the sparse region first along the problem's split.
+        weight: (N, K) FP8 E4M3; in each of the problem's parts the sparse region first along its split.
 
     Returns:
         Named tensors for `region_gemm`; none shares memory with `weight`.
@@ -122,7 +121,7 @@ def region_gemm(x: torch.Tensor, packed: Mapping[str, torch.Tensor], problem: Pr
         packed: what `pack` returned for W.
 
     Returns:
-        (M, N) in the problem's out_dtype; output-split: the sparse region's columns first.
+        (M, N) in the problem's out_dtype, columns in the order of W's rows.
     """
     return torch.ops.spense.region_gemm(
         x,
@@ -133,6 +132,7 @@ def region_gemm(x: torch.Tensor, packed: Mapping[str, torch.Tensor], problem: Pr
         problem.regions.sparse,
         problem.regions.dense,
         problem.split,
+        problem.parts,
         problem.out_dtype,
     )
 
@@ -146,9 +146,10 @@ def _region_gemm(
     sparse: int,
     dense: int,
     split: Split,
+    parts: int,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    problem = Problem(n, k, Regions(sparse, dense), split, out_dtype)
+    problem = Problem(n, k, Regions(sparse, dense), split, out_dtype, parts)
     # The number of tokens is symbolic in a compiled graph: only in here can it decide the path.
     # By powers of two, so that it is decided once for each.
     path = _path(problem, 1 << (x.shape[0] - 1).bit_length(), x.device)
@@ -164,6 +165,7 @@ def _region_gemm_fake(
     sparse: int,
     dense: int,
     split: Split,
+    parts: int,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     return x.new_empty((x.shape[0], n), dtype=out_dtype)
@@ -201,7 +203,7 @@ def _forced() -> Path | None:
 # Torch removes the ops of a library object that is collected.
 _LIBRARY = torch.library.Library("spense", "FRAGMENT")
 _LIBRARY.define(
-    "region_gemm(Tensor x, Tensor[] tensors, str[] names, int n, int k, int sparse, int dense, str split, "
+    "region_gemm(Tensor x, Tensor[] tensors, str[] names, int n, int k, int sparse, int dense, str split, int parts, "
     "ScalarType out_dtype) -> Tensor"
 )
 _LIBRARY.impl("region_gemm", _region_gemm, "CompositeExplicitAutograd")

@@ -133,7 +133,7 @@ def fake_engines(monkeypatch: pytest.MonkeyPatch, code: int = 0) -> list[dict[st
             stdout.write("the engine's last words\n")
 
         def communicate(self, line: str) -> None:
-            assert line == "\n"
+            assert line == "\n\n"
             order = self.order
             orders.append(order)
             ms = 1.0 if order["quantization"] == "spense" else 2.0

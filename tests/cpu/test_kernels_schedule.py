@@ -12,7 +12,7 @@ from vllm_spense.kernels.problem import Problem
 from vllm_spense.kernels.schedule import DENSE_K, FIELDS, ROWS, Schedule, Tiling, schedule
 
 MULTIPROCESSORS = 132
-GATE_UP = Problem(51200, 5120, Regions(38400, 12800), "output")
+GATE_UP = Problem(51200, 5120, Regions(19200, 6400), "output", parts=2)
 DOWN = Problem(5120, 25600, Regions(19200, 6400), "input")
 
 
@@ -35,25 +35,29 @@ def require_complete(problem: Problem, tokens: int, tiling: Tiling) -> list[list
     done: defaultdict[tuple[int, int], list[dict[str, int]]] = defaultdict(list)
     for segment in (segment for block in blocks for segment in block):
         if segment["row_end"]:
-            done[segment["row"], segment["token"]].append(segment)
+            done[segment["column"], segment["token"]].append(segment)
 
-    sparse = problem.regions.sparse
+    sparse, dense = problem.regions.sparse, problem.regions.dense
     output = problem.split == "output"
-    ranges = [(0, sparse), (sparse, problem.n)] if output else [(0, problem.n)]
-    expected = [
-        (row, begin, end, token)
-        for begin, end in ranges
-        for row in range(begin, end, ROWS)
+    # Of each region of each projection: its first column of the output, its rows.
+    regions = [(0, 0, problem.n, True, True)]
+    if output:
+        each = problem.n // problem.parts
+        regions = [(p, p * each, sparse, True, False) for p in range(problem.parts)]
+        regions += [(p, p * each + sparse, dense, False, True) for p in range(problem.parts)]
+    expected = {
+        (first + row, token): (projection, row, rows, in_sparse, in_dense)
+        for projection, first, rows, in_sparse, in_dense in regions
+        for row in range(0, rows, ROWS)
         for token in range(0, tokens, tiling.tokens)
-    ]
-    assert set(done) == {(row, token) for row, _, _, token in expected}
+    }
+    assert set(done) == set(expected)
     counters, slots = set(), set()
-    for row, begin, end, token in expected:
-        parts = sorted(done[row, token], key=lambda segment: segment["part"])
+    for place, (projection, row, rows, in_sparse, in_dense) in expected.items():
+        parts = sorted(done[place], key=lambda segment: segment["part"])
         assert [part["part"] for part in parts] == list(range(len(parts)))
-        assert {(part["part_count"], part["row_end"]) for part in parts} == {(len(parts), end)}
-        in_sparse = not output or begin < sparse
-        in_dense = not output or begin == sparse
+        agreed = {(p["part_count"], p["projection"], p["row"], p["row_end"]) for p in parts}
+        assert agreed == {(len(parts), projection, row, rows)}
         steps = (-(-problem.sparse_shape[1] // tiling.sparse_k), -(-problem.dense_shape[1] // DENSE_K))
         for name, wanted in (("sparse", steps[0] * in_sparse), ("dense", steps[1] * in_dense)):
             covered = [step for part in parts for step in range(part[f"{name}_begin"], part[f"{name}_end"])]
@@ -74,14 +78,17 @@ def require_complete(problem: Problem, tokens: int, tiling: Tiling) -> list[list
 @given(
     split=st.sampled_from(["output", "input"]),
     sizes=st.tuples(*[st.integers(1, 40)] * 2, st.integers(0, 40)),
+    projections=st.integers(1, 2),
     tokens=st.integers(1, 700),
     tile=st.sampled_from([8, 64, 256]),
     sparse_k=st.sampled_from([128, 256]),
 )
-def test_every_step_once(split, sizes, tokens, tile, sparse_k) -> None:
+def test_every_step_once(split, sizes, projections, tokens, tile, sparse_k) -> None:
     other, sparse, dense = (32 * size for size in sizes)
-    n, k = (sparse + dense, other) if split == "output" else (other, sparse + dense)
-    require_complete(Problem(n, k, Regions(sparse, dense), split), tokens, Tiling(tile, sparse_k))
+    parts = projections if split == "output" else 1
+    n, k = (parts * (sparse + dense), other) if split == "output" else (other, sparse + dense)
+    problem = Problem(n, k, Regions(sparse, dense), split, parts=parts)
+    require_complete(problem, tokens, Tiling(tile, sparse_k))
 
 
 @pytest.mark.parametrize("cluster", [False, True])

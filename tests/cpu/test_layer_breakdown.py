@@ -49,14 +49,8 @@ def test_every_scheme_computes_the_mlp() -> None:
             dense = {part: random_6of8(*scheme.sizes.shape(part), CPU) for part in scheme.problems}
             weights = {part: scheme.pack(part, expand_weight(weight)) for part, weight in dense.items()}
         else:
-            ours = {part: random_weight(problem, CPU) for part, problem in scheme.problems.items()}
-            weights = {part: ops.pack(weight, scheme.problems[part]) for part, weight in ours.items()}
-            s = scheme.regions.sparse
-            gate, up, gate_dense, up_dense = ours["gate_up"].view(torch.uint8).split((s, s, *2 * [1024 - s]))
-            dense = {
-                "gate_up": torch.cat((gate, gate_dense, up, up_dense)).view(torch.float8_e4m3fn),
-                "down": ours["down"],
-            }
+            dense = {part: random_weight(problem, CPU) for part, problem in scheme.problems.items()}
+            weights = {part: ops.pack(weight, scheme.problems[part]) for part, weight in dense.items()}
         found, expected = run(scheme, weights), run(stock, dense)
         assert (found - expected).norm() <= 0.02 * expected.norm(), scheme.name
         assert (run(stock, stock.weights()) - expected).norm() > 0.2 * expected.norm()
@@ -106,7 +100,7 @@ def test_bytes_are_those_of_the_formats() -> None:
 
 
 def test_one_graph_serves_every_number_of_tokens() -> None:
-    call = compiled(lambda x: quantize(x)[1])
+    call = compiled(lambda x: quantize(x)[1], Spense.options)
     torch._dynamo.utils.counters.clear()
     for tokens in (64, 32, 7):
         assert call(torch.zeros(tokens, 4)).shape == (tokens, 1)
@@ -120,7 +114,7 @@ def test_rows_name_the_kernels_and_the_speed_up(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(layer_breakdown, "cold_copies", lambda weight_bytes, device: 2)
     monkeypatch.setattr(layer_breakdown, "kernels", lambda call: {"one": 1, "two": 2})
     monkeypatch.setattr(layer_breakdown.torch, "device", lambda *_: CPU)
-    monkeypatch.setattr(mlp_schemes, "compiled", lambda function: function)
+    monkeypatch.setattr(mlp_schemes, "compiled", lambda function, options: function)
     out = tmp_path / "out.json"
     monkeypatch.setattr(sys, "argv", ["x", "--shape", "tiny", "--tokens", "2", "16", "--out", str(out)])
     layer_breakdown.main()

@@ -8,7 +8,7 @@ from vllm_spense.errors import FormatError
 from vllm_spense.format import Regions
 from vllm_spense.kernels.problem import Problem
 from vllm_spense.layout import excess_groups, shard
-from vllm_spense.loaders import columns_loader, fill_dummy, rows_loader, sparse_region, whole_loader
+from vllm_spense.loaders import columns_loader, fill_dummy, rows_loader, whole_loader
 
 REGIONS = Regions(sparse=192, dense=64)
 I = REGIONS.intermediate  # noqa: E741
@@ -38,7 +38,7 @@ def test_gate_and_up_on_every_rank(size: int, fused: tuple[int, int] | bool | No
             load(weight, GATE, 0)
         else:
             load(weight, torch.cat((bits(GATE), bits(UP))).view(torch.float8_e4m3fn), fused)
-        rows = [region[rows] for rows in (part.sparse, part.dense) for region in (GATE, UP)]
+        rows = [region[rows] for region in (GATE, UP) for rows in (part.sparse, part.dense)]
         assert torch.equal(bits(weight.data), torch.cat([bits(region) for region in rows]))
 
 
@@ -74,7 +74,7 @@ def test_scales_and_biases_go_with_their_rows() -> None:
     scale, bias = empty(I, 1, dtype=torch.float32), empty(I, dtype=torch.float32)
     load(scale, column[:, None].bfloat16())
     load(bias, column)
-    expected = torch.cat([column[first:][rows] for rows in (part.sparse, part.dense) for first in (0, I)])
+    expected = torch.cat([column[first:][rows] for first in (0, I) for rows in (part.sparse, part.dense)])
     assert torch.equal(bias.data, expected)
     assert torch.equal(scale.data[:, 0], expected.bfloat16().float())
 
@@ -98,15 +98,16 @@ def test_wrong_tensors_are_refused() -> None:
         rows(empty(I, 16), GATE.bfloat16(), 0)
 
 
-@pytest.mark.parametrize("split", ["output", "input"])
-def test_dummy_weights_obey_the_format(split: str) -> None:
-    problem = Problem(64, 128, Regions(32, 32) if split == "output" else Regions(96, 32), split)
+@pytest.mark.parametrize(("split", "parts"), [("output", 1), ("output", 2), ("input", 1)])
+def test_dummy_weights_obey_the_format(split: str, parts: int) -> None:
+    regions = Regions(32 // parts, 32 // parts) if split == "output" else Regions(96, 32)
+    problem = Problem(64, 128, regions, split, parts=parts)
     weight, scale = torch.empty(64, 128).to(torch.float8_e4m3fn), torch.empty(64, 1)
     fill_dummy(weight, scale, problem)
-    sparse = sparse_region(weight, problem)
-    assert sparse.shape == problem.sparse_shape
-    assert not excess_groups(sparse).any()
-    assert (sparse.float() == 0).float().mean() < 0.55
-    dense = weight[32:] if split == "output" else weight[:, 96:]
-    assert (dense.float() == 0).float().mean() < 0.05
+    assert len(problem.split_regions(weight)) == parts
+    for sparse, dense in problem.split_regions(weight):
+        assert (sparse.shape, dense.shape) == (problem.sparse_shape, problem.dense_shape)
+        assert not excess_groups(sparse).any()
+        assert (sparse.float() == 0).float().mean() < 0.55
+        assert (dense.float() == 0).float().mean() < 0.05
     assert (scale > 0).all()

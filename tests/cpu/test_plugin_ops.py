@@ -61,7 +61,7 @@ def test_registration(split: Split) -> None:
     packed = ops.pack(weight, p)
     sizes = (p.n, p.k, p.regions.sparse, p.regions.dense)
     # opcheck compares inputs before and after, which torch cannot in FP8.
-    arguments = (x.float(), list(packed.values()), list(packed), *sizes, split, p.out_dtype)
+    arguments = (x.float(), list(packed.values()), list(packed), *sizes, split, p.parts, p.out_dtype)
     torch.library.opcheck(torch.ops.spense.region_gemm.default, arguments)
 
 
@@ -86,6 +86,13 @@ def test_packed_weights_do_not_keep_the_whole_weight() -> None:
     p = problem("input", 96, 32)
     _, weight = make(p, 1)
     assert all(t.untyped_storage().nbytes() == t.nbytes for t in ops.pack(weight, p).values())
+
+
+def test_merged_projections_keep_their_rows_order() -> None:
+    p = Problem(128, 96, Regions(32, 32), "output", torch.float32, parts=2)
+    x, weight = make(p, 7)
+    found = ops.region_gemm(x, ops.pack(weight, p), p)
+    torch.testing.assert_close(found.double(), x.double() @ weight.double().t(), rtol=1e-5, atol=1)
 
 
 def test_a_path_is_named_once_for_each_shape(caplog: pytest.LogCaptureFixture) -> None:

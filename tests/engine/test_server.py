@@ -59,7 +59,7 @@ def test_streaming_and_several_at_once(client: OpenAI) -> None:
 
 def test_log_names_the_path_of_each_shape_once(client: OpenAI, log: Path) -> None:
     client.completions.create(model="smollm2", prompt="One", max_tokens=1)
-    said = [line for line in log.read_text().splitlines() if "takes the reference path on cpu" in line]
+    said = [line for line in log.read_text().splitlines() if "runs on cpu by the reference path" in line]
     assert len(said) == 2
     assert "output-split 3072 × 576" in said[0]
     assert "input-split 576 × 1536" in said[1]

@@ -25,13 +25,13 @@ pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
 TOKENS = (1, 7, 8, 16, 17, 24, 32, 40, 64, 100, 128, 256, 512, 1000, 2048)
 PROBLEMS = [
-    Problem(n, k, Regions(extent - int(extent * ratio), int(extent * ratio)), split, out_dtype)
-    for (split, n, k), ratio, out_dtype in product(
-        (("output", 2048, 1024), ("output", 1280, 2560), ("input", 1024, 4096), ("input", 640, 2048)),
+    Problem(n, k, Regions(extent - int(extent * ratio), int(extent * ratio)), split, out_dtype, parts)
+    for (split, n, k, parts), ratio, out_dtype in product(
+        (("output", 2048, 1024, 2), ("output", 1280, 2560, 1), ("input", 1024, 4096, 1), ("input", 640, 2048, 1)),
         (0.5, 0.25, 0.0, 1.0),
         (torch.bfloat16, torch.float32),
     )
-    for extent in (n if split == "output" else k,)
+    for extent in (n // parts if split == "output" else k,)
 ]
 #: Ways to cut a GEMM for the one-launch path, but for the number of tokens.
 CUTS = [

@@ -108,24 +108,29 @@ def load(cubin: bytes, name: str, threads: int, shared_bytes: int, device: torch
 
 
 def tensor_map(
-    address: int, rows: int, columns: int, pitch: int, box_rows: int, box_columns: int, swizzle: int, item: int = 1
+    address: int,
+    shape: tuple[int, int, int],
+    strides: tuple[int, int],
+    box: tuple[int, int],
+    swizzle: int,
+    item: int = 1,
 ) -> ctypes.Array[ctypes.c_uint64]:
-    """How the copy engine reads boxes out of a matrix; what lies outside reads as zero.
+    """How the copy engine reads boxes out of matrices that lie behind each other; what lies outside reads as zero.
 
     Args:
-        address: of the matrix, a multiple of 16.
-        rows, columns: its size in items.
-        pitch: bytes from row to row, a multiple of 16.
-        box_rows, box_columns: size of a box, each at most 256.
+        address: of the first matrix, a multiple of 16.
+        shape: (matrices, rows, columns), in items.
+        strides: bytes from matrix to matrix and from row to row, multiples of 16.
+        box: (rows, columns), each at most 256.
         swizzle: bytes of a box's row, 64 or 128, that are spread over banks; 0 for none.
         item: bytes of an item, 1 or 8.
     """
-    sizes = driver.cuuint64_t
-    boxes = driver.cuuint32_t
+    sizes, boxes = driver.cuuint64_t, driver.cuuint32_t
     encoded = _checked(
         driver.cuTensorMapEncodeTiled(
-            _TYPES[item], 2, address, [sizes(columns), sizes(rows)], [sizes(pitch)],
-            [boxes(box_columns), boxes(box_rows)], [boxes(1), boxes(1)],
+            _TYPES[item], 3, address, [sizes(size) for size in reversed(shape)],
+            [sizes(stride) for stride in reversed(strides)], [boxes(size) for size in (*reversed(box), 1)],
+            [boxes(1)] * 3,
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE, _SWIZZLES[swizzle],
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
@@ -34,20 +34,19 @@ def pack(weight: torch.Tensor, problem: Problem) -> dict[str, torch.Tensor]:
     """Weights of one GEMM as the libraries read them.
 
     Args:
-        weight: (N, K) float8_e4m3fn on a GPU, 2:4 in its sparse region, which comes first along N (output-split) or K
-            (input-split). Not changed.
+        weight: (N, K) float8_e4m3fn on a GPU, 2:4 in its sparse regions. Not changed.
 
     Returns:
-        `compressed`: uint8, cuSPARSELt's own bytes; `dense`: float8_e4m3fn, the dense region. Either may be empty.
+        `compressed`: uint8 (parts, bytes), cuSPARSELt's own; `dense`: float8_e4m3fn (parts, rows, columns), the dense
+        regions. Either may be empty.
     """
-    dim = 0 if problem.split == "output" else 1
-    sparse, dense = weight.split((problem.regions.sparse, problem.regions.dense), dim)
-    empty = sparse.new_empty(0, dtype=torch.uint8)
-    return {
-        "compressed": cusparselt.compress(sparse.contiguous()) if sparse.numel() else empty,
-        # Contiguous even within rows of a wider weight: that is worth a fifth of down's dense GEMM.
-        "dense": dense.clone(memory_format=torch.contiguous_format),
-    }
+    sparse, dense = zip(*problem.split_regions(weight), strict=True)
+    if problem.regions.sparse:
+        compressed = torch.stack([cusparselt.compress(part.contiguous()) for part in sparse])
+    else:
+        compressed = weight.new_empty(problem.parts, 0, dtype=torch.uint8)
+    # Contiguous even within rows of a wider weight: that is worth a fifth of down's dense GEMM.
+    return {"compressed": compressed, "dense": torch.stack(dense)}
 
 
 def padded(tokens: int) -> int:
@@ -161,7 +160,7 @@ class LibraryPlan:
             self.dense = cublaslt.DensePlan(shape(*problem.dense_shape), accumulate, choice.dense)
 
     def run(self, x: torch.Tensor, packed: Packed, out: torch.Tensor | None = None) -> torch.Tensor:
-        """At most one call of each library.
+        """At most one call of each library for each part.
 
         Args:
             x: (M, K) float8_e4m3fn, contiguous. If M is less than the plan's `tokens` it is copied; quantize into a
@@ -180,22 +179,23 @@ class LibraryPlan:
             out = torch.empty(self.tokens, problem.n, dtype=problem.out_dtype, device=x.device)
         boundary = problem.regions.sparse
         if problem.split == "output":
-            self._run_both(packed, x, out, x, out[:, boundary:])
+            columns = out.chunk(problem.parts, -1)
+            self._run_both(packed, x, columns, x, [part[:, boundary:] for part in columns])
         elif self._concurrent:
             addend = torch.empty_like(out)
-            self._run_both(packed, x, out, x[:, boundary:], addend)
+            self._run_both(packed, x, [out], x[:, boundary:], [addend])
             out += addend
         else:
-            self._run_both(packed, x, out, x[:, boundary:], out)
+            self._run_both(packed, x, [out], x[:, boundary:], [out])
         return out[:m]
 
     def _run_both(
         self,
         packed: Packed,
         x_sparse: torch.Tensor,
-        out_sparse: torch.Tensor,
+        out_sparse: Sequence[torch.Tensor],
         x_dense: torch.Tensor,
-        out_dense: torch.Tensor,
+        out_dense: Sequence[torch.Tensor],
     ) -> None:
         main = torch.cuda.current_stream(self.device)
         side = _side_stream(self.device) if self._concurrent else main
@@ -203,10 +203,12 @@ class LibraryPlan:
             side.wait_stream(main)
         # First, because it accumulates nothing, while the dense GEMM may.
         if self.sparse is not None:
-            self.sparse.run(x_sparse, packed["compressed"], out_sparse)
+            for weight, out in zip(packed["compressed"], out_sparse, strict=True):
+                self.sparse.run(x_sparse, weight, out)
         if self.dense is not None:
             with torch.cuda.stream(side):
-                self.dense.run(x_dense, packed["dense"], out_dense)
+                for weight, out in zip(packed["dense"], out_dense, strict=True):
+                    self.dense.run(x_dense, weight, out)
         if self._concurrent:
             main.wait_stream(side)
 
@@ -229,11 +231,11 @@ def search(problem: Problem, tokens: int, device: torch.device) -> Choice:
 
     def run_sparse(plan: LibraryPlan, packed: Packed) -> None:
         assert plan.sparse is not None
-        plan.sparse.run(x, packed["compressed"], out)
+        plan.sparse.run(x, packed["compressed"][0], out)
 
     def run_dense(plan: LibraryPlan, packed: Packed) -> None:
         assert plan.dense is not None
-        plan.dense.run(x, packed["dense"], out)
+        plan.dense.run(x, packed["dense"][0], out)
 
     def run_both(plan: LibraryPlan, packed: Packed) -> None:
         plan.run(x, packed, out)

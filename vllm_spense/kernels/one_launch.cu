@@ -43,16 +43,18 @@ struct Arguments {
     void* out;                        // (tokens, n)
     int segments_each;
     int tokens, n;
-    int dense_row;                    // row of W that the dense weight begins with
     int dense_column;                 // column of x that the dense weight begins with
 };
 
 struct alignas(16) Segment {
-    int row, row_end, token;            // its tile: first row of W, one past the last of the region, first token
+    int projection;                     // of those that W merges
+    int row, row_end;                   // of its tile: first row, in the projection's region; one past the region's last
+    int column, token;                  // of its tile in the output
     int sparse_begin, sparse_end;       // steps of SPARSE_K columns of the sparse weight
     int dense_begin, dense_end;         // steps of DENSE_K columns of the dense weight
     int part, part_count, first_part;   // which part of its tile this is; where the tile's parts lie
     int tile, last;                     // which counter of arrivals; whether this is the thread block's last segment
+    int unused[2];
 
     __device__ __forceinline__ int sparse_steps() const { return sparse_end - sparse_begin; }
     __device__ __forceinline__ int steps() const { return sparse_steps() + dense_end - dense_begin; }
@@ -84,11 +86,12 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 phase) {
         "}\n" ::"r"(barrier), "r"(phase) : "memory");
 }
 
-__device__ __forceinline__ void copy_tile(u32 to, const TensorMap* from, int column, int row, u32 barrier, u64 policy) {
+__device__ __forceinline__ void copy_tile(
+    u32 to, const TensorMap* from, int column, int row, int projection, u32 barrier, u64 policy) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [%0], [%1, {%2, %3}], [%4], %5;"
-        ::"r"(to), "l"(from), "r"(column), "r"(row), "r"(barrier), "l"(policy) : "memory");
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%2, %3, %4}], [%5], %6;"
+        ::"r"(to), "l"(from), "r"(column), "r"(row), "r"(projection), "r"(barrier), "l"(policy) : "memory");
 }
 
 __device__ __forceinline__ int rank_in_cluster() {
@@ -186,15 +189,17 @@ struct Copier {
         if (dense < 0) {
             const int step = segment.sparse_begin + at.step;
             barrier_expect(full, SPARSE_STAGE_BYTES);
-            copy_tile(shared.weight(stage), &arguments.values, step * SPARSE_ROW_BYTES, segment.row, full, once);
             copy_tile(
-                shared.metadata(stage), &arguments.metadata, step * SPARSE_STEPS * METADATA_TILE / 8,
-                segment.row / 64, full, once);
+                shared.weight(stage), &arguments.values, step * SPARSE_ROW_BYTES, segment.row, segment.projection, full,
+                once);
+            copy_tile(
+                shared.metadata(stage), &arguments.metadata, step * SPARSE_STEPS * METADATA_TILE / 8, segment.row / 64,
+                segment.projection, full, once);
         } else {
             const int column = (segment.dense_begin + dense) * DENSE_K;
             barrier_expect(full, DENSE_STAGE_BYTES);
             copy_tile(
-                shared.weight(stage), &arguments.dense, column, segment.row - arguments.dense_row, full, once);
+                shared.weight(stage), &arguments.dense, column, segment.row, segment.projection, full, once);
         }
     }
 
@@ -206,7 +211,7 @@ struct Copier {
                                      : arguments.dense_column + (segment.dense_begin + dense) * DENSE_K;
         for (int box = 0; box < boxes; ++box)
             copy_tile(
-                shared.x(stage) + box * X_BOX_BYTES, &arguments.x, column + box * 128, segment.token,
+                shared.x(stage) + box * X_BOX_BYTES, &arguments.x, column + box * 128, segment.token, 0,
                 shared.full + 8 * stage, often);
     }
 
@@ -352,7 +357,8 @@ __device__ __forceinline__ void write(
 #pragma unroll
     for (int i = 0; i < 4 * WIDTH; ++i) {
         const int t = token + i / 4 * 8 + me.lane % 4 * 2 + i % 2, r = row + i % 4 / 2 * 8 + me.lane / 4;
-        if (t < arguments.tokens && r < segment.row_end) out[u64(t) * arguments.n + r] = s[i];
+        if (t < arguments.tokens && r < segment.row_end)
+            out[u64(t) * arguments.n + segment.column + r - segment.row] = s[i];
     }
 }
 
@@ -388,7 +394,8 @@ __device__ __forceinline__ void write(
         asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
             : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
             : "r"(turn + lane / 2 * TURN_PITCH + lane % 2 * 16) : "memory");
-        *reinterpret_cast<uint4*>(static_cast<byte*>(arguments.out) + (u64(t) * arguments.n + r) * 2) = v;
+        const u64 place = u64(t) * arguments.n + segment.column + r - segment.row;
+        *reinterpret_cast<uint4*>(static_cast<byte*>(arguments.out) + place * 2) = v;
     }
 }
 

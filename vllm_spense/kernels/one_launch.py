@@ -213,7 +213,7 @@ class _Arguments(ctypes.Structure):
     _fields_ = (
         *((name, cuda_driver.TensorMap) for name in ("x", "values", "metadata", "dense")),
         *((name, ctypes.c_void_p) for name in ("segments", "parts", "arrivals", "out")),
-        *((name, ctypes.c_int) for name in ("segments_each", "tokens", "n", "dense_row", "dense_column")),
+        *((name, ctypes.c_int) for name in ("segments_each", "tokens", "n", "dense_column")),
     )
 
 
@@ -294,7 +294,6 @@ class OneLaunchPlan:
             segments_each=self._segments.shape[1],
             tokens=m,
             n=problem.n,
-            dense_row=problem.regions.sparse if problem.split == "output" else 0,
             dense_column=problem.regions.sparse if problem.split == "input" else 0,
         )
         if self._counters:
@@ -308,7 +307,7 @@ class OneLaunchPlan:
 
 @lru_cache(maxsize=4096)
 def _x_map(address: int, tokens: int, k: int, stride: int, tile_tokens: int) -> ctypes.Array[ctypes.c_uint64]:
-    return cuda_driver.tensor_map(address, tokens, k, stride, tile_tokens, 128, 128)
+    return cuda_driver.tensor_map(address, (1, tokens, k), (stride * tokens, stride), (tile_tokens, 128), 128)
 
 
 @cache
@@ -320,10 +319,20 @@ def _weight_maps(
     if sn * sk:
         half, box = sparse_k // 2, sparse_k // TILE * TILE_BYTES
         row_tiles, pitch = metadata_shape(sn, sk)
-        metadata = compressed + value_bytes(sn, sk)
-        maps["values"] = cuda_driver.tensor_map(compressed, sn, sk // 2, sk // 2, ROWS, half, half)
+        values = value_bytes(sn, sk)
+        each = values + row_tiles * pitch
+        maps["values"] = cuda_driver.tensor_map(
+            compressed, (problem.parts, sn, sk // 2), (each, sk // 2), (ROWS, half), half
+        )
         # In items of 8 bytes, because a box has no more than 256 in a row.
-        maps["metadata"] = cuda_driver.tensor_map(metadata, row_tiles, pitch // 8, pitch, ROWS // TILE, box // 8, 0, 8)
+        maps["metadata"] = cuda_driver.tensor_map(
+            compressed + values,
+            (problem.parts, row_tiles, pitch // 8),
+            (each, pitch),
+            (ROWS // TILE, box // 8),
+            0,
+            item=8,
+        )
     if dn * dk:
-        maps["dense"] = cuda_driver.tensor_map(dense, dn, dk, dk, ROWS, DENSE_K, 128)
+        maps["dense"] = cuda_driver.tensor_map(dense, (problem.parts, dn, dk), (dn * dk, dk), (ROWS, DENSE_K), DENSE_K)
     return maps

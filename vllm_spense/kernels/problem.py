@@ -27,37 +27,53 @@ def sum_dtype(model_dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Problem:
-    """out[m, n] = Σ_k x[m, k] · W[n, k], W (n, k) with its sparse region first along N or K."""
+    """out[m, n] = Σ_k x[m, k] · W[n, k].
+
+    Attributes:
+        n, k: of W. Input-split: its columns are [sparse | dense].
+        regions: along the split, of each part.
+        parts: how many projections an output-split W merges. Its rows are those of one after the other, each
+            [sparse | dense]: the order that the model wants the output's columns in.
+    """
 
     n: int
     k: int
     regions: Regions
     split: Split
     out_dtype: torch.dtype = torch.bfloat16
+    parts: int = 1
 
     def __post_init__(self) -> None:
         extent = self.n if self.split == "output" else self.k
-        assert self.regions.intermediate == extent, f"{self.regions} do not make up {extent}"
+        assert self.parts * self.regions.intermediate == extent, (
+            f"{self.parts} × {self.regions} do not make up {extent}"
+        )
+        assert self.split == "output" or self.parts == 1, "input-split weights are not merged"
         assert self.out_dtype in OUT_DTYPES, self.out_dtype
 
     @property
     def sparse_shape(self) -> tuple[int, int]:
-        """(rows, columns) of the sparse region of W."""
+        """(rows, columns) of a part's sparse region."""
         return self._shape(self.regions.sparse)
 
     @property
     def dense_shape(self) -> tuple[int, int]:
-        """(rows, columns) of the dense region of W."""
+        """(rows, columns) of a part's dense region."""
         return self._shape(self.regions.dense)
 
     def _shape(self, extent: int) -> tuple[int, int]:
         return (extent, self.k) if self.split == "output" else (self.n, extent)
 
+    def split_regions(self, weight: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Views of (sparse, dense) of W (N, K), or of anything with W's rows, for each part."""
+        sizes, dim = (self.regions.sparse, self.regions.dense), 0 if self.split == "output" else 1
+        return [(sparse, dense) for sparse, dense in (part.split(sizes, dim) for part in weight.chunk(self.parts))]
+
     @property
     def weight_bytes(self) -> int:
         """Bytes of W as every path stores it: 0.625 for each weight of the sparse region, 1 for each dense one."""
         (sn, sk), (dn, dk) = self.sparse_shape, self.dense_shape
-        return sn * sk * 5 // 8 + dn * dk
+        return self.parts * (sn * sk * 5 // 8 + dn * dk)
 
     @property
     def ideal(self) -> float:
@@ -70,6 +86,7 @@ class Problem:
             "n": self.n,
             "k": self.k,
             "split": self.split,
+            "parts": self.parts,
             **self.regions.to_dict(),
             "out_dtype": str(self.out_dtype).removeprefix("torch."),
         }

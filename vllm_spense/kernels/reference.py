@@ -14,13 +14,15 @@ def pack(weight: torch.Tensor, problem: Problem) -> dict[str, torch.Tensor]:
     """Separates the regions of `weight` (N, K) FP8 E4M3; zeros stay stored.
 
     Returns:
-        `sparse` and `dense`; output-split: (S, K) and (D, K), input-split: (N, S) and (N, D). On a GPU FP8 E4M3. On a
-        CPU in the problem's out_dtype: it has no FP8 arithmetic, and converting at every call takes most of its time.
+        `sparse` and `dense`; output-split: (P·S, K) and (P·D, K) of all P parts, input-split: (N, S) and (N, D). On a
+        GPU FP8 E4M3. On a CPU in the problem's out_dtype: it has no FP8 arithmetic, and converting at every call takes
+        most of its time.
     """
     dtype = problem.out_dtype if weight.device.type == "cpu" else weight.dtype
-    regions = weight.split((problem.regions.sparse, problem.regions.dense), 0 if problem.split == "output" else 1)
-    # A copy, because a view would keep the whole weight alive.
-    sparse, dense = (region.to(dtype, copy=True, memory_format=torch.contiguous_format) for region in regions)
+    # Copies, because views would keep the whole weight alive.
+    sparse, dense = (
+        torch.cat([part.to(dtype) for part in parts]) for parts in zip(*problem.split_regions(weight), strict=True)
+    )
     return {"sparse": sparse, "dense": dense}
 
 
@@ -40,6 +42,7 @@ def run(x: torch.Tensor, packed: Mapping[str, torch.Tensor], problem: Problem) -
     """
     x, sparse, dense = (tensor.to(problem.out_dtype) for tensor in (x, packed["sparse"], packed["dense"]))
     if problem.split == "output":
-        return torch.cat((F.linear(x, sparse), F.linear(x, dense)), dim=-1)
+        regions = [F.linear(x, region).unflatten(-1, (problem.parts, -1)) for region in (sparse, dense)]
+        return torch.cat(regions, dim=-1).flatten(-2)
     x_sparse, x_dense = x.split((problem.regions.sparse, problem.regions.dense), dim=-1)
     return torch.addmm(F.linear(x_sparse, sparse), x_dense, dense.t())

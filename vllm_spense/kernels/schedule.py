@@ -26,8 +26,8 @@ from vllm_spense.kernels.problem import Problem
 ROWS, DENSE_K = 128, 128
 #: int32 fields of a segment, as in the kernel.
 FIELDS = (
-    "row", "row_end", "token", "sparse_begin", "sparse_end", "dense_begin", "dense_end", "part", "part_count",
-    "first_part", "tile", "last",
+    "projection", "row", "row_end", "column", "token", "sparse_begin", "sparse_end", "dense_begin", "dense_end", "part",
+    "part_count", "first_part", "tile", "last", "unused", "unused",
 )  # fmt: skip
 #: Cost of a byte from or to the cache, against one from memory.
 _CACHE = 0.25
@@ -75,10 +75,12 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Tile:
-    """First row, one past the last row of its region, first token, steps."""
+    """Where it lies in W (first row in its projection's region, one past the region's last) and in the output."""
 
+    projection: int
     row: int
     row_end: int
+    column: int
     token: int
     sparse_steps: int
     dense_steps: int
@@ -86,6 +88,10 @@ class Tile:
     @property
     def steps(self) -> int:
         return self.sparse_steps + self.dense_steps
+
+
+#: For a thread block without work.
+_NOTHING = Tile(0, 0, 0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -145,14 +151,15 @@ def tiles(problem: Problem, tokens: int, tiling: Tiling) -> Iterator[Tile]:
     sparse_steps, dense_steps = -(-problem.sparse_shape[1] // tiling.sparse_k), -(-problem.dense_shape[1] // DENSE_K)
     if problem.split == "output":
         # The longer tiles first: the shorter ones then level what they leave.
-        ranges = [(sparse, problem.n, 0, dense_steps)] if dense else []
-        ranges += [(0, sparse, sparse_steps, 0)] if sparse else []
+        regions = [(sparse, dense, 0, dense_steps), (0, sparse, sparse_steps, 0)]
     else:
-        ranges = [(0, problem.n, sparse_steps, dense_steps)]
-    for begin, end, sparse_count, dense_count in ranges:
-        for row in range(begin, end, ROWS):
-            for token in range(0, tokens, tiling.tokens):
-                yield Tile(row, end, token, sparse_count, dense_count)
+        regions = [(0, problem.n, sparse_steps, dense_steps)]
+    for begin, rows, sparse_count, dense_count in regions:
+        for projection in range(problem.parts):
+            first = projection * problem.n // problem.parts + begin
+            for row in range(0, rows, ROWS):
+                for token in range(0, tokens, tiling.tokens):
+                    yield Tile(projection, row, rows, first + row, token, sparse_count, dense_count)
 
 
 def divide(work: Sequence[Tile], tiling: Tiling, blocks: int, held: int) -> Division:
@@ -239,17 +246,17 @@ def _tables(division: Division) -> Schedule:
             line.append(_segment(division.cut[piece.tile], piece.begin, piece.end, place))
             done[piece.tile] += 1
         line += [_segment(tile, 0, tile.steps, (0, 1, 0, 0)) for tile in whole]
-        lines.append(line or [_segment(Tile(0, 0, 0, 0, 0), 0, 0, (0, 1, 0, 0))])
+        lines.append(line or [_segment(_NOTHING, 0, 0, (0, 1, 0, 0))])
     segments = np.zeros((len(lines), max(map(len, lines)), len(FIELDS)), np.int32)
     for row, line in zip(segments, lines, strict=True):
         row[: len(line)] = line
-        row[len(line) - 1, -1] = 1
+        row[len(line) - 1, FIELDS.index("last")] = 1
     return Schedule(segments, int(starts[-1]), len(shared))
 
 
 def _segment(tile: Tile, begin: int, end: int, place: tuple[int, int, int, int]) -> tuple[int, ...]:
     sparse = tile.sparse_steps
     return (
-        tile.row, tile.row_end, tile.token, min(begin, sparse), min(end, sparse), max(begin - sparse, 0),
-        max(end - sparse, 0), *place, 0,
+        tile.projection, tile.row, tile.row_end, tile.column, tile.token, min(begin, sparse), min(end, sparse),
+        max(begin - sparse, 0), max(end - sparse, 0), *place, 0, 0, 0,
     )  # fmt: skip

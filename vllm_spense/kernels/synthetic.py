@@ -38,8 +38,9 @@ def random_2of4(rows: int, columns: int, device: torch.device) -> torch.Tensor:
 
 
 def random_weight(problem: Problem, device: torch.device) -> torch.Tensor:
-    """W (N, K) of a problem: its sparse region first, then its dense one."""
-    return torch.cat(
-        (random_2of4(*problem.sparse_shape, device), random_fp8(*problem.dense_shape, device)),
-        dim=0 if problem.split == "output" else 1,
-    )
+    """W (N, K) of a problem."""
+    out = torch.empty(problem.n, problem.k, dtype=torch.float8_e4m3fn, device=device)
+    for sparse, dense in problem.split_regions(out):
+        sparse.copy_(random_2of4(*problem.sparse_shape, device))
+        dense.copy_(random_fp8(*problem.dense_shape, device))
+    return out
