@@ -35,7 +35,7 @@ class Method:
 
 
 METHODS = {
-    "spensegpt++": Method("sparsegpt", "spensegpt+", 0.375, tune_steps=256),
+    "spensegpt++": Method("sparsegpt", "spensegpt+", 0.375, tune_steps=128),
     "spensegpt+": Method("sparsegpt", "spensegpt+", 0.375),
     "spensegpt": Method("sparsegpt", "last", 0.375),
     "sparsegpt": Method("sparsegpt", "last", 0.5),
@@ -92,7 +92,7 @@ class PruneSettings:
     damping: float = 0.01
     true_sequential: bool = True
     tune_steps: int | None = None
-    tune_rate: float = 0.03
+    tune_rate: float = 0.016
     skip_unsupported: bool = False
     device: str = "auto"
     batch_tokens: int | None = None

@@ -74,9 +74,9 @@ def prune(
     ] = True,
     tune_steps: Annotated[
         int | None,
-        typer.Option(help="Steps of tuning each block after it is pruned. [default: 256 for spensegpt++, else 0]"),
+        typer.Option(help="Steps of tuning each block after it is pruned. [default: 128 for spensegpt++, else 0]"),
     ] = None,
-    tune_rate: Annotated[float, typer.Option(help="Of those steps, relative to the weights.")] = 0.03,
+    tune_rate: Annotated[float, typer.Option(help="Of those steps, relative to the weights.")] = 0.016,
     skip_unsupported: Annotated[
         bool, typer.Option(help="Leave blocks without a gated MLP (experts, plain MLPs) as they are.")
     ] = False,

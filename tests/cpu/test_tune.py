@@ -91,7 +91,7 @@ def test_steps_that_do_not_fit_in_a_batch_sum_up(llama: Path, tmp_path: Path, te
 @pytest.mark.parametrize(
     ("options", "recorded"),
     [
-        ({"method": "spensegpt++"}, {"tune_steps": 256, "tune_rate": 0.03}),
+        ({"method": "spensegpt++"}, {"tune_steps": 128, "tune_rate": 0.016}),
         ({"method": "spensegpt++", "tune_steps": 0}, {}),
         ({"method": "wanda", "tune_steps": 3, "tune_rate": 0.01}, {"tune_steps": 3, "tune_rate": 0.01}),
     ],
