@@ -70,11 +70,11 @@ def prune(
     Raises:
         SpenseError: bad input of any kind; nothing is left behind in `settings.out`.
     """
-    refuse_filled(settings.out, settings.overwrite)
     device = pick_device(settings.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     with ranks.joined(device):
         _check_ranks(settings.samples)
+        ranks.from_first(lambda: refuse_filled(settings.out, settings.overwrite))
         if not ranks.first():
             progress, say = (lambda *_: None), (lambda _: None)
         return _Run(SourceModel(settings.model), settings, device, dtype, progress, say).run(tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -121,3 +122,14 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(model: Path, text: Path, tmp
     cut_off(model, tmp_path / "out", text, 2, device="cuda", batch_tokens=128)
     on_gpu(model, tmp_path / "out", text, resume=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_make_what_one_makes(model: Path, text: Path, tmp_path: Path) -> None:
+    on_gpu(model, tmp_path / "one", text)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = ["--samples", "8", "--length", "64", "--calibration", str(text), "--batch-tokens", "128"]
+    command = [*launch, "-m", "offline_prune", str(model), str(tmp_path / "two"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")

@@ -1,0 +1,59 @@
+"""The benchmark of pruning, at a size that a CPU can do: whole blocks through the product's own code."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import prune_time
+from benchmarks.performance import prune, prune_stages
+from offline_prune.report import BlockTime, Report
+
+
+def test_what_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "result.json"
+    options = ["--shapes", "tiny", "--blocks", "2", "--samples", "8", "--length", "32", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["prune_time.py", *options, "--folder", str(tmp_path), "--out", str(out)])
+    prune_time.main()
+    assert {path.name for path in tmp_path.iterdir()} == {"result.json", "result.png"}
+    result = json.loads(out.read_text())
+    assert [row["method"] for row in result["rows"]] == ["spensegpt", "spensegpt+"]
+    for row in result["rows"]:
+        assert (row["shape"], row["gpus"], row["samples"], row["length"], row["blocks_measured"]) == (
+            "tiny",
+            1,
+            8,
+            32,
+            2,
+        )
+        assert row["projected_minutes"] * 60 > row["seconds_per_block"] > 0
+        assert sum(row["stages"].values()) == pytest.approx(row["seconds_per_block"], rel=0.1)
+        assert {"load", "forward", "Hessian", "factorize", "prune", "quantize", "write"} <= set(row["stages"])
+        assert row["planned_host_gib"] > 0
+    assert len(prune(result)) == 2 + 2 + 2
+    assert len(prune_stages(result)) > 2 + 7
+
+
+def test_the_projection() -> None:
+    """Ten blocks: the first, eight like the mean of those behind it, the last; and what is around them."""
+    times = [5.0, 2.0, 4.0, 1.0]
+    report = Report("model", {}, 0.375, seconds=20.0, blocks=[BlockTime(str(i), s, {}) for i, s in enumerate(times)])
+    assert prune_time.projected(report, report.blocks[:3], report.blocks[-1], 10) == 8.0 + 5.0 + 8 * 3.0 + 1.0
+
+
+@pytest.mark.parametrize(
+    ("kernel", "counts"),
+    [
+        ("nvjet_tst_256x128_64x4_2x1_v_bz_coopA_TNT", True),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_6", True),
+        ("sm80_xmma_gemm_f32f32_tf32f32_f32_nn_n_tilesize128x128x16", True),
+        ("sm80_xmma_gemm_f32f32_f32f32_f32_nn_n_tilesize128x128x8", False),
+        ("cutlass_80_simt_sgemm_128x256_8x4_nn_align1", False),
+        ("_walk", False),
+    ],
+)
+def test_which_kernels_run_on_tensor_cores(kernel: str, counts: bool) -> None:
+    assert prune_time.on_tensor_cores(kernel) == counts
