@@ -40,29 +40,32 @@ class PartSums:
     """
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
-        self._open = torch.zeros(shape, device=device)
+        #: Of subtrees that are whole, of falling size, and of the part that is being summed.
+        self._sums = [torch.zeros(shape, device=device)]
         self._part = 0
-        #: Sums of whole subtrees, of falling size.
-        self._closed: list[torch.Tensor] = []
 
     def of(self, part: int) -> torch.Tensor:
         """What to add this part's inputs to; parts come in order and none is left out."""
         if part != self._part:
             assert part == self._part + 1
             self._close()
-            self._open, self._part = torch.zeros_like(self._open), part
-        return self._open
+            self._sums.append(torch.zeros_like(self._sums[-1]))
+            self._part = part
+        return self._sums[-1]
 
     def total(self) -> torch.Tensor:
         """The sum over the parts of all ranks, to the same bits on each. Nothing can be added after this."""
         self._close()
-        (total,) = self._closed
+        (total,) = self._sums
+        # Its memory goes when the caller lets it go.
+        self._sums = []
         ranks.add_up(total)
         return total
 
     def _close(self) -> None:
-        total, subtree = self._open, self._part
+        """Adds the part to its neighbour if that is whole, their sum to theirs, and so on."""
+        subtree = self._part
         while subtree & 1:
-            total = self._closed.pop().add_(total)
+            right = self._sums.pop()
+            self._sums[-1].add_(right)
             subtree >>= 1
-        self._closed.append(total)

@@ -47,7 +47,7 @@ def finished(process: subprocess.Popen[str]) -> str:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model("qwen3", tmp_path_factory.mktemp("models") / "model", num_hidden_layers=40)
+    return tiny_model("qwen3", tmp_path_factory.mktemp("models") / "model", num_hidden_layers=24)
 
 
 def test_two_ranks_that_are_killed_and_resumed_end_as_one(model: Path, tmp_path: Path, text: Path) -> None:
