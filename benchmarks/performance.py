@@ -19,7 +19,12 @@ from typing import Any
 from benchmarks.envelope import RESULTS, ROOT
 from vllm_spense.estimate import GPUS, estimate, load
 
-DOCUMENTS = (ROOT / "docs" / "performance.md", ROOT / "docs" / "pruning-at-scale.md", ROOT / "README.md")
+DOCUMENTS = (
+    ROOT / "docs" / "kernels.md",
+    ROOT / "docs" / "performance.md",
+    ROOT / "docs" / "pruning-at-scale.md",
+    ROOT / "README.md",
+)
 _TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 #: What the README shows of all combinations.
 _README_BATCHES, _README_CONTEXTS = (1, 32, 128), (16, 4096)
@@ -158,6 +163,25 @@ def gemm(result: Result) -> list[str]:
     return [*markdown(["layer", "ρ", "ideal", *(f"M = {m}" for m in tokens)], lines), "", source(result)]
 
 
+def paths(result: Result) -> list[str]:
+    """µs of the best dense GEMM and speed-up of both paths over it; bold what the policy takes."""
+    rows = result["rows"]
+    tokens = sorted({row["m"] for row in rows})
+    lines: list[list[str]] = []
+    for layer in dict.fromkeys(row["layer"] for row in rows):
+        mine = {(row["dense_ratio"], row["path"], row["m"]): row for row in rows if row["layer"] == layer}
+        dense = {m: row["dense_us"] for (_, _, m), row in mine.items()}
+        lines.append([layer, "", "", "dense, µs", *(f"{dense[m]:.1f}" for m in tokens)])
+        for ratio, path in sorted({key[:2] for key in mine}, key=lambda key: (-key[0], key[1])):
+            found = [mine.get((ratio, path, m)) for m in tokens]
+            cells = [
+                (f"**{row['ratio']:.2f}**" if row["chosen"] else f"{row['ratio']:.2f}") if row else "" for row in found
+            ]
+            ideal = next(row["ideal"] for row in found if row)
+            lines.append(["", f"{ratio:g}", f"{ideal:.2f}", path, *cells])
+    return [*markdown(["layer", "ρ", "ideal", "path", *(f"M = {m}" for m in tokens)], lines), "", source(result)]
+
+
 def mlp(result: Result) -> list[str]:
     """One MLP inside and outside its GEMMs."""
     lines = (
@@ -250,6 +274,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     "memory": ("decode_speed", memory),
     "errors": ("decode_speed", errors),
     "gemm": ("gemm_sweep", gemm),
+    "paths": ("gemm_sweep", paths),
     "mlp": ("layer_breakdown", mlp),
     "readme": ("decode_speed", readme),
     "prune": ("prune_time", prune),

@@ -190,7 +190,7 @@ def _nvrtc(device: object) -> object:
 
 def _one_launch(device: object) -> object:
     one_launch = importlib.import_module("vllm_spense.kernels.one_launch")
-    return one_launch.foreign_layout(device) or "reads what cuSPARSELt compresses"
+    return one_launch.fault(device) or "reads what cuSPARSELt compresses, and multiplies right"
 
 
 _LIBRARIES: Mapping[str, Callable[[object], object]] = {

@@ -276,7 +276,8 @@ def read_cache(folder: Path) -> list[Timed]:
         try:
             entry = json.loads(file.read_text(encoding="utf-8"))
             key, result = entry["key"], entry["found"]
-            gemm = Gemm(*(key[name] for name in ("n", "k", "split", "sparse", "dense")))
+            regions = (key["parts"] * key[name] for name in ("sparse", "dense"))
+            gemm = Gemm(key["n"], key["k"], key["split"], *regions)
             path = key.get("path") or result["path"]
             found.append(Timed(key["gpu"], gemm, int(key["tokens"]), path, float(result["us"])))
         except (OSError, ValueError, KeyError, TypeError):

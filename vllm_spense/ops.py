@@ -187,12 +187,14 @@ def _describe(device: torch.device) -> Device:
         return Device(device.type)
     capability = torch.cuda.get_device_capability(device)
     bindings = importlib.util.find_spec("nvmath") is not None
-    foreign_layout = None
+    fault = None
     if bindings and capability == ONE_LAUNCH_CAPABILITY:
         from vllm_spense.kernels import one_launch
 
-        foreign_layout = one_launch.foreign_layout(device)
-    return Device(device.type, capability, bindings, foreign_layout)
+        fault = one_launch.fault(device)
+        if fault:
+            logger.warning("Spense: the one-launch path is not taken: %s", fault)
+    return Device(device.type, capability, bindings, fault)
 
 
 @cache

@@ -36,13 +36,13 @@ class Device:
         kind: torch's name for the kind of device.
         capability: CUDA's compute capability, None on other devices.
         bindings: whether nvmath-python, the way to NVIDIA's libraries, is installed.
-        foreign_layout: why cuSPARSELt's bytes cannot be read by the one-launch path, None if they can.
+        one_launch_fault: why the one-launch path must not be used here, None if nothing speaks against it.
     """
 
     kind: str
     capability: tuple[int, int] | None = None
     bindings: bool = False
-    foreign_layout: str | None = None
+    one_launch_fault: str | None = None
 
     def __str__(self) -> str:
         return self.kind if self.capability is None else "{} {}.{}".format(self.kind, *self.capability)
@@ -100,7 +100,7 @@ def reason_against(path: Path, problem: Problem, device: Device) -> str | None:
     if path is Path.ONE_LAUNCH:
         if device.capability != ONE_LAUNCH_CAPABILITY:
             return "it is written for compute capability {}.{}".format(*ONE_LAUNCH_CAPABILITY)
-        return device.foreign_layout
+        return device.one_launch_fault
     return None
 
 

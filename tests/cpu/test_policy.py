@@ -58,7 +58,7 @@ def test_whatever_may_be_chosen_is_prepared(max_tokens: int) -> None:
     [
         (BLACKWELL, "it is written for compute capability 9.0"),
         (
-            Device("cuda", (9, 0), bindings=True, foreign_layout="a layout that is not known"),
+            Device("cuda", (9, 0), bindings=True, one_launch_fault="a layout that is not known"),
             "layout that is not known",
         ),
     ],

@@ -12,6 +12,7 @@ from itertools import product
 
 import torch
 
+from vllm_spense.format import Regions
 from vllm_spense.kernels import cuda_driver, cusparselt, library
 from vllm_spense.kernels.packing import TILE, TILE_BYTES, compress, metadata_shape, value_bytes
 from vllm_spense.kernels.plan_cache import environment, load_or_find
@@ -28,6 +29,13 @@ _THREADS = 384
 #: Of shared memory, per thread block on Hopper; and what it takes for alignment, the output's turn and barriers.
 _SHARED_BYTES, _FIXED_SHARED_BYTES = 227 * 1024, 1024 + 8 * 16 * 48 + 256
 _MIN_STAGES, _MAX_STAGES = 3, 12
+#: GEMMs of every kind that `fault` tries, and what they may be off: bfloat16 alone is worth 0.002.
+_TRIALS = (
+    Problem(640, 320, Regions(192, 128), "output", parts=2),
+    Problem(160, 1216, Regions(704, 512), "input"),
+)
+_TRIAL_TILINGS = (Tiling(32, 256), Tiling(128, 128), Tiling(32, 256, 2, cluster=True), Tiling(32, 128, 3))
+_TRIAL_ERROR = 0.005
 #: Counters that are made at once.
 _ARRIVALS = 1 << 20
 
@@ -36,14 +44,32 @@ pack = library.pack
 
 
 @cache
-def foreign_layout(device: torch.device) -> str | None:
-    """Why this path cannot read what the installed cuSPARSELt compresses, or None if it can."""
+def fault(device: torch.device) -> str | None:
+    """Why this path must not be used on a GPU, or None: what it takes for granted, tried out once in each process.
+
+    It reads bytes that cuSPARSELt does not document, and its code comes from whatever compiler and driver are there.
+    """
     probe = random_2of4(2 * TILE, 2 * TILE, device)
     # Zeros beyond those that 2:4 asks for, in every place.
     probe.view(torch.uint8).mul_(torch.rand(probe.shape, device=device) > 0.2)
-    if torch.equal(cusparselt.compress(probe), compress(probe)):
-        return None
-    return f"cuSPARSELt {cusparselt.version(device)} compresses into a layout that is not known here"
+    if not torch.equal(cusparselt.compress(probe), compress(probe)):
+        return f"cuSPARSELt {cusparselt.version(device)} compresses into a layout that is not known here"
+    try:
+        errors = [_error(problem, tiling, device) for problem, tiling in product(_TRIALS, _TRIAL_TILINGS)]
+    except RuntimeError as error:
+        return f"its kernel failed when it was tried: {error}"
+    if not max(errors) < _TRIAL_ERROR:
+        return f"its kernel is wrong on this machine: relative errors up to {max(errors):.1e}"
+    return None
+
+
+def _error(problem: Problem, tiling: Tiling, device: torch.device) -> float:
+    """Of a GEMM of random numbers, relative to the norm of the exact result."""
+    weight, x = random_weight(problem, device), random_fp8(tiling.tokens - 7, problem.k, device)
+    out = torch.full((len(x), problem.n), torch.nan, dtype=problem.out_dtype, device=device)
+    OneLaunchPlan(problem, tiling.tokens, device, tiling).run(x, pack(weight, problem), out)
+    exact = x.double() @ weight.double().t()
+    return float((out.double() - exact).norm() / exact.norm())
 
 
 def bucket(tokens: int) -> int:
