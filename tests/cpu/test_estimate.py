@@ -121,7 +121,16 @@ def test_calibration_takes_the_gemm_itself_before_its_likes() -> None:
 
 
 def test_only_times_are_read_from_a_plan_cache(tmp_path: Path) -> None:
-    key = {"path": "library", "gpu": NAME, "n": 51200, "k": 5120, "split": "output", "parts": 2, "sparse": 19200, "dense": 6400}
+    key = {
+        "path": "library",
+        "gpu": NAME,
+        "n": 51200,
+        "k": 5120,
+        "split": "output",
+        "parts": 2,
+        "sparse": 19200,
+        "dense": 6400,
+    }
     entries = {
         "good": {"key": key | {"tokens": 32}, "found": {"concurrent": True, "us": 71.5}},
         "path in what was found": {
