@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_spense.kernels.plan_cache import folder, load_or_find
+from vllm_spense.kernels.plan_cache import folder, load_or_find, load_or_make_bytes
 
 KEY = {"path": "test", "gpu": "one", "tokens": 16}
 
@@ -73,6 +73,32 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(cache: Path, caplog: py
     cache.write_text("a file where the folder should be")
     assert load_or_find(KEY, Found, lambda: FOUND) == FOUND
     assert "cannot keep" in caplog.text
+
+
+def no_bytes() -> bytes:
+    pytest.fail("made again")
+
+
+def test_bytes_are_made_once(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert load_or_make_bytes("code", lambda: b"machine code") == b"machine code"
+    assert load_or_make_bytes("code", no_bytes) == b"machine code"
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut off", "changed", "a folder"])
+def test_damaged_bytes_are_replaced_with_a_warning(cache: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    load_or_make_bytes("code", lambda: b"machine code")
+    file = cache / "code"
+    good = file.read_bytes()
+    if damage == "a folder":
+        file.unlink()
+        file.mkdir()
+    else:
+        file.write_bytes({"empty": b"", "cut off": good[:-1], "changed": good[:-1] + b"?"}[damage])
+    assert load_or_make_bytes("code", lambda: b"machine code") == b"machine code"
+    assert str(file) in caplog.text
+    if damage != "a folder":
+        assert load_or_make_bytes("code", no_bytes) == b"machine code"
 
 
 def test_a_failed_search_leaves_nothing(cache: Path) -> None:

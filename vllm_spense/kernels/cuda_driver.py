@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from cuda.bindings import driver, nvrtc
 
-from vllm_spense.kernels.plan_cache import load_or_make_bytes
+from vllm_spense.kernels.plan_cache import digest, load_or_make_bytes
 
 #: A CUtensorMap's bytes. Not of characters: ctypes would copy those up to the first zero only.
 TensorMap = ctypes.c_uint64 * 16
@@ -43,11 +42,6 @@ def compile_cubin(source: str, options: Sequence[str]) -> bytes:
     version = _checked(nvrtc.nvrtcVersion())
     name = f"{digest(source, *options, str(version))}.cubin"
     return load_or_make_bytes(name, lambda: _compile(source, options))
-
-
-def digest(*texts: str) -> str:
-    """A name for exactly these texts."""
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:32]
 
 
 def _compile(source: str, options: Sequence[str]) -> bytes:
@@ -99,6 +93,7 @@ def _overlap() -> driver.CUlaunchAttribute:
 def load(cubin: bytes, name: str, threads: int, shared_bytes: int, device: torch.device) -> Kernel:
     """The function `name` of machine code, for torch's context on `device`."""
     with torch.cuda.device(device):
+        # Makes torch's context the current one, should nothing have yet.
         torch.cuda.current_stream().synchronize()
         module = _checked(driver.cuModuleLoadData(cubin))
         function = _checked(driver.cuModuleGetFunction(module, name.encode()))

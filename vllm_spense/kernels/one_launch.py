@@ -15,7 +15,7 @@ import torch
 from vllm_spense.format import Regions
 from vllm_spense.kernels import cuda_driver, cusparselt, library
 from vllm_spense.kernels.packing import TILE, TILE_BYTES, compress, metadata_shape, value_bytes
-from vllm_spense.kernels.plan_cache import environment, load_or_find
+from vllm_spense.kernels.plan_cache import digest, environment, load_or_find
 from vllm_spense.kernels.problem import Problem
 from vllm_spense.kernels.schedule import DENSE_K, ROWS, Tiling, schedule, tiles
 from vllm_spense.kernels.synthetic import random_2of4, random_fp8, random_weight
@@ -195,7 +195,7 @@ def _code() -> str:
 
 @cache
 def _digest() -> str:
-    return cuda_driver.digest(_code())
+    return digest(_code())
 
 
 def _machine_code(tiling: Tiling, out_float: bool) -> bytes:

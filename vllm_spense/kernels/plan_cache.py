@@ -21,6 +21,8 @@ logger = logging.getLogger("vllm.spense")
 
 Found = TypeVar("Found")
 
+_CHECKSUM_BYTES = hashlib.sha256().digest_size
+
 
 def folder() -> Path:
     """`SPENSE_CACHE_DIR`, or `spense` in the user's cache folder."""
@@ -55,17 +57,43 @@ def load_or_find(key: Mapping[str, Any], kind: type[Found], find: Callable[[], F
         key: everything the result depends on, as JSON.
         kind: the result's dataclass, its fields JSON scalars.
     """
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    file = folder() / f"{name}.json"
+    file = folder() / f"{digest(json.dumps(key, sort_keys=True))}.json"
     found = _load(file, key, kind)
     if found is None:
         found = find()
-        try:
-            entry = {"key": key, "found": asdict(found)}  # type: ignore[call-overload]
-            _replace(file, json.dumps(entry, indent=2).encode())
-        except OSError as error:
-            logger.warning("Spense: cannot keep what was found for the next start: %s", error)
+        entry = {"key": key, "found": asdict(found)}  # type: ignore[call-overload]
+        _keep(file, json.dumps(entry, indent=2).encode())
     return found
+
+
+def load_or_make_bytes(name: str, make: Callable[[], bytes]) -> bytes:
+    """The content of file `name`, which says all that the content depends on; made now if it is not there yet.
+
+    The file begins with a checksum, because damaged machine code shows only when it runs. As above, a file that does
+    not hold what it should is replaced with a warning.
+    """
+    file = folder() / name
+    try:
+        stored = file.read_bytes() if file.exists() else None
+        if stored is not None:
+            content = stored[_CHECKSUM_BYTES:]
+            if _checksum(content) == stored[:_CHECKSUM_BYTES]:
+                return content
+            raise ValueError("its checksum is wrong")
+    except (OSError, ValueError) as error:
+        logger.warning("Spense: ignored %s and made it again: %s", file, error)
+    content = make()
+    _keep(file, _checksum(content) + content)
+    return content
+
+
+def digest(*texts: str) -> str:
+    """A name for exactly these texts."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:32]
+
+
+def _checksum(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
 
 
 def _load(file: Path, key: Mapping[str, Any], kind: type[Found]) -> Found | None:
@@ -81,28 +109,17 @@ def _load(file: Path, key: Mapping[str, Any], kind: type[Found]) -> Found | None
         return None
 
 
-def _replace(file: Path, content: bytes) -> None:
-    """Writes a file whole, or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+def _keep(file: Path, content: bytes) -> None:
+    """Writes a file whole, or not at all; that it cannot be written costs a warning."""
     try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def load_or_make_bytes(name: str, make: Callable[[], bytes]) -> bytes:
-    """The content of file `name`, which says all that the content depends on; made now if it is not there yet."""
-    file = folder() / name
-    try:
-        return file.read_bytes()
-    except OSError:
-        content = make()
-    try:
-        _replace(file, content)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(content)
+            os.replace(temporary, file)
+        except BaseException:
+            os.unlink(temporary)
+            raise
     except OSError as error:
-        logger.warning("Spense: cannot keep what was made for the next start: %s", error)
-    return content
+        logger.warning("Spense: cannot keep %s for the next start: %s", file.name, error)
