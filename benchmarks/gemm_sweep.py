@@ -24,6 +24,7 @@ import torch
 sys.path.insert(0, str(File(__file__).resolve().parents[1]))
 
 from benchmarks.envelope import RESULTS, write_result
+from vllm_spense.estimate import GPUS
 from vllm_spense.format import Regions
 from vllm_spense.kernels import library, one_launch
 from vllm_spense.kernels.problem import Problem, Split
@@ -40,8 +41,6 @@ LAYERS: dict[str, tuple[Split, int, int, int]] = {
 }
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
 DENSE_RATIOS = (0.5, 0.25, 0.0)
-#: Memory in byte/s and dense FP8 tensor cores in FLOP/s, by NVIDIA's datasheet of the SXM parts. 2:4 doubles FLOP/s.
-PEAK = {"H100": (3.35e12, 1979e12), "H200": (4.8e12, 1979e12)}
 
 Row = dict[str, Any]
 
@@ -147,16 +146,15 @@ def roofline(problem: Problem, tokens: int, device: torch.device) -> float | Non
     None for a GPU whose limits are not known here.
     """
     name = torch.cuda.get_device_name(device)
-    peak = next((peak for part, peak in PEAK.items() if part in name), None)
-    if peak is None:
+    gpu = next((gpu for gpu in GPUS.values() if gpu.name in name), None)
+    if gpu is None:
         return None
-    memory, tensor_cores = peak
     n, k = problem.n, problem.k
     activations = tokens * (k + n * problem.out_dtype.itemsize)
     flops = 2 * tokens * n * k
 
     def limit(weight_bytes: int, share: float) -> float:
-        return max((weight_bytes + activations) / memory, flops * share / tensor_cores)
+        return max((weight_bytes + activations) / gpu.bytes_per_s, flops * share / gpu.fp8_flops)
 
     return round(limit(n * k, 1) / limit(problem.weight_bytes, (1 + problem.regions.dense_ratio) / 2), 3)
 

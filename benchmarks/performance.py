@@ -150,8 +150,7 @@ def errors(result: Result) -> list[str]:
 
 def gemm(result: Result) -> list[str]:
     """Speed-up of the path that the policy takes over the best dense GEMM, and its share of the ideal."""
-    # Results from before there was a choice hold every path without a mark.
-    rows = [row for row in result["rows"] if row.get("chosen", True)]
+    rows = [row for row in result["rows"] if row["chosen"]]
     tokens = sorted({row["m"] for row in rows})
     lines = []
     for layer, ratio in dict.fromkeys((row["layer"], row["dense_ratio"]) for row in rows):

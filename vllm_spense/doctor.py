@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from vllm_spense.estimate import Gemm, Timed, read_cache
-from vllm_spense.policy import LIBRARY_CAPABILITY, ONE_LAUNCH_CAPABILITY, SWITCH, Path, forced_path
+from vllm_spense.policy import LIBRARY_CAPABILITY, ONE_LAUNCH_CAPABILITY, SWITCH, Path, forced_path, turns
 
 INSTALL = "pip install 'vllm-spense[cuda]'"
 #: By torch's major version of CUDA. Brings cuda-bindings, cuSPARSELt, cuBLASLt and NVRTC.
@@ -30,6 +30,7 @@ class Machine:
         packages: by name, the version of what is installed.
         libraries: by name, a version, or the error that asking for it ended in.
         plugin: whether vLLM will find Spense.
+        one_launch_fault: why the one-launch path must not be used on this GPU.
         forced: the path that `SPENSE_PATH` names.
         cache: times of this GPU in the plan cache.
     """
@@ -41,6 +42,7 @@ class Machine:
     packages: Mapping[str, str]
     libraries: Mapping[str, str | Exception]
     plugin: bool
+    one_launch_fault: str | None = None
     forced: Path | None = None
     cache: Sequence[Timed] = ()
 
@@ -68,14 +70,14 @@ def judge(machine: Machine) -> list[Finding]:
         path = f"{machine.forced}, because {SWITCH} says so"
     elif not fast:
         path = "the reference path: right, and slow"
-    elif machine.capability == ONE_LAUNCH_CAPABILITY:
+    elif machine.capability == ONE_LAUNCH_CAPABILITY and not machine.one_launch_fault:
         path = "one-launch for few tokens, library for many; where they meet is measured for each shape"
     else:
         path = "library for any number of tokens"
-    turns = [Finding("measured here", line, None) for line in turning_points(machine.cache)]
-    if fast and not turns:
-        turns = [Finding("measured here", "nothing yet; the first start of a model fills the plan cache", None)]
-    return [*findings, *turns, Finding("pruned layers run by", path, fast)]
+    measured = [Finding("measured here", line, None) for line in turning_points(machine.cache)]
+    if fast and not measured:
+        measured = [Finding("measured here", "nothing yet; the first start of a model fills the plan cache", None)]
+    return [*findings, *measured, Finding("pruned layers run by", path, fast)]
 
 
 def _hardware(machine: Machine) -> Iterable[Finding]:
@@ -102,6 +104,8 @@ def _software(machine: Machine) -> Iterable[Finding]:
             yield Finding(name, f"{type(answer).__name__}: {answer}", False, bindings)
         else:
             yield Finding(name, answer, True)
+    if machine.one_launch_fault:
+        yield Finding("one-launch kernel", machine.one_launch_fault, None)
 
 
 def turning_points(cache: Sequence[Timed]) -> list[str]:
@@ -109,14 +113,9 @@ def turning_points(cache: Sequence[Timed]) -> list[str]:
     lines = []
     for gemm in dict.fromkeys(timed.gemm for timed in cache):
         mine = [timed for timed in cache if timed.gemm == gemm]
-        fastest: list[tuple[str, int]] = []
-        for tokens in sorted({timed.tokens for timed in mine}):
-            path = min((timed for timed in mine if timed.tokens == tokens), key=lambda timed: timed.us).path
-            if fastest and fastest[-1][0] == path:
-                fastest.pop()
-            fastest.append((path, tokens))
-        turns = ", ".join(f"{path} to {tokens} tokens" for path, tokens in fastest)
-        lines.append(f"{_describe(gemm)}: {turns}")
+        fastest = {timed.tokens: timed.path for timed in sorted(mine, key=lambda timed: -timed.us)}
+        found = turns((fastest[tokens], tokens) for tokens in sorted(fastest))
+        lines.append(f"{_describe(gemm)}: " + ", ".join(f"{path} to {tokens} tokens" for path, tokens in found))
     return lines
 
 
@@ -134,23 +133,24 @@ def examine() -> Machine:
     packages = {name: version for name in PACKAGES if (version := _version(name) or _version(_OTHER_NAMES.get(name)))}
     plugin = any(point.name == PLUGIN for point in metadata.entry_points(group=PLUGIN_GROUP))
     if "torch" not in packages:
-        return Machine(None, None, None, None, packages, {}, plugin, forced)
+        return Machine(None, None, None, None, packages, {}, plugin, forced=forced)
     import torch
 
     cuda = torch.version.cuda
     if not torch.cuda.is_available() or cuda is None:
-        return Machine(None, None, None, cuda, packages, {}, plugin, forced)
+        return Machine(None, None, None, cuda, packages, {}, plugin, forced=forced)
     from vllm_spense.kernels.plan_cache import environment, folder
 
     device = torch.device("cuda", torch.cuda.current_device())
     about = environment(device)
     capability = torch.cuda.get_device_capability(device)
-    asked = {
-        name: ask for name, ask in _LIBRARIES.items() if ask is not _one_launch or capability == ONE_LAUNCH_CAPABILITY
-    }
-    libraries = {name: _ask(ask, device) for name, ask in asked.items()}
+    libraries = {name: _ask(ask, device) for name, ask in _LIBRARIES.items()}
+    missing = any(isinstance(answer, Exception) for answer in libraries.values())
+    fault = None
+    if capability == ONE_LAUNCH_CAPABILITY and not missing:
+        fault = importlib.import_module("vllm_spense.kernels.one_launch").fault(device)
     cache = [timed for timed in read_cache(folder()) if timed.gpu == about["gpu"]]
-    return Machine(about["gpu"], about["driver"], capability, cuda, packages, libraries, plugin, forced, cache)
+    return Machine(about["gpu"], about["driver"], capability, cuda, packages, libraries, plugin, fault, forced, cache)
 
 
 def _version(package: str | None) -> str | None:
@@ -188,14 +188,8 @@ def _nvrtc(device: object) -> object:
     return f"{major}.{minor}"
 
 
-def _one_launch(device: object) -> object:
-    one_launch = importlib.import_module("vllm_spense.kernels.one_launch")
-    return one_launch.fault(device) or "reads what cuSPARSELt compresses, and multiplies right"
-
-
 _LIBRARIES: Mapping[str, Callable[[object], object]] = {
     "cuSPARSELt": _cusparselt,
     "cuBLASLt": _cublaslt,
     "NVRTC": _nvrtc,
-    "one-launch kernel": _one_launch,
 }

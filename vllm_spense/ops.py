@@ -27,6 +27,7 @@ from vllm_spense.policy import (
     forced_path,
     reason_against,
     tokens_of,
+    turns,
 )
 
 #: For whatever compiles the scales with what follows. They add reads to SiLU·mul·quant, and beyond a number of reads
@@ -85,15 +86,8 @@ def prepare(problem: Problem, max_tokens: int, device: torch.device) -> None:
 
 def _turns(problem: Problem, max_tokens: int, device: torch.device) -> str:
     """In words, which path runs for how many tokens: "one-launch (to 128 tokens), then library"."""
-    turns: list[tuple[Path, int]] = []
-    tokens = 1
-    while tokens < 2 * max_tokens:
-        path = _path(problem, tokens, device)
-        if turns and turns[-1][0] is path:
-            turns.pop()
-        turns.append((path, tokens))
-        tokens *= 2
-    *earlier, (last, _) = turns
+    buckets = [1 << power for power in range((max_tokens - 1).bit_length() + 1)]
+    *earlier, (last, _) = turns((_path(problem, tokens, device), tokens) for tokens in buckets)
     return "".join(f"{path} (to {tokens} tokens), then " for path, tokens in earlier) + last
 
 

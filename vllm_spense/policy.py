@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TypeVar
 
 from vllm_spense.errors import SpenseError
 from vllm_spense.kernels.problem import WEIGHT_MULTIPLE, Problem
@@ -82,6 +83,19 @@ def choose(paths: Sequence[Path], tokens: int, us: Callable[[Path], float]) -> P
     if tokens <= ALWAYS_ONE_LAUNCH:
         return Path.ONE_LAUNCH
     return Path.LIBRARY if tokens > NEVER_ONE_LAUNCH else min(paths, key=us)
+
+
+Name = TypeVar("Name", bound=str)
+
+
+def turns(paths: Iterable[tuple[Name, int]]) -> list[tuple[Name, int]]:
+    """From which path runs for which number of tokens, in rising order: each path and the last number of its turn."""
+    last: list[tuple[Name, int]] = []
+    for path, tokens in paths:
+        if last and last[-1][0] == path:
+            last.pop()
+        last.append((path, tokens))
+    return last
 
 
 def reason_against(path: Path, problem: Problem, device: Device) -> str | None:

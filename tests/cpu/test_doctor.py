@@ -51,6 +51,13 @@ def test_one_launch_is_for_hopper() -> None:
     assert findings[-1].found == "library for any number of tokens"
 
 
+def test_a_kernel_that_must_not_be_used_leaves_the_libraries() -> None:
+    findings = judge(replace(HOPPER, one_launch_fault="its kernel is wrong on this machine"))
+    assert ("its kernel is wrong on this machine", None) in [(finding.found, finding.good) for finding in findings]
+    assert findings[-1].good
+    assert findings[-1].found == "library for any number of tokens"
+
+
 @pytest.mark.parametrize(
     ("change", "subject", "remedy"),
     [
