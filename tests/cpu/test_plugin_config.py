@@ -11,7 +11,7 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from safetensors.torch import save_file
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config, set_current_vllm_config
 from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -27,6 +27,7 @@ from vllm_spense.config import SpenseConfig
 from vllm_spense.errors import FormatError, SpenseError
 from vllm_spense.format import KEY, Annotation, Projections, Regions
 from vllm_spense.linear import InputSplitLinearMethod, OutputSplitLinearMethod
+from vllm_spense.ops import INDUCTOR_OPTIONS
 
 HIDDEN, REGIONS = 64, Regions(64, 32)
 I = REGIONS.intermediate  # noqa: E741
@@ -118,6 +119,16 @@ def test_travels_to_other_processes(config: SpenseConfig) -> None:
     for copied in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config)):
         assert copied.annotation == config.annotation
         assert copied.layers == config.layers
+
+
+def test_scales_may_be_inlined_unless_the_user_says_otherwise(config: SpenseConfig) -> None:
+    options = get_current_vllm_config().compilation_config.inductor_compile_config
+    first, *others = INDUCTOR_OPTIONS
+    options[first] = 1
+    gate_up(config)
+    assert options[first] == 1
+    assert others
+    assert all(options[name] == INDUCTOR_OPTIONS[name] for name in others)
 
 
 def test_only_pruned_layers_are_ours(config: SpenseConfig) -> None:
