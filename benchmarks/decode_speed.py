@@ -52,12 +52,14 @@ class Measured:
         timings: by (batch, context).
         start_s, weight_bytes: of an engine.
         saved_bytes: what the format says its regions save over dense weights.
+        layer_kernels: how many kernels run in each layer in a decode step; None where nobody counted.
     """
 
     timings: Mapping[tuple[int, int], Timing]
     start_s: float | None = None
     weight_bytes: int | None = None
     saved_bytes: int = 0
+    layer_kernels: int | None = None
 
 
 def main() -> None:
@@ -200,6 +202,7 @@ class EngineRun:
             found["start_s"],
             found["weight_bytes"],
             saved_bytes(json.loads((self.folder / "config.json").read_text(encoding="utf-8"))),
+            layer_kernels([kernel["runs"] for kernel in found.get("kernels", ())], self.layers),
         )
 
     def stop(self) -> None:
@@ -229,6 +232,11 @@ def search_first(runs: Sequence[EngineRun]) -> None:
                 ):
                     ops.prepare(problem, TOKEN_BUDGET, torch.device("cuda", 0))
     torch.cuda.empty_cache()
+
+
+def layer_kernels(runs: Sequence[float], layers: int) -> int | None:
+    """Kernels in each layer, from how often each kernel runs in a step; what runs once in a step is in none."""
+    return sum(int(count // layers) for count in runs) if runs else None
 
 
 def saved_bytes(config: Mapping[str, Any]) -> int:
@@ -277,6 +285,8 @@ def compare(about: Row, dense: Measured, spense: Measured) -> list[Row]:
                 "dense_weight_bytes": dense.weight_bytes,
                 "spense_weight_bytes": spense.weight_bytes,
                 "format_weight_bytes": dense.weight_bytes and dense.weight_bytes - spense.saved_bytes,
+                "dense_layer_kernels": dense.layer_kernels,
+                "spense_layer_kernels": spense.layer_kernels,
             }
         )
     return rows

@@ -17,12 +17,15 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from vllm import LLM, SamplingParams
 from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind
@@ -39,6 +42,10 @@ REPEATED_TOKENS = 16384
 REPETITIONS = 3
 #: Decode steps right after a prefill, which do not count.
 _SETTLING = 2
+#: The batch and context, and decode steps, in which kernels are counted.
+PROFILED = (32, 16)
+_PROFILED_STEPS = 8
+_NAME_LENGTH = 120
 
 
 @dataclass(frozen=True)
@@ -72,12 +79,23 @@ class Answer:
         start_s: to a ready engine: loading, searching for kernels, compiling, capturing.
         weight_bytes: of all parameters, in the device's memory.
         kv_tokens: tokens that the KV cache has room for; batches that need more are left out.
+        kernels: of a decode step of `PROFILED`; empty if that is not among what is timed, or not on a GPU.
     """
 
     start_s: float
     weight_bytes: int
     kv_tokens: int
     timings: tuple[Timing, ...]
+    kernels: tuple[Kernel, ...] = ()
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How often a kernel runs in one decode step, and how long all of its runs take."""
+
+    name: str
+    runs: float
+    us: float
 
 
 def main() -> None:
@@ -110,7 +128,12 @@ def run(order: Order) -> Answer:
             print(f"decode_speed: {timings[-1]}", flush=True)
         else:
             print(f"decode_speed: batch {batch} × context {context} does not fit the KV cache", flush=True)
-    return Answer(round(start_s, 1), llm.apply_model(weight_bytes)[0], bench.kv_tokens, tuple(timings))
+    kernels: tuple[Kernel, ...] = ()
+    if PROFILED in grid and torch.cuda.is_available():
+        kernels = bench.kernels(*PROFILED)
+        for kernel in kernels:
+            print(f"decode_speed: {kernel}", flush=True)
+    return Answer(round(start_s, 1), llm.apply_model(weight_bytes)[0], bench.kv_tokens, tuple(timings), kernels)
 
 
 def start_engine(order: Order) -> LLM:
@@ -167,6 +190,30 @@ class Bench:
             prefills.append(prefill)
             steps += decode[_SETTLING:]
         return summarize(batch, context, prefills, steps)
+
+    def kernels(self, batch: int, context: int) -> tuple[Kernel, ...]:
+        """What runs on the GPU in a decode step, most time first."""
+        results = self._results(self._prompts(batch, context), output_tokens(batch, context, 2 * _PROFILED_STEPS))
+        begun: set[str] = set()
+        while len(begun) < batch:
+            begun |= next(results)
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            for _ in range(_PROFILED_STEPS):
+                next(results)
+            torch.cuda.synchronize()
+        for _ in results:
+            pass
+        runs: Counter[str] = Counter()
+        us: Counter[str] = Counter()
+        for event in profiler.events() or ():
+            if event.device_type == DeviceType.CUDA:
+                # Some are templates spelled out over hundreds of characters.
+                name = event.name[:_NAME_LENGTH]
+                runs[name] += 1
+                us[name] += event.self_device_time_total
+        each = _PROFILED_STEPS
+        return tuple(Kernel(name, runs[name] / each, round(total / each, 2)) for name, total in us.most_common())
 
     def require_finite(self) -> None:
         """Runs one request, which also warms up, and looks at what the model makes of it.

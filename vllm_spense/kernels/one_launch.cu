@@ -111,6 +111,9 @@ __device__ __forceinline__ void synchronize_groups() {
 // Launches overlap: before this, only weights and tables may be read, and nothing written.
 __device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
+// Not before the wait: what the next kernel reads without waiting may come from a kernel before the previous one.
+__device__ __forceinline__ void let_next_kernel_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
 // Where a tensor core instruction finds a K-major operand: address, and the stride of eight swizzled rows.
 enum Swizzle { SWIZZLE_128 = 1, SWIZZLE_64 = 2 };
 
@@ -222,6 +225,7 @@ struct Copier {
         int ahead = 0;
         for (; ahead < STAGES && !weight.done; ++ahead, weight.advance()) copy_weight(weight, ahead);
         wait_for_previous_kernel();
+        let_next_kernel_begin();
         for (; ahead; --ahead, x.advance(), ring.advance()) copy_x(x, ring.stage);
         for (; !weight.done; weight.advance(), ring.advance()) {
             barrier_wait(shared.empty + 8 * ring.stage, ring.phase ^ 1);
