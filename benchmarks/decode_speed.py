@@ -89,7 +89,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--eager", action="store_true", help="neither compile nor capture: to try things out")
     parser.add_argument(
-        "--together", action="store_true", help="all engines share the GPU's memory, one is timed at a time"
+        "--together", type=int, default=1, help="engines that share the GPU's memory; one is timed at a time"
     )
     parser.add_argument("--work", type=Path, help="folder for configurations, logs and what engines measured")
     parser.add_argument("--url", help="of a server that runs Spense, …/v1")
@@ -98,6 +98,8 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.steps < 8:
         parser.error(f"--steps: found {options.steps}, expected at least 8")
+    if options.together < 1:
+        parser.error(f"--together: found {options.together}, expected at least 1")
     return options
 
 
@@ -107,27 +109,34 @@ def engine_rows(options: argparse.Namespace) -> Iterator[list[Row]]:
         work = options.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         runs = [EngineRun(options, s, kv, work) for kv in options.kv for s in (None, *options.sparsities)]
+        groups = [runs[i : i + options.together] for i in range(0, len(runs), options.together)]
         try:
-            for run in runs if options.together else runs[:1]:
-                run.start()
-            if options.together:
-                search_first(runs)
-                for run in runs:
-                    run.begin()
-                for run in runs:
-                    run.wait_until_ready()
-            for run, following in zip(runs, [*runs[1:], None], strict=True):
-                if following and not options.together:
-                    following.start()
-                found = run.measure()
-                if run.sparsity is None:
-                    dense = found
-                else:
-                    about = {"shape": options.shape, "layers": run.layers, "kv_cache_dtype": run.kv}
-                    yield compare({**about, "sparsity": run.sparsity}, dense, found)
+            for group, following in zip(groups, [*groups[1:], []], strict=True):
+                begin(group)
+                for run in following:
+                    run.start()
+                for run in group:
+                    found = run.measure()
+                    if run.sparsity is None:
+                        dense = found
+                    else:
+                        about = {"shape": options.shape, "layers": run.layers, "kv_cache_dtype": run.kv}
+                        yield compare({**about, "sparsity": run.sparsity}, dense, found)
         finally:
             for run in runs:
                 run.stop()
+
+
+def begin(group: Sequence[EngineRun]) -> None:
+    """Starts engines; several of them, which share the GPU, until all are ready."""
+    for run in group:
+        run.start()
+    if len(group) > 1:
+        search_first(group)
+        for run in group:
+            run.begin()
+        for run in group:
+            run.wait_until_ready()
 
 
 class EngineRun:
@@ -154,7 +163,7 @@ class EngineRun:
                 "most_tokens": options.most_tokens,
                 "steps": options.steps,
                 "eager": options.eager,
-                "engines": len(options.kv) * (1 + len(options.sparsities)) if options.together else 1,
+                "engines": options.together,
             }
         )
         digest = sha256(f"{self.order}{options.layers}".encode()).hexdigest()[:8]
@@ -164,6 +173,8 @@ class EngineRun:
 
     def start(self) -> None:
         """Lets the process import vLLM, which takes long, while another engine still has the GPU."""
+        if self.process:
+            return
         if self.answer.exists():
             print(f"{self.stem}: measured before", flush=True)
             return

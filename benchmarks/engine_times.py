@@ -35,8 +35,6 @@ from benchmarks.random_weights import fill_random, weight_bytes
 from benchmarks.timings import READY, TOKEN_BUDGET, Timing, output_tokens, summarize, time_steps
 from vllm_spense.errors import SpenseError
 
-#: Of an engine that is not alone.
-_SHARED_KV_BYTES = 2 << 30
 #: Batches whose prompts have no more tokens than this are timed several times.
 REPEATED_TOKENS = 16384
 REPETITIONS = 3
@@ -45,6 +43,8 @@ _SETTLING = 2
 #: The batch and context, and decode steps, in which kernels are counted.
 PROFILED = (32, 16)
 _PROFILED_STEPS = 8
+#: Tokens in a block of vLLM's KV cache.
+_KV_BLOCK = 16
 _NAME_LENGTH = 120
 
 
@@ -118,18 +118,15 @@ def run(order: Order) -> Answer:
     sys.stdin.readline()
     bench = Bench(llm.llm_engine, order.steps)
     bench.require_finite()
-    grid = [(batch, context) for context in order.contexts for batch in order.batches]
-    if order.most_tokens is not None:
-        grid = [(batch, context) for batch, context in grid if batch * context <= order.most_tokens]
     timings = []
-    for batch, context in grid:
+    for batch, context in grid(order):
         if bench.fits(batch, context):
             timings.append(bench.time(batch, context))
             print(f"decode_speed: {timings[-1]}", flush=True)
         else:
             print(f"decode_speed: batch {batch} × context {context} does not fit the KV cache", flush=True)
     kernels: tuple[Kernel, ...] = ()
-    if PROFILED in grid and torch.cuda.is_available():
+    if PROFILED in grid(order) and torch.cuda.is_available():
         kernels = bench.kernels(*PROFILED)
         for kernel in kernels:
             print(f"decode_speed: {kernel}", flush=True)
@@ -144,7 +141,7 @@ def start_engine(order: Order) -> LLM:
     memory: dict[str, Any] = {}
     if order.engines > 1:
         # What the others take would be mistaken for this one's.
-        memory = {"gpu_memory_utilization": 0.8 / order.engines, "kv_cache_memory_bytes": _SHARED_KV_BYTES}
+        memory = {"gpu_memory_utilization": 0.8 / order.engines, "kv_cache_memory_bytes": needed_kv_bytes(order)}
     return LLM(
         order.model,
         quantization=order.quantization,
@@ -161,6 +158,23 @@ def start_engine(order: Order) -> LLM:
         seed=0,
         **memory,
     )
+
+
+def needed_kv_bytes(order: Order) -> int:
+    """Of the KV cache for the largest batch, its requests' last blocks full."""
+    config = json.loads(Path(order.model, "config.json").read_text(encoding="utf-8"))
+    item = 1 if order.kv_cache_dtype == "fp8" else 2
+    token = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * item
+    tokens = max(
+        batch * (context + output_tokens(batch, context, order.steps) + _KV_BLOCK) for batch, context in grid(order)
+    )
+    return token * (tokens + 2 * _KV_BLOCK)
+
+
+def grid(order: Order) -> list[tuple[int, int]]:
+    """Every batch and context to time, but for what has too many tokens."""
+    most = order.most_tokens or math.inf
+    return [(b, context) for context in order.contexts for b in order.batches if b * context <= most]
 
 
 class Bench:

@@ -174,7 +174,17 @@ class Spense(Stock):
         return {part: ops.pack(random_weight(problem, self.device), problem) for part, problem in self.problems.items()}
 
     def gemm(self, part: Part, x: torch.Tensor, x_scale: torch.Tensor, weights: Weights) -> torch.Tensor:
-        return ops.region_gemm(x, weights[part], self.problems[part])
+        following = ops.Following(self.problems["down"], weights["down"]) if part == "gate_up" else None
+        return ops.region_gemm(x, weights[part], self.problems[part], following)
+
+    def between(self, y: torch.Tensor, x_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.fuses:
+            return ops.silu_mul_quant(y, x_scale, self.scales["gate_up"])
+        return super().between(y, x_scale)
+
+    @cached_property
+    def fuses(self) -> bool:
+        return ops.fuses_activation(self.sizes.intermediate, torch.bfloat16, self.device)
 
     def scaled(self, part: Part, y: torch.Tensor, x_scale: torch.Tensor) -> torch.Tensor:
         return (y * x_scale * self.scales[part].t()).to(torch.bfloat16)
@@ -226,6 +236,9 @@ class SlideSparse(Spense):
 
     def gemm(self, part: Part, x: torch.Tensor, x_scale: torch.Tensor, weights: Weights) -> torch.Tensor:
         return self._kernel.run(x, weights[part], self.problems[part])
+
+    #: Its expansion is the compiler's to fuse.
+    fuses = False
 
     def lift(self, x: torch.Tensor) -> torch.Tensor:
         # Before quantizing, so that the scales' reduction and the rest are one kernel.

@@ -24,6 +24,7 @@ from vllm_spense.format import Regions
 from vllm_spense.kernels.problem import Problem, Split, sum_dtype
 from vllm_spense.layout import Shard
 from vllm_spense.loaders import Loader
+from vllm_spense.neighbours import Claim, Order, Quantized, RawSums
 
 logger = init_logger("vllm.spense")
 
@@ -38,14 +39,20 @@ class RegionLinearMethod(LinearMethodBase):
     Args:
         regions: of the whole layer, whatever the tensor parallel size.
         name: the layer's name, for messages.
+        order: of the model's layers.
     """
 
     split: ClassVar[Split]
     problem: Problem
+    #: Instead of outputs: the activation behind this layer does the rest.
+    hands_on_raw_sums = False
 
-    def __init__(self, regions: Regions, name: str) -> None:
+    def __init__(self, regions: Regions, name: str, order: Order) -> None:
         self.regions = regions
         self.name = name
+        self.order = order
+        #: The layer that runs next, if its weight can be fetched ahead.
+        self.next_layer: Layer | None = None
         self.quantize = QuantFP8(static=False, group_shape=GroupShape.PER_TOKEN)
         engine = get_current_vllm_config()
         self.dummy = engine.load_config.load_format == "dummy"
@@ -79,6 +86,7 @@ class RegionLinearMethod(LinearMethodBase):
             )
         shard = layout.shard(self.regions, layer.tp_rank, layer.tp_size, self.name)
         n, k = sum(output_partition_sizes), input_size_per_partition
+        self.dtype = params_dtype
         self.problem = Problem(n, k, shard.regions, self.split, sum_dtype(params_dtype), self.parts)
 
         weight_loader, scale_loader = self.make_loaders(layer, shard)
@@ -117,6 +125,9 @@ class RegionLinearMethod(LinearMethodBase):
         # LoRA looks under this name for the layer's device.
         layer.weight_packed = getattr(layer, f"weight_{self.packed_names[0]}")
         ops.prepare(self.problem, self.max_tokens, weight.device)
+        for earlier, later in self.order.pairs(last=layer):
+            if isinstance(earlier.quant_method, RegionLinearMethod):
+                earlier.quant_method.next_layer = later if _fetchable(later) else None
 
     def _require_sound(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
         if (weight.view(torch.uint8) & 0x7F == 0x7F).any():
@@ -133,28 +144,75 @@ class RegionLinearMethod(LinearMethodBase):
                 expected="a positive number for each output channel",
             )
 
-    def apply(self, layer: Layer, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def gemm(self, layer: Layer, x: torch.Tensor) -> torch.Tensor:
+        """(M, K) FP8 → raw sums (M, N)."""
+        following = None
+        if self.next_layer is not None:
+            following = _following(self.next_layer)
+        return ops.region_gemm(x, self.packed(layer), self.problem, following)
+
+    def packed(self, layer: Layer) -> dict[str, torch.Tensor]:
+        """The weight, as `ops.pack` returned it."""
+        return {name: getattr(layer, f"weight_{name}") for name in self.packed_names}
+
+    def apply(self, layer: Layer, x: Any, bias: torch.Tensor | None = None) -> Any:
         """Y = X·Wᵀ + b.
 
         Args:
-            x: (…, K) in the model's dtype.
+            x: (…, K) in the model's dtype; down's may be `Quantized`.
             bias: (N,), in the order of the weight's rows.
 
         Returns:
-            (…, N) in `x`'s dtype; gate and up merged: [gate | up].
+            (…, N) in the model's dtype; gate and up merged: [gate | up], or `RawSums`.
         """
-        x_fp8, x_scale = self.quantize(x.reshape(-1, self.problem.k))
-        packed = {name: getattr(layer, f"weight_{name}") for name in self.packed_names}
-        y = ops.region_gemm(x_fp8, packed, self.problem) * x_scale * layer.weight_scale.t()
+        if isinstance(x, Quantized):
+            return self.scaled(layer, self.gemm(layer, x.values), x.scale, bias)
+        values, scale = self.quantize(x.reshape(-1, self.problem.k))
+        raw = self.gemm(layer, values)
+        if self.hands_on_raw_sums and x.dim() == 2 and bias is None:
+            return RawSums(raw, scale, layer.weight_scale)
+        return self.scaled(layer, raw, scale, bias).view(*x.shape[:-1], self.problem.n)
+
+    def scaled(self, layer: Layer, raw: torch.Tensor, x_scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Raw sums (M, N) → outputs (M, N) in the model's dtype."""
+        y = raw * x_scale * layer.weight_scale.t()
         if bias is not None:
             y = y + bias
-        return y.to(x.dtype).view(*x.shape[:-1], self.problem.n)
+        return y.to(self.dtype)
+
+
+def _fetchable(layer: Layer) -> bool:
+    """Whether a layer's weight can be fetched ahead: a pruned one, or a whole FP8 matrix."""
+    if isinstance(layer.quant_method, RegionLinearMethod):
+        return True
+    weight = getattr(layer, "weight", None)
+    return weight is not None and weight.dtype == FP8 and weight.dim() == 2 and not any(s % 16 for s in weight.shape)
+
+
+def _following(layer: Layer) -> ops.Following:
+    method = layer.quant_method
+    if isinstance(method, RegionLinearMethod):
+        return ops.Following(method.problem, method.packed(layer))
+    # vLLM's kernels keep it as the transposed view of (N, K).
+    weight = layer.weight if layer.weight.is_contiguous() else layer.weight.t()
+    n, k = weight.shape
+    return ops.Following(Problem(n, k, Regions(0, k), "input"), {"dense": weight})
 
 
 class OutputSplitLinearMethod(RegionLinearMethod):
     """gate and up, merged or alone: the regions are rows, and each region's GEMM writes its own columns."""
 
     split = "output"
+
+    def __init__(self, regions: Regions, name: str, order: Order) -> None:
+        super().__init__(regions, name, order)
+        self.claim = Claim.of_next_activation(get_current_vllm_config())
+
+    def process_weights_after_loading(self, layer: Layer) -> None:
+        super().process_weights_after_loading(layer)
+        size, dtype, device = self.problem.n // 2, self.problem.out_dtype, layer.weight_scale.device
+        merged = self.problem.parts == 2
+        self.hands_on_raw_sums = self.claim.made and merged and ops.fuses_activation(size, dtype, device)
 
     def make_loaders(self, layer: Layer, shard: Shard) -> tuple[Loader, Loader]:
         load_rows = loaders.rows_loader(self.name, self.regions.intermediate, shard, self.parts)

@@ -1,6 +1,7 @@
-"""`spense::region_gemm`, the one custom op of both linear methods.
+"""The custom ops: `spense::region_gemm`, of both linear methods, and `spense::silu_mul_quant`, between them.
 
-It takes FP8 and returns raw sums. Scales stay outside, as ordinary torch that Inductor fuses into what follows.
+The GEMM takes FP8 and returns raw sums. Scales stay outside: in `silu_mul_quant`, or as ordinary torch that Inductor
+fuses into what follows.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 
 from vllm_spense.format import Regions
-from vllm_spense.kernels.problem import Problem, Split
+from vllm_spense.kernels import reference
+from vllm_spense.kernels.problem import Problem
 from vllm_spense.policy import (
     ONE_LAUNCH_CAPABILITY,
     SWITCH,
@@ -107,62 +109,143 @@ def pack(weight: torch.Tensor, problem: Problem) -> dict[str, torch.Tensor]:
     return packed
 
 
-def region_gemm(x: torch.Tensor, packed: Mapping[str, torch.Tensor], problem: Problem) -> torch.Tensor:
+class Following(NamedTuple):
+    """The GEMM that runs next: of a pruned layer, or of one that others run, whose `packed` is `dense` (N, K) alone."""
+
+    problem: Problem
+    packed: Mapping[str, torch.Tensor]
+
+
+def region_gemm(
+    x: torch.Tensor, packed: Mapping[str, torch.Tensor], problem: Problem, following: Following | None = None
+) -> torch.Tensor:
     """Raw sums X·Wᵀ of both regions, without scales.
 
     Args:
         x: (M, K) FP8 E4M3.
         packed: what `pack` returned for W.
+        following: whose weight may be fetched into the cache meanwhile. The result does not depend on it.
 
     Returns:
         (M, N) in the problem's out_dtype, columns in the order of W's rows.
     """
+    after = following.packed if following else {}
     return torch.ops.spense.region_gemm(
         x,
         list(packed.values()),
         list(packed),
-        problem.n,
-        problem.k,
-        problem.regions.sparse,
-        problem.regions.dense,
-        problem.split,
-        problem.parts,
+        _describe_problem(problem),
         problem.out_dtype,
+        list(after.values()),
+        list(after),
+        _describe_problem(following.problem) if following else [],
     )
+
+
+def _describe_problem(problem: Problem) -> list[int]:
+    regions = problem.regions
+    return [problem.n, problem.k, regions.sparse, regions.dense, problem.split == "output", problem.parts]
+
+
+@cache
+def _problem(out_dtype: torch.dtype, n: int, k: int, sparse: int, dense: int, output: int, parts: int) -> Problem:
+    return Problem(n, k, Regions(sparse, dense), "output" if output else "input", out_dtype, parts)
 
 
 def _region_gemm(
     x: torch.Tensor,
     tensors: Sequence[torch.Tensor],
     names: Sequence[str],
-    n: int,
-    k: int,
-    sparse: int,
-    dense: int,
-    split: Split,
-    parts: int,
+    sizes: Sequence[int],
     out_dtype: torch.dtype,
+    next_tensors: Sequence[torch.Tensor],
+    next_names: Sequence[str],
+    next_sizes: Sequence[int],
 ) -> torch.Tensor:
-    problem = Problem(n, k, Regions(sparse, dense), split, out_dtype, parts)
+    problem, packed = _problem(out_dtype, *sizes), dict(zip(names, tensors, strict=True))
     # The number of tokens is symbolic in a compiled graph: only in here can it decide the path.
     # By powers of two, so that it is decided once for each.
-    path = _path(problem, 1 << (x.shape[0] - 1).bit_length(), x.device)
-    return kernel(path).run(x, dict(zip(names, tensors, strict=True)), problem)
+    tokens = 1 << (x.shape[0] - 1).bit_length()
+    path = _path(problem, tokens, x.device)
+    if path is not Path.ONE_LAUNCH or not next_names:
+        return kernel(path).run(x, packed, problem)
+    from vllm_spense.kernels import one_launch, prefetch
+
+    following = None
+    after, next_packed = _problem(out_dtype, *next_sizes), dict(zip(next_names, next_tensors, strict=True))
+    # In which order the libraries read a weight is not known.
+    if "compressed" not in next_packed or _path(after, tokens, x.device) is Path.ONE_LAUNCH:
+        following = prefetch.following(after, next_packed, x.shape[0])
+    return one_launch.run(x, packed, problem, following)
 
 
 def _region_gemm_fake(
     x: torch.Tensor,
     tensors: Sequence[torch.Tensor],
     names: Sequence[str],
-    n: int,
-    k: int,
-    sparse: int,
-    dense: int,
-    split: Split,
-    parts: int,
+    sizes: Sequence[int],
     out_dtype: torch.dtype,
+    next_tensors: Sequence[torch.Tensor],
+    next_names: Sequence[str],
+    next_sizes: Sequence[int],
 ) -> torch.Tensor:
-    return x.new_empty((x.shape[0], n), dtype=out_dtype)
+    return x.new_empty((x.shape[0], sizes[0]), dtype=out_dtype)
+
+
+def silu_mul_quant(
+    raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """silu(gate) · up in FP8, as `kernels.reference.silu_mul_quant` computes it.
+
+    Args:
+        raw: (M, 2·I), gate_up's raw sums [gate | up].
+        x_scale: float32 (M, 1), of gate_up's input.
+        w_scale: float32 (2·I, 1), of gate_up's weight.
+
+    Returns:
+        float8_e4m3fn (M, I) and its scales, float32 (M, 1).
+    """
+    return torch.ops.spense.silu_mul_quant(raw, x_scale, w_scale)
+
+
+def fuses_activation(size: int, raw_dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `silu_mul_quant` has a kernel for an MLP of intermediate size `size`; makes it ready if so.
+
+    Elsewhere traced torch is faster than an op that Inductor cannot fuse with anything.
+    """
+    if device.type == "cpu":
+        return True
+    if _describe(device).one_launch_fault or not _one_launch_runs(device):
+        return False
+    from vllm_spense.kernels import silu_mul_quant as fast
+
+    if fault := fast.fault(device):
+        logger.warning("Spense: SiLU · mul · quantize is left to the compiler: %s", fault)
+        return False
+    fast.prepare(size, raw_dtype, device)
+    return size % fast.WIDTH == 0
+
+
+def _one_launch_runs(device: torch.device) -> bool:
+    description = _describe(device)
+    return description.bindings and description.capability == ONE_LAUNCH_CAPABILITY
+
+
+def _silu_mul_quant(
+    raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if raw.device.type == "cpu":
+        return reference.silu_mul_quant(raw, x_scale, w_scale)
+    from vllm_spense.kernels import silu_mul_quant as fast
+
+    return fast.run(raw, x_scale, w_scale)
+
+
+def _silu_mul_quant_fake(
+    raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens, size = raw.shape[0], raw.shape[1] // 2
+    return raw.new_empty((tokens, size), dtype=torch.float8_e4m3fn), x_scale.new_empty((tokens, 1))
 
 
 @cache
@@ -199,8 +282,11 @@ def _forced() -> Path | None:
 # Torch removes the ops of a library object that is collected.
 _LIBRARY = torch.library.Library("spense", "FRAGMENT")
 _LIBRARY.define(
-    "region_gemm(Tensor x, Tensor[] tensors, str[] names, int n, int k, int sparse, int dense, str split, int parts, "
-    "ScalarType out_dtype) -> Tensor"
+    "region_gemm(Tensor x, Tensor[] tensors, str[] names, int[] sizes, ScalarType out_dtype, "
+    "Tensor[] next_tensors, str[] next_names, int[] next_sizes) -> Tensor"
 )
 _LIBRARY.impl("region_gemm", _region_gemm, "CompositeExplicitAutograd")
 torch.library.register_fake("spense::region_gemm", _region_gemm_fake, lib=_LIBRARY)
+_LIBRARY.define("silu_mul_quant(Tensor raw, Tensor x_scale, Tensor w_scale) -> (Tensor, Tensor)")
+_LIBRARY.impl("silu_mul_quant", _silu_mul_quant, "CompositeExplicitAutograd")
+torch.library.register_fake("spense::silu_mul_quant", _silu_mul_quant_fake, lib=_LIBRARY)

@@ -45,7 +45,7 @@ def compile_cubin(source: str, options: Sequence[str]) -> bytes:
 
 
 def _compile(source: str, options: Sequence[str]) -> bytes:
-    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"one_launch.cu", 0, [], []))
+    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         if status.value:
@@ -61,7 +61,7 @@ def _compile(source: str, options: Sequence[str]) -> bytes:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A loaded function, and how it is launched: `threads` a block, `shared_bytes` of shared memory, one block each SM.
+    """A loaded function, and how it is launched: `threads` a block, `shared_bytes` of dynamic shared memory.
 
     A launch may overlap the end of the kernel before it: the code must wait (`griddepcontrol.wait`) before it touches
     anything but weights.

@@ -9,6 +9,11 @@ import torch.nn.functional as F
 
 from vllm_spense.kernels.problem import Problem
 
+FP8 = torch.float8_e4m3fn
+_FP8_MAX = torch.finfo(FP8).max
+#: As vLLM's: rows of zeros have a scale too.
+_SMALLEST_SCALE = 1 / (_FP8_MAX * 512)
+
 
 def pack(weight: torch.Tensor, problem: Problem) -> dict[str, torch.Tensor]:
     """Separates the regions of `weight` (N, K) FP8 E4M3; zeros stay stored.
@@ -46,3 +51,22 @@ def run(x: torch.Tensor, packed: Mapping[str, torch.Tensor], problem: Problem) -
         return torch.cat(regions, dim=-1).flatten(-2)
     x_sparse, x_dense = x.split((problem.regions.sparse, problem.regions.dense), dim=-1)
     return torch.addmm(F.linear(x_sparse, sparse), x_dense, dense.t())
+
+
+def silu_mul_quant(
+    raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """silu(gate) · up in FP8, everything before the quantization in float32.
+
+    Args:
+        raw: (M, 2·I), gate_up's raw sums [gate | up].
+        x_scale: float32, one for each of the M tokens.
+        w_scale: float32, one for each of the 2·I rows of the weight.
+
+    Returns:
+        float8_e4m3fn (M, I) and its scales, float32 (M, 1).
+    """
+    gate, up = (raw.float() * x_scale.view(-1, 1) * w_scale.view(1, -1)).chunk(2, -1)
+    values = F.silu(gate) * up
+    scale = (values.abs().amax(-1, keepdim=True) / _FP8_MAX).clamp(min=_SMALLEST_SCALE)
+    return (values * scale.reciprocal()).clamp(-_FP8_MAX, _FP8_MAX).to(FP8), scale

@@ -1,0 +1,115 @@
+"""What lies between gate_up and down, in one launch: scales, SiLU, product, quantization. `reference` has its twin."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from importlib.resources import files
+
+import torch
+
+from vllm_spense.kernels import cuda_driver, reference
+
+FP8 = torch.float8_e4m3fn
+#: Values that a thread takes at once: the intermediate size is a multiple of it.
+WIDTH = 8
+#: Thread blocks that share a row, and the most threads in one.
+_CLUSTER, _MAX_THREADS = 8, 512
+#: Sizes and numbers of tokens that `fault` tries: one and several vectors of a thread, full and partial clusters.
+_TRIALS = ((64, 1), (1536, 19), (34816, 130))
+
+
+@cache
+def fault(device: torch.device) -> str | None:
+    """Why this kernel must not be used on a GPU, or None: tried out once in each process, against its twin."""
+    generator = torch.Generator(device).manual_seed(0)
+    for (size, tokens), dtype in ((trial, dtype) for trial in _TRIALS for dtype in (torch.bfloat16, torch.float32)):
+        raw = torch.randn(tokens, 2 * size, dtype=dtype, device=device, generator=generator) * 1000
+        x_scale = torch.rand(tokens, 1, device=device, generator=generator) / 100
+        w_scale = torch.rand(2 * size, device=device, generator=generator)
+        try:
+            found = run(raw, x_scale, w_scale)
+        except RuntimeError as error:
+            return f"its kernel failed when it was tried: {error}"
+        expected = reference.silu_mul_quant(raw, x_scale, w_scale)
+        if reason := difference(found, expected):
+            return f"its kernel is wrong on this machine, {tokens} × {size}: {reason}"
+    return None
+
+
+def difference(found: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]) -> str | None:
+    """In words, what of one (FP8, scales) lies outside of the other's rounding; None if nothing does."""
+    (values, scale), (twin_values, twin_scale) = found, expected
+    if not torch.allclose(scale, twin_scale, rtol=1e-5, atol=0):
+        return "scales"
+    # Of a value near the middle between two FP8 numbers, either may be taken: 2⁻³ of it apart, or one subnormal step.
+    if not torch.allclose(values.float(), twin_values.float(), rtol=0.13, atol=2**-9):
+        return "values"
+    agreeing = (values.view(torch.uint8) == twin_values.view(torch.uint8)).float().mean()
+    return None if agreeing > 0.999 else f"{1 - agreeing:.2%} of the values"
+
+
+def run(raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """silu(gate) · up in FP8.
+
+    Args:
+        raw: (M, 2·I) bfloat16 or float32, gate_up's raw sums [gate | up], contiguous. I is a multiple of `WIDTH`.
+        x_scale: float32, one for each of the M tokens.
+        w_scale: float32, one for each of the 2·I rows of the weight.
+
+    Returns:
+        float8_e4m3fn (M, I) and its scales, float32 (M, 1).
+    """
+    tokens, size = raw.shape[0], raw.shape[1] // 2
+    out = torch.empty(tokens, size, dtype=FP8, device=raw.device)
+    scale = torch.empty(tokens, 1, dtype=torch.float32, device=raw.device)
+    if not tokens:
+        return out, scale
+    at_once = _tokens_at_once(tokens)
+    kernel = _kernel(size, at_once, raw.dtype == torch.float32, raw.device)
+    arguments = _Arguments(
+        raw.data_ptr(), x_scale.data_ptr(), w_scale.data_ptr(), out.data_ptr(), scale.data_ptr(), tokens, size
+    )
+    blocks = _CLUSTER * -(-tokens // at_once)
+    kernel.launch(blocks, arguments, torch.cuda.current_stream(raw.device).cuda_stream)
+    return out, scale
+
+
+def prepare(size: int, raw_dtype: torch.dtype, device: torch.device) -> None:
+    """Compiles and loads the kernel for every number of tokens."""
+    for tokens in (1, _FEW + 1, _SOME + 1):
+        _kernel(size, _tokens_at_once(tokens), raw_dtype == torch.float32, device)
+
+
+#: Up to so many tokens, a cluster each, or for every two of them, leaves no multiprocessor idle that could help.
+_FEW, _SOME = 16, 64
+
+
+def _tokens_at_once(tokens: int) -> int:
+    return 1 if tokens <= _FEW else 2 if tokens <= _SOME else 4
+
+
+class _Arguments(ctypes.Structure):
+    """`Arguments` of the kernel."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("raw", "x_scale", "w_scale", "out", "scale")),
+        *((name, ctypes.c_int) for name in ("tokens", "size")),
+    )
+
+
+def shape(size: int) -> tuple[int, int]:
+    """(threads of a block, vectors of a thread) that cover a row of `size` values."""
+    vectors = -(-size // WIDTH)
+    each = -(-vectors // (_CLUSTER * _MAX_THREADS))
+    warps = -(-vectors // (_CLUSTER * each * 32))
+    return 32 * warps, each
+
+
+@cache
+def _kernel(size: int, tokens: int, raw_float: bool, device: torch.device) -> cuda_driver.Kernel:
+    threads, vectors = shape(size)
+    macros = {"THREADS": threads, "VECTORS": vectors, "TOKENS": tokens, "RAW_FLOAT": int(raw_float)}
+    source = files("vllm_spense.kernels").joinpath("silu_mul_quant.cu").read_text(encoding="utf-8")
+    options = ["--gpu-architecture=sm_90a", "--std=c++17", *(f"-D{name}={value}" for name, value in macros.items())]
+    return cuda_driver.load(cuda_driver.compile_cubin(source, options), "silu_mul_quant", threads, 0, device)

@@ -1,0 +1,110 @@
+"""What a pruned layer does for the layer that runs after it.
+
+- **Activation.** gate_up leaves scales, SiLU, product and quantization to one kernel between it and down. It hands raw
+  sums to the model's activation, `FusedSiluAndMul`, and that hands FP8 to down: neither is a tensor, so only models
+  whose MLP is plainly down(SiluAndMul(gate_up(x))) are run like this.
+- **Weight.** A GEMM may fetch the beginning of the next GEMM's weight into the cache. Which that is, the order says in
+  which a model builds its layers.
+"""
+
+from __future__ import annotations
+
+import weakref
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.custom_op import op_registry_oot
+from vllm.model_executor.layers.activation import SiluAndMul
+
+from vllm_spense import ops
+
+#: Whose MLP is down(SiluAndMul(gate_up(x))) in vLLM, with nothing in between.
+PLAIN_MLPS = frozenset(
+    {
+        "Exaone4ForCausalLM", "Glm4ForCausalLM", "GraniteForCausalLM", "LlamaForCausalLM", "MistralForCausalLM",
+        "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SeedOssForCausalLM",
+    }
+)  # fmt: skip
+
+#: A vLLM linear layer, see `linear.Layer`.
+Layer = Any
+
+
+class RawSums(NamedTuple):
+    """gate_up's output before its scales: what `ops.silu_mul_quant` takes."""
+
+    raw: torch.Tensor
+    x_scale: torch.Tensor
+    w_scale: torch.Tensor
+
+
+class Quantized(NamedTuple):
+    """down's input, as `ops.silu_mul_quant` returns it."""
+
+    values: torch.Tensor
+    scale: torch.Tensor
+
+
+class Claim:
+    """Whether the activation behind a gate_up layer is `FusedSiluAndMul`."""
+
+    waiting: weakref.ref[Claim] | None = None
+
+    def __init__(self) -> None:
+        self.made = False
+
+    @classmethod
+    def of_next_activation(cls, engine: VllmConfig) -> Claim:
+        """For a layer that is being built: models build an MLP's activation after its linear layers."""
+        claim, model = cls(), engine.model_config
+        plain = model is not None and PLAIN_MLPS.issuperset(model.architectures)
+        # LoRA adds to outputs in their own dtype.
+        if plain and engine.lora_config is None and _registered():
+            cls.waiting = weakref.ref(claim)
+        return claim
+
+
+class FusedSiluAndMul(SiluAndMul):
+    """vLLM's activation, which also takes `RawSums` and then returns `Quantized`."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        if Claim.waiting and (claim := Claim.waiting()):
+            claim.made = True
+        Claim.waiting = None
+
+    def forward(self, x: torch.Tensor | RawSums) -> torch.Tensor | Quantized:
+        if isinstance(x, RawSums):
+            return Quantized(*ops.silu_mul_quant(x.raw, x.x_scale, x.w_scale))
+        return super().forward(x)
+
+
+def _registered() -> bool:
+    """Makes vLLM build `FusedSiluAndMul` for SiluAndMul; not if a platform has an activation of its own."""
+    name = SiluAndMul.__name__
+    if name not in op_registry_oot:
+        SiluAndMul.register_oot(FusedSiluAndMul)
+        # Under which vLLM's `custom_ops` go on to mean it.
+        FusedSiluAndMul.name = SiluAndMul.name  # type: ignore[attr-defined]
+    return op_registry_oot[name] is FusedSiluAndMul
+
+
+class Order:
+    """The linear layers of a model in the order in which they were built, which is that in which they run."""
+
+    def __init__(self) -> None:
+        self._layers: list[weakref.ref[Layer]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The process that it travels to builds a model of its own.
+        return {"_layers": []}
+
+    def append(self, layer: Layer) -> None:
+        self._layers.append(weakref.ref(layer))
+
+    def pairs(self, last: Layer) -> list[tuple[Layer, Layer]]:
+        """Every layer up to `last` with the one before it."""
+        built = [layer for ref in self._layers if (layer := ref()) is not None]
+        return list(pairwise(built[: next(i for i, layer in enumerate(built) if layer is last) + 1]))
