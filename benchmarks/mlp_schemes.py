@@ -174,8 +174,7 @@ class Spense(Stock):
         return {part: ops.pack(random_weight(problem, self.device), problem) for part, problem in self.problems.items()}
 
     def gemm(self, part: Part, x: torch.Tensor, x_scale: torch.Tensor, weights: Weights) -> torch.Tensor:
-        following = ops.Following(self.problems["down"], weights["down"]) if part == "gate_up" else None
-        return ops.region_gemm(x, weights[part], self.problems[part], following)
+        return ops.region_gemm(x, weights[part], self.problems[part])
 
     def between(self, y: torch.Tensor, x_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.fuses:

@@ -17,7 +17,6 @@ from vllm_spense.checks import check_engine, check_files
 from vllm_spense.errors import FormatError, SpenseError
 from vllm_spense.format import KEY, SIDECAR, Annotation, Regions
 from vllm_spense.linear import InputSplitLinearMethod, OutputSplitLinearMethod, RegionLinearMethod
-from vllm_spense.neighbours import Order
 from vllm_spense.ops import INDUCTOR_OPTIONS
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 NAME = "spense"
 BASE = "compressed-tensors"
 
-Method = Callable[[Regions, str, Order], RegionLinearMethod]
+Method = Callable[[Regions, str], RegionLinearMethod]
 
 #: Quantization that a pruned layer must have: bits, type, strategy, dynamic.
 FP8 = {"weights": (8, "float", "channel", False), "input_activations": (8, "float", "token", True)}
@@ -47,8 +46,6 @@ class SpenseConfig(CompressedTensorsConfig):
 
     #: Regions and method of every pruned linear layer, by its name in vLLM's spelling.
     layers: dict[str, tuple[Regions, Method]]
-    #: Of all linear layers of the model that this config has been asked about.
-    order: Order
 
     @classmethod
     def override_quantization_method(
@@ -91,7 +88,6 @@ class SpenseConfig(CompressedTensorsConfig):
             )
         spense = cast(SpenseConfig, super().from_config(config))
         spense.layers = _pruned_layers(spense.annotation)
-        spense.order = Order()
         return spense
 
     @property
@@ -121,10 +117,7 @@ class SpenseConfig(CompressedTensorsConfig):
             FormatError: a layer inside a pruned module is not one that the annotation names, or a pruned layer is not
                 quantized to FP8 per channel and per token.
         """
-        linear = isinstance(layer, LinearBase)
-        if linear:
-            self.order.append(layer)
-        found = self._find(prefix) if linear else None
+        found = self._find(prefix) if isinstance(layer, LinearBase) else None
         if found is None:
             return super().get_quant_method(layer, prefix)
         engine = get_current_vllm_config()
@@ -133,7 +126,7 @@ class SpenseConfig(CompressedTensorsConfig):
             engine.compilation_config.inductor_compile_config.setdefault(option, value)
         self._require_fp8(layer, prefix)
         regions, method = found
-        return method(regions, prefix, self.order)
+        return method(regions, prefix)
 
     def _find(self, prefix: str) -> tuple[Regions, Method] | None:
         parent, _, leaf = prefix.rpartition(".")

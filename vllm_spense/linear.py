@@ -19,12 +19,12 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
 from vllm.model_executor.parameter import BasevLLMParameter
 
 from vllm_spense import layout, loaders, ops
+from vllm_spense.activation import Claim, Quantized, RawSums
 from vllm_spense.errors import FormatError
 from vllm_spense.format import Regions
 from vllm_spense.kernels.problem import Problem, Split, sum_dtype
 from vllm_spense.layout import Shard
 from vllm_spense.loaders import Loader
-from vllm_spense.neighbours import Claim, Order, Quantized, RawSums
 
 logger = init_logger("vllm.spense")
 
@@ -39,7 +39,6 @@ class RegionLinearMethod(LinearMethodBase):
     Args:
         regions: of the whole layer, whatever the tensor parallel size.
         name: the layer's name, for messages.
-        order: of the model's layers.
     """
 
     split: ClassVar[Split]
@@ -47,12 +46,9 @@ class RegionLinearMethod(LinearMethodBase):
     #: Instead of outputs: the activation behind this layer does the rest.
     hands_on_raw_sums = False
 
-    def __init__(self, regions: Regions, name: str, order: Order) -> None:
+    def __init__(self, regions: Regions, name: str) -> None:
         self.regions = regions
         self.name = name
-        self.order = order
-        #: The layer that runs next, if its weight can be fetched ahead.
-        self.next_layer: Layer | None = None
         self.quantize = QuantFP8(static=False, group_shape=GroupShape.PER_TOKEN)
         engine = get_current_vllm_config()
         self.dummy = engine.load_config.load_format == "dummy"
@@ -125,9 +121,6 @@ class RegionLinearMethod(LinearMethodBase):
         # LoRA looks under this name for the layer's device.
         layer.weight_packed = getattr(layer, f"weight_{self.packed_names[0]}")
         ops.prepare(self.problem, self.max_tokens, weight.device)
-        for earlier, later in self.order.pairs(last=layer):
-            if isinstance(earlier.quant_method, RegionLinearMethod):
-                earlier.quant_method.next_layer = later if _fetchable(later) else None
 
     def _require_sound(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
         if (weight.view(torch.uint8) & 0x7F == 0x7F).any():
@@ -146,14 +139,8 @@ class RegionLinearMethod(LinearMethodBase):
 
     def gemm(self, layer: Layer, x: torch.Tensor) -> torch.Tensor:
         """(M, K) FP8 → raw sums (M, N)."""
-        following = None
-        if self.next_layer is not None:
-            following = _following(self.next_layer)
-        return ops.region_gemm(x, self.packed(layer), self.problem, following)
-
-    def packed(self, layer: Layer) -> dict[str, torch.Tensor]:
-        """The weight, as `ops.pack` returned it."""
-        return {name: getattr(layer, f"weight_{name}") for name in self.packed_names}
+        packed = {name: getattr(layer, f"weight_{name}") for name in self.packed_names}
+        return ops.region_gemm(x, packed, self.problem)
 
     def apply(self, layer: Layer, x: Any, bias: torch.Tensor | None = None) -> Any:
         """Y = X·Wᵀ + b.
@@ -181,31 +168,13 @@ class RegionLinearMethod(LinearMethodBase):
         return y.to(self.dtype)
 
 
-def _fetchable(layer: Layer) -> bool:
-    """Whether a layer's weight can be fetched ahead: a pruned one, or a whole FP8 matrix."""
-    if isinstance(layer.quant_method, RegionLinearMethod):
-        return True
-    weight = getattr(layer, "weight", None)
-    return weight is not None and weight.dtype == FP8 and weight.dim() == 2 and not any(s % 16 for s in weight.shape)
-
-
-def _following(layer: Layer) -> ops.Following:
-    method = layer.quant_method
-    if isinstance(method, RegionLinearMethod):
-        return ops.Following(method.problem, method.packed(layer))
-    # vLLM's kernels keep it as the transposed view of (N, K).
-    weight = layer.weight if layer.weight.is_contiguous() else layer.weight.t()
-    n, k = weight.shape
-    return ops.Following(Problem(n, k, Regions(0, k), "input"), {"dense": weight})
-
-
 class OutputSplitLinearMethod(RegionLinearMethod):
     """gate and up, merged or alone: the regions are rows, and each region's GEMM writes its own columns."""
 
     split = "output"
 
-    def __init__(self, regions: Regions, name: str, order: Order) -> None:
-        super().__init__(regions, name, order)
+    def __init__(self, regions: Regions, name: str) -> None:
+        super().__init__(regions, name)
         self.claim = Claim.of_next_activation(get_current_vllm_config())
 
     def process_weights_after_loading(self, layer: Layer) -> None:

@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import NamedTuple, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 
@@ -109,36 +109,18 @@ def pack(weight: torch.Tensor, problem: Problem) -> dict[str, torch.Tensor]:
     return packed
 
 
-class Following(NamedTuple):
-    """The GEMM that runs next: of a pruned layer, or of one that others run, whose `packed` is `dense` (N, K) alone."""
-
-    problem: Problem
-    packed: Mapping[str, torch.Tensor]
-
-
-def region_gemm(
-    x: torch.Tensor, packed: Mapping[str, torch.Tensor], problem: Problem, following: Following | None = None
-) -> torch.Tensor:
+def region_gemm(x: torch.Tensor, packed: Mapping[str, torch.Tensor], problem: Problem) -> torch.Tensor:
     """Raw sums X·Wᵀ of both regions, without scales.
 
     Args:
         x: (M, K) FP8 E4M3.
         packed: what `pack` returned for W.
-        following: whose weight may be fetched into the cache meanwhile. The result does not depend on it.
 
     Returns:
         (M, N) in the problem's out_dtype, columns in the order of W's rows.
     """
-    after = following.packed if following else {}
     return torch.ops.spense.region_gemm(
-        x,
-        list(packed.values()),
-        list(packed),
-        _describe_problem(problem),
-        problem.out_dtype,
-        list(after.values()),
-        list(after),
-        _describe_problem(following.problem) if following else [],
+        x, list(packed.values()), list(packed), _describe_problem(problem), problem.out_dtype
     )
 
 
@@ -158,25 +140,12 @@ def _region_gemm(
     names: Sequence[str],
     sizes: Sequence[int],
     out_dtype: torch.dtype,
-    next_tensors: Sequence[torch.Tensor],
-    next_names: Sequence[str],
-    next_sizes: Sequence[int],
 ) -> torch.Tensor:
-    problem, packed = _problem(out_dtype, *sizes), dict(zip(names, tensors, strict=True))
+    problem = _problem(out_dtype, *sizes)
     # The number of tokens is symbolic in a compiled graph: only in here can it decide the path.
     # By powers of two, so that it is decided once for each.
-    tokens = 1 << (x.shape[0] - 1).bit_length()
-    path = _path(problem, tokens, x.device)
-    if path is not Path.ONE_LAUNCH or not next_names:
-        return kernel(path).run(x, packed, problem)
-    from vllm_spense.kernels import one_launch, prefetch
-
-    following = None
-    after, next_packed = _problem(out_dtype, *next_sizes), dict(zip(next_names, next_tensors, strict=True))
-    # In which order the libraries read a weight is not known.
-    if "compressed" not in next_packed or _path(after, tokens, x.device) is Path.ONE_LAUNCH:
-        following = prefetch.following(after, next_packed, x.shape[0])
-    return one_launch.run(x, packed, problem, following)
+    path = _path(problem, 1 << (x.shape[0] - 1).bit_length(), x.device)
+    return kernel(path).run(x, dict(zip(names, tensors, strict=True)), problem)
 
 
 def _region_gemm_fake(
@@ -185,9 +154,6 @@ def _region_gemm_fake(
     names: Sequence[str],
     sizes: Sequence[int],
     out_dtype: torch.dtype,
-    next_tensors: Sequence[torch.Tensor],
-    next_names: Sequence[str],
-    next_sizes: Sequence[int],
 ) -> torch.Tensor:
     return x.new_empty((x.shape[0], sizes[0]), dtype=out_dtype)
 
@@ -281,10 +247,7 @@ def _forced() -> Path | None:
 
 # Torch removes the ops of a library object that is collected.
 _LIBRARY = torch.library.Library("spense", "FRAGMENT")
-_LIBRARY.define(
-    "region_gemm(Tensor x, Tensor[] tensors, str[] names, int[] sizes, ScalarType out_dtype, "
-    "Tensor[] next_tensors, str[] next_names, int[] next_sizes) -> Tensor"
-)
+_LIBRARY.define("region_gemm(Tensor x, Tensor[] tensors, str[] names, int[] sizes, ScalarType out_dtype) -> Tensor")
 _LIBRARY.impl("region_gemm", _region_gemm, "CompositeExplicitAutograd")
 torch.library.register_fake("spense::region_gemm", _region_gemm_fake, lib=_LIBRARY)
 _LIBRARY.define("silu_mul_quant(Tensor raw, Tensor x_scale, Tensor w_scale) -> (Tensor, Tensor)")

@@ -37,18 +37,13 @@ struct alignas(64) TensorMap { byte opaque[128]; };
 
 struct Arguments {
     TensorMap x, values, metadata, dense;
-    TensorMap following_values, following_metadata, following_dense;   // of the GEMM after this one, if any
     const struct Segment* segments;   // (thread blocks, segments_each)
     float* parts;                     // float32 sums of tiles that have several parts
     u32* arrivals;                    // how many parts of each such tile are done; zero before and after
     void* out;                        // (tokens, n)
-    const struct Segment* following_segments;   // (following_blocks, following_segments_each)
     int segments_each;
     int tokens, n;
     int dense_column;                 // column of x that the dense weight begins with
-    int following_blocks, following_segments_each;
-    int following_sparse_k;           // columns of its sparse steps
-    int following_steps;              // that each of its thread blocks is to find in the cache
 };
 
 struct alignas(16) Segment {
@@ -97,12 +92,6 @@ __device__ __forceinline__ void copy_tile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
         " [%0], [%1, {%2, %3, %4}], [%5], %6;"
         ::"r"(to), "l"(from), "r"(column), "r"(row), "r"(projection), "r"(barrier), "l"(policy) : "memory");
-}
-
-__device__ __forceinline__ void copy_into_cache(const TensorMap* from, int column, int row, int projection) {
-    asm volatile(
-        "cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];"
-        ::"l"(from), "r"(column), "r"(row), "r"(projection) : "memory");
 }
 
 __device__ __forceinline__ int rank_in_cluster() {
@@ -242,28 +231,6 @@ struct Copier {
             barrier_wait(shared.empty + 8 * ring.stage, ring.phase ^ 1);
             copy_weight(weight, ring.stage);
             copy_x(weight, ring.stage);
-        }
-        copy_following();
-    }
-
-    // Memory would idle until the next GEMM begins: this one still multiplies, and small kernels come between them.
-    __device__ __forceinline__ void copy_following() const {
-        const Arguments& a = arguments;
-        for (int block = blockIdx.x; block < a.following_blocks; block += gridDim.x) {
-            Cursor at(a.following_segments + block * a.following_segments_each);
-            for (int count = 0; count < a.following_steps && !at.done; ++count, at.advance()) {
-                const Segment& segment = at.segment;
-                const int dense = at.step - segment.sparse_steps();
-                if (dense < 0) {
-                    const int column = (segment.sparse_begin + at.step) * a.following_sparse_k;
-                    copy_into_cache(&a.following_values, column / 2, segment.row, segment.projection);
-                    copy_into_cache(
-                        &a.following_metadata, column / 64 * METADATA_TILE / 8, segment.row / 64, segment.projection);
-                } else {
-                    const int column = (segment.dense_begin + dense) * DENSE_K;
-                    copy_into_cache(&a.following_dense, column, segment.row, segment.projection);
-                }
-            }
         }
     }
 };

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from importlib.resources import files
 from itertools import product
-from typing import Any
 
 import torch
 
@@ -23,8 +22,6 @@ from vllm_spense.kernels.synthetic import random_2of4, random_fp8, random_weight
 from vllm_spense.kernels.timing import cold_copies, median_us
 
 Packed = Mapping[str, torch.Tensor]
-#: Arguments of a launch that are about the GEMM after it.
-Following = Mapping[str, Any]
 
 #: Tokens of a tile. More than the largest read the weights again for each tile, and the libraries win.
 MIN_TILE_TOKENS, MAX_TILE_TOKENS = 8, 256
@@ -99,20 +96,15 @@ def _buckets(min_tokens: int, max_tokens: int) -> Iterator[int]:
         tokens *= 2
 
 
-def run(x: torch.Tensor, packed: Packed, problem: Problem, following: Following | None = None) -> torch.Tensor:
+def run(x: torch.Tensor, packed: Packed, problem: Problem) -> torch.Tensor:
     """As `OneLaunchPlan.run`, with the best plan for these tokens; searches for it the first time.
 
     Raises:
         RuntimeError: a search would be needed while a CUDA graph is being captured.
     """
-    return plan_for(problem, len(x), x.device).run(x, packed, following=following)
-
-
-def plan_for(problem: Problem, tokens: int, device: torch.device) -> OneLaunchPlan:
-    """The plan that serves M = `tokens`."""
-    tiles_of_tokens = -(-tokens // MAX_TILE_TOKENS)
-    most = bucket(tokens) if tiles_of_tokens == 1 else tiles_of_tokens * MAX_TILE_TOKENS
-    return plan(problem, most, device)
+    tiles_of_tokens = -(-len(x) // MAX_TILE_TOKENS)
+    tokens = bucket(len(x)) if tiles_of_tokens == 1 else tiles_of_tokens * MAX_TILE_TOKENS
+    return plan(problem, tokens, x.device).run(x, packed)
 
 
 @cache
@@ -247,12 +239,10 @@ class _Arguments(ctypes.Structure):
 
     _fields_ = (
         *((name, cuda_driver.TensorMap) for name in ("x", "values", "metadata", "dense")),
-        *((f"following_{name}", cuda_driver.TensorMap) for name in ("values", "metadata", "dense")),
-        *((name, ctypes.c_void_p) for name in ("segments", "parts", "arrivals", "out", "following_segments")),
+        *((name, ctypes.c_void_p) for name in ("segments", "parts", "arrivals", "out")),
         *((name, ctypes.c_int) for name in ("segments_each", "tokens", "n", "dense_column")),
-        *((f"following_{name}", ctypes.c_int) for name in ("blocks", "segments_each", "sparse_k", "steps")),
         # The kernel's is aligned like its tensor maps, and is copied with what that adds.
-        ("_padding", ctypes.c_byte * 56),
+        ("_padding", ctypes.c_byte * 16),
     )
 
 
@@ -304,25 +294,18 @@ class OneLaunchPlan:
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         tables = schedule(problem, tokens, tiling, multiprocessors)
         self._kernel = _kernel(tiling, problem.out_dtype == torch.float32, device)
-        self.segments = torch.from_numpy(tables.segments).to(device)
+        self._segments = torch.from_numpy(tables.segments).to(device)
         self._counters = 0 if tiling.cluster else tables.arrivals
         self._part_floats = 0 if tiling.cluster else tables.parts * ROWS * tiling.tokens
         _arrivals(device)
 
-    def run(
-        self,
-        x: torch.Tensor,
-        packed: Packed,
-        out: torch.Tensor | None = None,
-        following: Following | None = None,
-    ) -> torch.Tensor:
+    def run(self, x: torch.Tensor, packed: Packed, out: torch.Tensor | None = None) -> torch.Tensor:
         """One launch.
 
         Args:
             x: (M, K) float8_e4m3fn, M ≤ tokens; rows may be strided by a multiple of 16.
             packed: what `pack` returned for this problem.
             out: (M, N) of the problem's out_dtype to write into, contiguous.
-            following: of the GEMM that comes after this one; its weight's beginning will be in the L2 cache.
 
         Returns:
             (M, N) raw sums, without scales.
@@ -334,21 +317,20 @@ class OneLaunchPlan:
         stream = torch.cuda.current_stream(self.device).cuda_stream
         arguments = _Arguments(
             x=_x_map(x.data_ptr(), m, problem.k, x.stride(0), self.tiling.tokens),
-            **weight_maps(problem, self.tiling.sparse_k, packed["compressed"].data_ptr(), packed["dense"].data_ptr()),
-            segments=self.segments.data_ptr(),
+            **_weight_maps(problem, self.tiling.sparse_k, packed["compressed"].data_ptr(), packed["dense"].data_ptr()),
+            segments=self._segments.data_ptr(),
             out=out.data_ptr(),
-            segments_each=self.segments.shape[1],
+            segments_each=self._segments.shape[1],
             tokens=m,
             n=problem.n,
             dense_column=problem.regions.sparse if problem.split == "input" else 0,
-            **following or {},
         )
         if self._counters:
             # Until the launch is enqueued it must not go back to torch, which then orders its next use after it.
             parts = torch.empty(self._part_floats, dtype=torch.float32, device=x.device)
             arguments.parts = parts.data_ptr()
             arguments.arrivals = _arrivals(self.device).take(self._counters, stream).data_ptr()
-        self._kernel.launch(len(self.segments), arguments, stream)
+        self._kernel.launch(len(self._segments), arguments, stream)
         return out
 
 
@@ -358,10 +340,9 @@ def _x_map(address: int, tokens: int, k: int, stride: int, tile_tokens: int) -> 
 
 
 @cache
-def weight_maps(
+def _weight_maps(
     problem: Problem, sparse_k: int, compressed: int, dense: int
 ) -> dict[str, ctypes.Array[ctypes.c_uint64]]:
-    """How the copy engine reads both regions of a weight, from their addresses, in sparse steps of `sparse_k`."""
     (sn, sk), (dn, dk) = problem.sparse_shape, problem.dense_shape
     maps = {}
     if sn * sk:

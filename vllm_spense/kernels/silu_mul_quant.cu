@@ -56,7 +56,7 @@ __device__ __forceinline__ u32 pack_fp8(float a, float b, float c, float d) {
 }
 
 // Keeps a NaN, which must not vanish from the output.
-__device__ __forceinline__ float larger(float a, float b) { return !(a <= b) ? a : b; }
+__device__ __forceinline__ float larger(float a, float b) { return b != b || a <= b ? b : a; }
 
 extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS)
 void silu_mul_quant(const __grid_constant__ Arguments arguments) {

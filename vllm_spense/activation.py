@@ -1,16 +1,12 @@
-"""What a pruned layer does for the layer that runs after it.
+"""What lies between gate_up and down in one kernel: scales, SiLU, product, quantization.
 
-- **Activation.** gate_up leaves scales, SiLU, product and quantization to one kernel between it and down. It hands raw
-  sums to the model's activation, `FusedSiluAndMul`, and that hands FP8 to down: neither is a tensor, so only models
-  whose MLP is plainly down(SiluAndMul(gate_up(x))) are run like this.
-- **Weight.** A GEMM may fetch the beginning of the next GEMM's weight into the cache. Which that is, the order says in
-  which a model builds its layers.
+gate_up hands raw sums to the model's activation, `FusedSiluAndMul`, and that hands FP8 to down. Neither is a tensor, so
+only models whose MLP is plainly down(SiluAndMul(gate_up(x))) are run like this.
 """
 
 from __future__ import annotations
 
 import weakref
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -27,9 +23,6 @@ PLAIN_MLPS = frozenset(
         "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SeedOssForCausalLM",
     }
 )  # fmt: skip
-
-#: A vLLM linear layer, see `linear.Layer`.
-Layer = Any
 
 
 class RawSums(NamedTuple):
@@ -89,22 +82,3 @@ def _registered() -> bool:
         # Under which vLLM's `custom_ops` go on to mean it.
         FusedSiluAndMul.name = SiluAndMul.name  # type: ignore[attr-defined]
     return op_registry_oot[name] is FusedSiluAndMul
-
-
-class Order:
-    """The linear layers of a model in the order in which they were built, which is that in which they run."""
-
-    def __init__(self) -> None:
-        self._layers: list[weakref.ref[Layer]] = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The process that it travels to builds a model of its own.
-        return {"_layers": []}
-
-    def append(self, layer: Layer) -> None:
-        self._layers.append(weakref.ref(layer))
-
-    def pairs(self, last: Layer) -> list[tuple[Layer, Layer]]:
-        """Every layer up to `last` with the one before it."""
-        built = [layer for ref in self._layers if (layer := ref()) is not None]
-        return list(pairwise(built[: next(i for i, layer in enumerate(built) if layer is last) + 1]))
