@@ -4,8 +4,9 @@
 
 prunes three blocks of Qwen3-32B's shape on 128 × 16384 tokens with both methods, through the same code as
 `spense prune`, reading and writing real files, and writes benchmarks/results/prune_time.json and .png. The model that
-is pruned has a few more blocks than are measured: one to profile, and the last one, which has no next block to compute
-the input of. The projection takes the first block and the last as measured, and the mean of the others for the rest.
+is pruned has a few more blocks than are measured: one to profile, with the first method, and the last one, which has no
+next block to compute the input of. The projection takes the first block and the last as measured, and the mean of the
+others for the rest.
 
     torchrun --nproc-per-node 2 benchmarks/prune_time.py --methods spensegpt+
 
@@ -15,6 +16,7 @@ does so on two GPUs and writes prune_time-2gpus.json.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import re
 import statistics
@@ -26,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,8 +36,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.envelope import RESULTS, write_result
 from offline_prune import ranks
 from offline_prune.device import pick_device
+from offline_prune.meter import spent
 from offline_prune.model import empty_model
 from offline_prune.pipeline import prune
+from offline_prune.plan import GIB
 from offline_prune.report import BlockTime, Report
 from offline_prune.settings import METHODS, PruneSettings
 from offline_prune.source import INDEX_NAME
@@ -44,7 +49,7 @@ from vllm_spense.shapes import SHAPES
 PAPER = {("qwen3-32b", "spensegpt"): 1.33 * 60, ("qwen3-32b", "spensegpt+"): 1.87 * 60}
 #: Embeddings are outside of what is measured.
 VOCABULARY = 1024
-TENSOR_CORES = re.compile(r"nvjet|xmma|tensorop|wgmma|flash|fmha|sdpa", re.IGNORECASE)
+TENSOR_CORES = re.compile(r"nvjet|xmma|tensorop|wgmma|[sh]16816|flash|fmha|sdpa", re.IGNORECASE)
 ORDINARY_CORES = re.compile(r"simt|sgemm|f32f32_f32f32_f32", re.IGNORECASE)
 
 Row = dict[str, Any]
@@ -53,12 +58,14 @@ Row = dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["qwen3-32b"])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["spensegpt", "spensegpt+"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["spensegpt+", "spensegpt"])
     parser.add_argument("--blocks", type=int, default=3, help="blocks to measure")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=16384)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--profile", action=argparse.BooleanOptionalAction, default=True, help="one block more")
+    parser.add_argument(
+        "--profile", action=argparse.BooleanOptionalAction, default=True, help="one block more, of the first method"
+    )
     parser.add_argument("--folder", type=Path, help="for the model and its pruned form [default: a temporary one]")
     parser.add_argument("--out", type=Path, help="[default: benchmarks/results/prune_time.json]")
     options = parser.parse_args()
@@ -72,9 +79,11 @@ def main() -> None:
         for shape in options.shapes:
             with tempfile.TemporaryDirectory(dir=options.folder) as own:
                 # All ranks read the first one's.
-                model = ranks.from_first(partial(write_model, Path(own), shape, options, device))
+                model = ranks.from_first(partial(write_model, Path(own) / shape, shape, options.blocks + 2, device))
                 for method in options.methods:
-                    rows.append(measure(model, shape, method, options))
+                    profile = options.profile and method == options.methods[0]
+                    ranks.from_first(partial(configure, model, shape, options.blocks + 1 + profile))
+                    rows.append(measure(model, shape, method, profile, options))
                     if ranks.first():
                         print(json.dumps(rows[-1], indent=2), flush=True)
                         write_result(file, "prune_time", rows)
@@ -82,30 +91,44 @@ def main() -> None:
             draw(rows, file.with_suffix(".png"))
 
 
-def write_model(parent: Path, shape: str, options: argparse.Namespace, device: torch.device) -> Path:
+def tell(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+
+def write_model(folder: Path, shape: str, blocks: int, device: torch.device) -> Path:
     """Writes a model of random BF16 weights that keep activations about as large as 1, one safetensors file a block."""
-    layers = options.blocks + (2 if options.profile else 1)
-    folder = parent / shape
     folder.mkdir()
-    config = {**SHAPES[shape], "num_hidden_layers": layers, "vocab_size": VOCABULARY, "bos_token_id": 0}
-    config["eos_token_id"] = 1
-    (folder / "config.json").write_text(json.dumps(config))
     generator = torch.Generator(device).manual_seed(0)
-    files: dict[str, dict[str, torch.Tensor]] = {}
-    for name, parameter in empty_model(folder).named_parameters():
-        tensor = torch.ones(parameter.shape, dtype=torch.bfloat16, device=device)
-        if parameter.ndim > 1:
-            tensor.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
-        block = re.match(r".*\.layers\.\d+", name)
-        files.setdefault(block[0] if block else "rest", {})[name] = tensor.cpu()
-    for file, tensors in files.items():
-        save_file(tensors, folder / f"{file}.safetensors", metadata={"format": "pt"})
-    weight_map = {name: f"{file}.safetensors" for file, tensors in files.items() for name in tensors}
-    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
+    for file, shapes in configure(folder, shape, blocks).items():
+        tensors = {}
+        for name, size in shapes.items():
+            tensor = torch.ones(size, dtype=torch.bfloat16, device=device)
+            if len(size) > 1:
+                tensor.normal_(std=size[1] ** -0.5, generator=generator)
+            tensors[name] = tensor.cpu()
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    say(f"{shape}: {blocks} blocks written")
     return folder
 
 
-def measure(model: Path, shape: str, method: str, options: argparse.Namespace) -> Row:
+def configure(folder: Path, shape: str, blocks: int) -> dict[str, dict[str, torch.Size]]:
+    """Makes the folder a model of so many blocks, the first of those that are written.
+
+    Returns:
+        File → its tensors' names and shapes.
+    """
+    config = {**SHAPES[shape], "num_hidden_layers": blocks, "vocab_size": VOCABULARY}
+    (folder / "config.json").write_text(json.dumps(config | {"bos_token_id": 0, "eos_token_id": 1}))
+    files: dict[str, dict[str, torch.Size]] = {}
+    for name, parameter in empty_model(folder).named_parameters():
+        block = re.match(r".*\.layers\.\d+", name)
+        files.setdefault(f"{block[0] if block else 'rest'}.safetensors", {})[name] = parameter.shape
+    weight_map = {name: file for file, tensors in files.items() for name in tensors}
+    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
+    return files
+
+
+def measure(model: Path, shape: str, method: str, profile: bool, options: argparse.Namespace) -> Row:
     """Prunes the model and returns a row of the result."""
     device = pick_device(options.device)
     tokens = torch.randint(VOCABULARY, (options.samples, options.length), generator=torch.Generator().manual_seed(0))
@@ -118,16 +141,27 @@ def measure(model: Path, shape: str, method: str, options: argparse.Namespace) -
         device=options.device,
         overwrite=True,
     )
-    kernels = Kernels(device)
+    kernels = Kernels(device if profile else None)
+    before: dict[str, float] = {}
+    aside = 0.0
+    if device.type == "cuda":
+        # The method before this one leaves nothing.
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def progress(done: int, total: int, name: str) -> None:
-        print(f"{time.strftime('%H:%M:%S')} {method}: {done} of {total}", flush=True)
-        if options.profile and done == options.blocks:
+        nonlocal before, aside
+        start, now = time.perf_counter(), spent()
+        block = {stage: seconds - before.get(stage, 0.0) for stage, seconds in now.items()}
+        say(f"{method}: {done} of {total}: " + ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in block.items()))
+        before = now
+        if done == options.blocks:
             kernels.start()
-        elif options.profile and done == options.blocks + 1:
+        elif done == options.blocks + 1:
             kernels.stop()
+        aside += time.perf_counter() - start
 
-    report = prune(settings, progress, print, tokens)
+    report = prune(settings, progress, say, tokens)
     measured, last = report.blocks[: options.blocks], report.blocks[-1]
     layers = SHAPES[shape]["num_hidden_layers"]
     return {
@@ -138,18 +172,32 @@ def measure(model: Path, shape: str, method: str, options: argparse.Namespace) -
         "length": options.length,
         "blocks_measured": len(measured),
         "seconds_per_block": steady([block.seconds for block in measured]),
-        "projected_minutes": projected(report, measured, last, layers) / 60,
+        "projected_minutes": projected(report, measured, last, layers, aside) / 60,
         "paper_minutes": PAPER.get((shape, method)),
         "first_block_seconds": measured[0].seconds,
         "last_block_seconds": last.seconds,
+        "block_seconds": [block.seconds for block in report.blocks],
         "stages": {stage: steady([block.stages.get(stage, 0.0) for block in measured]) for stage in last.stages},
         "tensor_core_share": kernels.share,
         "kernels": kernels.slowest,
         "peak_gpu_gib": report.peak_device_gib,
         "planned_gpu_gib": report.planned_device_gib,
+        "reserved_gpu_gib": torch.cuda.max_memory_reserved(device) / GIB if device.type == "cuda" else 0.0,
         "peak_host_gib": report.peak_host_gib,
         "planned_host_gib": report.planned_host_gib,
+        "pinned_host_gib": pinned() / GIB,
     }
+
+
+def say(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+
+def pinned() -> int:
+    """Bytes of pinned memory that torch holds; drivers differ in whether they count as the process's memory."""
+    if not torch.cuda.is_available():
+        return 0
+    return torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0)
 
 
 def steady(values: list[float]) -> float:
@@ -157,25 +205,28 @@ def steady(values: list[float]) -> float:
     return statistics.mean(values[1:] or values)
 
 
-def projected(report: Report, measured: list[BlockTime], last: BlockTime, layers: int) -> float:
-    """Seconds for a model of so many blocks."""
-    around = report.seconds - sum(block.seconds for block in report.blocks)
+def projected(report: Report, measured: list[BlockTime], last: BlockTime, layers: int, aside: float = 0.0) -> float:
+    """Seconds for a model of so many blocks; `aside` went into profiling."""
+    around = report.seconds - aside - sum(block.seconds for block in report.blocks)
     return around + measured[0].seconds + (layers - 2) * steady([block.seconds for block in measured]) + last.seconds
 
 
 class Kernels:
     """What the GPU's time goes to, while it is watched.
 
+    Args:
+        device: None for nothing to watch.
+
     Attributes:
-        share: of the time in which tensor cores multiply; None without a GPU.
+        share: of the time in which tensor cores multiply; None where nothing was seen.
         slowest: seconds of the kernels that take longest, by name.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device | None) -> None:
         self.share: float | None = None
         self.slowest: dict[str, float] = {}
         self._profiler = None
-        if device.type == "cuda":
+        if device and device.type == "cuda":
             self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
         self._since = 0.0
 
@@ -204,8 +255,6 @@ def on_tensor_cores(kernel: str) -> bool:
 
 def draw(rows: list[Row], file: Path) -> None:
     """Minutes for the whole model, a bar for each row, stacked by stage; the paper's time as a line beside it."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(9, 1.2 + 0.7 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     stages = list(dict.fromkeys(stage for row in rows for stage in row["stages"]))

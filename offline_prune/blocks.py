@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from offline_prune.glu import Glu
 from offline_prune.precision import fast_matmul
@@ -17,12 +20,12 @@ from offline_prune.precision import fast_matmul
 Observer = Callable[[torch.Tensor], None]
 
 #: All of them exact; each is taken where the ones before it do not apply.
-_ATTENTION = [
+_ATTENTION = (
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
-]
+)
 
 
 class _Enough(Exception):
@@ -31,9 +34,27 @@ class _Enough(Exception):
 
 def forward(block: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
     """The block's output for hidden states (sequences, length, H)."""
-    with torch.inference_mode(), fast_matmul(), sdpa_kernel(_ATTENTION, set_priority=True):
+    kernels = _attention(hidden.device, hidden.dtype)
+    with torch.inference_mode(), fast_matmul(), sdpa_kernel(kernels, set_priority=True):
         output = block(hidden, **kwargs)
     return output[0] if isinstance(output, tuple) else output
+
+
+@cache
+def _attention(device: torch.device, dtype: torch.dtype) -> list[SDPBackend]:
+    """The attention kernels to choose from.
+
+    cuDNN, the fastest, says only when it is called that it has no kernel for a GPU, so it is tried once.
+    """
+    if device.type == "cuda":
+        query, key = (torch.zeros(1, heads, 256, 128, device=device, dtype=dtype) for heads in (8, 2))
+        try:
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=True)
+        except RuntimeError as error:
+            warnings.warn(f"cuDNN's attention does not work here, another is taken: {error}", stacklevel=2)
+            return list(_ATTENTION[1:])
+    return list(_ATTENTION)
 
 
 def watch(

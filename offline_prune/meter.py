@@ -26,7 +26,8 @@ class Meter:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self._host_before = self._host_peak = _host_memory()
+        self._process = psutil.Process()
+        self._host_before = self._host_peak = self._host_memory()
         self._stack: list[str] = []
         self._since = 0.0
 
@@ -63,13 +64,19 @@ class Meter:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
 
     def _lap(self) -> None:
+        # Asking takes a while, during which a GPU still has something to do.
+        self._host_peak = max(self._host_peak, self._host_memory())
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
         if self._stack:
             self.seconds[self._stack[-1]] += now - self._since
         self._since = now
-        self._host_peak = max(self._host_peak, _host_memory())
+
+    def _host_memory(self) -> int:
+        """Bytes of this process's own memory: what it allocated, not the files it mapped."""
+        used = self._process.memory_info()
+        return used.rss - used.shared
 
 
 def stage(name: str) -> AbstractContextManager[None]:
@@ -78,7 +85,7 @@ def stage(name: str) -> AbstractContextManager[None]:
     return nullcontext() if meter is None else meter.stage(name)
 
 
-def _host_memory() -> int:
-    """Bytes of this process's own memory: what it allocated, not the files it mapped."""
-    used = psutil.Process().memory_info()
-    return used.rss - used.shared
+def spent() -> dict[str, float]:
+    """Seconds by stage so far, of the running meter."""
+    meter = _active.get()
+    return {} if meter is None else dict(meter.seconds)

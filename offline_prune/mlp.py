@@ -111,6 +111,9 @@ def prune_down(
     """
     steps = processing_order(order, regions, settings.layout)
     rows = torch.ones(len(down), dtype=torch.bool, device=down.device)
+    if settings.layout == "back":
+        # Nothing moves, and another Hessian would need as much memory as the first.
+        return _prune(down, hessian, rows, steps < regions.sparse, settings, layer)
     pruned = _prune(down[:, steps], hessian[steps][:, steps], rows, steps < regions.sparse, settings, layer)
     back = steps.argsort()
     return Pruned(pruned.weight[:, back].contiguous(), pruned.scales, pruned.error, pruned.power, pruned.damping)

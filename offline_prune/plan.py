@@ -141,7 +141,7 @@ def _checkpoint_bytes(model: SourceModel, settings: PruneSettings) -> int:
 def _placed(needs: MemoryPlan, settings: PruneSettings) -> MemoryPlan:
     device, out = needs.device, settings.out
     host = int(psutil.virtual_memory().available * USABLE) // ranks.on_this_machine()
-    room = host if device.type == "cpu" else int(torch.cuda.mem_get_info(device)[0] * USABLE)
+    room = host if device.type == "cpu" else int(_free(device) * USABLE)
     if room < needs.block + needs.work:
         raise SpenseError(
             f"{device}: {room / GIB:.2f} GiB of memory usable, one block needs {(needs.block + needs.work) / GIB:.2f} "
@@ -155,6 +155,12 @@ def _placed(needs: MemoryPlan, settings: PruneSettings) -> MemoryPlan:
             break
     require_disk_space(out, plan)
     return plan
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of a GPU that nobody uses. What an earlier run of this process left in torch's cache counts as free."""
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 def require_disk_space(out: Path, plan: MemoryPlan) -> None:

@@ -20,7 +20,9 @@ def test_what_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     prune_time.main()
     assert {path.name for path in tmp_path.iterdir()} == {"result.json", "result.png"}
     result = json.loads(out.read_text())
-    assert [row["method"] for row in result["rows"]] == ["spensegpt", "spensegpt+"]
+    assert [row["method"] for row in result["rows"]] == ["spensegpt+", "spensegpt"]
+    # The first method has a block more, to profile.
+    assert [len(row["block_seconds"]) for row in result["rows"]] == [4, 3]
     for row in result["rows"]:
         assert (row["shape"], row["gpus"], row["samples"], row["length"], row["blocks_measured"]) == (
             "tiny",
@@ -42,6 +44,7 @@ def test_the_projection() -> None:
     times = [5.0, 2.0, 4.0, 1.0]
     report = Report("model", {}, 0.375, seconds=20.0, blocks=[BlockTime(str(i), s, {}) for i, s in enumerate(times)])
     assert prune_time.projected(report, report.blocks[:3], report.blocks[-1], 10) == 8.0 + 5.0 + 8 * 3.0 + 1.0
+    assert prune_time.projected(report, report.blocks[:3], report.blocks[-1], 10, aside=6.0) == 32.0
 
 
 @pytest.mark.parametrize(
@@ -51,6 +54,7 @@ def test_the_projection() -> None:
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_6", True),
         ("sm80_xmma_gemm_f32f32_tf32f32_f32_nn_n_tilesize128x128x16", True),
         ("sm80_xmma_gemm_f32f32_f32f32_f32_nn_n_tilesize128x128x8", False),
+        ("ampere_bf16_s16816gemm_bf16_128x128_ldg8_f2f_stages_32x5_nn", True),
         ("cutlass_80_simt_sgemm_128x256_8x4_nn_align1", False),
         ("_walk", False),
     ],

@@ -46,15 +46,18 @@ def correlated(tokens: int, width: int) -> torch.Tensor:
 
 
 def test_sums_of_bf16_inputs_are_exact_to_float32() -> None:
+    tokens = 1000
     inputs = correlated(4096, 1600)
     hessian, energy = Hessian(1600, DEVICE), Energy(1600, DEVICE)
-    for part in inputs.split(1000):
+    for part in inputs.split(tokens):
         hessian.add(part)
         energy.add(part)
     exact = inputs.double().T @ inputs.double()
     found = hessian.matrix()
     assert torch.equal(found, found.T)
-    assert (found - exact).norm() <= 1e-6 * exact.norm()
+    # Tensor cores take sixteen products at a time and cut the sum off, by less than a unit in its last place, where
+    # others round: in a sum of squares that is an error of one sign, which adds up instead of averaging out.
+    assert (found - exact).norm() <= tokens / 16 * torch.finfo(torch.float32).eps * exact.norm()
     assert torch.allclose(energy.diagonal().double(), exact.diagonal(), rtol=1e-5)
 
 
@@ -65,7 +68,8 @@ def test_the_whole_loop_against_the_plain_one(rounding: bool, monkeypatch: pytes
     hessian = Hessian(4096, DEVICE)
     hessian.add(inputs)
     weight = 0.02 * torch.randn(2048, 4096, device=DEVICE)
-    factor = sparsegpt.inverse_factor(hessian.matrix(), 0.01, "layer")
+    matrix = hessian.matrix()
+    factor = sparsegpt.inverse_factor(matrix, 0.01, "layer")
     options = {
         "sparse_rows": torch.ones(2048, dtype=torch.bool, device=DEVICE),
         "sparse_columns": torch.arange(4096, device=DEVICE) < 3072,
@@ -74,7 +78,7 @@ def test_the_whole_loop_against_the_plain_one(rounding: bool, monkeypatch: pytes
     found = sparsegpt.sparsegpt(weight, factor, **options)
     monkeypatch.setattr(sparsegpt, "_solver", lambda device: sparsegpt.solve_block)
     expected = sparsegpt.sparsegpt(weight, factor, **options)
-    errors = [((result - weight) @ hessian.matrix() * (result - weight)).sum().item() for result in (found, expected)]
+    errors = [((result - weight) @ matrix * (result - weight)).sum().item() for result in (found, expected)]
     masks = ((found == 0) == (expected == 0)).float().mean().item()
     print(f"masks {masks:.5%}, errors {errors[0]:.6g} and {errors[1]:.6g}")
     assert abs(errors[0] / errors[1] - 1) <= 1e-3
