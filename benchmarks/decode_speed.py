@@ -224,16 +224,21 @@ class EngineRun:
 def search_first(runs: Sequence[EngineRun]) -> None:
     """Fills the plan cache while nobody else uses the GPU: engines that start together would disturb each other."""
     import torch
+    import vllm._custom_ops  # noqa: F401 - the kernels that ours compete with
 
     from vllm_spense import ops
     from vllm_spense.kernels.problem import Problem
 
     if not torch.cuda.is_available():
         return
+    device = torch.device("cuda", 0)
     for run in runs:
         config = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
         if KEY in config["quantization_config"]:
-            hidden = config["hidden_size"]
+            hidden, heads = config["hidden_size"], config["num_attention_heads"] * config["head_dim"]
+            keys_and_values = 2 * config["num_key_value_heads"] * config["head_dim"]
+            ops.prepare_whole(heads + keys_and_values, hidden, device)
+            ops.prepare_whole(hidden, heads, device)
             annotation = Annotation.from_dict(config["quantization_config"][KEY])
             for regions in {annotation.regions(module) for module in annotation.modules}:
                 i = regions.intermediate
@@ -241,7 +246,7 @@ def search_first(runs: Sequence[EngineRun]) -> None:
                     Problem(2 * i, hidden, regions, "output", parts=2),
                     Problem(hidden, i, regions, "input"),
                 ):
-                    ops.prepare(problem, TOKEN_BUDGET, torch.device("cuda", 0))
+                    ops.prepare(problem, TOKEN_BUDGET, device)
     torch.cuda.empty_cache()
 
 

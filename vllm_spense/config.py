@@ -18,6 +18,7 @@ from vllm_spense.errors import FormatError, SpenseError
 from vllm_spense.format import KEY, SIDECAR, Annotation, Regions
 from vllm_spense.linear import InputSplitLinearMethod, OutputSplitLinearMethod, RegionLinearMethod
 from vllm_spense.ops import INDUCTOR_OPTIONS
+from vllm_spense.unpruned import WholeFp8
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -127,6 +128,10 @@ class SpenseConfig(CompressedTensorsConfig):
         self._require_fp8(layer, prefix)
         regions, method = found
         return method(regions, prefix)
+
+    def get_scheme(self, layer: torch.nn.Module, layer_name: str | None = None) -> Any:
+        """vLLM's, for a layer that nothing was pruned in; ours stands in for it where it can."""
+        return WholeFp8.instead_of(super().get_scheme(layer, layer_name))
 
     def _find(self, prefix: str) -> tuple[Regions, Method] | None:
         parent, _, leaf = prefix.rpartition(".")

@@ -1,7 +1,8 @@
-"""The custom ops: `spense::region_gemm`, of both linear methods, and `spense::silu_mul_quant`, between them.
+"""The custom ops: `spense::region_gemm` of pruned layers, `spense::silu_mul_quant` between them, and
+`spense::whole_gemm` of layers that nothing was pruned in.
 
-The GEMM takes FP8 and returns raw sums. Scales stay outside: in `silu_mul_quant`, or as ordinary torch that Inductor
-fuses into what follows.
+Pruned layers' GEMMs take FP8 and return raw sums. Scales stay outside: in `silu_mul_quant`, or as ordinary torch that
+Inductor fuses into what follows.
 """
 
 from __future__ import annotations
@@ -197,6 +198,58 @@ def _one_launch_runs(device: torch.device) -> bool:
     return description.bindings and description.capability == ONE_LAUNCH_CAPABILITY
 
 
+def whole_gemm(x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
+    """x · Wᵀ · s_x · s_w, for a layer that `prepare_whole` knows.
+
+    Args:
+        x: (M, K) FP8 E4M3.
+        weight: (K, N) FP8 E4M3, the transposed view of a contiguous (N, K), as vLLM keeps it.
+        x_scale, w_scale: float32 (M, 1) and (N, 1).
+
+    Returns:
+        (M, N) bfloat16.
+    """
+    return torch.ops.spense.whole_gemm(x, weight, x_scale, w_scale)
+
+
+@cache
+def prepare_whole(n: int, k: int, device: torch.device) -> bool:
+    """Whether `whole_gemm` is to run layers of this size: makes whatever is slow to make, and says in the log if so."""
+    if _forced() not in (None, Path.ONE_LAUNCH) or not _one_launch_runs(device) or _describe(device).one_launch_fault:
+        return False
+    from vllm_spense.kernels import whole
+
+    if not whole.takes(n, k):
+        return False
+    faster = whole.prepare(n, k, device, _cutlass)
+    logger.info(
+        "Spense: not pruned %d × %d: %s",
+        n,
+        k,
+        ", ".join(f"{'one-launch' if wins else 'stock'} (to {tokens} tokens)" for tokens, wins in faster.items()),
+    )
+    return any(faster.values())
+
+
+def _cutlass(x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
+    """vLLM's kernel, for (N, K)."""
+    out = torch.empty(len(x), len(weight), dtype=torch.bfloat16, device=x.device)
+    torch.ops._C.cutlass_scaled_mm(out, x, weight.t(), x_scale, w_scale, None)
+    return out
+
+
+def _whole_gemm(x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
+    from vllm_spense.kernels import whole
+
+    return whole.run(x, weight.t(), x_scale, w_scale, _cutlass)
+
+
+def _whole_gemm_fake(
+    x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], weight.shape[1]), dtype=torch.bfloat16)
+
+
 def _silu_mul_quant(
     raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -253,3 +306,6 @@ torch.library.register_fake("spense::region_gemm", _region_gemm_fake, lib=_LIBRA
 _LIBRARY.define("silu_mul_quant(Tensor raw, Tensor x_scale, Tensor w_scale) -> (Tensor, Tensor)")
 _LIBRARY.impl("silu_mul_quant", _silu_mul_quant, "CompositeExplicitAutograd")
 torch.library.register_fake("spense::silu_mul_quant", _silu_mul_quant_fake, lib=_LIBRARY)
+_LIBRARY.define("whole_gemm(Tensor x, Tensor weight, Tensor x_scale, Tensor w_scale) -> Tensor")
+_LIBRARY.impl("whole_gemm", _whole_gemm, "CUDA")
+torch.library.register_fake("spense::whole_gemm", _whole_gemm_fake, lib=_LIBRARY)

@@ -79,7 +79,7 @@ def test_a_summary_is_in_milliseconds() -> None:
 
 
 def test_rows_hold_what_the_issue_names_and_null_for_what_dense_lacks() -> None:
-    dense = Measured({(1, 16): Timing(1, 16, 30.0, 1.0, 90.0)}, 100.0, 1000)
+    dense = Measured({(1, 16): Timing(1, 16, 30.0, 1.0, 90.0)}, 100.0, 1000, layer_kernels=14)
     spense = Measured(
         {(1, 16): Timing(1, 16, 20.0, 2.0, 60.0), (8, 16): Timing(8, 16, 25.0, 2.0, 70.0)}, 120.0, 810, saved_bytes=200
     )
@@ -104,9 +104,17 @@ def test_rows_hold_what_the_issue_names_and_null_for_what_dense_lacks() -> None:
         "dense_weight_bytes": 1000,
         "spense_weight_bytes": 810,
         "format_weight_bytes": 800,
+        "dense_layer_kernels": 14,
+        "spense_layer_kernels": None,
     }
     assert second["spense_ms"] == 25.0
     assert second["ratio"] is second["dense_ms"] is second["prefill_ratio"] is None
+
+
+def test_a_layers_kernels_are_what_runs_once_for_each() -> None:
+    # Twice a layer, in all layers but the last, once a step, and in a profile that missed some of one step.
+    assert decode_speed.layer_kernels([128.0, 63.0, 1.0, 191.9], 64) == 2 + 0 + 0 + 2
+    assert decode_speed.layer_kernels([], 64) is None
 
 
 def test_saved_bytes_are_those_of_the_format(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@
 // shared memory, others through global memory by whoever finishes last. Nobody waits for work that may not have begun.
 //
 // Set by the compiler's caller (one_launch.py): TOKENS of a tile, SPARSE_K columns of a sparse step, CLUSTER thread blocks
-// that share a tile, STAGES of the ring, OUT_FLOAT, and the functions sparse_mma and dense_mma.
+// that share a tile, STAGES of the ring, OUT_FLOAT, SCALED, and the functions sparse_mma and dense_mma.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -41,6 +41,7 @@ struct Arguments {
     float* parts;                     // float32 sums of tiles that have several parts
     u32* arrivals;                    // how many parts of each such tile are done; zero before and after
     void* out;                        // (tokens, n)
+    const float *x_scale, *w_scale;   // (tokens), (n): if SCALED, sums are multiplied by them
     int segments_each;
     int tokens, n;
     int dense_column;                 // column of x that the dense weight begins with
@@ -380,6 +381,16 @@ template <int WIDTH>
 __device__ __forceinline__ void write(
     const float* s, int row, int token, const Segment& segment, const Arguments& arguments, const Multiplier& me) {
     const int lane = me.lane;
+#if SCALED
+    float scaled[4 * WIDTH];
+#pragma unroll
+    for (int i = 0; i < 4 * WIDTH; ++i) {
+        const int t = token + i / 4 * 8 + lane % 4 * 2 + i % 2, r = row + i % 4 / 2 * 8 + lane / 4;
+        const bool inside = t < arguments.tokens && r < segment.row_end;
+        scaled[i] = inside ? s[i] * arguments.x_scale[t] * arguments.w_scale[segment.column + r - segment.row] : 0;
+    }
+    s = scaled;
+#endif
     const u32 turn = me.shared.turn + (me.group * 4 + me.warp) * TURN_BYTES;
     // Of the 8 × 8 matrices (rows r and r + 8, of tokens t, then of tokens t + 8) each lane names one row of one.
     const u32 target = turn + (lane / 16 * 8 + lane % 8) * TURN_PITCH + lane / 8 % 2 * 16;

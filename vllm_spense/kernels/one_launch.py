@@ -33,6 +33,7 @@ _MIN_STAGES, _MAX_STAGES = 3, 12
 _TRIALS = (
     Problem(640, 320, Regions(192, 128), "output", parts=2),
     Problem(160, 1216, Regions(704, 512), "input"),
+    Problem(416, 1056, Regions(0, 1056), "input"),
 )
 _TRIAL_TILINGS = (Tiling(32, 256), Tiling(128, 128), Tiling(32, 256, 2, cluster=True), Tiling(32, 128, 3))
 _TRIAL_ERROR = 0.005
@@ -65,11 +66,16 @@ def fault(device: torch.device) -> str | None:
 
 
 def _error(problem: Problem, tiling: Tiling, device: torch.device) -> float:
-    """Of a GEMM of random numbers, relative to the norm of the exact result."""
+    """Of a GEMM of random numbers, relative to the norm of the exact result; of one without a sparse region, scaled."""
     weight, x = random_weight(problem, device), random_fp8(tiling.tokens - 7, problem.k, device)
     out = torch.full((len(x), problem.n), torch.nan, dtype=problem.out_dtype, device=device)
-    OneLaunchPlan(problem, tiling.tokens, device, tiling).run(x, pack(weight, problem), out)
     exact = x.double() @ weight.double().t()
+    scales = None
+    if scaled := not problem.regions.sparse:
+        scales = torch.rand(len(x), 1, device=device), torch.rand(problem.n, 1, device=device)
+        exact *= scales[0].double() * scales[1].double().t()
+    plan = OneLaunchPlan(problem, tiling.tokens, device, tiling, scaled)
+    plan.run(x, pack(weight, problem), out, scales)
     return float((out.double() - exact).norm() / exact.norm())
 
 
@@ -111,6 +117,12 @@ def run(x: torch.Tensor, packed: Packed, problem: Problem) -> torch.Tensor:
 def plan(problem: Problem, tokens: int, device: torch.device) -> OneLaunchPlan:
     """The plan for M up to `tokens`, a power of two or a multiple of 256."""
     return OneLaunchPlan(problem, tokens, device, _found(problem, bucket(tokens), device).tiling)
+
+
+@cache
+def scaled_plan(problem: Problem, tokens: int, device: torch.device) -> OneLaunchPlan:
+    """As `plan`, cut alike, with outputs that are scaled."""
+    return OneLaunchPlan(problem, tokens, device, _found(problem, bucket(tokens), device).tiling, scaled=True)
 
 
 @dataclass(frozen=True)
@@ -198,13 +210,14 @@ def _digest() -> str:
     return digest(_code())
 
 
-def _machine_code(tiling: Tiling, out_float: bool) -> bytes:
+def _machine_code(tiling: Tiling, out_float: bool, scaled: bool = False) -> bytes:
     macros = {
         "TOKENS": tiling.tokens,
         "SPARSE_K": tiling.sparse_k,
         "CLUSTER": tiling.cluster_size,
         "STAGES": _stages(tiling)[0],
         "OUT_FLOAT": int(out_float),
+        "SCALED": int(scaled),
     }
     source = _instruction(tiling.tokens, sparse=True) + _instruction(tiling.tokens, sparse=False) + _code()
     options = ["--gpu-architecture=sm_90a", "--std=c++17", *(f"-D{name}={value}" for name, value in macros.items())]
@@ -230,8 +243,9 @@ __device__ __forceinline__ void {name}_mma(
 
 
 @cache
-def _kernel(tiling: Tiling, out_float: bool, device: torch.device) -> cuda_driver.Kernel:
-    return cuda_driver.load(_machine_code(tiling, out_float), "gemm", _THREADS, _stages(tiling)[1], device)
+def _kernel(tiling: Tiling, out_float: bool, scaled: bool, device: torch.device) -> cuda_driver.Kernel:
+    code = _machine_code(tiling, out_float, scaled)
+    return cuda_driver.load(code, "gemm", _THREADS, _stages(tiling)[1], device)
 
 
 class _Arguments(ctypes.Structure):
@@ -239,10 +253,8 @@ class _Arguments(ctypes.Structure):
 
     _fields_ = (
         *((name, cuda_driver.TensorMap) for name in ("x", "values", "metadata", "dense")),
-        *((name, ctypes.c_void_p) for name in ("segments", "parts", "arrivals", "out")),
+        *((name, ctypes.c_void_p) for name in ("segments", "parts", "arrivals", "out", "x_scale", "w_scale")),
         *((name, ctypes.c_int) for name in ("segments_each", "tokens", "n", "dense_column")),
-        # The kernel's is aligned like its tensor maps, and is copied with what that adds.
-        ("_padding", ctypes.c_byte * 16),
     )
 
 
@@ -284,31 +296,42 @@ class OneLaunchPlan:
     Args:
         problem: the GEMM; its region sizes are multiples of `WEIGHT_MULTIPLE`.
         tokens: the largest M.
+        scaled: its outputs are scaled, and bfloat16.
     """
 
-    def __init__(self, problem: Problem, tokens: int, device: torch.device, tiling: Tiling) -> None:
+    def __init__(
+        self, problem: Problem, tokens: int, device: torch.device, tiling: Tiling, scaled: bool = False
+    ) -> None:
+        assert not (scaled and problem.out_dtype == torch.float32)
         self.problem = problem
         self.tokens = tokens
         self.device = device
         self.tiling = tiling
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         tables = schedule(problem, tokens, tiling, multiprocessors)
-        self._kernel = _kernel(tiling, problem.out_dtype == torch.float32, device)
+        self._kernel = _kernel(tiling, problem.out_dtype == torch.float32, scaled, device)
         self._segments = torch.from_numpy(tables.segments).to(device)
         self._counters = 0 if tiling.cluster else tables.arrivals
         self._part_floats = 0 if tiling.cluster else tables.parts * ROWS * tiling.tokens
         _arrivals(device)
 
-    def run(self, x: torch.Tensor, packed: Packed, out: torch.Tensor | None = None) -> torch.Tensor:
+    def run(
+        self,
+        x: torch.Tensor,
+        packed: Packed,
+        out: torch.Tensor | None = None,
+        scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """One launch.
 
         Args:
             x: (M, K) float8_e4m3fn, M ≤ tokens; rows may be strided by a multiple of 16.
             packed: what `pack` returned for this problem.
             out: (M, N) of the problem's out_dtype to write into, contiguous.
+            scales: of the M tokens and of W's N rows, float32, for a scaled plan.
 
         Returns:
-            (M, N) raw sums, without scales.
+            (M, N) raw sums, without scales unless the plan is scaled.
         """
         problem, m = self.problem, len(x)
         assert m <= self.tokens, (m, self.tokens)
@@ -325,6 +348,8 @@ class OneLaunchPlan:
             n=problem.n,
             dense_column=problem.regions.sparse if problem.split == "input" else 0,
         )
+        if scales:
+            arguments.x_scale, arguments.w_scale = (scale.data_ptr() for scale in scales)
         if self._counters:
             # Until the launch is enqueued it must not go back to torch, which then orders its next use after it.
             parts = torch.empty(self._part_floats, dtype=torch.float32, device=x.device)

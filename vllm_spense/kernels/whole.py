@@ -1,0 +1,102 @@
+"""Layers that nothing was pruned in: one dense FP8 weight, and scales inside the kernel.
+
+Behind attention's layers the compiler has no kernel that could take the scales in. The one-launch kernel serves small
+M, if it is faster there than the kernel that vLLM would run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+
+from vllm_spense.format import Regions
+from vllm_spense.kernels import one_launch
+from vllm_spense.kernels.plan_cache import environment, load_or_find
+from vllm_spense.kernels.problem import WEIGHT_MULTIPLE, Problem
+from vllm_spense.kernels.synthetic import random_fp8
+from vllm_spense.kernels.timing import cold_copies, median_us
+
+#: x (M, K), W (N, K), scales of tokens (M, 1) and rows (N, 1) → (M, N) bfloat16.
+Gemm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+#: Beyond this, tensor cores limit a dense GEMM more than memory does.
+MOST_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Times:
+    """Of one call, in µs."""
+
+    one_launch: float
+    other: float
+
+
+def takes(n: int, k: int) -> bool:
+    """Whether the kernel can run a weight (N, K)."""
+    return n % WEIGHT_MULTIPLE == 0 and k % WEIGHT_MULTIPLE == 0
+
+
+def prepare(n: int, k: int, device: torch.device, other: Gemm) -> dict[int, bool]:
+    """Compares the kernel with `other`, for every number of tokens it may serve.
+
+    Returns:
+        Whether it is faster, by the largest M of each of its plans.
+    """
+    tokens, faster = one_launch.MIN_TILE_TOKENS, {}
+    while tokens <= MOST_TOKENS:
+        times = _times(_problem(n, k), tokens, device, other)
+        faster[tokens] = times.one_launch < times.other
+        if faster[tokens]:
+            one_launch.scaled_plan(_problem(n, k), tokens, device)
+        tokens *= 2
+    return faster
+
+
+def run(
+    x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor, other: Gemm
+) -> torch.Tensor:
+    """x · Wᵀ · s_x · s_w by the faster of both kernels.
+
+    Args:
+        x: (M, K) float8_e4m3fn.
+        weight: (N, K) float8_e4m3fn, contiguous.
+        x_scale, w_scale: float32 (M, 1) and (N, 1).
+        other: what runs where the one-launch kernel does not.
+
+    Returns:
+        (M, N) bfloat16.
+    """
+    (n, k), m = weight.shape, len(x)
+    problem, tokens = _problem(n, k), one_launch.bucket(m)
+    if m > MOST_TOKENS or not _faster(problem, tokens, x.device, other):
+        return other(x, weight, x_scale, w_scale)
+    plan = one_launch.scaled_plan(problem, tokens, x.device)
+    return plan.run(x, {"compressed": weight[:0], "dense": weight}, scales=(x_scale, w_scale))
+
+
+@cache
+def _problem(n: int, k: int) -> Problem:
+    return Problem(n, k, Regions(0, k), "input")
+
+
+@cache
+def _faster(problem: Problem, tokens: int, device: torch.device, other: Gemm) -> bool:
+    times = _times(problem, tokens, device, other)
+    return times.one_launch < times.other
+
+
+def _times(problem: Problem, tokens: int, device: torch.device, other: Gemm) -> Times:
+    one_launch_us = one_launch.us(problem, tokens, device)
+    key = {"path": "whole", **environment(device), **problem.describe(), "tokens": tokens}
+    return load_or_find(key, Times, lambda: Times(one_launch_us, _time(problem, tokens, device, other)))
+
+
+def _time(problem: Problem, tokens: int, device: torch.device, other: Gemm) -> float:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"a GEMM of {tokens} tokens was captured before it ran once: {problem}")
+    x, x_scale = random_fp8(tokens, problem.k, device), torch.ones(tokens, 1, device=device)
+    w_scale = torch.ones(problem.n, 1, device=device)
+    weights = [random_fp8(problem.n, problem.k, device) for _ in range(cold_copies(problem.weight_bytes, device))]
+    return round(median_us([partial(other, x, weight, x_scale, w_scale) for weight in weights]), 2)

@@ -1,0 +1,82 @@
+"""Layers that nothing was pruned in: vLLM's own FP8 layers, with our kernel where it is faster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationStrategy
+from vllm.model_executor.kernels.linear.scaled_mm.cutlass import CutlassFP8ScaledMMLinearKernel
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Fp8
+
+from vllm_spense import ops
+
+
+class WholeFp8(CompressedTensorsW8A8Fp8):
+    """vLLM's scheme for FP8 per channel and token, which picks the kernel."""
+
+    @classmethod
+    def instead_of(cls, scheme: Any) -> Any:
+        """This scheme, if the given one of vLLM's is what it can stand for; else the given one."""
+        if type(scheme) is not CompressedTensorsW8A8Fp8 or scheme.is_static_input_scheme:
+            return scheme
+        if scheme.strategy != QuantizationStrategy.CHANNEL:
+            return scheme
+        return cls(scheme.weight_quant, scheme.is_static_input_scheme)
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        weight_loader: Callable[..., Any],
+        **kwargs: Any,
+    ) -> None:
+        super().create_weights(
+            layer,
+            input_size_per_partition=input_size_per_partition,
+            output_partition_sizes=output_partition_sizes,
+            input_size=input_size,
+            output_size=output_size,
+            params_dtype=params_dtype,
+            weight_loader=weight_loader,
+            **kwargs,
+        )
+        found = self.fp8_linear
+        if type(found) is CutlassFP8ScaledMMLinearKernel and params_dtype == torch.bfloat16:
+            self.fp8_linear = WholeKernel(found.config, found.layer_param_names)
+
+
+class WholeKernel(CutlassFP8ScaledMMLinearKernel):
+    """vLLM's kernel, or ours for few tokens, if it was faster there."""
+
+    ours = False
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        super().process_weights_after_loading(layer)
+        weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+        k, n = weight.shape
+        self.ours = (
+            weight.t().is_contiguous() and n == self.logical_output_size and ops.prepare_whole(n, k, weight.device)
+        )
+
+    def apply_scaled_mm(
+        self,
+        *,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        out_dtype: torch.dtype,
+        As: torch.Tensor,
+        Bs: torch.Tensor,
+        bias: torch.Tensor | None,
+        output_shape: list[Any],
+    ) -> torch.Tensor:
+        if self.ours and bias is None and out_dtype == torch.bfloat16:
+            return ops.whole_gemm(A, B, As, Bs).view(*output_shape)
+        return super().apply_scaled_mm(
+            A=A, B=B, out_dtype=out_dtype, As=As, Bs=Bs, bias=bias, output_shape=output_shape
+        )
