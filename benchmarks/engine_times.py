@@ -134,7 +134,7 @@ def run(order: Order) -> Answer:
 
 
 def start_engine(order: Order) -> LLM:
-    """An engine that captures the batches it will be asked for, and no others."""
+    """An engine that captures the batches it will be asked for, and the most tokens that it would by default."""
     longest = max(order.contexts) + max(
         output_tokens(batch, context, order.steps) for batch in order.batches for context in order.contexts
     )
@@ -154,7 +154,7 @@ def start_engine(order: Order) -> LLM:
         # Every prompt is new, and its whole prefill counts.
         enable_prefix_caching=False,
         enforce_eager=order.eager,
-        compilation_config={"cudagraph_capture_sizes": sorted(order.batches)},
+        compilation_config={"cudagraph_capture_sizes": sorted({*order.batches, min(2 * max(order.batches), 512)})},
         seed=0,
         **memory,
     )

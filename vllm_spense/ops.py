@@ -203,7 +203,7 @@ def whole_gemm(x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, w_s
 
     Args:
         x: (M, K) FP8 E4M3.
-        weight: (K, N) FP8 E4M3, the transposed view of a contiguous (N, K), as vLLM keeps it.
+        weight: (N, K) FP8 E4M3, contiguous.
         x_scale, w_scale: float32 (M, 1) and (N, 1).
 
     Returns:
@@ -241,13 +241,13 @@ def _cutlass(x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, w_sca
 def _whole_gemm(x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
     from vllm_spense.kernels import whole
 
-    return whole.run(x, weight.t(), x_scale, w_scale, _cutlass)
+    return whole.run(x, weight, x_scale, w_scale, _cutlass)
 
 
 def _whole_gemm_fake(
     x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor
 ) -> torch.Tensor:
-    return x.new_empty((x.shape[0], weight.shape[1]), dtype=torch.bfloat16)
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.bfloat16)
 
 
 def _silu_mul_quant(

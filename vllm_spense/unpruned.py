@@ -76,7 +76,7 @@ class WholeKernel(CutlassFP8ScaledMMLinearKernel):
         output_shape: list[Any],
     ) -> torch.Tensor:
         if self.ours and bias is None and out_dtype == torch.bfloat16:
-            return ops.whole_gemm(A, B, As, Bs).view(*output_shape)
+            return ops.whole_gemm(A, B.t(), As, Bs).view(*output_shape)
         return super().apply_scaled_mm(
             A=A, B=B, out_dtype=out_dtype, As=As, Bs=Bs, bias=bias, output_shape=output_shape
         )

@@ -42,4 +42,5 @@ def set_attribute(setter: Callable[..., None], *target: int, attribute: int, kin
 
 
 def current_stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
+    # Inductor's way: torch.cuda.current_stream makes an object first, which takes as long as a library's call.
+    return torch._C._cuda_getCurrentRawStream(device.index)

@@ -72,7 +72,9 @@ def _error(problem: Problem, tiling: Tiling, device: torch.device) -> float:
     exact = x.double() @ weight.double().t()
     scales = None
     if scaled := not problem.regions.sparse:
-        scales = torch.rand(len(x), 1, device=device), torch.rand(problem.n, 1, device=device)
+        # While a model loads, torch's default is the model's dtype.
+        both = torch.rand(len(x) + problem.n, 1, dtype=torch.float32, device=device)
+        scales = both[: len(x)], both[len(x) :]
         exact *= scales[0].double() * scales[1].double().t()
     plan = OneLaunchPlan(problem, tiling.tokens, device, tiling, scaled)
     plan.run(x, pack(weight, problem), out, scales)

@@ -25,8 +25,9 @@ def fault(device: torch.device) -> str | None:
     generator = torch.Generator(device).manual_seed(0)
     for (size, tokens), dtype in ((trial, dtype) for trial in _TRIALS for dtype in (torch.bfloat16, torch.float32)):
         raw = torch.randn(tokens, 2 * size, dtype=dtype, device=device, generator=generator) * 1000
-        x_scale = torch.rand(tokens, 1, device=device, generator=generator) / 100
-        w_scale = torch.rand(2 * size, device=device, generator=generator)
+        # While a model loads, torch's default is the model's dtype.
+        scales = torch.rand(tokens + 2 * size, dtype=torch.float32, device=device, generator=generator)
+        x_scale, w_scale = scales[:tokens] / 100, scales[tokens:].clone()
         try:
             found = run(raw, x_scale, w_scale)
         except RuntimeError as error:

@@ -96,7 +96,8 @@ def _times(problem: Problem, tokens: int, device: torch.device, other: Gemm) -> 
 def _time(problem: Problem, tokens: int, device: torch.device, other: Gemm) -> float:
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"a GEMM of {tokens} tokens was captured before it ran once: {problem}")
-    x, x_scale = random_fp8(tokens, problem.k, device), torch.ones(tokens, 1, device=device)
-    w_scale = torch.ones(problem.n, 1, device=device)
+    x = random_fp8(tokens, problem.k, device)
+    # While a model loads, torch's default is the model's dtype.
+    x_scale, w_scale = (torch.ones(size, 1, dtype=torch.float32, device=device) for size in (tokens, problem.n))
     weights = [random_fp8(problem.n, problem.k, device) for _ in range(cold_copies(problem.weight_bytes, device))]
     return round(median_us([partial(other, x, weight, x_scale, w_scale) for weight in weights]), 2)
