@@ -53,8 +53,9 @@ def filled(text: str, results: Path = RESULTS) -> str:
         if file.exists():
             content = make(json.loads(file.read_text(encoding="utf-8")))
         else:
-            script = benchmark.partition("-")[0]
-            content = [f"Not measured yet: `python benchmarks/{script}.py` on a GPU makes this table."]
+            script, _, gpus = benchmark.removesuffix("gpus").partition("-")
+            python, where = (f"torchrun --nproc-per-node {gpus}", f"{gpus} GPUs") if gpus else ("python", "a GPU")
+            content = [f"Not measured yet: `{python} benchmarks/{script}.py` on {where} makes this table."]
         return "\n".join((before.rstrip("\n"), "", *content, "", after))
 
     return _TABLE.sub(table, text)
@@ -208,10 +209,6 @@ def readme(result: Result) -> list[str]:
 
 def prune(result: Result) -> list[str]:
     """What pruning a whole model takes."""
-
-    def of_plan(row: Row, memory: str) -> str:
-        return f"{row[f'peak_{memory}_gib']:.1f} of {row[f'planned_{memory}_gib']:.1f}"
-
     lines = (
         [
             row["shape"],
@@ -222,13 +219,13 @@ def prune(result: Result) -> list[str]:
             f"{row['projected_minutes']:.1f}",
             f"{row['paper_minutes']:.0f}" if row["paper_minutes"] else "",
             f"{row['tensor_core_share']:.0%}" if row["tensor_core_share"] else "",
-            of_plan(row, "gpu"),
-            of_plan(row, "host"),
+            f"{row['peak_gpu_gib']:.1f} of {row['planned_gpu_gib']:.1f}",
+            f"{row['peak_host_gib']:.1f} + {row['pinned_host_gib']:.1f} of {row['planned_host_gib']:.1f}",
         ]
         for row in result["rows"]
     )
     headings = ["shape", "method", "GPUs", "tokens", "blocks measured", "model, min", "paper on a B200, min"]
-    headings += ["share of tensor cores", "GPU, GiB of plan", "host, GiB of plan"]
+    headings += ["share of tensor cores", "GPU, GiB of plan", "host + pinned, GiB of plan"]
     return [*markdown(headings, lines), "", source(result)]
 
 

@@ -91,10 +91,6 @@ def main() -> None:
             draw(rows, file.with_suffix(".png"))
 
 
-def tell(line: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
-
-
 def write_model(folder: Path, shape: str, blocks: int, device: torch.device) -> Path:
     """Writes a model of random BF16 weights that keep activations about as large as 1, one safetensors file a block."""
     folder.mkdir()

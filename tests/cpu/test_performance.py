@@ -71,7 +71,8 @@ PRUNE = [
         "stages": {"load": 0.5, "forward": 12.25} | stages,
         "peak_gpu_gib": 38.25,
         "planned_gpu_gib": 40.0,
-        "peak_host_gib": 3.0,
+        "peak_host_gib": 2.0,
+        "pinned_host_gib": 1.0,
         "planned_host_gib": 4.0,
     }
     for method, minutes, paper, share, stages in (
@@ -127,8 +128,10 @@ def table(name: str, results: Path) -> str:
         (
             "prune",
             [
-                "| qwen3-32b | spensegpt | 1 | 128 × 4096 | 3 × 21.5 s | 21.5 | 80 | 75% | 38.2 of 40.0 | 3.0 of 4.0 |",
-                "| qwen3-32b | spensegpt+ | 1 | 128 × 4096 | 3 × 22.6 s | 22.6 |  |  | 38.2 of 40.0 | 3.0 of 4.0 |",
+                "| qwen3-32b | spensegpt | 1 | 128 × 4096 | 3 × 21.5 s | 21.5 | 80 | 75% |"
+                " 38.2 of 40.0 | 2.0 + 1.0 of 4.0 |",
+                "| qwen3-32b | spensegpt+ | 1 | 128 × 4096 | 3 × 22.6 s | 22.6 |  |  |"
+                " 38.2 of 40.0 | 2.0 + 1.0 of 4.0 |",
             ],
         ),
         ("prune_stages", ["| forward | 12.25 | 12.25 |", "| select | 0.00 | 0.12 |"]),
@@ -169,7 +172,9 @@ def test_gemms_are_those_that_the_policy_takes(results: Path) -> None:
 
 
 def test_what_was_not_measured_says_so(results: Path) -> None:
-    assert "Not measured yet: `python benchmarks/gemm_sweep.py`" in table("gemm", results)
+    assert "Not measured yet: `python benchmarks/gemm_sweep.py` on a GPU" in table("gemm", results)
+    several = "`torchrun --nproc-per-node 2 benchmarks/prune_time.py` on 2 GPUs"
+    assert f"Not measured yet: {several} makes this table." in table("prune_gpus", results)
 
 
 def test_a_table_that_does_not_exist_is_an_error(results: Path) -> None:
