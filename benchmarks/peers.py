@@ -14,6 +14,7 @@ import argparse
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from benchmarks.accuracy import Row, earlier_rows, measured
-from benchmarks.baselines import proxsparse
+from benchmarks.baselines import hyperprune, proxsparse
 from benchmarks.envelope import RESULTS, ROOT, write_result
 from benchmarks.quality_tables import markdown
 from benchmarks.texts import DOMAINS, heldout
@@ -31,6 +32,7 @@ from offline_prune.evaluate import load_dense
 from offline_prune.glu import Glu
 from offline_prune.model import SourceModel
 from offline_prune.pipeline import prune
+from offline_prune.precision import fast_matmul
 from offline_prune.settings import PruneSettings
 from scripts.pruned import CACHE
 from scripts.smollm2 import smollm2
@@ -44,9 +46,11 @@ OURS: dict[str, Row] = {
     "magnitude tune_steps=128": {"method": "magnitude", "tune_steps": 128},
 }
 PEERS = ("llmcompressor sparsegpt", "llmcompressor wanda")
-LEARNED = ("proxsparse",)
+LEARNED = ("proxsparse", "hyperprune")
 #: Of ProxSparse; what they mean is said at `proxsparse.learned_masks`, how they were chosen in docs/quality.md.
 PROX_RATE, PROX_STRENGTH = 0.016, 0.02
+#: Of HyperPrune: steps on each layer, and their learning rate.
+HYPER_STEPS, HYPER_RATE = 40, 0.01
 
 
 def main() -> None:
@@ -98,9 +102,9 @@ def pruned(
         seed: of those tokens, for the record.
         peer: a Python that has llmcompressor.
     """
-    if method == "proxsparse":
+    if method in LEARNED:
         start = time.perf_counter()
-        return learned(folder, tokens), time.perf_counter() - start
+        return learned(folder, method, tokens), time.perf_counter() - start
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "pruned"
         if method in OURS:
@@ -115,16 +119,44 @@ def pruned(
         return load_dense(out)[0], float(said.split()[-1])
 
 
-def learned(folder: Path, tokens: torch.Tensor) -> PreTrainedModel:
-    """The original weights under the masks that ProxSparse learns."""
+def learned(folder: Path, method: str, tokens: torch.Tensor) -> PreTrainedModel:
+    """The original weights under the masks that one of `LEARNED` learns."""
     layers = mlp_layers(folder)
-    moved = load_dense(folder)[0]
-    masks = proxsparse.learned_masks(moved, layers, tokens, PROX_RATE, PROX_STRENGTH)
     model = load_dense(folder)[0]
+    if method == "proxsparse":
+        masks = proxsparse.learned_masks(load_dense(folder)[0], layers, tokens, PROX_RATE, PROX_STRENGTH)
+    else:
+        hessians = input_hessians(model, layers, tokens)
+        network = hyperprune.HyperNetwork(len(layers) // 3, 3)
+        described = (
+            (name, i // 3, i % 3, model.get_submodule(name).weight, hessians[name]) for i, name in enumerate(layers)
+        )
+        masks = hyperprune.learned_masks(described, network, HYPER_STEPS, HYPER_RATE)
     with torch.no_grad():
         for name, mask in masks.items():
             model.get_submodule(name).weight *= mask
     return model
+
+
+@torch.no_grad()
+def input_hessians(model: PreTrainedModel, layers: list[str], tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Σ x·xᵀ of the inputs of linear layers of the dense model, float32 (K, K) each."""
+    found: dict[str, torch.Tensor] = {}
+
+    def record(name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
+        def add(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            x = args[0].flatten(0, -2)
+            found[name] = found[name] + x.T @ x if name in found else x.T @ x
+
+        return add
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(record(name)) for name in layers]
+    with fast_matmul():
+        for sequence in tokens.split(1):
+            model.base_model(input_ids=sequence, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
 def mlp_layers(folder: Path) -> list[str]:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from benchmarks import peers
-from benchmarks.baselines import proxsparse
+from benchmarks.baselines import hyperprune, proxsparse
 from offline_prune.evaluate import load_dense
+from offline_prune.wanda import wanda_scores
 from vllm_spense.layout import keep_mask_2of4
 
 
@@ -45,19 +46,62 @@ def test_a_strong_proximal_step_is_2_of_4_and_a_weak_one_changes_nothing() -> No
     assert torch.equal(none, target)
 
 
-def test_learned_masks_leave_the_weights_what_they_were(llama: Path) -> None:
+@pytest.mark.parametrize("method", peers.LEARNED)
+def test_learned_masks_leave_the_weights_what_they_were(method: str, llama: Path) -> None:
     dense = load_dense(llama)[0]
     tokens = torch.randint(0, 256, (12, 32), generator=torch.Generator().manual_seed(0))
     layers = peers.mlp_layers(llama)
     assert len(layers) == 3 * dense.config.num_hidden_layers
-    found = peers.learned(llama, tokens)
+    found = peers.learned(llama, method, tokens)
     differ = 0
     for name, weight in dense.named_parameters():
         new = found.get_parameter(name)
         if name.removesuffix(".weight") in layers:
-            assert ((new != 0).unflatten(-1, (-1, 4)).sum(-1) <= 2).all()
+            assert ((new != 0).unflatten(-1, (-1, 4)).sum(-1) == 2).all()
             assert torch.equal(new[new != 0], weight[new != 0])
             differ += int(((new != 0) != keep_mask_2of4(weight.abs())).sum())
         else:
             assert torch.equal(new, weight)
     assert differ
+
+
+def problem(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight (64, 32) and the Hessian of inputs that go together in pairs."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(500, 32, generator=generator)
+    inputs[:, 1::2] = inputs[:, ::2] + 0.3 * inputs[:, 1::2]
+    return torch.randn(64, 32, generator=generator), inputs.T @ inputs
+
+
+def test_the_hypernetwork_starts_as_wanda_and_learns_what_correlated_inputs_need() -> None:
+    torch.manual_seed(0)
+    errors = []
+    for steps in (0, 200):
+        network = hyperprune.HyperNetwork(2, 1)
+        described = [(str(i), i, 0, *problem(i)) for i in range(2)]
+        masks = hyperprune.learned_masks(described, network, steps, 0.01)
+        errors.append(0.0)
+        for name, _, _, weight, hessian in described:
+            assert (masks[name].unflatten(-1, (-1, 4)).sum(-1) == 2).all()
+            if not steps:
+                assert torch.equal(masks[name], keep_mask_2of4(wanda_scores(weight, hessian.diagonal())))
+            delta = weight * ~masks[name]
+            errors[-1] += (((delta @ hessian) * delta).sum() / ((weight @ hessian) * weight).sum()).item()
+    assert errors[1] < 0.95 * errors[0]
+
+
+def test_hessians_are_those_of_the_dense_model(llama: Path) -> None:
+    model = load_dense(llama)[0]
+    tokens = torch.randint(0, 256, (2, 32), generator=torch.Generator().manual_seed(0))
+    layers = peers.mlp_layers(llama)
+    found = peers.input_hessians(model, layers, tokens)
+    assert torch.equal(found[layers[0]], found[layers[1]])
+    gate, up, down = (model.get_submodule(name) for name in layers[:3])
+    seen: list[torch.Tensor] = []
+    hook = down.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
+    with torch.inference_mode():
+        model(input_ids=tokens)
+    hook.remove()
+    assert gate.in_features == up.in_features == len(found[layers[0]])
+    expected = seen[0].T @ seen[0]
+    assert torch.allclose(found[layers[2]], expected, rtol=0.05, atol=0.02 * expected.diagonal().mean().item())
