@@ -278,6 +278,11 @@ def quality_gains(result: Result) -> list[str]:
     return [*quality_tables.gains(result["rows"]), "", source(result)]
 
 
+def fp8_scales(result: Result) -> list[str]:
+    """What the rule for FP8 scales is worth."""
+    return [*quality_tables.rounding_errors(result["rows"]), "", source(result)]
+
+
 #: Table → result file, and what makes it.
 TABLES: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     "decode": ("decode_speed", decode),
@@ -298,6 +303,8 @@ TABLES: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     "accuracy_methods": ("accuracy-smollm2-methods", quality),
     "ablations": ("accuracy-smollm2-ablations", quality),
     "peers": ("peers-smollm2", quality),
+    "rounding": ("accuracy-smollm2-fp8", quality),
+    "fp8_scales": ("fp8_scales", fp8_scales),
 }
 
 

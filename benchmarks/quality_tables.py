@@ -53,6 +53,19 @@ def gains(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def rounding_errors(rows: Sequence[Row]) -> list[str]:
+    """Of each rule for FP8 scales: the squared error of the weights, and KL on each domain."""
+    domains = list(dict.fromkeys(row["domain"] for row in rows))
+    lines = [f"| | error of the weights | {' | '.join(f'{domain}: KL' for domain in domains)} |"]
+    lines.append("|" + "---|" * (2 + len(domains)))
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = {row["domain"]: row for row in rows if row["method"] == method}
+        error = mine[domains[0]]["relative_squared_error"]
+        kls = " | ".join(f"{mine[domain]['kl']:.4f}" for domain in domains)
+        lines.append(f"| {method} | {error:.2e} | {kls} |")
+    return lines
+
+
 def mean(values: Sequence[float], digits: int) -> str:
     """Mean, and with several values ± its standard error."""
     text = f"{statistics.mean(values):.{digits}f}"
