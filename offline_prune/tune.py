@@ -50,7 +50,7 @@ class _AsServed(torch.autograd.Function):
 def tune(
     block: nn.Module,
     layers: Mapping[str, torch.Tensor | None],
-    original: Mapping[str, torch.Tensor],
+    original: dict[str, torch.Tensor],
     index: int,
     stream: Stream,
     dense: Stream,
@@ -93,7 +93,7 @@ def tune(
     chosen = order[: max(1, len(order) // in_step) * in_step].split(in_step)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, len(chosen)))
 
-    def output(parameters: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    def output(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         found = functional_call(block, parameters, (x,), stream.kwargs[index])
         return (found[0] if isinstance(found, tuple) else found).float()
 
