@@ -2,6 +2,7 @@
 
     python -m venv .peer && .peer/bin/pip install llmcompressor
     python -m benchmarks.peers
+    python -m benchmarks.peers --methods magnitude wanda hyperprune proxsparse --out learned-smollm2.json
 
 prunes the MLPs of SmolLM2-135M-Instruct to 2:4 without rounding, all methods on the same calibration tokens, and
 compares the results, stored in BF16, with the dense model as `benchmarks.accuracy` does. The same command goes on
@@ -42,8 +43,8 @@ OURS: dict[str, Row] = {
     "sparsegpt": {"method": "sparsegpt"},
     "sparsegpt true_sequential=false": {"method": "sparsegpt", "true_sequential": False},
     "wanda": {"method": "wanda"},
+    "wanda true_sequential=false": {"method": "wanda", "true_sequential": False},
     "magnitude": {"method": "magnitude"},
-    "magnitude tune_steps=128": {"method": "magnitude", "tune_steps": 128},
 }
 PEERS = ("llmcompressor sparsegpt", "llmcompressor wanda")
 LEARNED = ("proxsparse", "hyperprune")
@@ -80,12 +81,12 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.peers", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    every = (*OURS, *PEERS, *LEARNED)
-    parser.add_argument("--methods", nargs="+", choices=every, default=list(every), metavar="METHOD")
+    usual = [*(method for method in OURS if method != "magnitude"), *PEERS]
+    parser.add_argument("--methods", nargs="+", choices=[*usual, *LEARNED], default=usual, metavar="METHOD")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the calibration text's order")
     parser.add_argument("--samples", type=int, default=64, help="calibration sequences")
     parser.add_argument("--length", type=int, default=512, help="tokens in each sequence")
-    parser.add_argument("--heldout", type=int, default=32, help="sequences of each held-out text")
+    parser.add_argument("--heldout", type=int, default=8, help="sequences of each held-out text")
     parser.add_argument("--peer", type=Path, default=Path(".peer/bin/python"), help="a Python that has llmcompressor")
     parser.add_argument("--out", type=Path, default=RESULTS / "peers-smollm2.json")
     return parser.parse_args()
