@@ -300,11 +300,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     "selection": ("selection_tokens", selection),
     "gains": ("accuracy-smollm2", quality_gains),
     "accuracy": ("accuracy-smollm2", quality),
-    "accuracy_methods": ("accuracy-smollm2-methods", quality),
-    "ablations": ("accuracy-smollm2-ablations", quality),
     "peers": ("peers-smollm2", quality),
-    "learned": ("learned-smollm2", quality),
-    "rounding": ("accuracy-smollm2-fp8", quality),
     "fp8_scales": ("fp8_scales", fp8_scales),
 }
 
