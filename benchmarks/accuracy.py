@@ -26,6 +26,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from benchmarks.envelope import RESULTS, envelope, write_result
+from benchmarks.quality_tables import markdown
 from benchmarks.texts import CALIBRATION, DOMAINS, heldout
 from offline_prune.calibrate import BUILTIN
 from offline_prune.device import pick_device
@@ -61,7 +62,7 @@ def main() -> None:
         console.print(f"{case['method']} {case['sparsity']:.1%} {case['format']} seed {case['seed']}: KL {kls}")
         write_result(options.out, "accuracy", rows)
     plot(rows, options.out.with_suffix(".png"))
-    print(markdown(rows))
+    print("\n".join(markdown(rows)))
     console.print(f"written: {options.out}")
 
 
@@ -164,30 +165,6 @@ def measured(
     for domain, tokens in texts.items():
         found = asdict(agreement(model, reference, tokens))
         yield {**case, "domain": domain, **found, "prune_seconds": seconds}
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """Methods down; perplexity and KL of each domain, mean ± standard error over the seeds, across."""
-    head = " | ".join(f"{domain}: perplexity | KL" for domain in DOMAINS)
-    lines = [f"| method | MLP sparsity | format | {head} |", "|---|---|---|" + "---|---|" * len(DOMAINS)]
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["method"], row["sparsity"], row["format"]), []).append(row)
-    for (method, sparsity, form), group in groups.items():
-        cells = [
-            _mean([row[key] for row in group if row["domain"] == domain], digits)
-            for domain in DOMAINS
-            for key, digits in (("perplexity", 2), ("kl", 3))
-        ]
-        lines.append(f"| `{method}` | {sparsity:.1%} | {form.upper()} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _mean(values: Sequence[float], digits: int) -> str:
-    mean = f"{statistics.mean(values):.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
 
 
 def plot(rows: Sequence[Row], file: Path) -> None:

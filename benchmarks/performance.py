@@ -1,4 +1,4 @@
-"""Writes the tables of docs/performance.md, docs/pruning-at-scale.md and the README from the result files.
+"""Writes the tables of docs/performance.md, docs/pruning-at-scale.md, docs/quality.md and the README from results.
 
     python -m benchmarks.performance
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks import quality_tables
 from benchmarks.envelope import RESULTS, ROOT
 from vllm_spense.estimate import GPUS, estimate, load
 
@@ -23,6 +24,7 @@ DOCUMENTS = (
     ROOT / "docs" / "kernels.md",
     ROOT / "docs" / "performance.md",
     ROOT / "docs" / "pruning-at-scale.md",
+    ROOT / "docs" / "quality.md",
     ROOT / "README.md",
 )
 _TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -263,6 +265,21 @@ def selection(result: Result) -> list[str]:
     return [*markdown(headings, lines), "", source(result)]
 
 
+def quality(result: Result) -> list[str]:
+    """Perplexity and KL of each method."""
+    return [*quality_tables.markdown(result["rows"]), "", source(result)]
+
+
+def quality_gains(result: Result) -> list[str]:
+    """What tuning leaves of the losses without it."""
+    return [*quality_tables.gains(result["rows"]), "", source(result)]
+
+
+def fp8_scales(result: Result) -> list[str]:
+    """What the rule for FP8 scales is worth."""
+    return [*quality_tables.rounding_errors(result["rows"]), "", source(result)]
+
+
 #: Table → result file, and what makes it.
 TABLES: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     "decode": ("decode_speed", decode),
@@ -278,6 +295,10 @@ TABLES: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     "prune_readme": ("prune_time", prune_sentence),
     "prune_gpus": ("prune_time-2gpus", prune),
     "selection": ("selection_tokens", selection),
+    "gains": ("accuracy-smollm2", quality_gains),
+    "accuracy": ("accuracy-smollm2", quality),
+    "peers": ("peers-smollm2", quality),
+    "fp8_scales": ("fp8_scales", fp8_scales),
 }
 
 

@@ -277,9 +277,10 @@ class _Run:
             self._quantize_unpruned(block, module, stored)
         layer = None
         if isinstance(block.mlp, Glu):
+            original = self._original(block.mlp, module)
             layer = self._prune_mlp(index, block.name, block.mlp, module, stream, stored)
             if self.dense:
-                layer = self._tune(index, block.name, block.mlp, module, stream, self.dense, stored, layer)
+                layer = self._tune(index, block.name, block.mlp, module, original, stream, self.dense, stored, layer)
             self.report.layers.append(layer)
         if more:
             with self.meter.stage("forward"):
@@ -287,6 +288,13 @@ class _Run:
         if self.writer:
             with self.meter.stage("write"):
                 self.writer.add(block.name, stored.complete(f"{block.name}."), asdict(layer) if layer else None)
+
+    def _original(self, mlp: Glu, module: nn.Module) -> dict[str, torch.Tensor]:
+        """Copies of the dense MLP's parameters, by name inside the block, where tuning needs them."""
+        if not self.dense:
+            return {}
+        parameters = module.get_submodule(mlp.path).named_parameters(prefix=mlp.path)
+        return {name: parameter.detach().clone() for name, parameter in parameters}
 
     def _quantize_unpruned(self, block: Block, module: nn.Module, stored: StoredBlock) -> None:
         """Rounds the block's other linear layers first, so that all Hessians see what inference will see."""
@@ -365,6 +373,7 @@ class _Run:
         block_name: str,
         mlp: Glu,
         module: nn.Module,
+        original: dict[str, torch.Tensor],
         stream: Stream,
         dense: Stream,
         stored: StoredBlock,
@@ -374,7 +383,7 @@ class _Run:
         layers = [f"{mlp.path}.{projection}" for projection in mlp.projections.to_dict().values()]
         scales = {name: stored.scales(f"{block_name}.{name}", self.device) for name in layers}
         with self.meter.stage("tune"):
-            weights, report = tune(module, scales, index, stream, dense, self.settings)
+            weights, report = tune(module, scales, original, index, stream, dense, self.settings)
             with torch.inference_mode():
                 for name, weight in weights.items():
                     linear = cast(nn.Linear, module.get_submodule(name))

@@ -103,14 +103,15 @@ def memory_plan(model: SourceModel, settings: PruneSettings, device: torch.devic
         "observe": sums * 4 * widest**2 + batch * (3 * widest + 6 * hidden) * dtype.itemsize,
         # H and three matrices of its size to factorize it; weights twice as large, and once in the model's type.
         "gate and up": 4 * 4 * hidden**2 + 2 * weights + 4 * widest * hidden * dtype.itemsize,
-        # Of each weight: master, start, gradient, two moments, as it is served, whether it is kept. Of one batch: the
-        # wide tensors and their gradients.
-        "tune": (3 * widest * hidden * (6 * 4 + 1) + batch * (8 * widest + 12 * hidden) * 4 if streams == 2 else 0),
+        # Of each weight: master, start, gradient, two moments, average, as it is served, whether it is kept. Of one
+        # batch: the wide tensors and their gradients.
+        "tune": (3 * widest * hidden * (7 * 4 + 1) + batch * (8 * widest + 12 * hidden) * 4 if streams == 2 else 0),
         "down": (5 if settings.layout != "back" else 4) * 4 * widest**2 + weights,
     }
     needs = MemoryPlan(
         activations=streams * tokens * hidden * dtype.itemsize,
-        block=parameters * dtype.itemsize,
+        # Tuning keeps a copy of the dense MLP.
+        block=(parameters + (3 * widest * hidden if streams == 2 else 0)) * dtype.itemsize,
         work=max(phases.values()),
         staging=3 * stored,
         disk=_checkpoint_bytes(model, settings),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from benchmarks import accuracy, texts
+from benchmarks import accuracy, quality_tables, texts
 from offline_prune.evaluate import agreement, load_dense, perplexity
 from vllm_spense.errors import SpenseError
 
@@ -72,7 +72,7 @@ def test_the_table_from_a_folder_of_texts(
     assert len({row["kl"] for row in pruned}) == len(pruned)
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     table = capsys.readouterr().out
-    assert accuracy.markdown(rows) in table
+    assert "\n".join(quality_tables.markdown(rows)) in table
     assert table.count("±") == 3 * 2 * 3
     assert "| `spensegpt` | 37.5% | FP8 |" in table
     assert "| `spensegpt` | 50.0% |" not in table
@@ -107,7 +107,25 @@ def test_variants_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_mean_and_standard_error() -> None:
-    assert accuracy._mean([1.0, 2.0, 3.0], 3) == "2.000 ± 0.577"
+    assert quality_tables.mean([1.0, 2.0, 3.0], 3) == "2.000 ± 0.577"
+
+
+def test_gains_are_ratios_of_losses_seed_by_seed() -> None:
+    def row(method: str, form: str, seed: int, domain: str, perplexity: float, kl: float) -> accuracy.Row:
+        sparsity = 0.0 if method == "dense" else 0.375
+        return {"method": method, "sparsity": sparsity, "format": form, "seed": seed, "domain": domain} | {
+            "perplexity": perplexity,
+            "kl": kl,
+        }
+
+    rows = [row("dense", "bf16", 0, "a", 10, 0), row("dense", "bf16", 0, "b", 20, 0)]
+    rows += [row("dense", "fp8", 0, "a", 10.5, 0.01), row("dense", "fp8", 0, "b", 20.5, 0.01)]
+    for seed in (0, 1):
+        rows += [row("spensegpt+", "fp8", seed, "a", 14, 0.4), row("spensegpt+", "fp8", seed, "b", 30, 0.5)]
+        rows += [row("spensegpt++", "fp8", seed, "a", 12 + seed, 0.2), row("spensegpt++", "fp8", seed, "b", 24, 0.4)]
+    *_, kl, perplexity = quality_tables.gains(rows)
+    assert kl == "| 37.5% | KL | 0.500 ± 0.000 | 0.800 ± 0.000 | 0.650 ± 0.000 |"
+    assert perplexity == "| 37.5% | perplexity loss | 0.625 ± 0.125 | 0.400 ± 0.000 | 0.512 ± 0.062 |"
 
 
 def test_a_folder_written_here_is_read_as_what_is_installed(

@@ -1,0 +1,86 @@
+"""FP8 scales of each output channel, by the largest weight or by the least squared error: what the choice is worth.
+
+    python -m benchmarks.fp8_scales
+
+rounds all linear layers of SmolLM2-135M-Instruct but the head both ways, unpruned, and compares the models with the
+original one.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.accuracy import Row, measured
+from benchmarks.envelope import RESULTS, write_result
+from benchmarks.quality_tables import rounding_errors
+from benchmarks.texts import DOMAINS, heldout
+from offline_prune.evaluate import load_dense
+from offline_prune.model import SourceModel
+from offline_prune.quantize import COMPENSATION_HEADROOM, channel_scales, round_to_fp8
+from scripts.pruned import CACHE
+from scripts.smollm2 import smollm2
+
+#: What is tried, as multiples of max |w| / 448. E4M3's steps double with each power of two, so that beyond these two
+#: octaves only more weights saturate or fall below the smallest normal number.
+MULTIPLES = tuple(2 ** (step / 8) for step in range(-8, 9))
+
+
+def least_squares_scales(weight: torch.Tensor) -> torch.Tensor:
+    """Of `MULTIPLES` of the scale by the largest weight, each row's best.
+
+    Args:
+        weight: float (N, K).
+
+    Returns:
+        float32 (N, 1).
+    """
+    candidates = torch.stack([channel_scales(weight, multiple) for multiple in MULTIPLES])
+    errors = torch.stack([(round_to_fp8(weight, scales) - weight).square().sum(1) for scales in candidates])
+    return candidates.gather(0, errors.argmin(0).view(1, -1, 1)).squeeze(0)
+
+
+RULES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "max": channel_scales,
+    f"max × {COMPENSATION_HEADROOM}": lambda weight: channel_scales(weight, COMPENSATION_HEADROOM),
+    "squared error": least_squares_scales,
+}
+
+
+def main() -> None:
+    options = parse()
+    folder = smollm2(CACHE / "smollm2-135m")
+    reference, tokenizer = load_dense(folder)
+    texts = {name: heldout(name, tokenizer, options.heldout, options.length, None) for name in DOMAINS}
+    rows: list[Row] = []
+    for rule, scales in RULES.items():
+        model, _ = load_dense(folder)
+        error = power = 0.0
+        for name in SourceModel(str(folder)).linears():
+            weight = model.get_submodule(name).weight
+            rounded = round_to_fp8(weight, scales(weight))
+            error += (rounded - weight).square().sum().item()
+            power += weight.square().sum().item()
+            weight.copy_(rounded)
+        case = {"model": folder.name, "method": f"scales by {rule}", "sparsity": 0.0, "format": "fp8", "seed": 0}
+        found = measured(model, reference, texts, case, None)
+        rows += [{**row, "relative_squared_error": error / power} for row in found]
+        write_result(options.out, "fp8_scales", rows)
+    print("\n".join(rounding_errors(rows)))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.fp8_scales", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--heldout", type=int, default=8, help="sequences of each held-out text")
+    parser.add_argument("--length", type=int, default=512, help="tokens in each sequence")
+    parser.add_argument("--out", type=Path, default=RESULTS / "fp8_scales.json")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Other people's 2:4 pruning against ours: llmcompressor, and masks that are learned.
+
+    python -m venv .peer && .peer/bin/pip install llmcompressor
+    python -m benchmarks.peers
+    python -m benchmarks.peers --methods magnitude wanda hyperprune proxsparse --out learned-smollm2.json
+
+prunes the MLPs of SmolLM2-135M-Instruct to 2:4 without rounding, all methods on the same calibration tokens, and
+compares the results, stored in BF16, with the dense model as `benchmarks.accuracy` does. The same command goes on
+where it was cut off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from benchmarks.accuracy import Row, earlier_rows, measured
+from benchmarks.baselines import hyperprune, proxsparse
+from benchmarks.envelope import RESULTS, ROOT, write_result
+from benchmarks.quality_tables import markdown
+from benchmarks.texts import DOMAINS, heldout
+from offline_prune.calibrate import BUILTIN, calibration_tokens
+from offline_prune.evaluate import load_dense
+from offline_prune.glu import Glu
+from offline_prune.model import SourceModel
+from offline_prune.pipeline import prune
+from offline_prune.precision import fast_matmul
+from offline_prune.settings import PruneSettings
+from scripts.pruned import CACHE
+from scripts.smollm2 import smollm2
+
+#: Our methods as `PruneSettings` names them, with the settings that differ from the defaults.
+OURS: dict[str, Row] = {
+    "sparsegpt": {"method": "sparsegpt"},
+    "sparsegpt true_sequential=false": {"method": "sparsegpt", "true_sequential": False},
+    "wanda": {"method": "wanda"},
+    "wanda true_sequential=false": {"method": "wanda", "true_sequential": False},
+    "magnitude": {"method": "magnitude"},
+}
+PEERS = ("llmcompressor sparsegpt", "llmcompressor wanda")
+LEARNED = ("proxsparse", "hyperprune")
+#: Of ProxSparse; what they mean is said at `proxsparse.learned_masks`, how they were chosen in docs/quality.md.
+PROX_RATE, PROX_STRENGTH = 0.016, 0.02
+#: Of HyperPrune: steps on each layer, and their learning rate.
+HYPER_STEPS, HYPER_RATE = 40, 0.01
+
+
+def main() -> None:
+    options = parse()
+    console = Console(stderr=True)
+    folder = smollm2(CACHE / "smollm2-135m")
+    reference, tokenizer = load_dense(folder)
+    texts = {name: heldout(name, tokenizer, options.heldout, options.length, None) for name in DOMAINS}
+    before, rows = earlier_rows(options.out), list[Row]()
+    for seed in options.seeds:
+        tokens = calibration_tokens(BUILTIN, tokenizer, options.samples, options.length, seed)
+        for method in options.methods:
+            case: Row = {"model": folder.name, "method": method, "sparsity": 0.5, "format": "bf16", "seed": seed}
+            known = [row for row in before if row.items() >= case.items()]
+            if not known:
+                start = time.perf_counter()
+                model, seconds = pruned(folder, method, tokens, seed, options.peer)
+                console.print(f"{method}: pruned in {seconds or time.perf_counter() - start:.0f} s")
+                known = list(measured(model, reference, texts, case, seconds))
+            rows += known
+            write_result(options.out, "peers", rows)
+    print("\n".join(markdown(rows)))
+    console.print(f"written: {options.out}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.peers", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    usual = [*(method for method in OURS if method != "magnitude"), *PEERS]
+    parser.add_argument("--methods", nargs="+", choices=[*usual, *LEARNED], default=usual, metavar="METHOD")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the calibration text's order")
+    parser.add_argument("--samples", type=int, default=64, help="calibration sequences")
+    parser.add_argument("--length", type=int, default=512, help="tokens in each sequence")
+    parser.add_argument("--heldout", type=int, default=8, help="sequences of each held-out text")
+    parser.add_argument("--peer", type=Path, default=Path(".peer/bin/python"), help="a Python that has llmcompressor")
+    parser.add_argument("--out", type=Path, default=RESULTS / "peers-smollm2.json")
+    return parser.parse_args()
+
+
+def pruned(
+    folder: Path, method: str, tokens: torch.Tensor, seed: int, peer: Path
+) -> tuple[PreTrainedModel, float | None]:
+    """The model pruned by a method, and the seconds that took.
+
+    Args:
+        folder: of the dense model.
+        tokens: int64 (samples, length) to calibrate on.
+        seed: of those tokens, for the record.
+        peer: a Python that has llmcompressor.
+    """
+    if method in LEARNED:
+        start = time.perf_counter()
+        return learned(folder, method, tokens), time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "pruned"
+        if method in OURS:
+            sizes = {"samples": tokens.shape[0], "length": tokens.shape[1], "seed": seed}
+            settings = {"sparsity": 0.5, "quantize": "none", "calibration": BUILTIN, "device": "cpu"}
+            report = prune(PruneSettings(str(folder), out, **settings, **sizes, **OURS[method]), tokens=tokens)
+            return load_dense(out)[0], report.seconds
+        save_file({"tokens": tokens}, Path(scratch) / "tokens.safetensors")
+        script = ROOT / "benchmarks" / "baselines" / "llmcompressor_prune.py"
+        command = [peer, script, folder, Path(scratch) / "tokens.safetensors", method.split()[1], out]
+        said = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
+        return load_dense(out)[0], float(said.split()[-1])
+
+
+def learned(folder: Path, method: str, tokens: torch.Tensor) -> PreTrainedModel:
+    """The original weights under the masks that one of `LEARNED` learns."""
+    layers = mlp_layers(folder)
+    model = load_dense(folder)[0]
+    if method == "proxsparse":
+        masks = proxsparse.learned_masks(load_dense(folder)[0], layers, tokens, PROX_RATE, PROX_STRENGTH)
+    else:
+        hessians = input_hessians(model, layers, tokens)
+        network = hyperprune.HyperNetwork(len(layers) // 3, 3)
+        described = (
+            (name, i // 3, i % 3, model.get_submodule(name).weight, hessians[name]) for i, name in enumerate(layers)
+        )
+        masks = hyperprune.learned_masks(described, network, HYPER_STEPS, HYPER_RATE)
+    with torch.no_grad():
+        for name, mask in masks.items():
+            model.get_submodule(name).weight *= mask
+    return model
+
+
+@torch.no_grad()
+def input_hessians(model: PreTrainedModel, layers: list[str], tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Σ x·xᵀ of the inputs of linear layers of the dense model, float32 (K, K) each."""
+    found: dict[str, torch.Tensor] = {}
+
+    def record(name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
+        def add(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            x = args[0].flatten(0, -2)
+            found[name] = found[name] + x.T @ x if name in found else x.T @ x
+
+        return add
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(record(name)) for name in layers]
+    with fast_matmul():
+        for sequence in tokens.split(1):
+            model.base_model(input_ids=sequence, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def mlp_layers(folder: Path) -> list[str]:
+    """Full names of the linear layers of all gated MLPs."""
+    return [
+        f"{block.name}.{block.mlp.path}.{projection}"
+        for block in SourceModel(str(folder)).blocks
+        if isinstance(block.mlp, Glu)
+        for projection in block.mlp.projections.to_dict().values()
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Rows of the quality benchmarks as the tables that the documents show."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+#: What identifies a line of a table; seeds and domains are what it sums up.
+_KEYS = ("method", "sparsity", "format")
+#: What `gains` compares, and with what.
+BETTER, BASE = "spensegpt++", "spensegpt+"
+
+
+def markdown(rows: Sequence[Row]) -> list[str]:
+    """Methods down; perplexity and KL of each domain, mean ± standard error over the seeds, across."""
+    domains = list(dict.fromkeys(row["domain"] for row in rows))
+    columns = " | ".join(f"{domain}: perplexity | KL" for domain in domains)
+    lines = [f"| method | MLP sparsity | format | {columns} | prune, s |"]
+    lines.append("|" + "---|" * (2 * len(domains) + 4))
+    for (method, sparsity, form), group in _groups(rows).items():
+        cells = [
+            mean([row[key] for row in group if row["domain"] == domain], digits)
+            for domain in domains
+            for key, digits in (("perplexity", 2), ("kl", 3))
+        ]
+        seconds = [row["prune_seconds"] for row in group if row["prune_seconds"]]
+        cells.append(f"{statistics.mean(seconds):.0f}" if seconds else "")
+        lines.append(f"| `{method}` | {sparsity:.1%} | {form.upper()} | {' | '.join(cells)} |")
+    return lines
+
+
+def gains(rows: Sequence[Row]) -> list[str]:
+    """What `BETTER` leaves of `BASE`'s losses: KL, and perplexity beyond the dense model's, each seed by itself."""
+    domains = list(dict.fromkeys(row["domain"] for row in rows))
+    found = {
+        (row["method"], row["sparsity"], row["seed"], row["domain"]): row for row in rows if row["format"] != "bf16"
+    }
+    dense = {row["domain"]: row["perplexity"] for row in rows if row["method"] == "dense" and row["format"] == "bf16"}
+    lines = [f"| MLP sparsity | of `{BASE}`'s | {' | '.join(domains)} | mean |", "|" + "---|" * (3 + len(domains))]
+    for sparsity in sorted({key[1] for key in found if key[0] == BETTER}):
+        seeds = [key[2] for key in found if key[:2] == (BETTER, sparsity) and key[3] == domains[0]]
+        for name, key in (("KL", "kl"), ("perplexity loss", "perplexity")):
+            ratios = []
+            for domain in domains:
+                zero = dense[domain] if key == "perplexity" else 0.0
+                pairs = [[found[method, sparsity, seed, domain][key] for method in (BETTER, BASE)] for seed in seeds]
+                ratios.append([(better - zero) / (base - zero) for better, base in pairs])
+            over_domains = [statistics.mean(of_seed) for of_seed in zip(*ratios, strict=True)]
+            cells = " | ".join(mean(values, 3) for values in (*ratios, over_domains))
+            lines.append(f"| {sparsity:.1%} | {name} | {cells} |")
+    return lines
+
+
+def rounding_errors(rows: Sequence[Row]) -> list[str]:
+    """Of each rule for FP8 scales: the squared error of the weights, and KL on each domain."""
+    domains = list(dict.fromkeys(row["domain"] for row in rows))
+    lines = [f"| | error of the weights | {' | '.join(f'{domain}: KL' for domain in domains)} |"]
+    lines.append("|" + "---|" * (2 + len(domains)))
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = {row["domain"]: row for row in rows if row["method"] == method}
+        error = mine[domains[0]]["relative_squared_error"]
+        kls = " | ".join(f"{mine[domain]['kl']:.4f}" for domain in domains)
+        lines.append(f"| {method} | {error:.2e} | {kls} |")
+    return lines
+
+
+def mean(values: Sequence[float], digits: int) -> str:
+    """Mean, and with several values ± its standard error."""
+    text = f"{statistics.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return text
+    return f"{text} ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
+
+
+def _groups(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in _KEYS), []).append(row)
+    return groups
