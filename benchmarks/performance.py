@@ -29,7 +29,7 @@ DOCUMENTS = (
 )
 _TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 #: What the README shows of all combinations.
-_README_BATCHES, _README_CONTEXTS = (1, 32, 128), (16, 4096)
+_README_BATCHES, _README_CONTEXTS = (1, 32, 64, 128), (16, 4096)
 
 Row = Mapping[str, Any]
 #: As `benchmarks.envelope` writes it.
@@ -296,6 +296,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     "prune_gpus": ("prune_time-2gpus", prune),
     "selection": ("selection_tokens", selection),
     "gains": ("accuracy-smollm2", quality_gains),
+    "gains_readme": ("accuracy-smollm2", quality_gains),
     "accuracy": ("accuracy-smollm2", quality),
     "peers": ("peers-smollm2", quality),
     "fp8_scales": ("fp8_scales", fp8_scales),
