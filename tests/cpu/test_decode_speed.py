@@ -18,7 +18,7 @@ import pytest
 
 from benchmarks import decode_speed, timings
 from benchmarks.decode_speed import Measured, compare, saved_bytes
-from benchmarks.engine_times import Bench
+from benchmarks.engine_times import Bench, Order, grid, needed_kv_bytes
 from benchmarks.make_shape import make_shape
 from benchmarks.server_times import time_server
 from benchmarks.timings import TOKEN_BUDGET, Timing, output_tokens, summarize, time_steps
@@ -70,6 +70,21 @@ def test_a_batch_that_would_wait_for_memory_is_left_out() -> None:
     # 16 + 8 + 2 tokens are two blocks, and one of the 101 is vLLM's own.
     assert bench.fits(50, 16)
     assert not bench.fits(51, 16)
+
+
+@pytest.mark.parametrize("kv", ["auto", "fp8"])
+def test_engines_that_share_a_gpu_have_room_for_every_batch(kv: str, tmp_path: Path) -> None:
+    folder = make_shape("qwen3-32b", tmp_path, 0.375, layers=2)
+    order = Order(str(folder), "spense", kv, (1, 8, 33), (16, 100), most_tokens=1000, steps=8)
+    assert grid(order) == [(1, 16), (8, 16), (33, 16), (1, 100), (8, 100)]
+    # Keys and values of 2 layers, 8 heads of 128.
+    block_bytes = 16 * 2 * 2 * 8 * 128 * (1 if kv == "fp8" else 2)
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(block_size=16, num_gpu_blocks=needed_kv_bytes(order) // block_bytes)
+    )
+    model = SimpleNamespace(get_vocab_size=lambda: 100)
+    bench = Bench(SimpleNamespace(vllm_config=config, model_config=model), order.steps)
+    assert all(bench.fits(*case) for case in grid(order))
 
 
 def test_a_summary_is_in_milliseconds() -> None:

@@ -20,6 +20,7 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Fp8
 from vllm.model_executor.models.utils import WeightsMapper
 
 import vllm_spense
@@ -28,6 +29,7 @@ from vllm_spense.errors import FormatError, SpenseError
 from vllm_spense.format import KEY, Annotation, Projections, Regions
 from vllm_spense.linear import InputSplitLinearMethod, OutputSplitLinearMethod
 from vllm_spense.ops import INDUCTOR_OPTIONS
+from vllm_spense.unpruned import WholeFp8
 
 HIDDEN, REGIONS = 64, Regions(64, 32)
 I = REGIONS.intermediate  # noqa: E741
@@ -138,6 +140,19 @@ def test_only_pruned_layers_are_ours(config: SpenseConfig) -> None:
     config.ignore.append("re:.*layers.1.*")
     other = gate_up(config, "model.layers.1.mlp.gate_up_proj")
     assert isinstance(other.quant_method, UnquantizedLinearMethod)
+
+
+def test_whole_fp8_layers_get_our_scheme_and_others_keep_vllms(
+    config: SpenseConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(get_current_vllm_config(), "model_config", SimpleNamespace(dtype=torch.float32))
+    layer = torch.nn.Linear(HIDDEN, HIDDEN)
+    whole = config.get_scheme(layer, "model.layers.0.self_attn.o_proj")
+    assert type(whole) is WholeFp8
+    static = CompressedTensorsW8A8Fp8(whole.weight_quant, is_static_input_scheme=True)
+    per_tensor = CompressedTensorsW8A8Fp8(QuantizationArgs(num_bits=8, type="float", strategy="tensor"), False)
+    for scheme in (static, per_tensor, None):
+        assert WholeFp8.instead_of(scheme) is scheme
 
 
 def test_names_follow_vllms_twice(config: SpenseConfig) -> None:
