@@ -2,7 +2,8 @@
 
     python -m venv .peer && .peer/bin/pip install llmcompressor
     python -m benchmarks.peers
-    python -m benchmarks.peers --methods magnitude wanda hyperprune proxsparse --out learned-smollm2.json
+    python -m benchmarks.peers --methods magnitude wanda hyperprune proxsparse \\
+        --out benchmarks/results/learned-smollm2.json
 
 prunes the MLPs of SmolLM2-135M-Instruct to 2:4 without rounding, all methods on the same calibration tokens, and
 compares the results, stored in BF16, with the dense model as `benchmarks.accuracy` does. The same command goes on
