@@ -43,6 +43,8 @@ _SETTLING = 2
 #: The batch and context, and decode steps, in which kernels are counted.
 PROFILED = (32, 16)
 _PROFILED_STEPS = 8
+#: Logits that are looked at: of fewer, all might be equal by chance in bfloat16.
+_LIKELIEST = 8
 #: Tokens in a block of vLLM's KV cache.
 _KV_BLOCK = 16
 _NAME_LENGTH = 120
@@ -235,7 +237,7 @@ class Bench:
         Raises:
             SpenseError: logits that are not numbers, or all the same.
         """
-        params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, detokenize=False, logprobs=2)
+        params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, detokenize=False, logprobs=_LIKELIEST)
         self.engine.add_request("finite", tokens_input(self._prompts(1, 16)[0]), params)
         while self.engine.has_unfinished_requests():
             for output in self.engine.step():
