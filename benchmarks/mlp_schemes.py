@@ -17,14 +17,12 @@ import torch.nn.functional as F
 from vllm_spense import ops
 from vllm_spense.format import GROUP, KEPT, Regions
 from vllm_spense.kernels.problem import Problem
+from vllm_spense.kernels.reference import quantize
 from vllm_spense.kernels.synthetic import random_fp8, random_weight
 from vllm_spense.loaders import dummy_scale
 from vllm_spense.policy import Path
 
 FP8 = torch.float8_e4m3fn
-_FP8_MAX = torch.finfo(FP8).max
-#: As vLLM's: rows of zeros have a scale too.
-_SMALLEST_SCALE = 1 / (_FP8_MAX * 512)
 _EPSILON = 1e-6
 #: Of SlideSparse: 6 of 8 are kept, and three windows of 4 columns, 2 apart, hold them.
 SLIDE_GROUP, SLIDE_STEP = 8, 2
@@ -183,7 +181,7 @@ class Spense(Stock):
 
     @cached_property
     def fuses(self) -> bool:
-        return ops.fuses_activation(self.sizes.intermediate, torch.bfloat16, self.device)
+        return ops.fuses_activation(self.problems["gate_up"], self.device)
 
     def scaled(self, part: Part, y: torch.Tensor, x_scale: torch.Tensor) -> torch.Tensor:
         return (y * x_scale * self.scales[part].t()).to(torch.bfloat16)
@@ -266,12 +264,6 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """(M, K) → (M, K) in x's dtype."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + _EPSILON)).to(x.dtype) * weight
-
-
-def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(M, K) → float8_e4m3fn (M, K) and its scales, float32 (M, 1)."""
-    scale = (x.abs().amax(-1, keepdim=True).float() / _FP8_MAX).clamp(min=_SMALLEST_SCALE)
-    return (x.float() * scale.reciprocal()).clamp(-_FP8_MAX, _FP8_MAX).to(FP8), scale
 
 
 def random_6of8(rows: int, columns: int, device: torch.device) -> torch.Tensor:

@@ -179,9 +179,8 @@ class OutputSplitLinearMethod(RegionLinearMethod):
 
     def process_weights_after_loading(self, layer: Layer) -> None:
         super().process_weights_after_loading(layer)
-        size, dtype, device = self.problem.n // 2, self.problem.out_dtype, layer.weight_scale.device
-        merged = self.problem.parts == 2
-        self.hands_on_raw_sums = self.claim.made and merged and ops.fuses_activation(size, dtype, device)
+        wanted = self.claim.made and self.problem.parts == 2
+        self.hands_on_raw_sums = wanted and ops.fuses_activation(self.problem, layer.weight_scale.device)
 
     def make_loaders(self, layer: Layer, shard: Shard) -> tuple[Loader, Loader]:
         load_rows = loaders.rows_loader(self.name, self.regions.intermediate, shard, self.parts)

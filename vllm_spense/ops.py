@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Protocol, cast
 
@@ -90,7 +90,11 @@ def prepare(problem: Problem, max_tokens: int, device: torch.device) -> None:
 def _turns(problem: Problem, max_tokens: int, device: torch.device) -> str:
     """In words, which path runs for how many tokens: "one-launch (to 128 tokens), then library"."""
     buckets = [1 << power for power in range((max_tokens - 1).bit_length() + 1)]
-    *earlier, (last, _) = turns((_path(problem, tokens, device), tokens) for tokens in buckets)
+    return _in_words((_path(problem, tokens, device), tokens) for tokens in buckets)
+
+
+def _in_words(paths: Iterable[tuple[str, int]]) -> str:
+    *earlier, (last, _) = turns(paths)
     return "".join(f"{path} (to {tokens} tokens), then " for path, tokens in earlier) + last
 
 
@@ -175,27 +179,22 @@ def silu_mul_quant(
     return torch.ops.spense.silu_mul_quant(raw, x_scale, w_scale)
 
 
-def fuses_activation(size: int, raw_dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `silu_mul_quant` has a kernel for an MLP of intermediate size `size`; makes it ready if so.
+def fuses_activation(problem: Problem, device: torch.device) -> bool:
+    """Whether `silu_mul_quant` has a kernel for what a merged gate_up puts out; makes it ready if so.
 
     Elsewhere traced torch is faster than an op that Inductor cannot fuse with anything.
     """
     if device.type == "cpu":
         return True
-    if _describe(device).one_launch_fault or not _one_launch_runs(device):
+    if reason_against(Path.ONE_LAUNCH, problem, _describe(device)):
         return False
     from vllm_spense.kernels import silu_mul_quant as fast
 
     if fault := fast.fault(device):
         logger.warning("Spense: SiLU · mul · quantize is left to the compiler: %s", fault)
         return False
-    fast.prepare(size, raw_dtype, device)
-    return size % fast.WIDTH == 0
-
-
-def _one_launch_runs(device: torch.device) -> bool:
-    description = _describe(device)
-    return description.bindings and description.capability == ONE_LAUNCH_CAPABILITY
+    fast.prepare(problem.n // 2, problem.out_dtype, device)
+    return True
 
 
 def whole_gemm(x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
@@ -215,19 +214,15 @@ def whole_gemm(x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, w_s
 @cache
 def prepare_whole(n: int, k: int, device: torch.device) -> bool:
     """Whether `whole_gemm` is to run layers of this size: makes whatever is slow to make, and says in the log if so."""
-    if _forced() not in (None, Path.ONE_LAUNCH) or not _one_launch_runs(device) or _describe(device).one_launch_fault:
+    problem = _problem(torch.bfloat16, n, k, 0, k, False, 1)
+    if _forced() not in (None, Path.ONE_LAUNCH) or reason_against(Path.ONE_LAUNCH, problem, _describe(device)):
         return False
     from vllm_spense.kernels import whole
 
-    if not whole.takes(n, k):
-        return False
     faster = whole.prepare(n, k, device, _cutlass)
-    logger.info(
-        "Spense: not pruned %d × %d: %s",
-        n,
-        k,
-        ", ".join(f"{'one-launch' if wins else 'stock'} (to {tokens} tokens)" for tokens, wins in faster.items()),
-    )
+    by_tokens = [("one-launch" if wins else "stock", tokens) for tokens, wins in faster.items()]
+    beyond = ("stock", whole.MOST_TOKENS + 1)
+    logger.info("Spense: not pruned %d × %d: %s", n, k, _in_words([*by_tokens, beyond]))
     return any(faster.values())
 
 

@@ -67,6 +67,10 @@ def silu_mul_quant(
         float8_e4m3fn (M, I) and its scales, float32 (M, 1).
     """
     gate, up = (raw.float() * x_scale.view(-1, 1) * w_scale.view(1, -1)).chunk(2, -1)
-    values = F.silu(gate) * up
-    scale = (values.abs().amax(-1, keepdim=True) / _FP8_MAX).clamp(min=_SMALLEST_SCALE)
-    return (values * scale.reciprocal()).clamp(-_FP8_MAX, _FP8_MAX).to(FP8), scale
+    return quantize(F.silu(gate) * up)
+
+
+def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(M, K) → float8_e4m3fn (M, K) and its scales, float32 (M, 1)."""
+    scale = (x.abs().amax(-1, keepdim=True).float() / _FP8_MAX).clamp(min=_SMALLEST_SCALE)
+    return (x.float() * scale.reciprocal()).clamp(-_FP8_MAX, _FP8_MAX).to(FP8), scale

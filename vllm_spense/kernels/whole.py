@@ -15,7 +15,7 @@ import torch
 from vllm_spense.format import Regions
 from vllm_spense.kernels import one_launch
 from vllm_spense.kernels.plan_cache import environment, load_or_find
-from vllm_spense.kernels.problem import WEIGHT_MULTIPLE, Problem
+from vllm_spense.kernels.problem import Problem
 from vllm_spense.kernels.synthetic import random_fp8
 from vllm_spense.kernels.timing import cold_copies, median_us
 
@@ -33,11 +33,6 @@ class Times:
     other: float
 
 
-def takes(n: int, k: int) -> bool:
-    """Whether the kernel can run a weight (N, K)."""
-    return n % WEIGHT_MULTIPLE == 0 and k % WEIGHT_MULTIPLE == 0
-
-
 def prepare(n: int, k: int, device: torch.device, other: Gemm) -> dict[int, bool]:
     """Compares the kernel with `other`, for every number of tokens it may serve.
 
@@ -46,8 +41,7 @@ def prepare(n: int, k: int, device: torch.device, other: Gemm) -> dict[int, bool
     """
     tokens, faster = one_launch.MIN_TILE_TOKENS, {}
     while tokens <= MOST_TOKENS:
-        times = _times(_problem(n, k), tokens, device, other)
-        faster[tokens] = times.one_launch < times.other
+        faster[tokens] = _faster(_problem(n, k), tokens, device, other)
         if faster[tokens]:
             one_launch.scaled_plan(_problem(n, k), tokens, device)
         tokens *= 2
