@@ -1,7 +1,7 @@
 """One MLP between its two norms, run three ways: stock FP8, Spense's regions, and SlideSparse's expanded 6:8.
 
-What surrounds the GEMMs is the same ordinary torch for all three, for Inductor to fuse, as vLLM compiles it:
-add · norm · quantize → gate_up → SiLU · mul · quantize → down → add · norm.
+What surrounds the GEMMs is ordinary torch, for Inductor to fuse, as vLLM compiles it; in Spense it is the plugin's own
+kernels: add · norm · quantize → gate_up → SiLU · mul · quantize → down → add · norm.
 """
 
 from __future__ import annotations
@@ -154,6 +154,10 @@ class Spense(Stock):
             "gate_up": Problem(*sizes.shape("gate_up"), regions, "output", parts=2),
             "down": Problem(*sizes.shape("down"), regions, "input"),
         }
+        #: Whether kernels of our own stand around the GEMMs.
+        self.fuses = ops.fuses_activation(self.problems["gate_up"], device) and ops.fuses_norm(
+            sizes.hidden, torch.bfloat16, device
+        )
 
     @property
     def sparsity(self) -> float:
@@ -174,14 +178,15 @@ class Spense(Stock):
     def gemm(self, part: Part, x: torch.Tensor, x_scale: torch.Tensor, weights: Weights) -> torch.Tensor:
         return ops.region_gemm(x, weights[part], self.problems[part])
 
+    def enter(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if self.fuses:
+            return ops.add_norm_quant(x, residual, self.norm, _EPSILON)
+        return super().enter(x, residual)
+
     def between(self, y: torch.Tensor, x_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.fuses:
             return ops.silu_mul_quant(y, x_scale, self.scales["gate_up"])
         return super().between(y, x_scale)
-
-    @cached_property
-    def fuses(self) -> bool:
-        return ops.fuses_activation(self.problems["gate_up"], self.device)
 
     def scaled(self, part: Part, y: torch.Tensor, x_scale: torch.Tensor) -> torch.Tensor:
         return (y * x_scale * self.scales[part].t()).to(torch.bfloat16)
@@ -202,6 +207,8 @@ class SlideSparse(Spense):
             n, k = sizes.shape(part)
             expanded = int(k * SLIDE_EXPANSION)
             self.problems[part] = Problem(n, expanded, Regions(n if split == "output" else expanded, 0), split)
+        # Its expansion is the compiler's to fuse.
+        self.fuses = False
 
     @property
     def sparsity(self) -> float:
@@ -233,9 +240,6 @@ class SlideSparse(Spense):
 
     def gemm(self, part: Part, x: torch.Tensor, x_scale: torch.Tensor, weights: Weights) -> torch.Tensor:
         return self._kernel.run(x, weights[part], self.problems[part])
-
-    #: Its expansion is the compiler's to fuse.
-    fuses = False
 
     def lift(self, x: torch.Tensor) -> torch.Tensor:
         # Before quantizing, so that the scales' reduction and the rest are one kernel.

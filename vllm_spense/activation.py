@@ -34,7 +34,7 @@ class RawSums(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """down's input, as `ops.silu_mul_quant` returns it."""
+    """A linear layer's input in FP8, (M, K), and a scale for each token, (M, 1)."""
 
     values: torch.Tensor
     scale: torch.Tensor

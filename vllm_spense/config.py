@@ -131,7 +131,7 @@ class SpenseConfig(CompressedTensorsConfig):
 
     def get_scheme(self, layer: torch.nn.Module, layer_name: str | None = None) -> Any:
         """vLLM's, for a layer that nothing was pruned in; ours stands in for it where it can."""
-        return WholeFp8.instead_of(super().get_scheme(layer, layer_name))
+        return WholeFp8.instead_of(super().get_scheme(layer, layer_name), layer_name)
 
     def _find(self, prefix: str) -> tuple[Regions, Method] | None:
         parent, _, leaf = prefix.rpartition(".")

@@ -25,6 +25,7 @@ from vllm_spense.format import Regions
 from vllm_spense.kernels.problem import Problem, Split, sum_dtype
 from vllm_spense.layout import Shard
 from vllm_spense.loaders import Loader
+from vllm_spense.norms import NormClaim
 
 logger = init_logger("vllm.spense")
 
@@ -146,19 +147,19 @@ class RegionLinearMethod(LinearMethodBase):
         """Y = X·Wᵀ + b.
 
         Args:
-            x: (…, K) in the model's dtype; down's may be `Quantized`.
+            x: (…, K) in the model's dtype, or `Quantized`.
             bias: (N,), in the order of the weight's rows.
 
         Returns:
             (…, N) in the model's dtype; gate and up merged: [gate | up], or `RawSums`.
         """
-        if isinstance(x, Quantized):
-            return self.scaled(layer, self.gemm(layer, x.values), x.scale, bias)
-        values, scale = self.quantize(x.reshape(-1, self.problem.k))
-        raw = self.gemm(layer, values)
-        if self.hands_on_raw_sums and x.dim() == 2 and bias is None:
-            return RawSums(raw, scale, layer.weight_scale)
-        return self.scaled(layer, raw, scale, bias).view(*x.shape[:-1], self.problem.n)
+        fp8 = x if isinstance(x, Quantized) else Quantized(*self.quantize(x.reshape(-1, self.problem.k)))
+        raw = self.gemm(layer, fp8.values)
+        flat = fp8 is x or x.dim() == 2
+        if self.hands_on_raw_sums and flat and bias is None:
+            return RawSums(raw, fp8.scale, layer.weight_scale)
+        y = self.scaled(layer, raw, fp8.scale, bias)
+        return y if flat else y.view(*x.shape[:-1], self.problem.n)
 
     def scaled(self, layer: Layer, raw: torch.Tensor, x_scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Raw sums (M, N) → outputs (M, N) in the model's dtype."""
@@ -175,12 +176,16 @@ class OutputSplitLinearMethod(RegionLinearMethod):
 
     def __init__(self, regions: Regions, name: str) -> None:
         super().__init__(regions, name)
-        self.claim = Claim.of_next_activation(get_current_vllm_config())
+        engine = get_current_vllm_config()
+        self.claim = Claim.of_next_activation(engine)
+        self.norm_claim = NormClaim.of_gate_up(engine)
 
     def process_weights_after_loading(self, layer: Layer) -> None:
         super().process_weights_after_loading(layer)
-        wanted = self.claim.made and self.problem.parts == 2
-        self.hands_on_raw_sums = wanted and ops.fuses_activation(self.problem, layer.weight_scale.device)
+        device = layer.weight_scale.device
+        merged = self.problem.parts == 2
+        self.hands_on_raw_sums = merged and self.claim.made and ops.fuses_activation(self.problem, device)
+        self.norm_claim.takes_fp8 = merged and ops.fuses_norm(self.problem.k, self.dtype, device)
 
     def make_loaders(self, layer: Layer, shard: Shard) -> tuple[Loader, Loader]:
         load_rows = loaders.rows_loader(self.name, self.regions.intermediate, shard, self.parts)

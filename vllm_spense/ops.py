@@ -197,6 +197,45 @@ def fuses_activation(problem: Problem, device: torch.device) -> bool:
     return True
 
 
+def add_norm_quant(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """RMS norm of x + residual in FP8, as `kernels.reference.add_norm_quant` computes it.
+
+    Args:
+        x, residual: (M, K) in the model's dtype.
+        weight: (K,), of the norm.
+        epsilon: added to the mean square.
+
+    Returns:
+        float8_e4m3fn (M, K), its scales, float32 (M, 1), and x + residual in the model's dtype.
+    """
+    return torch.ops.spense.add_norm_quant(x, residual, weight, epsilon)
+
+
+def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (M, K) in FP8 and its scales, float32 (M, 1)."""
+    return torch.ops.spense.quantize(x)
+
+
+def fuses_norm(size: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `add_norm_quant` and `quantize` have a kernel for rows of `size` values; makes it ready if so."""
+    if device.type == "cpu":
+        return True
+    described = _describe(device)
+    if not described.bindings or described.capability != ONE_LAUNCH_CAPABILITY or dtype != torch.bfloat16:
+        return False
+    from vllm_spense.kernels import norm_quant as fast
+
+    if size % fast.WIDTH:
+        return False
+    if fault := fast.fault(device):
+        logger.warning("Spense: norm · quantize is left to the compiler: %s", fault)
+        return False
+    fast.prepare(size, device)
+    return True
+
+
 def whole_gemm(x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
     """x · Wᵀ · s_x · s_w, for a layer that `prepare_whole` knows.
 
@@ -262,6 +301,34 @@ def _silu_mul_quant_fake(
     return raw.new_empty((tokens, size), dtype=torch.float8_e4m3fn), x_scale.new_empty((tokens, 1))
 
 
+def _add_norm_quant(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if x.device.type == "cpu":
+        return reference.add_norm_quant(x, residual, weight, epsilon)
+    from vllm_spense.kernels import norm_quant as fast
+
+    return fast.add_norm_quant(x.contiguous(), residual.contiguous(), weight, epsilon)
+
+
+def _add_norm_quant_fake(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return *_quantize_fake(x), x.new_empty(x.shape)
+
+
+def _quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if x.device.type == "cpu":
+        return reference.quantize(x)
+    from vllm_spense.kernels import norm_quant as fast
+
+    return fast.quantize(x.contiguous())
+
+
+def _quantize_fake(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty((x.shape[0], 1), dtype=torch.float32)
+
+
 @cache
 def _path(problem: Problem, tokens: int, device: torch.device) -> Path:
     return choose(_paths(problem, device), tokens, lambda path: cast(Timed, kernel(path)).us(problem, tokens, device))
@@ -304,3 +371,9 @@ torch.library.register_fake("spense::silu_mul_quant", _silu_mul_quant_fake, lib=
 _LIBRARY.define("whole_gemm(Tensor x, Tensor weight, Tensor x_scale, Tensor w_scale) -> Tensor")
 _LIBRARY.impl("whole_gemm", _whole_gemm, "CUDA")
 torch.library.register_fake("spense::whole_gemm", _whole_gemm_fake, lib=_LIBRARY)
+_LIBRARY.define("add_norm_quant(Tensor x, Tensor residual, Tensor weight, float epsilon) -> (Tensor, Tensor, Tensor)")
+_LIBRARY.impl("add_norm_quant", _add_norm_quant, "CompositeExplicitAutograd")
+torch.library.register_fake("spense::add_norm_quant", _add_norm_quant_fake, lib=_LIBRARY)
+_LIBRARY.define("quantize(Tensor x) -> (Tensor, Tensor)")
+_LIBRARY.impl("quantize", _quantize, "CompositeExplicitAutograd")
+torch.library.register_fake("spense::quantize", _quantize_fake, lib=_LIBRARY)

@@ -7,23 +7,32 @@ from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationStrategy
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.kernels.linear.scaled_mm.cutlass import CutlassFP8ScaledMMLinearKernel
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Fp8
 
 from vllm_spense import ops
+from vllm_spense.activation import Quantized
+from vllm_spense.norms import NormClaim
 
 
 class WholeFp8(CompressedTensorsW8A8Fp8):
     """vLLM's scheme for FP8 per channel and token, which picks the kernel."""
 
+    #: To the norm before this layer, if it is one of attention's that has a norm before it.
+    norm_claim: NormClaim | None = None
+
     @classmethod
-    def instead_of(cls, scheme: Any) -> Any:
+    def instead_of(cls, scheme: Any, layer_name: str | None) -> Any:
         """This scheme, if the given one of vLLM's is what it can stand for; else the given one."""
         if type(scheme) is not CompressedTensorsW8A8Fp8 or scheme.is_static_input_scheme:
             return scheme
         if scheme.strategy != QuantizationStrategy.CHANNEL:
             return scheme
-        return cls(scheme.weight_quant, scheme.is_static_input_scheme)
+        whole = cls(scheme.weight_quant, scheme.is_static_input_scheme)
+        if layer_name and layer_name.endswith(".qkv_proj"):
+            whole.norm_claim = NormClaim.of_qkv(get_current_vllm_config())
+        return whole
 
     def create_weights(
         self,
@@ -49,12 +58,15 @@ class WholeFp8(CompressedTensorsW8A8Fp8):
         found = self.fp8_linear
         if type(found) is CutlassFP8ScaledMMLinearKernel and params_dtype == torch.bfloat16:
             self.fp8_linear = WholeKernel(found.config, found.layer_param_names)
+            self.fp8_linear.norm_claim = self.norm_claim
 
 
 class WholeKernel(CutlassFP8ScaledMMLinearKernel):
     """vLLM's kernel, or ours for few tokens, if it was faster there."""
 
     ours = False
+    quantizes = False
+    norm_claim: NormClaim | None = None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         super().process_weights_after_loading(layer)
@@ -63,6 +75,21 @@ class WholeKernel(CutlassFP8ScaledMMLinearKernel):
         self.ours = (
             weight.t().is_contiguous() and n == self.logical_output_size and ops.prepare_whole(n, k, weight.device)
         )
+        self.quantizes = self.ours and ops.fuses_norm(k, torch.bfloat16, weight.device)
+        if self.norm_claim:
+            self.norm_claim.takes_fp8 = self.quantizes
+
+    def apply_weights(self, layer: torch.nn.Module, x: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if not self.quantizes:
+            return super().apply_weights(layer, x, bias)
+        if not isinstance(x, Quantized):
+            # Behind attention there is no kernel of the compiler's that could quantize on the way.
+            x = Quantized(*ops.quantize(x.reshape(-1, x.shape[-1])))
+        weight, scale, *_ = self._get_layer_params(layer)
+        return self.apply_scaled_mm(
+            A=x.values, B=weight, out_dtype=torch.bfloat16, As=x.scale, Bs=scale, bias=bias,
+            output_shape=[x.values.shape[0], weight.shape[1]],
+        )  # fmt: skip
 
     def apply_scaled_mm(
         self,

@@ -51,10 +51,15 @@ def test_eager(one_rank: Answers, spense_checkpoints: dict[str, Path], name: str
 
 
 def test_compiled(one_rank: Answers, spense_checkpoint: Path) -> None:
-    require_same(
-        one_rank[Run(spense_checkpoint, "spense", compiled=True)],
-        one_rank[Run(spense_checkpoint, STOCK, compiled=True)],
-    )
+    """A norm that the compiler sums in another order rounds other activations to other FP8 values.
+
+    How much that moves the numbers is measured on stock vLLM itself, as it goes from eager to compiled.
+    """
+    ours = one_rank[Run(spense_checkpoint, "spense", compiled=True)]
+    eager, stock = (one_rank[Run(spense_checkpoint, STOCK, compiled)] for compiled in (False, True))
+    tolerance = 2 * spread(stock, eager)
+    require_same_or_tied(ours, stock, tolerance)
+    assert spread(ours, stock) <= tolerance
 
 
 def test_without_the_flag(one_rank: Answers, spense_checkpoint: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from nvmath.bindings import cublasLt
 
-from vllm_spense.kernels.nvmath_support import CUDA_TYPE, ONE, ZERO, Shape, current_stream, set_attribute
+from vllm_spense.kernels.nvmath_support import CUDA_TYPE, ONE, ZERO, Shape, set_attribute
 
 _COMPUTE_32F = 68  # cublasComputeType_t
 _TRANSPOSE = 1  # cublasOperation_t
@@ -67,10 +67,11 @@ class DensePlan:
             self._x = self._layout(shape.k, shape.tokens, shape.x_stride, torch.float8_e4m3fn, stack)
             self._out = self._layout(shape.n, shape.tokens, shape.out_stride, shape.out_dtype, stack)
             self._algorithm = np.frombuffer(bytes.fromhex(algorithm or self.algorithms()[0]), np.uint8)
+            self._algorithm_address = self._algorithm.ctypes.data
             result = cublasLt.MatmulHeuristicResult()
             cublasLt.matmul_algo_check(
                 self._handle, self._matmul, self._weight, self._x, self._out, self._out,
-                self._algorithm.ctypes.data, result.ptr,
+                self._algorithm_address, result.ptr,
             )  # fmt: skip
             self._workspace = torch.empty(int(result.workspace_size), dtype=torch.uint8, device=self.device)
             weakref.finalize(self, stack.pop_all().close)
@@ -98,16 +99,16 @@ class DensePlan:
             )  # fmt: skip
         return [result["algo"].tobytes().hex() for result in results._data[: int(found)]]
 
-    def run(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-        """One call on the current stream.
+    def run(self, x: int, weight: int, out: int, stream: int) -> None:
+        """One call. All tensors as addresses: making views takes the host as long as the call does.
 
         Args:
             x: (M, K) float8_e4m3fn of the shape's stride.
             weight: (N, K) float8_e4m3fn, contiguous.
             out: (M, N) of the shape's dtype and stride.
+            stream: CUDA's handle.
         """
         cublasLt.matmul(
-            self._handle, self._matmul, ONE, weight.data_ptr(), self._weight, x.data_ptr(), self._x, self._beta,
-            out.data_ptr(), self._out, out.data_ptr(), self._out, self._algorithm.ctypes.data,
-            self._workspace.data_ptr(), self._workspace.numel(), current_stream(self.device),
+            self._handle, self._matmul, ONE, weight, self._weight, x, self._x, self._beta, out, self._out, out,
+            self._out, self._algorithm_address, self._workspace.data_ptr(), self._workspace.numel(), stream,
         )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
@@ -11,7 +11,7 @@ from itertools import product
 import torch
 
 from vllm_spense.kernels import cublaslt, cusparselt
-from vllm_spense.kernels.nvmath_support import Shape
+from vllm_spense.kernels.nvmath_support import Shape, current_stream
 from vllm_spense.kernels.plan_cache import environment, load_or_find
 from vllm_spense.kernels.problem import Problem
 from vllm_spense.kernels.synthetic import random_fp8, random_weight
@@ -148,6 +148,10 @@ class LibraryPlan:
         self.choice = choice
         both = problem.regions.sparse > 0 and problem.regions.dense > 0
         self._concurrent = both and choice.concurrent
+        #: Of the output, that one part has.
+        self._columns = problem.n // problem.parts
+        # Made once: this runs layer after layer while the GPU waits for the host.
+        self._fork, self._join = torch.cuda.Event(), torch.cuda.Event()
 
         def shape(n: int, k: int) -> Shape:
             return Shape(n, k, tokens, problem.k, problem.n, problem.out_dtype, device)
@@ -177,40 +181,44 @@ class LibraryPlan:
             x = torch.empty(self.tokens, problem.k, dtype=x.dtype, device=x.device)[:m].copy_(x)
         if out is None:
             out = torch.empty(self.tokens, problem.n, dtype=problem.out_dtype, device=x.device)
-        boundary = problem.regions.sparse
-        if problem.split == "output":
-            columns = out.chunk(problem.parts, -1)
-            self._run_both(packed, x, columns, x, [part[:, boundary:] for part in columns])
-        elif self._concurrent:
-            addend = torch.empty_like(out)
-            self._run_both(packed, x, [out], x[:, boundary:], [addend])
+        if not self._concurrent:
+            stream = current_stream(self.device)
+            # First, because it accumulates nothing, while the dense GEMM may.
+            self._run_sparse(x, packed, out, stream)
+            self._run_dense(x, packed, out, stream)
+            return out[:m]
+        addend = torch.empty_like(out) if problem.split == "input" else out
+        main, side = torch.cuda.current_stream(self.device), _side_stream(self.device)
+        self._fork.record(main)
+        side.wait_event(self._fork)
+        self._run_sparse(x, packed, out, main.cuda_stream)
+        self._run_dense(x, packed, addend, side.cuda_stream)
+        self._join.record(side)
+        main.wait_event(self._join)
+        if addend is not out:
             out += addend
-        else:
-            self._run_both(packed, x, [out], x[:, boundary:], [out])
         return out[:m]
 
-    def _run_both(
-        self,
-        packed: Packed,
-        x_sparse: torch.Tensor,
-        out_sparse: Sequence[torch.Tensor],
-        x_dense: torch.Tensor,
-        out_dense: Sequence[torch.Tensor],
-    ) -> None:
-        main = torch.cuda.current_stream(self.device)
-        side = _side_stream(self.device) if self._concurrent else main
-        if self._concurrent:
-            side.wait_stream(main)
-        # First, because it accumulates nothing, while the dense GEMM may.
-        if self.sparse is not None:
-            for weight, out in zip(packed["compressed"], out_sparse, strict=True):
-                self.sparse.run(x_sparse, weight, out)
-        if self.dense is not None:
-            with torch.cuda.stream(side):
-                for weight, out in zip(packed["dense"], out_dense, strict=True):
-                    self.dense.run(x_dense, weight, out)
-        if self._concurrent:
-            main.wait_stream(side)
+    def _run_sparse(self, x: torch.Tensor, packed: Packed, out: torch.Tensor, stream: int) -> None:
+        if self.sparse is None:
+            return
+        weights, step = packed["compressed"], self._columns * out.element_size()
+        for part in range(self.problem.parts):
+            self.sparse.run(
+                x.data_ptr(), weights.data_ptr() + part * weights.stride(0), out.data_ptr() + part * step, stream
+            )
+
+    def _run_dense(self, x: torch.Tensor, packed: Packed, out: torch.Tensor, stream: int) -> None:
+        if self.dense is None:
+            return
+        weights, size, boundary = packed["dense"], out.element_size(), self.problem.regions.sparse
+        if self.problem.split == "output":
+            first, begin = x.data_ptr(), out.data_ptr() + boundary * size
+        else:
+            first, begin = x.data_ptr() + boundary, out.data_ptr()
+        for part in range(self.problem.parts):
+            weight = weights.data_ptr() + part * weights.stride(0)
+            self.dense.run(first, weight, begin + part * self._columns * size, stream)
 
 
 def search(problem: Problem, tokens: int, device: torch.device) -> Choice:
@@ -231,11 +239,11 @@ def search(problem: Problem, tokens: int, device: torch.device) -> Choice:
 
     def run_sparse(plan: LibraryPlan, packed: Packed) -> None:
         assert plan.sparse is not None
-        plan.sparse.run(x, packed["compressed"][0], out)
+        plan.sparse.run(x.data_ptr(), packed["compressed"].data_ptr(), out.data_ptr(), current_stream(device))
 
     def run_dense(plan: LibraryPlan, packed: Packed) -> None:
         assert plan.dense is not None
-        plan.dense.run(x, packed["dense"][0], out)
+        plan.dense.run(x.data_ptr(), packed["dense"].data_ptr(), out.data_ptr(), current_stream(device))
 
     def run_both(plan: LibraryPlan, packed: Packed) -> None:
         plan.run(x, packed, out)

@@ -329,25 +329,30 @@ __device__ __forceinline__ bool join(
     }
     if (thread == 0) *arrivals = 0;
     __threadfence();
-    constexpr int AT_ONCE = QUADS < 2 ? 1 : 2;
+    constexpr int AT_ONCE = QUADS < 8 ? QUADS : 8;   // loads of a thread in flight: they come from far away
 #pragma unroll
     for (int start = 0; start < QUADS; start += AT_ONCE) {
-        float total[4 * AT_ONCE];
-#pragma unroll 4
-        for (int index = 0; index < segment.part_count; ++index)
+        float4 total[AT_ONCE];
+        for (int index = 0; index < segment.part_count; ++index) {
+            const bool own = index == segment.part;
+            float4 part[AT_ONCE];
 #pragma unroll
             for (int quad = 0; quad < AT_ONCE; ++quad) {
-                const float* own = &sums[4 * (start + quad)];
-                float4 s = make_float4(own[0], own[1], own[2], own[3]);
-                if (index != segment.part) s = __ldcg(&tile[u64(index) * PART + (start + quad) * THREADS]);
-                float* t = &total[4 * quad];
-                t[0] = index ? t[0] + s.x : s.x;
-                t[1] = index ? t[1] + s.y : s.y;
-                t[2] = index ? t[2] + s.z : s.z;
-                t[3] = index ? t[3] + s.w : s.w;
+                const float* s = &sums[4 * (start + quad)];
+                part[quad] = make_float4(s[0], s[1], s[2], s[3]);
+                if (!own) part[quad] = __ldcg(&tile[u64(index) * PART + (start + quad) * THREADS]);
             }
 #pragma unroll
-        for (int i = 0; i < 4 * AT_ONCE; ++i) sums[4 * start + i] = total[i];
+            for (int quad = 0; quad < AT_ONCE; ++quad) {
+                float4 &t = total[quad], &s = part[quad];
+                t = index ? make_float4(t.x + s.x, t.y + s.y, t.z + s.z, t.w + s.w) : s;
+            }
+        }
+#pragma unroll
+        for (int quad = 0; quad < AT_ONCE; ++quad) {
+            float* s = &sums[4 * (start + quad)];
+            s[0] = total[quad].x, s[1] = total[quad].y, s[2] = total[quad].z, s[3] = total[quad].w;
+        }
     }
     return true;
 }

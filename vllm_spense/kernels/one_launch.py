@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache, partial
 from importlib.resources import files
 from itertools import product
@@ -14,6 +14,7 @@ import torch
 
 from vllm_spense.format import Regions
 from vllm_spense.kernels import cuda_driver, cusparselt, library
+from vllm_spense.kernels.nvmath_support import current_stream
 from vllm_spense.kernels.packing import TILE, TILE_BYTES, compress, metadata_shape, value_bytes
 from vllm_spense.kernels.plan_cache import digest, environment, load_or_find
 from vllm_spense.kernels.problem import Problem
@@ -160,7 +161,7 @@ def search(problem: Problem, tokens: int, device: torch.device) -> Found:
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     tilings = list(candidates(problem, tokens, multiprocessors))
     # Of all tiles at once: threads compile in parallel, and the next search finds them made.
-    everything = {Tiling(t, c.sparse_k, c.parts, c.cluster) for t in _buckets(1, MAX_TILE_TOKENS) for c in tilings}
+    everything = {replace(c, tokens=t) for t in _buckets(1, MAX_TILE_TOKENS) for c in tilings}
     with ThreadPoolExecutor() as pool:
         list(pool.map(partial(_machine_code, out_float=problem.out_dtype == torch.float32), filter(fits, everything)))
     weight = random_weight(problem, device)
@@ -173,7 +174,7 @@ def search(problem: Problem, tokens: int, device: torch.device) -> Found:
         plan = OneLaunchPlan(problem, tokens, device, tiling)
         times[tiling] = median_us([partial(plan.run, x, packed, out) for packed in packs])
     best = min(times, key=times.__getitem__)
-    return Found(best.tokens, best.sparse_k, best.parts, best.cluster, round(times[best], 2))
+    return Found(**asdict(best), us=round(times[best], 2))
 
 
 def candidates(problem: Problem, tokens: int, multiprocessors: int) -> Iterator[Tiling]:
@@ -335,11 +336,11 @@ class OneLaunchPlan:
         Returns:
             (M, N) raw sums, without scales unless the plan is scaled.
         """
-        problem, m = self.problem, len(x)
+        problem, m = self.problem, x.shape[0]
         assert m <= self.tokens, (m, self.tokens)
         if out is None:
             out = torch.empty(m, problem.n, dtype=problem.out_dtype, device=x.device)
-        stream = torch.cuda.current_stream(self.device).cuda_stream
+        stream = current_stream(self.device)
         arguments = _Arguments(
             x=_x_map(x.data_ptr(), m, problem.k, x.stride(0), self.tiling.tokens),
             **_weight_maps(problem, self.tiling.sparse_k, packed["compressed"].data_ptr(), packed["dense"].data_ptr()),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -74,3 +74,33 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(M, K) → float8_e4m3fn (M, K) and its scales, float32 (M, 1)."""
     scale = (x.abs().amax(-1, keepdim=True).float() / _FP8_MAX).clamp(min=_SMALLEST_SCALE)
     return (x.float() * scale.reciprocal()).clamp(-_FP8_MAX, _FP8_MAX).to(FP8), scale
+
+
+def add_norm_quant(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """RMS norm of x + residual in FP8, everything before the quantization in float32.
+
+    Args:
+        x, residual: (M, K) in the model's dtype.
+        weight: (K,), of the norm.
+        epsilon: added to the mean square.
+
+    Returns:
+        float8_e4m3fn (M, K), its scales, float32 (M, 1), and x + residual in the model's dtype.
+    """
+    total = x.float() + residual.float()
+    normed = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + epsilon) * weight.float()
+    return *quantize(normed), total.to(x.dtype)
+
+
+def fp8_difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> str | None:
+    """In words, what of one (FP8, scales) lies outside of the other's rounding; None if nothing does."""
+    (values, scale), (twin_values, twin_scale) = found, expected
+    if not torch.allclose(scale, twin_scale, rtol=1e-5, atol=0):
+        return "scales"
+    # Of a value near the middle between two FP8 numbers, either may be taken: 2⁻³ of it apart, or one subnormal step.
+    if not torch.allclose(values.float(), twin_values.float(), rtol=0.13, atol=2**-9):
+        return "values"
+    agreeing = (values.view(torch.uint8) == twin_values.view(torch.uint8)).float().mean()
+    return None if agreeing > 0.99 else f"{1 - agreeing:.2%} of the values"

@@ -9,8 +9,8 @@ from importlib.resources import files
 import torch
 
 from vllm_spense.kernels import cuda_driver, reference
+from vllm_spense.kernels.reference import FP8, fp8_difference
 
-FP8 = torch.float8_e4m3fn
 #: Values that a thread takes at once: the intermediate size is a multiple of it.
 WIDTH = 8
 #: Thread blocks that share a row, and the most threads in one.
@@ -33,21 +33,9 @@ def fault(device: torch.device) -> str | None:
         except RuntimeError as error:
             return f"its kernel failed when it was tried: {error}"
         expected = reference.silu_mul_quant(raw, x_scale, w_scale)
-        if reason := difference(found, expected):
+        if reason := fp8_difference(found, expected):
             return f"its kernel is wrong on this machine, {tokens} × {size}: {reason}"
     return None
-
-
-def difference(found: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]) -> str | None:
-    """In words, what of one (FP8, scales) lies outside of the other's rounding; None if nothing does."""
-    (values, scale), (twin_values, twin_scale) = found, expected
-    if not torch.allclose(scale, twin_scale, rtol=1e-5, atol=0):
-        return "scales"
-    # Of a value near the middle between two FP8 numbers, either may be taken: 2⁻³ of it apart, or one subnormal step.
-    if not torch.allclose(values.float(), twin_values.float(), rtol=0.13, atol=2**-9):
-        return "values"
-    agreeing = (values.view(torch.uint8) == twin_values.view(torch.uint8)).float().mean()
-    return None if agreeing > 0.999 else f"{1 - agreeing:.2%} of the values"
 
 
 def run(raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

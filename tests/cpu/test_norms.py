@@ -1,0 +1,133 @@
+"""A decoder layer's norms hand FP8 to the linear layers behind them, where and only where vLLM's model lets them."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS
+
+from vllm_spense import ops
+from vllm_spense.activation import Quantized
+from vllm_spense.kernels import reference
+from vllm_spense.norms import PLAIN_NORMS, FusedRMSNorm, NormClaim
+
+FP8 = torch.float8_e4m3fn
+
+
+@pytest.fixture(autouse=True)
+def _settings() -> None:
+    with set_current_vllm_config(VllmConfig()):
+        yield
+    NormClaim.of_attention, NormClaim.waiting = None, []
+
+
+def engine(architecture: str = "LlamaForCausalLM", lora: object = None) -> SimpleNamespace:
+    return SimpleNamespace(model_config=SimpleNamespace(architectures=[architecture]), lora_config=lora)
+
+
+def decoder_layer(settings: SimpleNamespace, attention: bool = True) -> list[NormClaim | None]:
+    """Claims of a layer's linears, then what its norms found: of the heads, before attention, before the MLP."""
+    qkv = NormClaim.of_qkv(settings) if attention else None
+    heads = RMSNorm(16)
+    gate_up = NormClaim.of_gate_up(settings)
+    norms = [heads, RMSNorm(64), RMSNorm(64)]
+    return [qkv, gate_up, *(norm.claim for norm in norms)]
+
+
+def test_the_norms_before_attention_and_mlp_answer_their_claims_and_no_other() -> None:
+    for _ in range(2):
+        qkv, gate_up, heads, first, second = decoder_layer(engine())
+        assert (heads, first, second) == (None, qkv, gate_up)
+    assert type(final := RMSNorm(64)) is FusedRMSNorm
+    assert final.claim is None
+
+
+def test_attention_of_another_kind_leaves_its_norm_alone() -> None:
+    decoder_layer(engine())
+    _, gate_up, heads, first, second = decoder_layer(engine(), attention=False)
+    assert (heads, first, second) == (None, None, gate_up)
+
+
+@pytest.mark.parametrize("other", [engine("Gemma3ForCausalLM"), engine(lora=object())], ids=["architecture", "lora"])
+def test_no_claim_where_something_might_come_between(other: SimpleNamespace) -> None:
+    assert decoder_layer(other)[2:] == [None, None, None]
+
+
+def test_it_goes_on_to_be_vllms_norm() -> None:
+    decoder_layer(engine())
+    norm, x, residual = RMSNorm(64), torch.randn(3, 64), torch.randn(3, 64)
+    assert norm.name == RMSNorm.name == "rms_norm"
+    exact = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+    torch.testing.assert_close(norm(x), exact)
+    NormClaim.of_gate_up(engine())
+    # Nobody takes FP8 from it yet, and what has no residual stream beside it stays a tensor.
+    waiting = RMSNorm(64)
+    assert isinstance(waiting(x, residual.clone())[0], torch.Tensor)
+    assert isinstance(norm(x), torch.Tensor)
+
+
+def test_the_layer_behind_it_gets_fp8() -> None:
+    claim = NormClaim.of_gate_up(engine())
+    RMSNorm(64), (norm := RMSNorm(64))
+    claim.takes_fp8 = True
+    norm.weight.data.uniform_(0.5, 2)
+    x, residual = torch.randn(2, 5, 64, dtype=torch.float32)
+    x[3] = residual[3] = 0
+    found, total = norm(x, residual)
+    assert isinstance(found, Quantized)
+    assert found.values.dtype == FP8
+    torch.testing.assert_close(total, x + residual)
+    plain = super(FusedRMSNorm, norm).forward(x.clone(), residual.clone())[0].double()
+    error = (found.values.double() * found.scale.double() - plain).abs()
+    # Half a step of E4M3: 2⁻⁴ of a value, or 2⁻¹⁰ of the row's scale.
+    assert (error <= 2**-4 * 1.001 * plain.abs() + 2**-10 * found.scale).all()
+    assert (found.values.float().abs().amax(-1)[[0, 1, 2, 4]] == 448).all()
+    assert isinstance(norm(x), torch.Tensor)
+
+
+@pytest.mark.parametrize("architecture", sorted(PLAIN_NORMS))
+def test_vllms_decoder_layer_is_what_the_list_says(architecture: str) -> None:
+    # Some versions of vLLM have no model of their own for it.
+    file = _TEXT_GENERATION_MODELS.get(architecture, ("transformers", ""))[0]
+    if file == "transformers":
+        pytest.skip("run by way of transformers, whose norms have no residual stream beside them")
+    module = importlib.import_module(f"vllm.model_executor.models.{file}")
+    classes = [found for name, found in vars(module).items() if name.endswith("DecoderLayer")]
+    assert classes
+    for layer in classes:
+        built = re.findall(r"self\.(self_attn|mlp|input_layernorm|post_attention_layernorm) = ", source(layer.__init__))
+        assert built == ["self_attn", "mlp", "input_layernorm", "post_attention_layernorm"]
+        plain = (
+            r"hidden_states, residual = self\.input_layernorm\(hidden_states, residual\)\s+"
+            r"hidden_states = self\.self_attn\(\s*positions=positions,\s*hidden_states=hidden_states,?\s*\)\s+(#.*\s+)?"
+            r"hidden_states, residual = self\.post_attention_layernorm\(hidden_states, residual\)\s+"
+            r"hidden_states = self\.mlp\(hidden_states\)\s+return hidden_states, residual"
+        )
+        assert re.search(plain, source(layer.forward)), source(layer.forward)
+
+
+def source(function: object) -> str:
+    return inspect.getsource(function)  # type: ignore[arg-type]
+
+
+def test_the_ops_and_their_fakes_agree() -> None:
+    x, residual, weight = torch.randn(5, 64), torch.randn(5, 64), torch.rand(64)
+    for op, twin, arguments in (
+        (ops.add_norm_quant, reference.add_norm_quant, (x, residual, weight, 1e-6)),
+        (ops.quantize, reference.quantize, (x,)),
+    ):
+        found, expected = op(*arguments), twin(*arguments)
+        raw = getattr(torch.ops.spense, op.__name__).default
+        torch.library.opcheck(raw, arguments, test_utils=["test_schema"])
+        with torch._subclasses.FakeTensorMode() as mode:
+            fakes = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+        for tensor, same, fake in zip(found, expected, fakes, strict=True):
+            assert torch.equal(tensor.float(), same.float())
+            assert (fake.shape, fake.dtype) == (tensor.shape, tensor.dtype)

@@ -1,0 +1,92 @@
+"""The kernel before linear layers against its twins, and what it hands to the next kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
+pytest.importorskip("nvmath", reason="needs nvmath-python")
+
+from vllm_spense import ops
+from vllm_spense.format import Regions
+from vllm_spense.kernels import norm_quant, reference
+from vllm_spense.kernels.problem import Problem
+from vllm_spense.kernels.synthetic import random_weight
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device("cuda", 0)
+EPSILON = 1e-6
+#: A small model's hidden size, of an 8B, a 32B and a 70B model, and more than a thread block takes at once.
+SIZES = (8, 576, 4096, 5120, 8192, 25600)
+
+
+def inputs(tokens: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x, residual = torch.randn(2, tokens, size, dtype=torch.bfloat16, device=DEVICE) * 3
+    return x, residual, torch.rand(size, dtype=torch.bfloat16, device=DEVICE) + 0.5
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_agrees_with_its_twins(size: int) -> None:
+    torch.manual_seed(0)
+    for tokens in (1, 2, 7, 32, 130, 1000):
+        x, residual, weight = inputs(tokens, size)
+        x[0] = residual[0] = 0
+        *found, total = norm_quant.add_norm_quant(x, residual, weight, EPSILON)
+        *expected, twin_total = reference.add_norm_quant(x, residual, weight, EPSILON)
+        assert torch.equal(total, twin_total)
+        assert reference.fp8_difference(found, expected) is None, tokens
+        assert reference.fp8_difference(norm_quant.quantize(x), reference.quantize(x)) is None, tokens
+
+
+def test_a_number_that_is_none_stays_visible() -> None:
+    x, residual, weight = inputs(3, 576)
+    x[1, 77] = torch.nan
+    for values, scale, *_ in (norm_quant.add_norm_quant(x, residual, weight, EPSILON), norm_quant.quantize(x)):
+        output = values.float() * scale
+        assert output[1].isnan().all()
+        assert output[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("tokens", [1, 32, 128, 300])
+def test_captured_launches_that_overlap_follow_their_inputs(tokens: int) -> None:
+    """down, the norm behind it and gate_up, twice: each reads what the one before has written."""
+    hidden, regions = 1024, Regions(3072, 1024)
+    up, down = Problem(8192, hidden, regions, "output", parts=2), Problem(hidden, 4096, regions, "input")
+    weights = {problem: random_weight(problem, DEVICE) for problem in (up, down)}
+    packed = {problem: ops.pack(weight, problem) for problem, weight in weights.items()}
+    for problem in (up, down):
+        ops.prepare(problem, 512, DEVICE)
+    z, residual, weight = torch.randn(tokens, 4096, device=DEVICE).bfloat16(), *inputs(tokens, hidden)[1:]
+
+    def layers() -> list[tuple[torch.Tensor, ...]]:
+        steps, stream, x = [], residual, z
+        for _ in range(2):
+            y = ops.region_gemm(ops.quantize(x)[0], packed[down], down)
+            values, scale, stream = ops.add_norm_quant(y, stream, weight, EPSILON)
+            raw = ops.region_gemm(values, packed[up], up)
+            x = raw[:, :4096].contiguous()
+            steps.append((y, values, scale, stream, raw))
+        return steps
+
+    layers()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layers()
+    for _ in range(5):
+        z.copy_(torch.randn(tokens, 4096, device=DEVICE))
+        for tensor in (tensor for step in captured for tensor in step):
+            tensor.view(torch.uint8).fill_(0xFF)
+        graph.replay()
+        x, before = z, residual
+        for y, values, scale, stream, raw in captured:
+            exact = reference.quantize(x)[0].double() @ weights[down].double().t()
+            assert ((y.double() - exact).norm() / exact.norm()) < 0.01
+            *expected, total = reference.add_norm_quant(y, before, weight, EPSILON)
+            assert torch.equal(stream, total)
+            assert reference.fp8_difference((values, scale), expected) is None
+            exact = values.double() @ weights[up].double().t()
+            assert ((raw.double() - exact).norm() / exact.norm()) < 0.004
+            x, before = raw[:, :4096], stream

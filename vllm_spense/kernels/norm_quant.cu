@@ -1,0 +1,117 @@
+// Into a linear layer's FP8 input with one scale for each token, in one launch: from its input as it is, or (NORM) from
+// the residual stream by way of x + residual and RMS normalization.
+//
+// A thread block takes a row. The next kernel may begin before this one has read anything: a GEMM then fetches its first
+// weights meanwhile, and waits only for its x.
+//
+// Set by the compiler's caller (norm_quant.py): THREADS of a block, VECTORS of eight values that a thread has, NORM.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef unsigned char byte;
+typedef unsigned short bf16;
+
+constexpr int WIDTH = 8, WARPS = THREADS / 32;
+constexpr float LARGEST = 448;                        // of E4M3
+constexpr float SMALLEST_SCALE = 1 / (LARGEST * 512); // as vLLM's: rows of zeros have a scale too
+
+struct Arguments {
+    const bf16* x;            // (tokens, size)
+    const bf16* residual;     // (tokens, size)
+    const bf16* weight;       // (size), of the norm
+    byte* out;                // (tokens, size)
+    float* scale;             // (tokens)
+    bf16* sum;                // (tokens, size): x + residual
+    int size;
+    float epsilon;
+};
+
+__device__ __forceinline__ void load(const bf16* from, float (&v)[WIDTH]) {
+    const uint4 eight = *reinterpret_cast<const uint4*>(from);
+    const u32 pairs[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        v[2 * i] = __uint_as_float(pairs[i] << 16);
+        v[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
+    }
+}
+
+__device__ __forceinline__ u32 pack_bf16(float low, float high) {
+    u32 packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+__device__ __forceinline__ u32 pack_fp8(float a, float b, float c, float d) {
+    unsigned short low, high;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));
+    return low | u32(high) << 16;
+}
+
+// Keeps a NaN, which must not vanish from the output.
+__device__ __forceinline__ float larger(float a, float b) { return b != b || a <= b ? b : a; }
+
+extern "C" __global__ __launch_bounds__(THREADS) void norm_quant(const __grid_constant__ Arguments arguments) {
+    __shared__ float squares_of[32], largest_of[32];
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    const int size = arguments.size, thread = threadIdx.x, lane = thread % 32;
+    const u64 row = u64(blockIdx.x) * size;
+    float values[VECTORS][WIDTH], squares = 0, largest = 0;
+#if NORM
+    float weight[VECTORS][WIDTH];
+#pragma unroll
+    for (int vector = 0; vector < VECTORS; ++vector) {
+        const int at = (vector * THREADS + thread) * WIDTH;
+        if (at < size) load(arguments.weight + at, weight[vector]);
+    }
+#endif
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#pragma unroll
+    for (int vector = 0; vector < VECTORS; ++vector) {
+        const int at = (vector * THREADS + thread) * WIDTH;
+        if (at >= size) break;
+        float(&v)[WIDTH] = values[vector];
+        load(arguments.x + row + at, v);
+#if NORM
+        float residual[WIDTH];
+        load(arguments.residual + row + at, residual);
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) {
+            v[i] += residual[i];
+            squares += v[i] * v[i];
+        }
+        *reinterpret_cast<uint4*>(arguments.sum + row + at) =
+            make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) v[i] *= weight[vector][i];
+#endif
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) largest = larger(fabsf(v[i]), largest);
+    }
+    const auto reduce = [&]() {
+#pragma unroll
+        for (int offset = 16; offset; offset /= 2) {
+            squares += __shfl_xor_sync(~0u, squares, offset);
+            largest = larger(__shfl_xor_sync(~0u, largest, offset), largest);
+        }
+    };
+    reduce();
+    if (lane == 0) squares_of[thread / 32] = squares, largest_of[thread / 32] = largest;
+    __syncthreads();
+    squares = lane < WARPS ? squares_of[lane] : 0;
+    largest = lane < WARPS ? largest_of[lane] : 0;
+    reduce();
+    const float norm = NORM ? rsqrtf(squares / size + arguments.epsilon) : 1;
+    const float scale = larger(largest * norm / LARGEST, SMALLEST_SCALE), factor = norm / scale;
+    if (thread == 0) arguments.scale[blockIdx.x] = scale;
+#pragma unroll
+    for (int vector = 0; vector < VECTORS; ++vector) {
+        const int at = (vector * THREADS + thread) * WIDTH;
+        if (at >= size) break;
+        const float(&v)[WIDTH] = values[vector];
+        *reinterpret_cast<uint2*>(arguments.out + row + at) = make_uint2(
+            pack_fp8(v[0] * factor, v[1] * factor, v[2] * factor, v[3] * factor),
+            pack_fp8(v[4] * factor, v[5] * factor, v[6] * factor, v[7] * factor));
+    }
+}

@@ -1,0 +1,108 @@
+"""What lies before a linear layer, in one launch: addition to the residual stream, RMS norm, quantization; or only the
+last of them. `reference` has the twins."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from importlib.resources import files
+
+import torch
+
+from vllm_spense.kernels import cuda_driver, reference
+from vllm_spense.kernels.nvmath_support import current_stream
+from vllm_spense.kernels.reference import FP8, fp8_difference
+
+#: Values that a thread takes at once: sizes are multiples of it.
+WIDTH = 8
+_MAX_THREADS = 1024
+#: (size, tokens) that `fault` tries: one and several vectors of a thread, full and partial warps.
+_TRIALS = ((64, 1), (5120, 19), (18432, 130))
+_EPSILON = 1e-6
+
+
+@cache
+def fault(device: torch.device) -> str | None:
+    """Why this kernel must not be used on a GPU, or None: tried out once in each process, against its twins."""
+    generator = torch.Generator(device).manual_seed(0)
+    for size, tokens in _TRIALS:
+        x, residual = torch.randn(2, tokens, size, dtype=torch.bfloat16, device=device, generator=generator)
+        weight = torch.rand(size, dtype=torch.bfloat16, device=device, generator=generator)
+        try:
+            *found, total = add_norm_quant(x, residual, weight, _EPSILON)
+            plain = quantize(x)
+        except RuntimeError as error:
+            return f"its kernel failed when it was tried: {error}"
+        *expected, twin_total = reference.add_norm_quant(x, residual, weight, _EPSILON)
+        reason = fp8_difference(found, expected) or fp8_difference(plain, reference.quantize(x))
+        if reason or not torch.equal(total, twin_total):
+            return f"its kernel is wrong on this machine, {tokens} × {size}: {reason or 'sums'}"
+    return None
+
+
+def add_norm_quant(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As its twin in `reference`.
+
+    Args:
+        x, residual: (M, K) bfloat16, contiguous. K is a multiple of `WIDTH`.
+        weight: (K,) bfloat16.
+    """
+    total = torch.empty_like(x)
+    return *_launch(x, residual, weight, total, epsilon), total
+
+
+def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As its twin in `reference`, of bfloat16 (M, K), contiguous."""
+    return _launch(x, None, None, None, 0)
+
+
+def prepare(size: int, device: torch.device) -> None:
+    """Compiles and loads the kernels."""
+    for norm in (False, True):
+        _kernel(size, norm, device)
+
+
+def _launch(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    total: torch.Tensor | None,
+    epsilon: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens, size = x.shape
+    out = torch.empty(tokens, size, dtype=FP8, device=x.device)
+    scale = torch.empty(tokens, 1, dtype=torch.float32, device=x.device)
+    if tokens:
+        tensors = (x, residual, weight, out, scale, total)
+        addresses = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+        arguments = _Arguments(*addresses, size, epsilon)
+        _kernel(size, weight is not None, x.device).launch(tokens, arguments, current_stream(x.device))
+    return out, scale
+
+
+class _Arguments(ctypes.Structure):
+    """`Arguments` of the kernel."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "residual", "weight", "out", "scale", "sum")),
+        ("size", ctypes.c_int),
+        ("epsilon", ctypes.c_float),
+    )
+
+
+def shape(size: int) -> tuple[int, int]:
+    """(threads of a block, vectors of a thread) that cover a row of `size` values."""
+    vectors = -(-size // WIDTH)
+    each = -(-vectors // _MAX_THREADS)
+    return 32 * -(-vectors // (each * 32)), each
+
+
+@cache
+def _kernel(size: int, norm: bool, device: torch.device) -> cuda_driver.Kernel:
+    threads, vectors = shape(size)
+    macros = {"THREADS": threads, "VECTORS": vectors, "NORM": int(norm)}
+    source = files("vllm_spense.kernels").joinpath("norm_quant.cu").read_text(encoding="utf-8")
+    options = ["--gpu-architecture=sm_90a", "--std=c++17", *(f"-D{name}={value}" for name, value in macros.items())]
+    return cuda_driver.load(cuda_driver.compile_cubin(source, options), "norm_quant", threads, 0, device)

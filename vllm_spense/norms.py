@@ -1,0 +1,84 @@
+"""The norm before a linear layer together with that layer's quantization: one kernel that lets the GEMM begin early.
+
+The norm of a decoder layer hands FP8 to the linear layer behind it. That is no tensor, so only models are run like this
+whose decoder layers are plainly qkv(norm(x)) and gate_up(norm(x)).
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.custom_op import op_registry_oot
+from vllm.model_executor.layers.layernorm import RMSNorm
+
+from vllm_spense import ops
+from vllm_spense.activation import Quantized
+
+#: Whose decoder layers build, in this order, qkv_proj, gate_up_proj, the norm before qkv_proj and the norm before
+#: gate_up_proj, and give each norm's output to that layer alone.
+PLAIN_NORMS = frozenset({"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SeedOssForCausalLM"})
+
+
+class NormClaim:
+    """What a linear layer says to the norm before it: whether it takes `Quantized`."""
+
+    #: Of the decoder layer that is being built, before and after its gate_up.
+    of_attention: ClassVar[weakref.ref[NormClaim] | None] = None
+    waiting: ClassVar[list[weakref.ref[NormClaim] | None]] = []
+
+    def __init__(self) -> None:
+        self.takes_fp8 = False
+
+    @classmethod
+    def of_qkv(cls, engine: VllmConfig) -> NormClaim:
+        """For a layer that is being built."""
+        claim = cls()
+        cls.waiting = []
+        cls.of_attention = weakref.ref(claim) if _plain(engine) else None
+        return claim
+
+    @classmethod
+    def of_gate_up(cls, engine: VllmConfig) -> NormClaim:
+        """For a layer that is being built, behind its decoder layer's qkv: the norms come next."""
+        claim = cls()
+        cls.waiting = [cls.of_attention, weakref.ref(claim)] if _plain(engine) else []
+        cls.of_attention = None
+        return claim
+
+
+class FusedRMSNorm(RMSNorm):
+    """vLLM's norm, which returns `Quantized` where the layer behind it takes that."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        first = NormClaim.waiting.pop(0) if NormClaim.waiting else None
+        self.claim = first and first()
+        self.plain = self.has_weight and self.variance_size_override is None
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor | Quantized, torch.Tensor]:
+        if residual is None or not (self.plain and self.claim and self.claim.takes_fp8):
+            return super().forward(x, residual)
+        values, scale, total = ops.add_norm_quant(x, residual, self.weight.data, self.variance_epsilon)
+        return Quantized(values, scale), total
+
+
+def _plain(engine: VllmConfig) -> bool:
+    model = engine.model_config
+    plain = model is not None and PLAIN_NORMS.issuperset(model.architectures)
+    # LoRA multiplies inputs in their own dtype.
+    return plain and engine.lora_config is None and _registered()
+
+
+def _registered() -> bool:
+    """Makes vLLM build `FusedRMSNorm` for RMSNorm; not if a platform has a norm of its own."""
+    name = RMSNorm.__name__
+    if name not in op_registry_oot:
+        RMSNorm.register_oot(FusedRMSNorm)
+        # Under which vLLM's `custom_ops` go on to mean it.
+        FusedRMSNorm.name = RMSNorm.name  # type: ignore[attr-defined]
+    return op_registry_oot[name] is FusedRMSNorm
