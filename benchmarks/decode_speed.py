@@ -243,7 +243,7 @@ def search_first(runs: Sequence[EngineRun]) -> None:
             for regions in {annotation.regions(module) for module in annotation.modules}:
                 i = regions.intermediate
                 for problem in (
-                    Problem(2 * i, hidden, regions, "output", parts=2),
+                    Problem(2 * i, hidden, regions, "output", parts=2).merged(),
                     Problem(hidden, i, regions, "input"),
                 ):
                     ops.prepare(problem, TOKEN_BUDGET, device)

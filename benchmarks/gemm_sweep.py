@@ -104,7 +104,7 @@ def sweep(layer: str, ratio: float, dense: Mapping[int, Mapping[str, float]], de
     split, n, k, parts = LAYERS[layer]
     extent = n // parts if split == "output" else k
     dense_extent = round(extent * ratio / 128) * 128
-    problem = Problem(n, k, Regions(extent - dense_extent, dense_extent), split, parts=parts)
+    problem = Problem(n, k, Regions(extent - dense_extent, dense_extent), split, parts=parts).merged()
     weight = random_weight(problem, device)
     packs = [library.pack(weight, problem) for _ in range(cold_copies(problem.weight_bytes, device))]
     del weight

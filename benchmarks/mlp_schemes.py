@@ -158,6 +158,8 @@ class Spense(Stock):
         self.fuses = ops.fuses_activation(self.problems["gate_up"], device) and ops.fuses_norm(
             sizes.hidden, torch.bfloat16, device
         )
+        if self.fuses:
+            self.problems["gate_up"] = self.problems["gate_up"].merged()
 
     @property
     def sparsity(self) -> float:
@@ -185,7 +187,7 @@ class Spense(Stock):
 
     def between(self, y: torch.Tensor, x_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.fuses:
-            return ops.silu_mul_quant(y, x_scale, self.scales["gate_up"])
+            return ops.silu_mul_quant(y, x_scale, self.scales["gate_up"], self.regions.sparse)
         return super().between(y, x_scale)
 
     def scaled(self, part: Part, y: torch.Tensor, x_scale: torch.Tensor) -> torch.Tensor:

@@ -26,11 +26,12 @@ PLAIN_MLPS = frozenset(
 
 
 class RawSums(NamedTuple):
-    """gate_up's output before its scales: what `ops.silu_mul_quant` takes."""
+    """gate_up's output by region and before its scales: what `ops.silu_mul_quant` takes."""
 
     raw: torch.Tensor
     x_scale: torch.Tensor
     w_scale: torch.Tensor
+    boundary: int
 
 
 class Quantized(NamedTuple):
@@ -70,7 +71,7 @@ class FusedSiluAndMul(SiluAndMul):
 
     def forward(self, x: torch.Tensor | RawSums) -> torch.Tensor | Quantized:
         if isinstance(x, RawSums):
-            return Quantized(*ops.silu_mul_quant(x.raw, x.x_scale, x.w_scale))
+            return Quantized(*ops.silu_mul_quant(*x))
         return super().forward(x)
 
 

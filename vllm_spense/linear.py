@@ -23,6 +23,7 @@ from vllm_spense.activation import Claim, Quantized, RawSums
 from vllm_spense.errors import FormatError
 from vllm_spense.format import Regions
 from vllm_spense.kernels.problem import Problem, Split, sum_dtype
+from vllm_spense.kernels.reference import by_projection
 from vllm_spense.layout import Shard
 from vllm_spense.loaders import Loader
 from vllm_spense.norms import NormClaim
@@ -43,7 +44,9 @@ class RegionLinearMethod(LinearMethodBase):
     """
 
     split: ClassVar[Split]
+    #: Of the weight as it is loaded, and of the one that runs.
     problem: Problem
+    runs: Problem
     #: Instead of outputs: the activation behind this layer does the rest.
     hands_on_raw_sums = False
 
@@ -114,14 +117,20 @@ class RegionLinearMethod(LinearMethodBase):
             logger.error("%s", error)
             raise
         del layer.weight
-        packed = ops.pack(weight, self.problem)
+        weight = self.arranged(weight)
+        packed = ops.pack(weight, self.runs)
         for name, tensor in packed.items():
             layer.register_parameter(f"weight_{name}", Parameter(tensor, requires_grad=False))
         layer.weight_scale = Parameter(scale, requires_grad=False)
         self.packed_names = tuple(packed)
         # LoRA looks under this name for the layer's device.
         layer.weight_packed = getattr(layer, f"weight_{self.packed_names[0]}")
-        ops.prepare(self.problem, self.max_tokens, weight.device)
+        ops.prepare(self.runs, self.max_tokens, weight.device)
+
+    def arranged(self, weight: torch.Tensor) -> torch.Tensor:
+        """W as it runs; sets `runs`."""
+        self.runs = self.problem
+        return weight
 
     def _require_sound(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
         if (weight.view(torch.uint8) & 0x7F == 0x7F).any():
@@ -141,7 +150,7 @@ class RegionLinearMethod(LinearMethodBase):
     def gemm(self, layer: Layer, x: torch.Tensor) -> torch.Tensor:
         """(M, K) FP8 → raw sums (M, N)."""
         packed = {name: getattr(layer, f"weight_{name}") for name in self.packed_names}
-        return ops.region_gemm(x, packed, self.problem)
+        return ops.region_gemm(x, packed, self.runs)
 
     def apply(self, layer: Layer, x: Any, bias: torch.Tensor | None = None) -> Any:
         """Y = X·Wᵀ + b.
@@ -157,7 +166,9 @@ class RegionLinearMethod(LinearMethodBase):
         raw = self.gemm(layer, fp8.values)
         flat = fp8 is x or x.dim() == 2
         if self.hands_on_raw_sums and flat and bias is None:
-            return RawSums(raw, fp8.scale, layer.weight_scale)
+            return RawSums(raw, fp8.scale, layer.weight_scale, self.problem.regions.sparse)
+        if self.hands_on_raw_sums:
+            raw = by_projection(raw, self.problem.regions.sparse)
         y = self.scaled(layer, raw, fp8.scale, bias)
         return y if flat else y.view(*x.shape[:-1], self.problem.n)
 
@@ -180,12 +191,16 @@ class OutputSplitLinearMethod(RegionLinearMethod):
         self.claim = Claim.of_next_activation(engine)
         self.norm_claim = NormClaim.of_gate_up(engine)
 
-    def process_weights_after_loading(self, layer: Layer) -> None:
-        super().process_weights_after_loading(layer)
-        device = layer.weight_scale.device
+    def arranged(self, weight: torch.Tensor) -> torch.Tensor:
+        """By region, where the activation behind takes raw sums: it can take them in any order."""
+        device = weight.device
         merged = self.problem.parts == 2
         self.hands_on_raw_sums = merged and self.claim.made and ops.fuses_activation(self.problem, device)
         self.norm_claim.takes_fp8 = merged and ops.fuses_norm(self.problem.k, self.dtype, device)
+        if not self.hands_on_raw_sums:
+            return super().arranged(weight)
+        self.runs = self.problem.merged()
+        return self.problem.by_region(weight)
 
     def make_loaders(self, layer: Layer, shard: Shard) -> tuple[Loader, Loader]:
         load_rows = loaders.rows_loader(self.name, self.regions.intermediate, shard, self.parts)

@@ -164,19 +164,20 @@ def _region_gemm_fake(
 
 
 def silu_mul_quant(
-    raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor
+    raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor, boundary: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """silu(gate) · up in FP8, as `kernels.reference.silu_mul_quant` computes it.
 
     Args:
-        raw: (M, 2·I), gate_up's raw sums [gate | up].
+        raw: (M, 2·I), gate_up's raw sums by region: [gate sparse | up sparse | gate dense | up dense].
         x_scale: float32 (M, 1), of gate_up's input.
-        w_scale: float32 (2·I, 1), of gate_up's weight.
+        w_scale: float32 (2·I, 1), of gate_up's weight, gate's rows before up's.
+        boundary: columns of a sparse region.
 
     Returns:
         float8_e4m3fn (M, I) and its scales, float32 (M, 1).
     """
-    return torch.ops.spense.silu_mul_quant(raw, x_scale, w_scale)
+    return torch.ops.spense.silu_mul_quant(raw, x_scale, w_scale, boundary)
 
 
 def fuses_activation(problem: Problem, device: torch.device) -> bool:
@@ -285,17 +286,17 @@ def _whole_gemm_fake(
 
 
 def _silu_mul_quant(
-    raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor
+    raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor, boundary: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if raw.device.type == "cpu":
-        return reference.silu_mul_quant(raw, x_scale, w_scale)
+        return reference.silu_mul_quant(raw, x_scale, w_scale, boundary)
     from vllm_spense.kernels import silu_mul_quant as fast
 
-    return fast.run(raw, x_scale, w_scale)
+    return fast.run(raw, x_scale, w_scale, boundary)
 
 
 def _silu_mul_quant_fake(
-    raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor
+    raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor, boundary: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, size = raw.shape[0], raw.shape[1] // 2
     return raw.new_empty((tokens, size), dtype=torch.float8_e4m3fn), x_scale.new_empty((tokens, 1))
@@ -365,7 +366,7 @@ _LIBRARY = torch.library.Library("spense", "FRAGMENT")
 _LIBRARY.define("region_gemm(Tensor x, Tensor[] tensors, str[] names, int[] sizes, ScalarType out_dtype) -> Tensor")
 _LIBRARY.impl("region_gemm", _region_gemm, "CompositeExplicitAutograd")
 torch.library.register_fake("spense::region_gemm", _region_gemm_fake, lib=_LIBRARY)
-_LIBRARY.define("silu_mul_quant(Tensor raw, Tensor x_scale, Tensor w_scale) -> (Tensor, Tensor)")
+_LIBRARY.define("silu_mul_quant(Tensor raw, Tensor x_scale, Tensor w_scale, int boundary) -> (Tensor, Tensor)")
 _LIBRARY.impl("silu_mul_quant", _silu_mul_quant, "CompositeExplicitAutograd")
 torch.library.register_fake("spense::silu_mul_quant", _silu_mul_quant_fake, lib=_LIBRARY)
 _LIBRARY.define("whole_gemm(Tensor x, Tensor weight, Tensor x_scale, Tensor w_scale) -> Tensor")

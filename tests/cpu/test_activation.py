@@ -60,7 +60,9 @@ def test_raw_sums_become_fp8() -> None:
     Claim.of_next_activation(engine())
     raw, x_scale, w_scale = torch.randn(5, 128) * 1000, torch.rand(5, 1) / 100, torch.rand(128, 1)
     raw[3] = 0
-    found = SiluAndMul()(RawSums(raw, x_scale, w_scale))
+    gate_sparse, gate_dense, up_sparse, up_dense = raw.split((48, 16, 48, 16), -1)
+    by_region = torch.cat([gate_sparse, up_sparse, gate_dense, up_dense], -1)
+    found = SiluAndMul()(RawSums(by_region, x_scale, w_scale, 48))
     assert isinstance(found, Quantized)
     assert found.values.dtype == FP8
     gate, up = (raw.double() * x_scale.double() * w_scale.double().t()).chunk(2, -1)
@@ -92,13 +94,14 @@ def test_vllms_mlp_is_what_the_list_says(architecture: str) -> None:
 
 
 def test_the_op_and_its_fake_agree() -> None:
-    arguments = torch.randn(5, 128) * 1000, torch.rand(5, 1) / 100, torch.rand(128, 1)
+    arguments = torch.randn(5, 128) * 1000, torch.rand(5, 1) / 100, torch.rand(128, 1), 32
     values, scale = ops.silu_mul_quant(*arguments)
     twin_values, twin_scale = reference.silu_mul_quant(*arguments)
     assert torch.equal(values.view(torch.uint8), twin_values.view(torch.uint8))
     assert torch.equal(scale, twin_scale)
     torch.library.opcheck(torch.ops.spense.silu_mul_quant.default, arguments, test_utils=["test_schema"])
     with torch._subclasses.FakeTensorMode() as mode:
-        fake_values, fake_scale = ops.silu_mul_quant(*map(mode.from_tensor, arguments))
+        fakes = map(mode.from_tensor, arguments[:3])
+        fake_values, fake_scale = ops.silu_mul_quant(*fakes, 32)
     assert (fake_values.shape, fake_values.dtype) == (values.shape, values.dtype)
     assert (fake_scale.shape, fake_scale.dtype) == (scale.shape, scale.dtype)

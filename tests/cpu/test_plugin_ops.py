@@ -7,6 +7,7 @@ import torch
 
 from vllm_spense import ops
 from vllm_spense.format import Regions
+from vllm_spense.kernels import reference
 from vllm_spense.kernels.problem import Problem, Split
 from vllm_spense.policy import Path
 
@@ -92,6 +93,16 @@ def test_merged_projections_keep_their_rows_order() -> None:
     x, weight = make(p, 7)
     found = ops.region_gemm(x, ops.pack(weight, p), p)
     torch.testing.assert_close(found.double(), x.double() @ weight.double().t(), rtol=1e-5, atol=1)
+
+
+def test_projections_run_region_by_region_and_come_back_in_order() -> None:
+    p = Problem(128, 96, Regions(48, 16), "output", torch.float32, parts=2)
+    x, weight = make(p, 7)
+    raw = ops.region_gemm(x, ops.pack(p.by_region(weight), p.merged()), p.merged())
+    exact = x.double() @ weight.double().t()
+    torch.testing.assert_close(reference.by_projection(raw, 48).double(), exact, rtol=1e-5, atol=1)
+    torch.testing.assert_close(raw[:, 48:96].double(), exact[:, 64:112], rtol=1e-5, atol=1)
+    assert torch.equal(reference.by_projection(raw, 64), raw)
 
 
 def test_a_path_is_named_once_for_each_shape(caplog: pytest.LogCaptureFixture) -> None:

@@ -69,6 +69,15 @@ class Problem:
         sizes, dim = (self.regions.sparse, self.regions.dense), 0 if self.split == "output" else 1
         return [(sparse, dense) for sparse, dense in (part.split(sizes, dim) for part in weight.chunk(self.parts))]
 
+    def merged(self) -> Problem:
+        """The GEMM of `by_region(W)`: one part, and so one library call for each region."""
+        regions = Regions(self.parts * self.regions.sparse, self.parts * self.regions.dense)
+        return Problem(self.n, self.k, regions, self.split, self.out_dtype)
+
+    def by_region(self, weight: torch.Tensor) -> torch.Tensor:
+        """The rows of an output-split W: sparse regions of all parts first, then the dense ones."""
+        return torch.cat([region for regions in zip(*self.split_regions(weight), strict=True) for region in regions])
+
     @property
     def weight_bytes(self) -> int:
         """Bytes of W as every path stores it: 0.625 for each weight of the sparse region, 1 for each dense one."""

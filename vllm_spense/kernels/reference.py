@@ -54,20 +54,33 @@ def run(x: torch.Tensor, packed: Mapping[str, torch.Tensor], problem: Problem) -
 
 
 def silu_mul_quant(
-    raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor
+    raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor, boundary: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """silu(gate) · up in FP8, everything before the quantization in float32.
 
     Args:
-        raw: (M, 2·I), gate_up's raw sums [gate | up].
+        raw: (M, 2·I), gate_up's raw sums by region, see `by_projection`.
         x_scale: float32, one for each of the M tokens.
-        w_scale: float32, one for each of the 2·I rows of the weight.
+        w_scale: float32, one for each of the 2·I rows of the weight, gate's before up's.
+        boundary: columns of a sparse region.
 
     Returns:
         float8_e4m3fn (M, I) and its scales, float32 (M, 1).
     """
-    gate, up = (raw.float() * x_scale.view(-1, 1) * w_scale.view(1, -1)).chunk(2, -1)
+    gate, up = (by_projection(raw, boundary).float() * x_scale.view(-1, 1) * w_scale.view(1, -1)).chunk(2, -1)
     return quantize(F.silu(gate) * up)
+
+
+def by_projection(raw: torch.Tensor, boundary: int) -> torch.Tensor:
+    """Columns [gate sparse | up sparse | gate dense | up dense] of gate_up's output → [gate | up].
+
+    Args:
+        raw: (M, 2·I).
+        boundary: columns of a sparse region; all I of them leave `raw` as it is.
+    """
+    rest = raw.shape[-1] // 2 - boundary
+    gate_sparse, up_sparse, gate_dense, up_dense = raw.split((boundary, boundary, rest, rest), -1)
+    return torch.cat([gate_sparse, gate_dense, up_sparse, up_dense], -1)
 
 
 def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

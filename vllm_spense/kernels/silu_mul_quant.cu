@@ -15,12 +15,13 @@ constexpr float LARGEST = 448;                        // of E4M3
 constexpr float SMALLEST_SCALE = 1 / (LARGEST * 512); // as vLLM's: rows of zeros have a scale too
 
 struct Arguments {
-    const void* raw;          // (tokens, 2 · size): [gate | up]
+    const void* raw;          // (tokens, 2 · size): [gate sparse | up sparse | gate dense | up dense]
     const float* x_scale;     // (tokens)
     const float* w_scale;     // (2 · size)
     byte* out;                // (tokens, size)
     float* scale;             // (tokens)
     int tokens, size;
+    int boundary;             // columns of a sparse region
 };
 
 __device__ __forceinline__ void unpack(u32 pair, float& low, float& high) {
@@ -68,7 +69,7 @@ void silu_mul_quant(const __grid_constant__ Arguments arguments) {
     asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
     // The next kernel waits for this one's end, but may fetch its weights meanwhile.
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-    const int size = arguments.size, first = blockIdx.x / CLUSTER * TOKENS;
+    const int size = arguments.size, boundary = arguments.boundary, first = blockIdx.x / CLUSTER * TOKENS;
     const int count = min(TOKENS, arguments.tokens - first);
     const int thread = threadIdx.x, lane = thread % 32;
     const auto place = [&](int vector) { return ((vector * CLUSTER + int(rank)) * THREADS + thread) * WIDTH; };
@@ -82,14 +83,15 @@ void silu_mul_quant(const __grid_constant__ Arguments arguments) {
         float gate_scale[WIDTH], up_scale[WIDTH];
         load_floats(arguments.w_scale + at, gate_scale);
         load_floats(arguments.w_scale + size + at, up_scale);
+        const int gate_at = at < boundary ? at : at + boundary, up_at = at < boundary ? at + boundary : at + size;
 #pragma unroll
         for (int t = 0; t < TOKENS; ++t) {
             if (t >= count) break;
             const u64 row = u64(first + t) * 2 * size;
             const float scale = arguments.x_scale[first + t];
             float gate[WIDTH], up[WIDTH];
-            load_raw(arguments.raw, row + at, gate);
-            load_raw(arguments.raw, row + size + at, up);
+            load_raw(arguments.raw, row + gate_at, gate);
+            load_raw(arguments.raw, row + up_at, up);
 #pragma unroll
             for (int i = 0; i < WIDTH; ++i) {
                 const float g = gate[i] * scale * gate_scale[i], u = up[i] * scale * up_scale[i];

@@ -27,24 +27,27 @@ def fault(device: torch.device) -> str | None:
         raw = torch.randn(tokens, 2 * size, dtype=dtype, device=device, generator=generator) * 1000
         # While a model loads, torch's default is the model's dtype.
         scales = torch.rand(tokens + 2 * size, dtype=torch.float32, device=device, generator=generator)
-        x_scale, w_scale = scales[:tokens] / 100, scales[tokens:].clone()
+        x_scale, w_scale, boundary = scales[:tokens] / 100, scales[tokens:].clone(), size // 4 * 3
         try:
-            found = run(raw, x_scale, w_scale)
+            found = run(raw, x_scale, w_scale, boundary)
         except RuntimeError as error:
             return f"its kernel failed when it was tried: {error}"
-        expected = reference.silu_mul_quant(raw, x_scale, w_scale)
+        expected = reference.silu_mul_quant(raw, x_scale, w_scale, boundary)
         if reason := fp8_difference(found, expected):
             return f"its kernel is wrong on this machine, {tokens} × {size}: {reason}"
     return None
 
 
-def run(raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def run(
+    raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor, boundary: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """silu(gate) · up in FP8.
 
     Args:
-        raw: (M, 2·I) bfloat16 or float32, gate_up's raw sums [gate | up], contiguous. I is a multiple of `WIDTH`.
+        raw: (M, 2·I) bfloat16 or float32, gate_up's raw sums by region, contiguous. I is a multiple of `WIDTH`.
         x_scale: float32, one for each of the M tokens.
-        w_scale: float32, one for each of the 2·I rows of the weight.
+        w_scale: float32, one for each of the 2·I rows of the weight, gate's before up's.
+        boundary: columns of a sparse region, a multiple of `WIDTH`.
 
     Returns:
         float8_e4m3fn (M, I) and its scales, float32 (M, 1).
@@ -57,8 +60,9 @@ def run(raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor) -> tupl
     at_once = _tokens_at_once(tokens)
     kernel = _kernel(size, at_once, raw.dtype == torch.float32, raw.device)
     arguments = _Arguments(
-        raw.data_ptr(), x_scale.data_ptr(), w_scale.data_ptr(), out.data_ptr(), scale.data_ptr(), tokens, size
-    )
+        raw.data_ptr(), x_scale.data_ptr(), w_scale.data_ptr(), out.data_ptr(), scale.data_ptr(), tokens, size,
+        boundary,
+    )  # fmt: skip
     blocks = _CLUSTER * -(-tokens // at_once)
     kernel.launch(blocks, arguments, torch.cuda.current_stream(raw.device).cuda_stream)
     return out, scale
@@ -83,7 +87,7 @@ class _Arguments(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("raw", "x_scale", "w_scale", "out", "scale")),
-        *((name, ctypes.c_int) for name in ("tokens", "size")),
+        *((name, ctypes.c_int) for name in ("tokens", "size", "boundary")),
     )
 
 
