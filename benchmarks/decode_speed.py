@@ -244,7 +244,7 @@ def search_first(runs: Sequence[EngineRun]) -> None:
                 i = regions.intermediate
                 for problem in (
                     Problem(2 * i, hidden, regions, "output", parts=2).merged(),
-                    Problem(hidden, i, regions, "input"),
+                    Problem(hidden, i, regions, "input", scaled=ops.fuses_norm(hidden, torch.bfloat16, device)),
                 ):
                     ops.prepare(problem, TOKEN_BUDGET, device)
     torch.cuda.empty_cache()
@@ -252,7 +252,8 @@ def search_first(runs: Sequence[EngineRun]) -> None:
 
 def layer_kernels(runs: Sequence[float], layers: int) -> int | None:
     """Kernels in each layer, from how often each kernel runs in a step; what runs once in a step is in none."""
-    return sum(int(count // layers) for count in runs) if runs else None
+    # Some run once less: before the first layer or behind the last, something else does their work.
+    return sum(round(count / layers) for count in runs) if runs else None
 
 
 def saved_bytes(config: Mapping[str, Any]) -> int:

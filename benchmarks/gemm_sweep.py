@@ -4,7 +4,7 @@
 
 times the shapes of Qwen3-32B and writes benchmarks/results/gemm_sweep.json and .png. Inputs are random, weights take
 turns so that none is in the cache when its turn comes, everything runs inside CUDA graphs; times are medians. Dense
-kernels that apply scales do so, the others return raw sums as Spense does. The library path gets its activations in a
+kernels that apply scales do so, the others return raw sums. The library path gets its activations in a
 multiple of 16 rows. `chosen` says which path the policy takes. `plan_s` is what finding the plan took: seconds at the
 first run, next to nothing once the plan cache is filled.
 """
@@ -28,7 +28,7 @@ from vllm_spense.estimate import GPUS
 from vllm_spense.format import Regions
 from vllm_spense.kernels import library, one_launch
 from vllm_spense.kernels.problem import Problem, Split
-from vllm_spense.kernels.synthetic import random_fp8, random_weight
+from vllm_spense.kernels.synthetic import random_fp8, random_weight, unit_scales
 from vllm_spense.kernels.timing import cold_copies, median_us
 from vllm_spense.policy import NEVER_ONE_LAUNCH, Path, choose
 
@@ -104,7 +104,9 @@ def sweep(layer: str, ratio: float, dense: Mapping[int, Mapping[str, float]], de
     split, n, k, parts = LAYERS[layer]
     extent = n // parts if split == "output" else k
     dense_extent = round(extent * ratio / 128) * 128
-    problem = Problem(n, k, Regions(extent - dense_extent, dense_extent), split, parts=parts).merged()
+    regions = Regions(extent - dense_extent, dense_extent)
+    # As models run them: gate_up region by region in raw sums, down with its scales.
+    problem = Problem(n, k, regions, split, parts=parts, scaled=split == "input").merged()
     weight = random_weight(problem, device)
     packs = [library.pack(weight, problem) for _ in range(cold_copies(problem.weight_bytes, device))]
     del weight
@@ -116,10 +118,11 @@ def sweep(layer: str, ratio: float, dense: Mapping[int, Mapping[str, float]], de
             plans[Path.ONE_LAUNCH] = one_launch.plan(problem, one_launch.bucket(tokens), device)
         plan_s = time.perf_counter() - start
         x = random_fp8(library.padded(tokens), k, device)
-        times = {
-            path: rotate([partial(plan.run, x if path is Path.LIBRARY else x[:tokens], packed) for packed in packs])
-            for path, plan in plans.items()
-        }
+        scales = unit_scales(problem, len(x), device)
+        times = {}
+        for path, plan in plans.items():
+            rows = x if path is Path.LIBRARY else x[:tokens]
+            times[path] = rotate([partial(plan.run, rows, packed, scales=scales) for packed in packs])
         chosen = choose((Path.ONE_LAUNCH, Path.LIBRARY), tokens, times.__getitem__)
         for path, plan in plans.items():
             yield {

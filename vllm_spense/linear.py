@@ -7,6 +7,7 @@ traced torch, so that Inductor fuses them with what comes before and after.
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -22,11 +23,11 @@ from vllm_spense import layout, loaders, ops
 from vllm_spense.activation import Claim, Quantized, RawSums
 from vllm_spense.errors import FormatError
 from vllm_spense.format import Regions
-from vllm_spense.kernels.problem import Problem, Split, sum_dtype
+from vllm_spense.kernels.problem import Problem, Scales, Split, sum_dtype
 from vllm_spense.kernels.reference import by_projection
 from vllm_spense.layout import Shard
 from vllm_spense.loaders import Loader
-from vllm_spense.norms import NormClaim
+from vllm_spense.norms import NormClaim, has_plain_norms
 
 logger = init_logger("vllm.spense")
 
@@ -147,10 +148,10 @@ class RegionLinearMethod(LinearMethodBase):
                 expected="a positive number for each output channel",
             )
 
-    def gemm(self, layer: Layer, x: torch.Tensor) -> torch.Tensor:
-        """(M, K) FP8 → raw sums (M, N)."""
+    def gemm(self, layer: Layer, x: torch.Tensor, scales: Scales | None = None) -> torch.Tensor:
+        """(M, K) FP8 → raw sums (M, N), or outputs where the GEMM scales."""
         packed = {name: getattr(layer, f"weight_{name}") for name in self.packed_names}
-        return ops.region_gemm(x, packed, self.runs)
+        return ops.region_gemm(x, packed, self.runs, scales)
 
     def apply(self, layer: Layer, x: Any, bias: torch.Tensor | None = None) -> Any:
         """Y = X·Wᵀ + b.
@@ -163,8 +164,13 @@ class RegionLinearMethod(LinearMethodBase):
             (…, N) in the model's dtype; gate and up merged: [gate | up], or `RawSums`.
         """
         fp8 = x if isinstance(x, Quantized) else Quantized(*self.quantize(x.reshape(-1, self.problem.k)))
-        raw = self.gemm(layer, fp8.values)
         flat = fp8 is x or x.dim() == 2
+        if self.runs.scaled:
+            y = self.gemm(layer, fp8.values, (fp8.scale, layer.weight_scale))
+            if bias is not None:
+                y = y + bias
+            return y if flat else y.view(*x.shape[:-1], self.problem.n)
+        raw = self.gemm(layer, fp8.values)
         if self.hands_on_raw_sums and flat and bias is None:
             return RawSums(raw, fp8.scale, layer.weight_scale, self.problem.regions.sparse)
         if self.hands_on_raw_sums:
@@ -213,6 +219,16 @@ class InputSplitLinearMethod(RegionLinearMethod):
     """down: the regions are columns; the sparse GEMM writes the output, the dense GEMM accumulates into it."""
 
     split = "input"
+
+    def __init__(self, regions: Regions, name: str) -> None:
+        super().__init__(regions, name)
+        self.before_plain_norm = has_plain_norms(get_current_vllm_config())
+
+    def arranged(self, weight: torch.Tensor) -> torch.Tensor:
+        """Scaled by the GEMM where the norm behind is a kernel of ours: the compiler has none to fuse scales with."""
+        own_norm = self.before_plain_norm and ops.fuses_norm(self.problem.n, self.dtype, weight.device)
+        self.runs = replace(self.problem, scaled=own_norm and self.dtype == self.problem.out_dtype)
+        return weight
 
     def make_loaders(self, layer: Layer, shard: Shard) -> tuple[Loader, Loader]:
         load_columns = loaders.columns_loader(self.name, self.regions.intermediate, shard)

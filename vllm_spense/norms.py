@@ -37,14 +37,14 @@ class NormClaim:
         """For a layer that is being built."""
         claim = cls()
         cls.waiting = []
-        cls.of_attention = weakref.ref(claim) if _plain(engine) else None
+        cls.of_attention = weakref.ref(claim) if has_plain_norms(engine) else None
         return claim
 
     @classmethod
     def of_gate_up(cls, engine: VllmConfig) -> NormClaim:
         """For a layer that is being built, behind its decoder layer's qkv: the norms come next."""
         claim = cls()
-        cls.waiting = [cls.of_attention, weakref.ref(claim)] if _plain(engine) else []
+        cls.waiting = [cls.of_attention, weakref.ref(claim)] if has_plain_norms(engine) else []
         cls.of_attention = None
         return claim
 
@@ -67,7 +67,8 @@ class FusedRMSNorm(RMSNorm):
         return Quantized(values, scale), total
 
 
-def _plain(engine: VllmConfig) -> bool:
+def has_plain_norms(engine: VllmConfig) -> bool:
+    """Whether norms may hand on FP8 in this engine's model."""
     model = engine.model_config
     plain = model is not None and PLAIN_NORMS.issuperset(model.architectures)
     # LoRA multiplies inputs in their own dtype.

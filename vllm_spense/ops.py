@@ -19,7 +19,7 @@ import torch
 
 from vllm_spense.format import Regions
 from vllm_spense.kernels import reference
-from vllm_spense.kernels.problem import Problem
+from vllm_spense.kernels.problem import Problem, Scales
 from vllm_spense.policy import (
     ONE_LAUNCH_CAPABILITY,
     SWITCH,
@@ -48,7 +48,9 @@ class Kernel(Protocol):
 
     def prepare(self, problem: Problem, min_tokens: int, max_tokens: int, device: torch.device) -> None: ...
 
-    def run(self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], problem: Problem) -> torch.Tensor: ...
+    def run(
+        self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], problem: Problem, scales: Scales | None = None
+    ) -> torch.Tensor: ...
 
 
 class Timed(Kernel, Protocol):
@@ -114,29 +116,43 @@ def pack(weight: torch.Tensor, problem: Problem) -> dict[str, torch.Tensor]:
     return packed
 
 
-def region_gemm(x: torch.Tensor, packed: Mapping[str, torch.Tensor], problem: Problem) -> torch.Tensor:
-    """Raw sums X·Wᵀ of both regions, without scales.
+def region_gemm(
+    x: torch.Tensor, packed: Mapping[str, torch.Tensor], problem: Problem, scales: Scales | None = None
+) -> torch.Tensor:
+    """X·Wᵀ of both regions: raw sums, or multiplied by the scales if the problem is scaled.
 
     Args:
         x: (M, K) FP8 E4M3.
         packed: what `pack` returned for W.
+        scales: of a scaled problem's tokens and rows.
 
     Returns:
         (M, N) in the problem's out_dtype, columns in the order of W's rows.
     """
+    sizes = _describe_problem(problem)
     return torch.ops.spense.region_gemm(
-        x, list(packed.values()), list(packed), _describe_problem(problem), problem.out_dtype
+        x, list(packed.values()), list(packed), sizes, problem.out_dtype, *(scales or (None, None))
     )
 
 
 def _describe_problem(problem: Problem) -> list[int]:
     regions = problem.regions
-    return [problem.n, problem.k, regions.sparse, regions.dense, problem.split == "output", problem.parts]
+    return [
+        problem.n,
+        problem.k,
+        regions.sparse,
+        regions.dense,
+        problem.split == "output",
+        problem.parts,
+        problem.scaled,
+    ]
 
 
 @cache
-def _problem(out_dtype: torch.dtype, n: int, k: int, sparse: int, dense: int, output: int, parts: int) -> Problem:
-    return Problem(n, k, Regions(sparse, dense), "output" if output else "input", out_dtype, parts)
+def _problem(
+    out_dtype: torch.dtype, n: int, k: int, sparse: int, dense: int, output: int, parts: int, scaled: int
+) -> Problem:
+    return Problem(n, k, Regions(sparse, dense), "output" if output else "input", out_dtype, parts, bool(scaled))
 
 
 def _region_gemm(
@@ -145,12 +161,15 @@ def _region_gemm(
     names: Sequence[str],
     sizes: Sequence[int],
     out_dtype: torch.dtype,
+    x_scale: torch.Tensor | None = None,
+    w_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     problem = _problem(out_dtype, *sizes)
     # The number of tokens is symbolic in a compiled graph: only in here can it decide the path.
     # By powers of two, so that it is decided once for each.
     path = _path(problem, 1 << (x.shape[0] - 1).bit_length(), x.device)
-    return kernel(path).run(x, dict(zip(names, tensors, strict=True)), problem)
+    scales = None if x_scale is None or w_scale is None else (x_scale, w_scale)
+    return kernel(path).run(x, dict(zip(names, tensors, strict=True)), problem, scales)
 
 
 def _region_gemm_fake(
@@ -159,6 +178,8 @@ def _region_gemm_fake(
     names: Sequence[str],
     sizes: Sequence[int],
     out_dtype: torch.dtype,
+    x_scale: torch.Tensor | None = None,
+    w_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return x.new_empty((x.shape[0], sizes[0]), dtype=out_dtype)
 
@@ -254,7 +275,7 @@ def whole_gemm(x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, w_s
 @cache
 def prepare_whole(n: int, k: int, device: torch.device) -> bool:
     """Whether `whole_gemm` is to run layers of this size: makes whatever is slow to make, and says in the log if so."""
-    problem = _problem(torch.bfloat16, n, k, 0, k, False, 1)
+    problem = _problem(torch.bfloat16, n, k, 0, k, False, 1, True)
     if _forced() not in (None, Path.ONE_LAUNCH) or reason_against(Path.ONE_LAUNCH, problem, _describe(device)):
         return False
     from vllm_spense.kernels import whole
@@ -363,7 +384,10 @@ def _forced() -> Path | None:
 
 # Torch removes the ops of a library object that is collected.
 _LIBRARY = torch.library.Library("spense", "FRAGMENT")
-_LIBRARY.define("region_gemm(Tensor x, Tensor[] tensors, str[] names, int[] sizes, ScalarType out_dtype) -> Tensor")
+_LIBRARY.define(
+    "region_gemm(Tensor x, Tensor[] tensors, str[] names, int[] sizes, ScalarType out_dtype, Tensor? x_scale=None, "
+    "Tensor? w_scale=None) -> Tensor"
+)
 _LIBRARY.impl("region_gemm", _region_gemm, "CompositeExplicitAutograd")
 torch.library.register_fake("spense::region_gemm", _region_gemm_fake, lib=_LIBRARY)
 _LIBRARY.define("silu_mul_quant(Tensor raw, Tensor x_scale, Tensor w_scale, int boundary) -> (Tensor, Tensor)")

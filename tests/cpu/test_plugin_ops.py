@@ -1,6 +1,7 @@
 """`spense::region_gemm` against float64, eager and compiled, and its registration."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,6 +54,19 @@ def test_bfloat16_sums(split: Split) -> None:
     assert (
         (found.double() - x.double() @ weight.double().t()).abs() <= 2 * torch.finfo(torch.bfloat16).eps * size
     ).all()
+
+
+@pytest.mark.parametrize("split", ["output", "input"])
+def test_a_scaled_problem_multiplies_by_the_scales(split: Split) -> None:
+    p = replace(problem(split, 96, 32), scaled=True)
+    x, weight = make(p, 8)
+    scales = torch.rand(8, 1) / 100, torch.rand(p.n, 1)
+    found = ops.region_gemm(x, ops.pack(weight, p), p, scales)
+    exact = x.double() @ weight.double().t() * scales[0] * scales[1].t()
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-2)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = ops.region_gemm(mode.from_tensor(x), ops.pack(weight, p), p, scales)
+    assert (fake.shape, fake.dtype) == (found.shape, found.dtype)
 
 
 @pytest.mark.parametrize("split", ["output", "input"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -73,13 +73,20 @@ class Kernel:
 
     def launch(self, blocks: int, arguments: ctypes.Structure, stream: int) -> None:
         """Enqueues one launch; the arguments, one structure, are copied."""
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = self.threads, 1, 1
-        config.sharedMemBytes, config.hStream = self.shared_bytes, stream
-        config.attrs, config.numAttrs = [_overlap()], 1
+        config = _config(blocks, self.threads, self.shared_bytes, stream)
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         _checked(driver.cuLaunchKernelEx(config, self.function, ctypes.addressof(pointers), 0))
+
+
+# Launches of a model repeat, and making one takes longer than what is launched may run.
+@lru_cache(maxsize=1024)
+def _config(blocks: int, threads: int, shared_bytes: int, stream: int) -> driver.CUlaunchConfig:
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes, config.hStream = shared_bytes, stream
+    config.attrs, config.numAttrs = [_overlap()], 1
+    return config
 
 
 @cache

@@ -10,11 +10,11 @@ from itertools import product
 
 import torch
 
-from vllm_spense.kernels import cublaslt, cusparselt
+from vllm_spense.kernels import cublaslt, cusparselt, scale
 from vllm_spense.kernels.nvmath_support import Shape, current_stream
 from vllm_spense.kernels.plan_cache import environment, load_or_find
-from vllm_spense.kernels.problem import Problem
-from vllm_spense.kernels.synthetic import random_fp8, random_weight
+from vllm_spense.kernels.problem import Problem, Scales
+from vllm_spense.kernels.synthetic import random_fp8, random_weight, unit_scales
 from vllm_spense.kernels.timing import cold_copies, median_us
 
 logger = logging.getLogger("vllm.spense")
@@ -74,13 +74,13 @@ def bucket(tokens: int) -> int:
     return min(max(cusparselt.TOKEN_MULTIPLE, 1 << (tokens - 1).bit_length()), _LARGEST_BUCKET)
 
 
-def run(x: torch.Tensor, packed: Packed, problem: Problem) -> torch.Tensor:
+def run(x: torch.Tensor, packed: Packed, problem: Problem, scales: Scales | None = None) -> torch.Tensor:
     """As `LibraryPlan.run`, with the best plan for these tokens; searches for it the first time.
 
     Raises:
         RuntimeError: a search would be needed while a CUDA graph is being captured.
     """
-    return plan(problem, padded(x.shape[0]), x.device).run(x, packed)
+    return plan(problem, padded(x.shape[0]), x.device).run(x, packed, scales=scales)
 
 
 @cache
@@ -163,7 +163,9 @@ class LibraryPlan:
             accumulate = both and problem.split == "input" and not choice.concurrent
             self.dense = cublaslt.DensePlan(shape(*problem.dense_shape), accumulate, choice.dense)
 
-    def run(self, x: torch.Tensor, packed: Packed, out: torch.Tensor | None = None) -> torch.Tensor:
+    def run(
+        self, x: torch.Tensor, packed: Packed, out: torch.Tensor | None = None, scales: Scales | None = None
+    ) -> torch.Tensor:
         """At most one call of each library for each part.
 
         Args:
@@ -171,9 +173,10 @@ class LibraryPlan:
                 buffer of `tokens` rows to avoid that.
             packed: what `pack` returned for this problem.
             out: (tokens, N) of the problem's out_dtype to write into, contiguous.
+            scales: of a scaled problem's tokens and rows.
 
         Returns:
-            (M, N) raw sums, without scales.
+            (M, N), raw sums unless the problem is scaled.
         """
         problem, m = self.problem, x.shape[0]
         if m < self.tokens:
@@ -186,7 +189,7 @@ class LibraryPlan:
             # First, because it accumulates nothing, while the dense GEMM may.
             self._run_sparse(x, packed, out, stream)
             self._run_dense(x, packed, out, stream)
-            return out[:m]
+            return self._finished(out[:m], None, scales)
         addend = torch.empty_like(out) if problem.split == "input" else out
         main, side = torch.cuda.current_stream(self.device), _side_stream(self.device)
         self._fork.record(main)
@@ -195,9 +198,14 @@ class LibraryPlan:
         self._run_dense(x, packed, addend, side.cuda_stream)
         self._join.record(side)
         main.wait_event(self._join)
-        if addend is not out:
+        return self._finished(out[:m], None if addend is out else addend[:m], scales)
+
+    def _finished(self, out: torch.Tensor, addend: torch.Tensor | None, scales: Scales | None) -> torch.Tensor:
+        if scales:
+            scale.run(out, addend, *scales)
+        elif addend is not None:
             out += addend
-        return out[:m]
+        return out
 
     def _run_sparse(self, x: torch.Tensor, packed: Packed, out: torch.Tensor, stream: int) -> None:
         if self.sparse is None:
@@ -245,8 +253,10 @@ def search(problem: Problem, tokens: int, device: torch.device) -> Choice:
         assert plan.dense is not None
         plan.dense.run(x.data_ptr(), packed["dense"].data_ptr(), out.data_ptr(), current_stream(device))
 
+    scales = unit_scales(problem, tokens, device)
+
     def run_both(plan: LibraryPlan, packed: Packed) -> None:
-        plan.run(x, packed, out)
+        plan.run(x, packed, out, scales)
 
     def fastest(choices: Iterable[Choice], call: Callable[[LibraryPlan, Packed], None]) -> list[Choice]:
         """The best few choices with their times, best first."""

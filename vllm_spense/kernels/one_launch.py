@@ -17,9 +17,9 @@ from vllm_spense.kernels import cuda_driver, cusparselt, library
 from vllm_spense.kernels.nvmath_support import current_stream
 from vllm_spense.kernels.packing import TILE, TILE_BYTES, compress, metadata_shape, value_bytes
 from vllm_spense.kernels.plan_cache import digest, environment, load_or_find
-from vllm_spense.kernels.problem import Problem
+from vllm_spense.kernels.problem import Problem, Scales
 from vllm_spense.kernels.schedule import DENSE_K, ROWS, Tiling, schedule, tiles
-from vllm_spense.kernels.synthetic import random_2of4, random_fp8, random_weight
+from vllm_spense.kernels.synthetic import random_2of4, random_fp8, random_weight, unit_scales
 from vllm_spense.kernels.timing import cold_copies, median_us
 
 Packed = Mapping[str, torch.Tensor]
@@ -34,7 +34,7 @@ _MIN_STAGES, _MAX_STAGES = 3, 12
 _TRIALS = (
     Problem(640, 320, Regions(192, 128), "output", parts=2),
     Problem(160, 1216, Regions(704, 512), "input"),
-    Problem(416, 1056, Regions(0, 1056), "input"),
+    Problem(416, 1056, Regions(0, 1056), "input", scaled=True),
 )
 _TRIAL_TILINGS = (Tiling(32, 256), Tiling(128, 128), Tiling(32, 256, 2, cluster=True), Tiling(32, 128, 3))
 _TRIAL_ERROR = 0.005
@@ -67,17 +67,16 @@ def fault(device: torch.device) -> str | None:
 
 
 def _error(problem: Problem, tiling: Tiling, device: torch.device) -> float:
-    """Of a GEMM of random numbers, relative to the norm of the exact result; of one without a sparse region, scaled."""
+    """Of a GEMM of random numbers, relative to the norm of the exact result."""
     weight, x = random_weight(problem, device), random_fp8(tiling.tokens - 7, problem.k, device)
     out = torch.full((len(x), problem.n), torch.nan, dtype=problem.out_dtype, device=device)
     exact = x.double() @ weight.double().t()
-    scales = None
-    if scaled := not problem.regions.sparse:
-        # While a model loads, torch's default is the model's dtype.
-        both = torch.rand(len(x) + problem.n, 1, dtype=torch.float32, device=device)
-        scales = both[: len(x)], both[len(x) :]
+    scales = unit_scales(problem, len(x), device)
+    if scales:
+        for scale in scales:
+            scale.uniform_()
         exact *= scales[0].double() * scales[1].double().t()
-    plan = OneLaunchPlan(problem, tiling.tokens, device, tiling, scaled)
+    plan = OneLaunchPlan(problem, tiling.tokens, device, tiling)
     plan.run(x, pack(weight, problem), out, scales)
     return float((out.double() - exact).norm() / exact.norm())
 
@@ -105,7 +104,7 @@ def _buckets(min_tokens: int, max_tokens: int) -> Iterator[int]:
         tokens *= 2
 
 
-def run(x: torch.Tensor, packed: Packed, problem: Problem) -> torch.Tensor:
+def run(x: torch.Tensor, packed: Packed, problem: Problem, scales: Scales | None = None) -> torch.Tensor:
     """As `OneLaunchPlan.run`, with the best plan for these tokens; searches for it the first time.
 
     Raises:
@@ -113,19 +112,13 @@ def run(x: torch.Tensor, packed: Packed, problem: Problem) -> torch.Tensor:
     """
     tiles_of_tokens = -(-len(x) // MAX_TILE_TOKENS)
     tokens = bucket(len(x)) if tiles_of_tokens == 1 else tiles_of_tokens * MAX_TILE_TOKENS
-    return plan(problem, tokens, x.device).run(x, packed)
+    return plan(problem, tokens, x.device).run(x, packed, scales=scales)
 
 
 @cache
 def plan(problem: Problem, tokens: int, device: torch.device) -> OneLaunchPlan:
     """The plan for M up to `tokens`, a power of two or a multiple of 256."""
     return OneLaunchPlan(problem, tokens, device, _found(problem, bucket(tokens), device).tiling)
-
-
-@cache
-def scaled_plan(problem: Problem, tokens: int, device: torch.device) -> OneLaunchPlan:
-    """As `plan`, cut alike, with outputs that are scaled."""
-    return OneLaunchPlan(problem, tokens, device, _found(problem, bucket(tokens), device).tiling, scaled=True)
 
 
 @dataclass(frozen=True)
@@ -163,16 +156,17 @@ def search(problem: Problem, tokens: int, device: torch.device) -> Found:
     # Of all tiles at once: threads compile in parallel, and the next search finds them made.
     everything = {replace(c, tokens=t) for t in _buckets(1, MAX_TILE_TOKENS) for c in tilings}
     with ThreadPoolExecutor() as pool:
-        list(pool.map(partial(_machine_code, out_float=problem.out_dtype == torch.float32), filter(fits, everything)))
+        list(pool.map(partial(_machine_code, problem.out_dtype, problem.scaled), filter(fits, everything)))
     weight = random_weight(problem, device)
     packs = [pack(weight, problem) for _ in range(cold_copies(problem.weight_bytes, device))]
     del weight
     x = random_fp8(tokens, problem.k, device)
     out = torch.empty(tokens, problem.n, dtype=problem.out_dtype, device=device)
+    scales = unit_scales(problem, tokens, device)
     times = {}
     for tiling in tilings:
         plan = OneLaunchPlan(problem, tokens, device, tiling)
-        times[tiling] = median_us([partial(plan.run, x, packed, out) for packed in packs])
+        times[tiling] = median_us([partial(plan.run, x, packed, out, scales) for packed in packs])
     best = min(times, key=times.__getitem__)
     return Found(**asdict(best), us=round(times[best], 2))
 
@@ -213,13 +207,13 @@ def _digest() -> str:
     return digest(_code())
 
 
-def _machine_code(tiling: Tiling, out_float: bool, scaled: bool = False) -> bytes:
+def _machine_code(out_dtype: torch.dtype, scaled: bool, tiling: Tiling) -> bytes:
     macros = {
         "TOKENS": tiling.tokens,
         "SPARSE_K": tiling.sparse_k,
         "CLUSTER": tiling.cluster_size,
         "STAGES": _stages(tiling)[0],
-        "OUT_FLOAT": int(out_float),
+        "OUT_FLOAT": int(out_dtype == torch.float32),
         "SCALED": int(scaled),
     }
     source = _instruction(tiling.tokens, sparse=True) + _instruction(tiling.tokens, sparse=False) + _code()
@@ -246,8 +240,8 @@ __device__ __forceinline__ void {name}_mma(
 
 
 @cache
-def _kernel(tiling: Tiling, out_float: bool, scaled: bool, device: torch.device) -> cuda_driver.Kernel:
-    code = _machine_code(tiling, out_float, scaled)
+def _kernel(tiling: Tiling, out_dtype: torch.dtype, scaled: bool, device: torch.device) -> cuda_driver.Kernel:
+    code = _machine_code(out_dtype, scaled, tiling)
     return cuda_driver.load(code, "gemm", _THREADS, _stages(tiling)[1], device)
 
 
@@ -299,20 +293,17 @@ class OneLaunchPlan:
     Args:
         problem: the GEMM; its region sizes are multiples of `WEIGHT_MULTIPLE`.
         tokens: the largest M.
-        scaled: its outputs are scaled, and bfloat16.
     """
 
-    def __init__(
-        self, problem: Problem, tokens: int, device: torch.device, tiling: Tiling, scaled: bool = False
-    ) -> None:
-        assert not (scaled and problem.out_dtype == torch.float32)
+    def __init__(self, problem: Problem, tokens: int, device: torch.device, tiling: Tiling) -> None:
+        assert not (problem.scaled and problem.out_dtype == torch.float32)
         self.problem = problem
         self.tokens = tokens
         self.device = device
         self.tiling = tiling
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         tables = schedule(problem, tokens, tiling, multiprocessors)
-        self._kernel = _kernel(tiling, problem.out_dtype == torch.float32, scaled, device)
+        self._kernel = _kernel(tiling, problem.out_dtype, problem.scaled, device)
         self._segments = torch.from_numpy(tables.segments).to(device)
         self._counters = 0 if tiling.cluster else tables.arrivals
         self._part_floats = 0 if tiling.cluster else tables.parts * ROWS * tiling.tokens
@@ -323,7 +314,7 @@ class OneLaunchPlan:
         x: torch.Tensor,
         packed: Packed,
         out: torch.Tensor | None = None,
-        scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+        scales: Scales | None = None,
     ) -> torch.Tensor:
         """One launch.
 
@@ -331,10 +322,10 @@ class OneLaunchPlan:
             x: (M, K) float8_e4m3fn, M ≤ tokens; rows may be strided by a multiple of 16.
             packed: what `pack` returned for this problem.
             out: (M, N) of the problem's out_dtype to write into, contiguous.
-            scales: of the M tokens and of W's N rows, float32, for a scaled plan.
+            scales: of a scaled problem's tokens and rows.
 
         Returns:
-            (M, N) raw sums, without scales unless the plan is scaled.
+            (M, N), raw sums unless the problem is scaled.
         """
         problem, m = self.problem, x.shape[0]
         assert m <= self.tokens, (m, self.tokens)

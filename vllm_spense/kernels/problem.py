@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -12,6 +12,9 @@ from vllm_spense.format import Regions
 #: "output": the regions split N, each GEMM writes its own columns of the output (gate and up).
 #: "input": the regions split K, both GEMMs add to the same output (down).
 Split = Literal["output", "input"]
+
+#: float32, of M tokens and of the N rows of W.
+Scales = tuple[torch.Tensor, torch.Tensor]
 
 #: cuSPARSELt takes FP8 weights whose sizes are multiples of this.
 WEIGHT_MULTIPLE = 32
@@ -34,6 +37,7 @@ class Problem:
         regions: along the split, of each part.
         parts: how many projections an output-split W merges. Its rows are those of one after the other, each
             [sparse | dense]: the order that the model wants the output's columns in.
+        scaled: outputs are multiplied by the scales of tokens and rows; else they are raw sums.
     """
 
     n: int
@@ -42,6 +46,7 @@ class Problem:
     split: Split
     out_dtype: torch.dtype = torch.bfloat16
     parts: int = 1
+    scaled: bool = False
 
     def __post_init__(self) -> None:
         extent = self.n if self.split == "output" else self.k
@@ -72,7 +77,7 @@ class Problem:
     def merged(self) -> Problem:
         """The GEMM of `by_region(W)`: one part, and so one library call for each region."""
         regions = Regions(self.parts * self.regions.sparse, self.parts * self.regions.dense)
-        return Problem(self.n, self.k, regions, self.split, self.out_dtype)
+        return replace(self, regions=regions, parts=1)
 
     def by_region(self, weight: torch.Tensor) -> torch.Tensor:
         """The rows of an output-split W: sparse regions of all parts first, then the dense ones."""
@@ -96,6 +101,7 @@ class Problem:
             "k": self.k,
             "split": self.split,
             "parts": self.parts,
+            "scaled": self.scaled,
             **self.regions.to_dict(),
             "out_dtype": str(self.out_dtype).removeprefix("torch."),
         }

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn.functional as F
 
-from vllm_spense.kernels.problem import Problem
+from vllm_spense.kernels.problem import Problem, Scales
 
 FP8 = torch.float8_e4m3fn
 _FP8_MAX = torch.finfo(FP8).max
@@ -35,16 +35,27 @@ def prepare(problem: Problem, min_tokens: int, max_tokens: int, device: torch.de
     """Nothing to prepare: torch's kernels take any number of tokens."""
 
 
-def run(x: torch.Tensor, packed: Mapping[str, torch.Tensor], problem: Problem) -> torch.Tensor:
-    """Raw sums X·Wᵀ, without scales.
+def run(
+    x: torch.Tensor, packed: Mapping[str, torch.Tensor], problem: Problem, scales: Scales | None = None
+) -> torch.Tensor:
+    """X·Wᵀ, or X·Wᵀ · s_x · s_w if the problem is scaled.
 
     Args:
         x: (M, K) FP8 E4M3.
         packed: what `pack` returned.
+        scales: of a scaled problem's tokens and rows.
 
     Returns:
         (M, N) in the problem's out_dtype, which the GEMMs run in: it holds every E4M3 number exactly.
     """
+    raw = _raw_sums(x, packed, problem)
+    if scales is None:
+        return raw
+    x_scale, w_scale = scales
+    return (raw.float() * x_scale.view(-1, 1) * w_scale.view(1, -1)).to(raw.dtype)
+
+
+def _raw_sums(x: torch.Tensor, packed: Mapping[str, torch.Tensor], problem: Problem) -> torch.Tensor:
     x, sparse, dense = (tensor.to(problem.out_dtype) for tensor in (x, packed["sparse"], packed["dense"]))
     if problem.split == "output":
         regions = [F.linear(x, region).unflatten(-1, (problem.parts, -1)) for region in (sparse, dense)]

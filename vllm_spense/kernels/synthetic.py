@@ -7,7 +7,7 @@ from itertools import combinations
 import torch
 
 from vllm_spense.format import GROUP, KEPT
-from vllm_spense.kernels.problem import Problem
+from vllm_spense.kernels.problem import Problem, Scales
 
 #: Rows made at once, which bounds the temporary memory.
 _CHUNK = 4096
@@ -44,3 +44,12 @@ def random_weight(problem: Problem, device: torch.device) -> torch.Tensor:
         sparse.copy_(random_2of4(*problem.sparse_shape, device))
         dense.copy_(random_fp8(*problem.dense_shape, device))
     return out
+
+
+def unit_scales(problem: Problem, tokens: int, device: torch.device) -> Scales | None:
+    """Of a scaled problem, all one; None for others."""
+    if not problem.scaled:
+        return None
+    # While a model loads, torch's default is the model's dtype.
+    ones = torch.ones(tokens + problem.n, 1, dtype=torch.float32, device=device)
+    return ones[:tokens], ones[tokens:]

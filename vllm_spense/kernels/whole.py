@@ -16,7 +16,7 @@ from vllm_spense.format import Regions
 from vllm_spense.kernels import one_launch
 from vllm_spense.kernels.plan_cache import environment, load_or_find
 from vllm_spense.kernels.problem import Problem
-from vllm_spense.kernels.synthetic import random_fp8
+from vllm_spense.kernels.synthetic import random_fp8, unit_scales
 from vllm_spense.kernels.timing import cold_copies, median_us
 
 #: x (M, K), W (N, K), scales of tokens (M, 1) and rows (N, 1) → (M, N) bfloat16.
@@ -43,7 +43,7 @@ def prepare(n: int, k: int, device: torch.device, other: Gemm) -> dict[int, bool
     while tokens <= MOST_TOKENS:
         faster[tokens] = _faster(_problem(n, k), tokens, device, other)
         if faster[tokens]:
-            one_launch.scaled_plan(_problem(n, k), tokens, device)
+            one_launch.plan(_problem(n, k), tokens, device)
         tokens *= 2
     return faster
 
@@ -66,13 +66,13 @@ def run(
     problem, tokens = _problem(n, k), one_launch.bucket(m)
     if m > MOST_TOKENS or not _faster(problem, tokens, x.device, other):
         return other(x, weight, x_scale, w_scale)
-    plan = one_launch.scaled_plan(problem, tokens, x.device)
+    plan = one_launch.plan(problem, tokens, x.device)
     return plan.run(x, {"compressed": weight[:0], "dense": weight}, scales=(x_scale, w_scale))
 
 
 @cache
 def _problem(n: int, k: int) -> Problem:
-    return Problem(n, k, Regions(0, k), "input")
+    return Problem(n, k, Regions(0, k), "input", scaled=True)
 
 
 @cache
@@ -91,7 +91,7 @@ def _time(problem: Problem, tokens: int, device: torch.device, other: Gemm) -> f
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"a GEMM of {tokens} tokens was captured before it ran once: {problem}")
     x = random_fp8(tokens, problem.k, device)
-    # While a model loads, torch's default is the model's dtype.
-    x_scale, w_scale = (torch.ones(size, 1, dtype=torch.float32, device=device) for size in (tokens, problem.n))
+    scales = unit_scales(problem, tokens, device)
+    assert scales
     weights = [random_fp8(problem.n, problem.k, device) for _ in range(cold_copies(problem.weight_bytes, device))]
-    return round(median_us([partial(other, x, weight, x_scale, w_scale) for weight in weights]), 2)
+    return round(median_us([partial(other, x, weight, *scales) for weight in weights]), 2)
