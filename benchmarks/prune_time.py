@@ -181,19 +181,12 @@ def measure(model: Path, shape: str, method: str, profile: bool, options: argpar
         "reserved_gpu_gib": torch.cuda.max_memory_reserved(device) / GIB if device.type == "cuda" else 0.0,
         "peak_host_gib": report.peak_host_gib,
         "planned_host_gib": report.planned_host_gib,
-        "pinned_host_gib": pinned() / GIB,
+        "pinned_host_gib": report.peak_pinned_gib,
     }
 
 
 def say(line: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
-
-
-def pinned() -> int:
-    """Bytes of pinned memory that torch holds; drivers differ in whether they count as the process's memory."""
-    if not torch.cuda.is_available():
-        return 0
-    return torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0)
 
 
 def steady(values: list[float]) -> float:

@@ -22,7 +22,9 @@ from offline_prune import sparsegpt
 from offline_prune.column_kernel import solve_block
 from offline_prune.hessian import Energy, Hessian
 from offline_prune.pipeline import prune
+from offline_prune.place import Outbox
 from offline_prune.quantize import channel_scales
+from offline_prune.report import Report
 from offline_prune.settings import PruneSettings
 from offline_prune.verify import verify
 
@@ -108,10 +110,36 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def on_gpu(model: Path, out: Path, text: Path, **options: object) -> None:
+def on_gpu(model: Path, out: Path, text: Path, **options: object) -> Report:
     settings = {"samples": 8, "length": 64, "calibration": str(text), "device": "cuda", "batch_tokens": 128}
-    prune(PruneSettings(str(model), out, **{**settings, **options}))  # type: ignore[arg-type]
+    report = prune(PruneSettings(str(model), out, **{**settings, **options}))  # type: ignore[arg-type]
     verify(out)
+    return report
+
+
+def test_what_leaves_the_gpu_is_what_was_there() -> None:
+    """Whatever is computed into the same memory after that comes too late, and no round allocates anew."""
+    outbox, here = Outbox(), torch.arange(4)
+    places = set()
+    for number in range(3):
+        tensor = torch.full((8192, 8192), number, dtype=torch.uint8, device=DEVICE)
+        posted, arrived = outbox.post(f"{number}.", {f"{number}.there": tensor, f"{number}.here": here})
+        tensor.fill_(255)
+        assert arrived is not None
+        arrived.synchronize()
+        assert bool((posted[f"{number}.there"] == number).all())
+        assert posted[f"{number}.there"].is_pinned()
+        assert posted[f"{number}.here"] is here
+        places.add(posted[f"{number}.there"].data_ptr())
+    assert len(places) == 1
+
+
+def test_the_host_memory_is_what_was_planned(text: Path, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4}
+    model = tiny_model("qwen3", tmp_path / "model", **sizes)
+    for place in ("device", "host"):
+        report = on_gpu(model, tmp_path / place, text, activations=place)
+        assert report.peak_pinned_gib == pytest.approx(report.planned_host_gib, rel=0.05)
 
 
 @pytest.mark.parametrize("place", ["host", "disk"])
