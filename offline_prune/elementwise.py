@@ -59,7 +59,7 @@ def find_elementwise(block: nn.Module, mlp: Glu | Unsupported) -> Elementwise:
         weights = dict(module.named_parameters())
         if not isinstance(eps, float) or [*weights] != ["weight"] or len(_required(module.forward)) != 1:
             continue
-        x = _probe(8, 3, weights["weight"].shape[-1], like=weights["weight"])
+        x = _probe(16, 4, weights["weight"].shape[-1], like=weights["weight"])
         if _alike(module(x), _normalizing(module, eps)(x)):
             norms[path] = eps
     return Elementwise(norms, _silu_glu(block, mlp), _rotary_home(block))
@@ -75,7 +75,7 @@ def _silu_glu(block: nn.Module, mlp: Glu | Unsupported) -> Glu | None:
     """The MLP if it computes down(silu(gate(x)) ⊙ up(x)) with three linear layers."""
     if isinstance(mlp, Unsupported) or mlp.projections.gate == mlp.projections.up:
         return None
-    x = _probe(8, 3, mlp.hidden, like=mlp.down(block).weight)
+    x = _probe(16, 4, mlp.hidden, like=mlp.down(block).weight)
     return mlp if _alike(block.get_submodule(mlp.path)(x), _gated(block, mlp)(x)) else None
 
 
@@ -96,8 +96,8 @@ def _rotary_home(block: nn.Module) -> ModuleType | None:
     if function is None or _required(function) != ["q", "k", "cos", "sin"]:
         return None
     like = next(block.parameters())
-    q, k = (_probe(2, heads, 8, 32, like=like) for heads in (3, 1))
-    angles = torch.arange(8.0 * 32, device=like.device).view(1, 8, 32)
+    q, k = (_probe(2, heads, 16, 128, like=like) for heads in (16, 8))
+    angles = torch.arange(16.0 * 128, device=like.device).view(1, 16, 128)
     cos, sin = angles.cos().to(like.dtype), angles.sin().to(like.dtype)
     expected = function(q, k, cos, sin)
     same = all(_alike(a, rotate(b, cos, sin)) for a, b in zip(expected, (q, k), strict=True))

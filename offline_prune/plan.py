@@ -103,11 +103,7 @@ def memory_plan(model: SourceModel, settings: PruneSettings, device: torch.devic
         "observe": sums * 4 * widest**2 + batch * (3 * widest + 6 * hidden) * dtype.itemsize,
         # H and three matrices of its size to factorize it; weights twice as large, and once in the model's type.
         "gate and up": 4 * 4 * hidden**2 + 2 * weights + 4 * widest * hidden * dtype.itemsize,
-        # Of each weight: master, start, gradient, two moments, average, as it is served, whether it is kept. Of one
-        # batch: the wide tensors and their gradients, in the model's type; norms and the loss, in float32.
-        "tune": streams
-        // 2
-        * (3 * widest * hidden * (7 * 4 + 1) + batch * (8 * widest * dtype.itemsize + 48 * hidden)),
+        "tune": _tuning(widest, hidden, batch, dtype.itemsize) if streams == 2 else 0,
         "down": (5 if settings.layout != "back" else 4) * 4 * widest**2 + weights,
     }
     # Tuning keeps a copy of the dense MLP.
@@ -126,6 +122,14 @@ def memory_plan(model: SourceModel, settings: PruneSettings, device: torch.devic
         ranks=ranks.size(),
     )
     return _placed(needs, settings)
+
+
+def _tuning(widest: int, hidden: int, batch: int, itemsize: int) -> int:
+    """Bytes that tuning needs, as counted on a CPU, where its tensors are the same."""
+    # Master, start, gradient, two moments, average; whether it is kept; as it is served.
+    per_weight = 6 * 4 + 1 + itemsize
+    # Of each token four wide tensors that the gradients need, the gradients of two, and what is H wide.
+    return 3 * widest * hidden * per_weight + 6 * batch * (widest + hidden) * itemsize
 
 
 def batch_tokens(settings: PruneSettings, device: torch.device) -> int:

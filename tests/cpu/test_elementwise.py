@@ -31,9 +31,43 @@ for family in FAMILIES:
     difference = find_and_run(family, Path(sys.argv[1]) / family, torch.device("cpu"), torch.float32)
     assert difference < 1e-5, (family, difference)
 """
+WHOLE_RUNS = """
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tiny_models import tiny_model
+
+from offline_prune.activations import Stream, find_elementwise
+from offline_prune.pipeline import prune
+from offline_prune.settings import PruneSettings
 
 
-@pytest.mark.parametrize("code", [SAME_BITS, FOUND], ids=["same bits", "found"])
+def kernels(stream, index, block):
+    used.append(index)
+    return find_elementwise(block, stream._mlps[index]).replaced(block)
+
+
+used = []
+folder = Path(sys.argv[1])
+model = str(tiny_model("qwen3", folder / "model"))
+tokens = torch.randint(256, (4, 32), generator=torch.Generator().manual_seed(0))
+written = {}
+for name in ("plain", "kernels"):
+    if name == "kernels":
+        Stream._with_kernels = kernels
+    settings = PruneSettings(model, folder / name, method="spensegpt++", samples=4, length=32, device="cpu")
+    prune(settings, tokens=tokens)
+    written[name] = load_file(folder / name / "model.safetensors")
+assert set(used) == {0, 1}
+for key, tensor in written["plain"].items():
+    differing = (tensor.float() != written["kernels"][key].float()).float().mean().item()
+    assert differing <= 1e-3, (key, differing)
+"""
+
+
+@pytest.mark.parametrize("code", [SAME_BITS, FOUND, WHOLE_RUNS], ids=["same bits", "found", "whole runs"])
 def test_in_the_interpreter(code: str, tmp_path: Path) -> None:
     """In a process of its own: Triton decides when it is imported whether it will interpret."""
     process = subprocess.run(

@@ -103,4 +103,4 @@ def test_tuning_fits_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     found = planned(tmp_path, "qwen3-32b", 78.0, monkeypatch, method="spensegpt++")
     assert found.place == "device"
     assert found.activations == 40 * GIB
-    assert found.on_device < 0.9 * 78 * GIB
+    assert found.on_device / GIB == pytest.approx(57.6, abs=0.1)
