@@ -13,7 +13,7 @@ others for the rest.
 does so on two GPUs and writes prune_time-2gpus.json. Other shapes and methods, with --out for another file:
 
     python benchmarks/prune_time.py --shapes llama-3.1-8b llama-3.3-70b --methods spensegpt+ --blocks 2 --no-profile
-    python benchmarks/prune_time.py --methods spensegpt++ --blocks 1 --no-profile
+    python benchmarks/prune_time.py --methods spensegpt++ --blocks 2 --no-profile
 """
 
 from __future__ import annotations

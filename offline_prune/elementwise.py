@@ -57,7 +57,7 @@ def find_elementwise(block: nn.Module, mlp: Glu | Unsupported) -> Elementwise:
     for path, module in block.named_modules():
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         weights = dict(module.named_parameters())
-        if not isinstance(eps, float) or [*weights] != ["weight"] or len(_required(module.forward)) != 1:
+        if not isinstance(eps, float) or [*weights] != ["weight"] or not _takes_one(module):
             continue
         x = _probe(16, 4, weights["weight"].shape[-1], like=weights["weight"])
         if _alike(module(x), _normalizing(module, eps)(x)):
@@ -75,8 +75,11 @@ def _silu_glu(block: nn.Module, mlp: Glu | Unsupported) -> Glu | None:
     """The MLP if it computes down(silu(gate(x)) ⊙ up(x)) with three linear layers."""
     if isinstance(mlp, Unsupported) or mlp.projections.gate == mlp.projections.up:
         return None
+    module = block.get_submodule(mlp.path)
+    if not _takes_one(module):
+        return None
     x = _probe(16, 4, mlp.hidden, like=mlp.down(block).weight)
-    return mlp if _alike(block.get_submodule(mlp.path)(x), _gated(block, mlp)(x)) else None
+    return mlp if _alike(module(x), _gated(block, mlp)(x)) else None
 
 
 def _gated(block: nn.Module, mlp: Glu) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -93,7 +96,8 @@ def _rotary_home(block: nn.Module) -> ModuleType | None:
 
     home = sys.modules[type(block).__module__]
     function = getattr(home, _ROTARY, None)
-    if function is None or _required(function) != ["q", "k", "cos", "sin"]:
+    parameters = inspect.signature(function).parameters.values() if function else []
+    if [parameter.name for parameter in parameters if parameter.default is parameter.empty] != ["q", "k", "cos", "sin"]:
         return None
     like = next(block.parameters())
     q, k = (_probe(2, heads, 16, 128, like=like) for heads in (16, 8))
@@ -125,10 +129,9 @@ def _rotating(home: ModuleType) -> Iterator[None]:
         setattr(home, _ROTARY, original)
 
 
-def _required(function: Callable[..., Any]) -> list[str]:
-    """Names of the arguments that a call has to have."""
-    parameters = inspect.signature(function).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.default is parameter.empty]
+def _takes_one(module: nn.Module) -> bool:
+    """Whether the module cannot be called with anything but its input."""
+    return len(inspect.signature(module.forward).parameters) == 1
 
 
 def _probe(*shape: int, like: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from offline_prune.blocks import find_split, forward
 from offline_prune.elementwise import find_elementwise
 from offline_prune.elementwise_kernels import rms_norm, rotate, silu_mul
+from offline_prune.glu import Unsupported
 from offline_prune.model import SourceModel
 
 _NORMS = ["input_layernorm", "post_attention_layernorm"]
@@ -56,6 +57,23 @@ def compare(device: torch.device, dtype: torch.dtype) -> None:
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         for x, expected in zip((q, k), apply_rotary_pos_emb(q, k, cos, sin), strict=True):
             same(rotate(x, cos, sin), expected)
+
+
+class _Gated(LlamaRMSNorm):
+    """A norm that may be given more than its input, as linear attention's are."""
+
+    def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        normalized = super().forward(hidden_states)
+        return normalized if gate is None else normalized * torch.nn.functional.silu(gate)
+
+
+def look_alikes(device: torch.device, dtype: torch.dtype) -> None:
+    """Checks that of several norms only the one that the kernel computes is found."""
+    block = torch.nn.Module()
+    block.plain, block.gated = LlamaRMSNorm(4096), _Gated(4096)
+    block.centered = torch.nn.LayerNorm(4096, bias=False)
+    block.to(device, dtype)
+    assert [*find_elementwise(block, Unsupported("")).norms] == ["plain"]
 
 
 def find_and_run(family: str, folder: Path, device: torch.device, dtype: torch.dtype) -> float:

@@ -16,9 +16,10 @@ pytest.importorskip("triton")
 
 SAME_BITS = """
 import torch
-from elementwise_parts import compare
+from elementwise_parts import compare, look_alikes
 
 compare(torch.device("cpu"), torch.float16)
+look_alikes(torch.device("cpu"), torch.float32)
 """
 FOUND = """
 import sys

@@ -126,6 +126,7 @@ def on_gpu(model: Path, out: Path, text: Path, **options: object) -> Report:
 
 def test_the_elementwise_kernels_against_transformers() -> None:
     elementwise_parts.compare(DEVICE, torch.bfloat16)
+    elementwise_parts.look_alikes(DEVICE, torch.bfloat16)
 
 
 @pytest.mark.parametrize("family", elementwise_parts.FAMILIES)
