@@ -95,8 +95,10 @@ def _rotary_home(block: nn.Module) -> ModuleType | None:
     from offline_prune.elementwise_kernels import rotate
 
     home = sys.modules[type(block).__module__]
-    function = getattr(home, _ROTARY, None)
-    parameters = inspect.signature(function).parameters.values() if function else []
+    if not hasattr(home, _ROTARY):
+        return None
+    function = getattr(home, _ROTARY)
+    parameters = inspect.signature(function).parameters.values()
     if [parameter.name for parameter in parameters if parameter.default is parameter.empty] != ["q", "k", "cos", "sin"]:
         return None
     like = next(block.parameters())
