@@ -37,6 +37,9 @@ class Meter:
         if self.device.type == "cuda":
             torch.cuda.init()
             torch.cuda.reset_peak_memory_stats(self.device)
+            # Pinned memory that an earlier run let go counts until torch is asked for some.
+            torch.cuda.synchronize(self.device)
+            torch.empty(1, pin_memory=True)
             torch.cuda.reset_peak_host_memory_stats()
         token = _active.set(self)
         try:
