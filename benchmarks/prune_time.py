@@ -82,7 +82,8 @@ def main() -> None:
         for shape in options.shapes:
             with tempfile.TemporaryDirectory(dir=options.folder) as own:
                 # All ranks read the first one's.
-                model = ranks.from_first(partial(write_model, Path(own) / shape, shape, options.blocks + 2, device))
+                blocks = options.blocks + 1 + options.profile
+                model = ranks.from_first(partial(write_model, Path(own) / shape, shape, blocks, device))
                 for method in options.methods:
                     profile = options.profile and method == options.methods[0]
                     ranks.from_first(partial(configure, model, shape, options.blocks + 1 + profile))
