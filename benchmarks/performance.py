@@ -55,9 +55,8 @@ def filled(text: str, results: Path = RESULTS) -> str:
         if file.exists():
             content = make(json.loads(file.read_text(encoding="utf-8")))
         else:
-            script, _, gpus = benchmark.removesuffix("gpus").partition("-")
-            python, where = (f"torchrun --nproc-per-node {gpus}", f"{gpus} GPUs") if gpus else ("python", "a GPU")
-            content = [f"Not measured yet: `{python} benchmarks/{script}.py` on {where} makes this table."]
+            command, where = RUNS.get(benchmark, (f"python benchmarks/{benchmark}.py", "a GPU"))
+            content = [f"Not measured yet: `{command}` on {where} makes this table."]
         return "\n".join((before.rstrip("\n"), "", *content, "", after))
 
     return _TABLE.sub(table, text)
@@ -222,12 +221,13 @@ def prune(result: Result) -> list[str]:
             f"{row['paper_minutes']:.0f}" if row["paper_minutes"] else "",
             f"{row['tensor_core_share']:.0%}" if row["tensor_core_share"] else "",
             f"{row['peak_gpu_gib']:.1f} of {row['planned_gpu_gib']:.1f}",
-            f"{row['peak_host_gib']:.1f} + {row['pinned_host_gib']:.1f} of {row['planned_host_gib']:.1f}",
+            f"{row['pinned_host_gib']:.2f} of {row['planned_host_gib']:.2f}",
+            f"{row['peak_host_gib']:.1f}",
         ]
         for row in result["rows"]
     )
     headings = ["shape", "method", "GPUs", "tokens", "blocks measured", "model, min", "paper on a B200, min"]
-    headings += ["share of tensor cores", "GPU, GiB of plan", "host + pinned, GiB of plan"]
+    headings += ["share of tensor cores", "GPU, GiB of plan", "pinned, GiB of plan", "process beside it, GiB"]
     return [*markdown(headings, lines), "", source(result)]
 
 
@@ -280,6 +280,15 @@ def fp8_scales(result: Result) -> list[str]:
     return [*quality_tables.rounding_errors(result["rows"]), "", source(result)]
 
 
+#: Result file → the command that makes it, and where, other than the benchmark of that name with its defaults on a GPU.
+RUNS: Mapping[str, tuple[str, str]] = {
+    "prune_time-2gpus": ("torchrun --nproc-per-node 2 benchmarks/prune_time.py", "2 GPUs"),
+    "prune_time-shapes": (
+        "python benchmarks/prune_time.py --shapes qwen3-32b seed-oss-36b llama-3.1-8b llama-3.3-70b "
+        "--methods spensegpt+ --blocks 2 --samples 64 --no-profile --out benchmarks/results/prune_time-shapes.json",
+        "a GPU",
+    ),
+}
 #: Table → result file, and what makes it.
 TABLES: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     "decode": ("decode_speed", decode),
@@ -293,6 +302,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     "prune": ("prune_time", prune),
     "prune_stages": ("prune_time", prune_stages),
     "prune_readme": ("prune_time", prune_sentence),
+    "prune_shapes": ("prune_time-shapes", prune),
     "prune_gpus": ("prune_time-2gpus", prune),
     "selection": ("selection_tokens", selection),
     "gains": ("accuracy-smollm2", quality_gains),

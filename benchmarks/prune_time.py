@@ -10,7 +10,10 @@ others for the rest.
 
     torchrun --nproc-per-node 2 benchmarks/prune_time.py --methods spensegpt+
 
-does so on two GPUs and writes prune_time-2gpus.json.
+does so on two GPUs and writes prune_time-2gpus.json. Other shapes and methods, with --out for another file:
+
+    python benchmarks/prune_time.py --shapes llama-3.1-8b llama-3.3-70b --methods spensegpt+ --blocks 2 --no-profile
+    python benchmarks/prune_time.py --methods spensegpt++ --blocks 2 --no-profile
 """
 
 from __future__ import annotations
@@ -79,7 +82,8 @@ def main() -> None:
         for shape in options.shapes:
             with tempfile.TemporaryDirectory(dir=options.folder) as own:
                 # All ranks read the first one's.
-                model = ranks.from_first(partial(write_model, Path(own) / shape, shape, options.blocks + 2, device))
+                blocks = options.blocks + 1 + options.profile
+                model = ranks.from_first(partial(write_model, Path(own) / shape, shape, blocks, device))
                 for method in options.methods:
                     profile = options.profile and method == options.methods[0]
                     ranks.from_first(partial(configure, model, shape, options.blocks + 1 + profile))
@@ -181,19 +185,12 @@ def measure(model: Path, shape: str, method: str, profile: bool, options: argpar
         "reserved_gpu_gib": torch.cuda.max_memory_reserved(device) / GIB if device.type == "cuda" else 0.0,
         "peak_host_gib": report.peak_host_gib,
         "planned_host_gib": report.planned_host_gib,
-        "pinned_host_gib": pinned() / GIB,
+        "pinned_host_gib": report.peak_pinned_gib,
     }
 
 
 def say(line: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
-
-
-def pinned() -> int:
-    """Bytes of pinned memory that torch holds; drivers differ in whether they count as the process's memory."""
-    if not torch.cuda.is_available():
-        return 0
-    return torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0)
 
 
 def steady(values: list[float]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from offline_prune import parts, ranks
 from offline_prune.blocks import Observer, Split, find_split, forward, watch
+from offline_prune.elementwise import Elementwise, find_elementwise
 from offline_prune.glu import Glu
 from offline_prune.meter import stage
 from offline_prune.model import SourceModel
@@ -54,7 +55,9 @@ class Stream:
         at_once = max(1, batch_tokens // length)
         self._parts = [_batches(part, at_once) for part in parts.cut(samples)]
         self._batches = [batch for part in self._parts for batch in part]
+        self._mlps = [block.mlp for block in model.blocks]
         self._splits: dict[type[nn.Module], Split | None] = {}
+        self._elementwise: dict[int, Elementwise] = {}
         self._split: Split | None = None
         width = model.skeleton.config.get_text_config().hidden_size
         self.hidden = allocate((samples, length, width), dtype, device, place, folder)
@@ -82,27 +85,28 @@ class Stream:
             on_mid: is shown the intermediate activations, (tokens, I).
             mid_tokens: of about this many tokens of all ranks only, evenly spread; None for all.
         """
-        if type(block) not in self._splits:
-            self._splits[type(block)] = find_split(block, mlp, self._get(self._batches[0]), self.kwargs[index])
-        self._split = self._splits[type(block)]
-        entrance, exit_ = f"{mlp.path}.{mlp.projections.gate}", f"{mlp.path}.{mlp.projections.down}"
-        for part, batches in enumerate(self._parts):
-            shown = self._spread(batches, mid_tokens) if on_mid else []
-            for batch in batches:
-                observers: dict[str, Observer] = {entrance: _flat(on_input, part)} if on_input else {}
-                if on_mid and batch in shown:
-                    observers[exit_] = _flat(on_mid, part)
-                arrived: list[torch.Tensor] = []
-                if self._split:
-                    observers[self._split.point] = arrived.append
-                watch(block, self._get(batch), self.kwargs[index], observers, exit_ if batch in shown else entrance)
-                if self._split:
-                    self._put(batch, arrived[0])
+        with self._with_kernels(index, block):
+            if type(block) not in self._splits:
+                self._splits[type(block)] = find_split(block, mlp, self._get(self._batches[0]), self.kwargs[index])
+            self._split = self._splits[type(block)]
+            entrance, exit_ = f"{mlp.path}.{mlp.projections.gate}", f"{mlp.path}.{mlp.projections.down}"
+            for part, batches in enumerate(self._parts):
+                shown = self._spread(batches, mid_tokens) if on_mid else []
+                for batch in batches:
+                    observers: dict[str, Observer] = {entrance: _flat(on_input, part)} if on_input else {}
+                    if on_mid and batch in shown:
+                        observers[exit_] = _flat(on_mid, part)
+                    arrived: list[torch.Tensor] = []
+                    if self._split:
+                        observers[self._split.point] = arrived.append
+                    watch(block, self._get(batch), self.kwargs[index], observers, exit_ if batch in shown else entrance)
+                    if self._split:
+                        self._put(batch, arrived[0])
 
     def observe(self, index: int, block: nn.Module, mlp: Glu, on_mid: PartObserver) -> None:
         """Shows an observer the intermediate activations, (tokens, I), of a block that `attend` has been called for."""
         exit_ = f"{mlp.path}.{mlp.projections.down}"
-        with self.entered(block):
+        with self._with_kernels(index, block), self.entered(block):
             for part, batches in enumerate(self._parts):
                 for batch in batches:
                     watch(block, self._get(batch), self.kwargs[index], {exit_: _flat(on_mid, part)}, exit_)
@@ -114,15 +118,24 @@ class Stream:
             SpenseError: an output is not finite.
         """
         broken = torch.zeros((), dtype=torch.int32, device=self.device)
-        with self.entered(block):
+        with self._with_kernels(index, block), self.entered(block):
             for batch in self._batches:
                 output = forward(block, self._get(batch), self.kwargs[index])
-                broken += ~torch.isfinite(output).all()
+                # Whatever is not finite makes the sum so, and that is read once.
+                broken += ~torch.isfinite(output.sum(dtype=torch.float32))
                 self._put(batch, output)
         self._split = None
         ranks.add_up(broken)
         if broken.item():
             raise SpenseError(f"{name}: its output on the calibration text is not finite")
+
+    def _with_kernels(self, index: int, block: nn.Module) -> AbstractContextManager[None]:
+        """On a GPU the block runs inside with one kernel for each elementwise part that is found to be the same."""
+        if self.device.type != "cuda":
+            return nullcontext()
+        if index not in self._elementwise:
+            self._elementwise[index] = find_elementwise(block, self._mlps[index])
+        return self._elementwise[index].replaced(block)
 
     @contextmanager
     def entered(self, block: nn.Module) -> Iterator[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -86,6 +86,20 @@ def watch(
             handle.remove()
 
 
+@contextmanager
+def calling(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """Inside, the module runs a function in place of its own code, or of the function it ran before; its hooks stay."""
+    before = vars(module).get("forward")
+    module.forward = function
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
 @dataclass(frozen=True)
 class Split:
     """Where a block's attention ends: the residual stream there, and only it, decides the block's output.
@@ -106,16 +120,12 @@ class Split:
 
         Attention that returns zeros adds nothing to it, to the bit.
         """
-        children = [block.get_submodule(name) for name in (*self.before, *self.attention)]
-        for name in self.before:
-            block.get_submodule(name).forward = _first_of
-        for name, values in self.attention.items():
-            block.get_submodule(name).forward = _silent(values)
-        try:
+        with ExitStack() as stack:
+            for name in self.before:
+                stack.enter_context(calling(block.get_submodule(name), _first_of))
+            for name, values in self.attention.items():
+                stack.enter_context(calling(block.get_submodule(name), _silent(values)))
             yield
-        finally:
-            for child in children:
-                del child.forward
 
 
 def find_split(block: nn.Module, mlp: Glu, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Split | None:

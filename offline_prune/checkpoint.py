@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from offline_prune.journal import FILE as JOURNAL
 from offline_prune.journal import Journal, Part
+from offline_prune.place import Outbox
 from offline_prune.quantize import SCALE_DTYPE, dequantize, to_fp8
 from offline_prune.source import INDEX_NAME, SINGLE_NAME
 from vllm_spense.errors import SpenseError
@@ -39,30 +40,31 @@ def stored_form(weight: torch.Tensor, scales: torch.Tensor | None, dtype: torch.
         scales: float32 (N, 1), or None to store the weight itself in `dtype`.
 
     Returns:
-        `weight` (E4M3, or `dtype`) and, with scales, `weight_scale` (BF16, (N, 1)), both in host memory.
+        `weight` (E4M3, or `dtype`) and, with scales, `weight_scale` (BF16, (N, 1)), both new and where `weight` is.
     """
     if scales is None:
         # + 0.0 turns −0.0 into 0.0.
-        return {"weight": (weight.to(dtype) + 0.0).cpu().contiguous()}
+        return {"weight": (weight.to(dtype) + 0.0).contiguous()}
     return {
-        "weight": to_fp8(weight, scales).cpu().contiguous(),
-        "weight_scale": scales.to(SCALE_DTYPE).cpu().contiguous(),
+        "weight": to_fp8(weight, scales).contiguous(),
+        "weight_scale": scales.to(SCALE_DTYPE).contiguous(),
     }
 
 
-def restored(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def restored(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
     """The weights that `stored_form` keeps, as everyone who reads them computes with them.
 
     Args:
         tensors: of any layers, by full name.
+        device: that multiplies by the scales; a block in float32 would be most of what host memory is planned for.
 
     Returns:
-        The same without scales; weights that had one are float32.
+        The same without scales; weights that had one are float32 and on the device.
     """
     suffix = "_scale"
     scaled = {name.removesuffix(suffix): tensor for name, tensor in tensors.items() if name.endswith(suffix)}
     return {
-        name: dequantize(tensor, scaled[name]) if name in scaled else tensor
+        name: dequantize(tensor.to(device), scaled[name].to(device)) if name in scaled else tensor
         for name, tensor in tensors.items()
         if not name.endswith(suffix)
     }
@@ -90,9 +92,9 @@ class Unfinished(SpenseError):
 class CheckpointWriter:
     """A context in which parts are written; leaving it normally makes the checkpoint visible, all at once.
 
-    Parts are written in the background, one at a time, into a hidden folder beside `out` with a journal. When the
-    context is left by anything but a mistake of the user's, and a part is finished, the folder stays for a run
-    that resumes.
+    Parts are written in the background, one at a time, into a hidden folder beside `out` with a journal. What is on a
+    GPU goes through pinned host memory, enough for one part. When the context is left by anything but a mistake of the
+    user's, and a part is finished, the folder stays for a run that resumes.
 
     Args:
         out: the folder to create.
@@ -116,6 +118,7 @@ class CheckpointWriter:
         self._resumed: Path | None = None
         self._say = say
         self._background = ThreadPoolExecutor(1, "write")
+        self._outbox = Outbox()
         self._last: Future[None] | None = None
         left = unfinished(out)
         if left and resume:
@@ -144,11 +147,17 @@ class CheckpointWriter:
     def add(self, name: str, tensors: Mapping[str, torch.Tensor], record: Any = None) -> None:
         """Writes a part in the background, once the one before is written.
 
+        Args:
+            name: of the part, which all its tensors' names begin with, or none.
+            tensors: on any device; those on a GPU may be overwritten by work that is queued there after this.
+
         Raises:
             Unfinished: that one could not be written.
         """
         self._wait()
-        self._last = self._background.submit(self._write, name, dict(tensors), record)
+        # Nobody reads the outbox any more.
+        posted, arrived = self._outbox.post(name, tensors)
+        self._last = self._background.submit(self._write, name, posted, arrived, record)
 
     def write_json(self, file: str, data: Any) -> None:
         (self._hidden / file).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -199,8 +208,12 @@ class CheckpointWriter:
             self._last.result()
             self._last = None
 
-    def _write(self, name: str, tensors: dict[str, torch.Tensor], record: Any) -> None:
+    def _write(
+        self, name: str, tensors: dict[str, torch.Tensor], arrived: torch.cuda.Event | None, record: Any
+    ) -> None:
         file = self._hidden / f"part-{len(self.journal.parts)}"
+        if arrived:
+            arrived.synchronize()
         try:
             save_file(tensors, file, metadata={"format": "pt"})
             with file.open("rb") as written:

@@ -37,6 +37,10 @@ class Meter:
         if self.device.type == "cuda":
             torch.cuda.init()
             torch.cuda.reset_peak_memory_stats(self.device)
+            # Pinned memory that an earlier run let go counts until torch is asked for some.
+            torch.cuda.synchronize(self.device)
+            torch.empty(1, pin_memory=True)
+            torch.cuda.reset_peak_host_memory_stats()
         token = _active.set(self)
         try:
             yield self
@@ -55,8 +59,17 @@ class Meter:
 
     @property
     def peak_host(self) -> int:
-        """Bytes of host memory beyond mapped files and what was there at first, the most seen between two stages."""
+        """Bytes of host memory beyond mapped files and what was there at first, the most seen between two stages.
+
+        With a GPU these are libraries that woke up and kernels that were compiled: the first run of a process pays for
+        them. What the run itself puts into host memory is pinned then, and drivers do not count that here.
+        """
         return self._host_peak - self._host_before
+
+    @property
+    def peak_pinned(self) -> int:
+        """Bytes of pinned host memory that tensors took; 0 on a CPU."""
+        return torch.cuda.host_memory_stats()["active_bytes.peak"] if self.device.type == "cuda" else 0
 
     @property
     def peak_device(self) -> int:

@@ -199,7 +199,8 @@ class _Run:
         report.stages = dict(self.meter.seconds)
         report.seconds = time.perf_counter() - start
         report.planned_host_gib, report.planned_device_gib = plan.host / GIB, plan.on_device / GIB
-        report.peak_host_gib, report.peak_device_gib = self.meter.peak_host / GIB, self.meter.peak_device / GIB
+        report.peak_host_gib, report.peak_pinned_gib = self.meter.peak_host / GIB, self.meter.peak_pinned / GIB
+        report.peak_device_gib = self.meter.peak_device / GIB
 
     def _quantized_linears(self) -> Iterator[str]:
         skipped = tuple(f"{block.name}." for block in self.model.blocks if isinstance(block.mlp, Unsupported))
@@ -256,7 +257,8 @@ class _Run:
             with self.meter.stage("forward"):
                 self.dense.advance(index, module, block.name)
         with self.meter.stage("load"):
-            module = self.model.load(block.name, self.device, self.dtype, restored(journal.tensors(block.name)))
+            stored = journal.tensors(block.name)
+            module = self.model.load(block.name, self.device, self.dtype, restored(stored, self.device))
         with self.meter.stage("forward"):
             if isinstance(block.mlp, Glu):
                 self.report.layers.append(LayerReport.from_dict(journal.finished[block.name]))

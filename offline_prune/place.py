@@ -1,8 +1,9 @@
-"""Where the calibration text's hidden states are kept."""
+"""Where the calibration text's hidden states are kept, and how tensors leave a GPU."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -32,3 +33,43 @@ def allocate(
     tensor = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
     file.unlink()
     return tensor
+
+
+def pinned_bytes(size: int) -> int:
+    """What a tensor of so many bytes takes of pinned memory: torch allocates powers of two."""
+    return 1 << (size - 1).bit_length()
+
+
+class Outbox:
+    """Pinned host memory through which tensors leave a GPU, allocated once for each name and used again and again."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def post(
+        self, prefix: str, tensors: Mapping[str, torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], torch.cuda.Event | None]:
+        """Starts to copy tensors into host memory, where they overwrite those of the call before.
+
+        Args:
+            prefix: what their names begin with and the other calls' names do not.
+            tensors: those that are in host memory already stay where they are.
+
+        Returns:
+            The tensors in host memory, and what to wait for before they are read: None where nothing was copied.
+        """
+        posted, arrived = dict(tensors), None
+        for name, tensor in tensors.items():
+            if tensor.is_cuda:
+                buffer = self._buffer(name.removeprefix(prefix), tensor)
+                posted[name] = buffer.copy_(tensor, non_blocking=True)
+                stream = torch.cuda.current_stream(tensor.device)
+                arrived = arrived or torch.cuda.Event()
+                arrived.record(stream)
+        return posted, arrived
+
+    def _buffer(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        buffer = self._buffers.get(name)
+        if buffer is None or (buffer.shape, buffer.dtype) != (like.shape, like.dtype):
+            buffer = self._buffers[name] = torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+        return buffer

@@ -12,7 +12,7 @@ import torch
 from offline_prune import parts, ranks
 from offline_prune.glu import Glu
 from offline_prune.model import SourceModel
-from offline_prune.place import Place
+from offline_prune.place import Place, pinned_bytes
 from offline_prune.settings import PruneSettings
 from vllm_spense.errors import SpenseError
 
@@ -28,9 +28,10 @@ class MemoryPlan:
 
     Attributes:
         activations: hidden states of its calibration sequences.
-        block: the weights of one decoder block, on the compute device.
+        pinned_activations: what they take if they are in host memory that a GPU reads.
+        block: one decoder block on the compute device: its weights, and with a GPU also its part of the checkpoint.
         work: the largest of what its passes and its pruning need beside them, on the compute device.
-        staging: blocks waiting to be loaded or written, in host memory.
+        staging: blocks on their way in or out, in host memory; with a GPU all of it is pinned.
         disk: the checkpoint.
         device: that computes.
         place: of the activations.
@@ -38,6 +39,7 @@ class MemoryPlan:
     """
 
     activations: int
+    pinned_activations: int
     block: int
     work: int
     staging: int
@@ -53,7 +55,8 @@ class MemoryPlan:
     @property
     def host(self) -> int:
         on_device = self.on_device if self.device.type == "cpu" else 0
-        return self.staging + on_device + (self.activations if self.place == "host" else 0)
+        activations = self.activations if self.device.type == "cpu" else self.pinned_activations
+        return self.staging + on_device + (activations if self.place == "host" else 0)
 
     @property
     def on_disk(self) -> int:
@@ -89,10 +92,7 @@ def memory_plan(model: SourceModel, settings: PruneSettings, device: torch.devic
     mlps = [block.mlp for block in model.blocks if isinstance(block.mlp, Glu)]
     widest = max((mlp.intermediate for mlp in mlps), default=0)
     parameters = max(sum(p.numel() for p in model.module(block.name).parameters()) for block in model.blocks)
-    stored = max(
-        sum(model.tensors.nbytes(name) for name in model.tensors if name.startswith(f"{block.name}."))
-        for block in model.blocks
-    )
+    written = _written_bytes(model, settings)
     streams = 2 if settings.wanted_tune_steps else 1
     # A float32 weight of down, what becomes of it, its difference, and two products for the loss.
     weights = 5 * 4 * widest * hidden
@@ -103,18 +103,20 @@ def memory_plan(model: SourceModel, settings: PruneSettings, device: torch.devic
         "observe": sums * 4 * widest**2 + batch * (3 * widest + 6 * hidden) * dtype.itemsize,
         # H and three matrices of its size to factorize it; weights twice as large, and once in the model's type.
         "gate and up": 4 * 4 * hidden**2 + 2 * weights + 4 * widest * hidden * dtype.itemsize,
-        # Of each weight: master, start, gradient, two moments, average, as it is served, whether it is kept. Of one
-        # batch: the wide tensors and their gradients.
-        "tune": (3 * widest * hidden * (7 * 4 + 1) + batch * (8 * widest + 12 * hidden) * 4 if streams == 2 else 0),
+        "tune": _tuning(widest, hidden, batch, dtype.itemsize) if streams == 2 else 0,
         "down": (5 if settings.layout != "back" else 4) * 4 * widest**2 + weights,
     }
+    # Tuning keeps a copy of the dense MLP.
+    weights_here = (parameters + (3 * widest * hidden if streams == 2 else 0)) * dtype.itemsize
+    kept = max(sum(_of_block(block.name, written)) for block in model.blocks)
+    one_stream = tokens * hidden * dtype.itemsize
     needs = MemoryPlan(
-        activations=streams * tokens * hidden * dtype.itemsize,
-        # Tuning keeps a copy of the dense MLP.
-        block=(parameters + (3 * widest * hidden if streams == 2 else 0)) * dtype.itemsize,
+        activations=streams * one_stream,
+        pinned_activations=streams * pinned_bytes(one_stream),
+        block=weights_here + (kept if device.type == "cuda" else 0),
         work=max(phases.values()),
-        staging=3 * stored,
-        disk=_checkpoint_bytes(model, settings),
+        staging=_pinned_staging(model, written) if device.type == "cuda" else 2 * kept,
+        disk=sum(written.values()),
         device=device,
         place="device",
         ranks=ranks.size(),
@@ -122,20 +124,35 @@ def memory_plan(model: SourceModel, settings: PruneSettings, device: torch.devic
     return _placed(needs, settings)
 
 
+def _tuning(widest: int, hidden: int, batch: int, itemsize: int) -> int:
+    """Bytes that tuning needs, as counted on a CPU, where its tensors are the same."""
+    # Master, start, gradient, two moments, average; whether it is kept; as it is served.
+    per_weight = 6 * 4 + 1 + itemsize
+    # Of each token four wide tensors that the gradients need, the gradients of two, and what is H wide.
+    return 3 * widest * hidden * per_weight + 6 * batch * (widest + hidden) * itemsize
+
+
 def batch_tokens(settings: PruneSettings, device: torch.device) -> int:
     """Tokens that pass through a block at once: enough to keep the device busy."""
     return settings.batch_tokens or BATCH_TOKENS[device.type]
 
 
-def _checkpoint_bytes(model: SourceModel, settings: PruneSettings) -> int:
-    size = sum(model.tensors.nbytes(name) for name in model.tensors)
-    if settings.quantize == "none":
-        return size
-    weights = (f"{name}.weight" for name in model.linears())
-    return size - sum(
-        model.tensors.nbytes(name) - model.tensors.nbytes(name) // model.tensors.dtype(name).itemsize
-        for name in weights
-        if name in model.tensors
+def _written_bytes(model: SourceModel, settings: PruneSettings) -> dict[str, int]:
+    """Tensor of the model → its bytes in the checkpoint."""
+    fp8 = {f"{name}.weight" for name in model.linears()} if settings.quantize == "fp8" else set()
+    sizes = {name: model.tensors.nbytes(name) for name in model.tensors}
+    return {name: size // model.tensors.dtype(name).itemsize if name in fp8 else size for name, size in sizes.items()}
+
+
+def _of_block(block: str, sizes: dict[str, int]) -> list[int]:
+    return [size for name, size in sizes.items() if name.startswith(f"{block}.")]
+
+
+def _pinned_staging(model: SourceModel, written: dict[str, int]) -> int:
+    """The largest block on its way to a GPU, and the largest on its way to the disk: each tensor has its own memory."""
+    read = {name: model.tensors.nbytes(name) for name in model.tensors}
+    return sum(
+        max(sum(map(pinned_bytes, _of_block(block.name, sizes))) for block in model.blocks) for sizes in (read, written)
     )
 
 

@@ -87,7 +87,9 @@ class Report:
         stages: seconds by kind of work, summed over the blocks.
         blocks: what each decoder block took; all but the last include the way to the next one's input.
         planned_host_gib, planned_device_gib: what the plan said before the work started.
-        peak_host_gib: beyond mapped files, Python and its libraries.
+        peak_host_gib: of the process's own memory, beyond mapped files and what was there at first. On a CPU that is
+            what was planned; with a GPU it is what libraries and compiled kernels took.
+        peak_pinned_gib: of host memory pinned for a GPU, which is what was planned there; 0 on a CPU.
         peak_device_gib: of a GPU; 0 on a CPU.
     """
 
@@ -102,6 +104,7 @@ class Report:
     planned_host_gib: float = 0.0
     planned_device_gib: float = 0.0
     peak_host_gib: float = 0.0
+    peak_pinned_gib: float = 0.0
     peak_device_gib: float = 0.0
     versions: dict[str, str] = field(default_factory=lambda: {"torch": torch.__version__})
 

@@ -16,7 +16,7 @@ class StoredBlock:
     """Tensors by full name, in the form in which the checkpoint has them.
 
     Attributes:
-        tensors: what has been kept so far, in host memory.
+        tensors: what has been kept so far, on the device that computed it.
     """
 
     def __init__(self, source: TensorFiles) -> None:
@@ -48,7 +48,7 @@ class StoredBlock:
             if moved is not None:
                 bias = f"{name}.{projection}.bias"
                 layer.bias.copy_(moved[rows])
-                self.tensors[bias] = layer.bias.to(self.source.dtype(bias)).cpu().clone()
+                self.tensors[bias] = layer.bias.to(self.source.dtype(bias)).clone()
             start = rows.stop
 
     def scales(self, layer: str, device: torch.device) -> torch.Tensor | None:

@@ -129,9 +129,9 @@ def table(name: str, results: Path) -> str:
             "prune",
             [
                 "| qwen3-32b | spensegpt | 1 | 128 × 4096 | 3 × 21.5 s | 21.5 | 80 | 75% |"
-                " 38.2 of 40.0 | 2.0 + 1.0 of 4.0 |",
+                " 38.2 of 40.0 | 1.00 of 4.00 | 2.0 |",
                 "| qwen3-32b | spensegpt+ | 1 | 128 × 4096 | 3 × 22.6 s | 22.6 |  |  |"
-                " 38.2 of 40.0 | 2.0 + 1.0 of 4.0 |",
+                " 38.2 of 40.0 | 1.00 of 4.00 | 2.0 |",
             ],
         ),
         ("prune_stages", ["| forward | 12.25 | 12.25 |", "| select | 0.00 | 0.12 |"]),
@@ -175,6 +175,9 @@ def test_what_was_not_measured_says_so(results: Path) -> None:
     assert "Not measured yet: `python benchmarks/gemm_sweep.py` on a GPU" in table("gemm", results)
     several = "`torchrun --nproc-per-node 2 benchmarks/prune_time.py` on 2 GPUs"
     assert f"Not measured yet: {several} makes this table." in table("prune_gpus", results)
+    shapes = table("prune_shapes", results)
+    assert "Not measured yet: `python benchmarks/prune_time.py --shapes qwen3-32b seed-oss-36b " in shapes
+    assert "--out benchmarks/results/prune_time-shapes.json` on a GPU makes this table." in shapes
 
 
 def test_a_table_that_does_not_exist_is_an_error(results: Path) -> None:

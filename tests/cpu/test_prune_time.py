@@ -15,14 +15,16 @@ from offline_prune.report import BlockTime, Report
 
 def test_what_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "result.json"
-    options = ["--shapes", "tiny", "--blocks", "2", "--samples", "8", "--length", "32", "--device", "cpu"]
+    options = ["--shapes", "tiny", "--methods", "spensegpt+", "spensegpt", "spensegpt++", "--blocks", "2"]
+    options += ["--samples", "8", "--length", "32", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["prune_time.py", *options, "--folder", str(tmp_path), "--out", str(out)])
     prune_time.main()
     assert {path.name for path in tmp_path.iterdir()} == {"result.json", "result.png"}
     result = json.loads(out.read_text())
-    assert [row["method"] for row in result["rows"]] == ["spensegpt+", "spensegpt"]
+    assert [row["method"] for row in result["rows"]] == ["spensegpt+", "spensegpt", "spensegpt++"]
     # The first method has a block more, to profile.
-    assert [len(row["block_seconds"]) for row in result["rows"]] == [4, 3]
+    assert [len(row["block_seconds"]) for row in result["rows"]] == [4, 3, 3]
+    assert [row["stages"].get("tune", 0.0) > 0 for row in result["rows"]] == [False, False, True]
     for row in result["rows"]:
         assert (row["shape"], row["gpus"], row["samples"], row["length"], row["blocks_measured"]) == (
             "tiny",
@@ -35,7 +37,7 @@ def test_what_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert sum(row["stages"].values()) == pytest.approx(row["seconds_per_block"], rel=0.1)
         assert {"load", "forward", "Hessian", "factorize", "prune", "quantize", "write"} <= set(row["stages"])
         assert row["planned_host_gib"] > 0
-    assert len(prune(result)) == 2 + 2 + 2
+    assert len(prune(result)) == 2 + 3 + 2
     assert len(prune_stages(result)) > 2 + 7
 
 

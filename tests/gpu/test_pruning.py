@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,15 +19,20 @@ if not torch.cuda.is_available():
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cpu"))
 
+import elementwise_parts
 from column_problems import compare, every_problem, ties
 from test_resume import contents, cut_off
 from tiny_models import tiny_model
 
-from offline_prune import sparsegpt
+from offline_prune import elementwise_kernels, sparsegpt
+from offline_prune.activations import Stream
 from offline_prune.column_kernel import solve_block
+from offline_prune.elementwise import TOLERANCE
 from offline_prune.hessian import Energy, Hessian
 from offline_prune.pipeline import prune
+from offline_prune.place import Outbox
 from offline_prune.quantize import channel_scales
+from offline_prune.report import Report
 from offline_prune.settings import PruneSettings
 from offline_prune.verify import verify
 
@@ -108,10 +118,78 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def on_gpu(model: Path, out: Path, text: Path, **options: object) -> None:
+def on_gpu(model: Path, out: Path, text: Path, **options: object) -> Report:
     settings = {"samples": 8, "length": 64, "calibration": str(text), "device": "cuda", "batch_tokens": 128}
-    prune(PruneSettings(str(model), out, **{**settings, **options}))  # type: ignore[arg-type]
+    report = prune(PruneSettings(str(model), out, **{**settings, **options}))  # type: ignore[arg-type]
     verify(out)
+    return report
+
+
+def test_the_elementwise_kernels_against_transformers() -> None:
+    elementwise_parts.compare(DEVICE, torch.bfloat16)
+    elementwise_parts.look_alikes(DEVICE, torch.bfloat16)
+
+
+@pytest.mark.parametrize("family", elementwise_parts.FAMILIES)
+def test_which_parts_the_kernels_stand_for(family: str, tmp_path: Path) -> None:
+    difference = elementwise_parts.find_and_run(family, tmp_path / "model", DEVICE, torch.bfloat16)
+    assert difference <= TOLERANCE
+
+
+def test_a_run_with_the_kernels_is_one_without_them(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All three kernels run, and change what is pruned no more than rounding does."""
+    calls: Counter[str] = Counter()
+
+    def counted(name: str) -> Callable[..., torch.Tensor]:
+        kernel = getattr(elementwise_kernels, name)
+
+        def call(*arguments: Any) -> torch.Tensor:
+            calls[name] += 1
+            return kernel(*arguments)
+
+        return call
+
+    for name in ("rms_norm", "silu_mul", "rotate"):
+        monkeypatch.setattr(elementwise_kernels, name, counted(name))
+    with_kernels = on_gpu(model, tmp_path / "with", text)
+    # Eight batches go through four blocks' attention, and at least once through all the rest.
+    assert all(calls[name] >= 4 * 8 for name in ("rms_norm", "silu_mul", "rotate")), calls
+    monkeypatch.setattr(Stream, "_with_kernels", lambda *_: nullcontext())
+    before = calls.total()
+    without = on_gpu(model, tmp_path / "without", text)
+    assert calls.total() == before
+    for found, expected in zip(with_kernels.layers, without.layers, strict=True):
+        for projection in ("gate", "up", "down"):
+            losses = [getattr(layer, projection).loss for layer in (found, expected)]
+            assert losses[0] == pytest.approx(losses[1], rel=0.1)
+
+
+def test_what_leaves_the_gpu_is_what_was_there() -> None:
+    """Whatever is computed into the same memory after that comes too late, and no round allocates anew."""
+    outbox, here = Outbox(), torch.arange(4)
+    places = set()
+    for number in range(3):
+        tensor = torch.full((8192, 8192), number, dtype=torch.uint8, device=DEVICE)
+        posted, arrived = outbox.post(f"{number}.", {f"{number}.there": tensor, f"{number}.here": here})
+        tensor.fill_(255)
+        assert arrived is not None
+        arrived.synchronize()
+        assert bool((posted[f"{number}.there"] == number).all())
+        assert posted[f"{number}.there"].is_pinned()
+        assert posted[f"{number}.here"] is here
+        places.add(posted[f"{number}.there"].data_ptr())
+    assert len(places) == 1
+
+
+def test_the_host_memory_is_what_was_planned(text: Path, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4}
+    model = tiny_model("qwen3", tmp_path / "model", **sizes)
+    for place in ("device", "host"):
+        gc.collect()
+        report = on_gpu(model, tmp_path / place, text, activations=place)
+        assert report.peak_pinned_gib == pytest.approx(report.planned_host_gib, rel=0.1)
 
 
 @pytest.mark.parametrize("place", ["host", "disk"])

@@ -1,0 +1,82 @@
+"""The kernels that stand for a block's elementwise parts, in Triton's interpreter, against transformers' own code.
+
+tests/gpu/test_pruning.py has the same on a GPU, in BF16, which the interpreter cuts off instead of rounding.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SAME_BITS = """
+import torch
+from elementwise_parts import compare, look_alikes
+
+compare(torch.device("cpu"), torch.float16)
+look_alikes(torch.device("cpu"), torch.float32)
+"""
+FOUND = """
+import sys
+from pathlib import Path
+
+import torch
+from elementwise_parts import FAMILIES, find_and_run
+
+for family in FAMILIES:
+    difference = find_and_run(family, Path(sys.argv[1]) / family, torch.device("cpu"), torch.float32)
+    assert difference < 1e-5, (family, difference)
+"""
+WHOLE_RUNS = """
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tiny_models import tiny_model
+
+from offline_prune.activations import Stream, find_elementwise
+from offline_prune.pipeline import prune
+from offline_prune.settings import PruneSettings
+
+
+def kernels(stream, index, block):
+    used.append(index)
+    return find_elementwise(block, stream._mlps[index]).replaced(block)
+
+
+used = []
+folder = Path(sys.argv[1])
+model = str(tiny_model("qwen3", folder / "model"))
+tokens = torch.randint(256, (4, 32), generator=torch.Generator().manual_seed(0))
+written = {}
+for name in ("plain", "kernels"):
+    if name == "kernels":
+        Stream._with_kernels = kernels
+    settings = PruneSettings(model, folder / name, method="spensegpt++", samples=4, length=32, device="cpu")
+    prune(settings, tokens=tokens)
+    written[name] = load_file(folder / name / "model.safetensors")
+assert set(used) == {0, 1}
+for key, tensor in written["plain"].items():
+    differing = (tensor.float() != written["kernels"][key].float()).float().mean().item()
+    assert differing <= 1e-3, (key, differing)
+"""
+
+
+@pytest.mark.parametrize("code", [SAME_BITS, FOUND, WHOLE_RUNS], ids=["same bits", "found", "whole runs"])
+def test_in_the_interpreter(code: str, tmp_path: Path) -> None:
+    """In a process of its own: Triton decides when it is imported whether it will interpret."""
+    process = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=Path(__file__).parent,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    )
+    assert process.returncode == 0, process.stderr
