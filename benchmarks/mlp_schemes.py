@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from vllm_spense import ops
+from vllm_spense import glue, ops
 from vllm_spense.format import GROUP, KEPT, Regions
 from vllm_spense.kernels.problem import Problem
 from vllm_spense.kernels.reference import quantize
@@ -155,7 +155,7 @@ class Spense(Stock):
             "down": Problem(*sizes.shape("down"), regions, "input"),
         }
         #: Whether kernels of our own stand around the GEMMs.
-        self.fuses = ops.fuses_activation(self.problems["gate_up"], device) and ops.fuses_norm(
+        self.fuses = glue.fuses_activation(self.problems["gate_up"], device) and glue.fuses_norm(
             sizes.hidden, torch.bfloat16, device
         )
         if self.fuses:
@@ -184,12 +184,12 @@ class Spense(Stock):
 
     def enter(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if self.fuses:
-            return ops.add_norm_quant(x, residual, self.norm, _EPSILON)
+            return glue.add_norm_quant(x, residual, self.norm, _EPSILON)
         return super().enter(x, residual)
 
     def between(self, y: torch.Tensor, x_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.fuses:
-            return ops.silu_mul_quant(y, x_scale, self.scales["gate_up"], self.regions.sparse)
+            return glue.silu_mul_quant(y, x_scale, self.scales["gate_up"], self.regions.sparse)
         return super().between(y, x_scale)
 
     def scaled(self, part: Part, y: torch.Tensor, x_scale: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ class Meter:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._process = psutil.Process()
         self._host_before = self._host_peak = self._host_memory()
+        self._pinned_before = 0
         self._stack: list[str] = []
         self._since = 0.0
 
@@ -41,6 +42,7 @@ class Meter:
             torch.cuda.synchronize(self.device)
             torch.empty(1, pin_memory=True)
             torch.cuda.reset_peak_host_memory_stats()
+            self._pinned_before = self._pinned("current")
         token = _active.set(self)
         try:
             yield self
@@ -68,8 +70,8 @@ class Meter:
 
     @property
     def peak_pinned(self) -> int:
-        """Bytes of pinned host memory that tensors took; 0 on a CPU."""
-        return torch.cuda.host_memory_stats()["active_bytes.peak"] if self.device.type == "cuda" else 0
+        """Bytes of pinned host memory that tensors of this run took; 0 on a CPU."""
+        return self._pinned("peak") - self._pinned_before if self.device.type == "cuda" else 0
 
     @property
     def peak_device(self) -> int:
@@ -85,6 +87,9 @@ class Meter:
         if self._stack:
             self.seconds[self._stack[-1]] += now - self._since
         self._since = now
+
+    def _pinned(self, which: str) -> int:
+        return torch.cuda.host_memory_stats()[f"active_bytes.{which}"]
 
     def _host_memory(self) -> int:
         """Bytes of this process's own memory: what it allocated, not the files it mapped."""

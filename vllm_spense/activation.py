@@ -14,7 +14,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.activation import SiluAndMul
 
-from vllm_spense import ops
+from vllm_spense import glue
 
 #: Whose MLP is down(SiluAndMul(gate_up(x))) in vLLM, with nothing in between.
 PLAIN_MLPS = frozenset(
@@ -26,7 +26,7 @@ PLAIN_MLPS = frozenset(
 
 
 class RawSums(NamedTuple):
-    """gate_up's output by region and before its scales: what `ops.silu_mul_quant` takes."""
+    """gate_up's output by region and before its scales: what `glue.silu_mul_quant` takes."""
 
     raw: torch.Tensor
     x_scale: torch.Tensor
@@ -71,7 +71,7 @@ class FusedSiluAndMul(SiluAndMul):
 
     def forward(self, x: torch.Tensor | RawSums) -> torch.Tensor | Quantized:
         if isinstance(x, RawSums):
-            return Quantized(*ops.silu_mul_quant(*x))
+            return Quantized(*glue.silu_mul_quant(*x))
         return super().forward(x)
 
 

@@ -55,19 +55,21 @@ class Efficiency:
     tensor_cores: float
 
 
-#: Of stock FP8 GEMMs in MLPs and, smaller, in attention; of regions in Spense's; of the last layer in BF16; and of
-#: reading the KV cache.
+#: Of FP8 GEMMs in MLPs and, smaller, in attention: stock's and Spense's; of the last layer in BF16; and of reading the
+#: KV cache.
 STOCK = Efficiency(0.81, 0.68)
 STOCK_ATTENTION = Efficiency(0.6, 0.68)
 DENSE_REGION = Efficiency(0.79, 0.66)
 SPARSE_REGION = Efficiency(0.77, 0.46)
+SPENSE_ATTENTION = Efficiency(0.74, 0.42)
 LM_HEAD = Efficiency(0.83, 0.68)
-KV_CACHE = 0.9
+KV_CACHE = 0.74
 #: Near the knee of the roofline both limits add to the time: its sum is that of powers with this exponent.
 _KNEE = 4
-#: Time of a layer outside its GEMMs and beyond reading the KV cache: launches, and for each token what norms,
-#: activation functions and quantization take at `_GLUE_INTERMEDIATE`.
-_LAYER_US, _TOKEN_US, _GLUE_INTERMEDIATE = 33.0, 0.44, 25600
+#: Time of a layer outside its GEMMs and beyond reading the KV cache, in stock and in Spense, whose GEMMs load weights
+#: meanwhile: launches, and for each token what norms, activation functions and quantization take at
+#: `_GLUE_INTERMEDIATE`.
+_STOCK_GLUE, _SPENSE_GLUE, _GLUE_INTERMEDIATE = (33.0, 0.44), (22.5, 0.5), 25600
 
 DEFAULT_SPARSITY = 0.375
 KV_BYTES = {"auto": 2, "fp8": 1}
@@ -207,16 +209,22 @@ def estimate(
     def stock_us(shapes: Sequence[tuple[int, int]], efficiency: Efficiency) -> float:
         return sum(region_us(n * k, batch, gpu, efficiency) for n, k in shapes)
 
+    def beside_mlp_us(efficiency: Efficiency, glue: tuple[float, float]) -> float:
+        layer, token = glue
+        glue_us = layer + token * batch * model.intermediate_size / _GLUE_INTERMEDIATE
+        return model.num_hidden_layers * (stock_us(model.attention_shapes, efficiency) + glue_us)
+
     kv_bytes = model.kv_bytes(batch * context, kv_cache_dtype)
-    glue = _LAYER_US + _TOKEN_US * batch * model.intermediate_size / _GLUE_INTERMEDIATE
     shared = (
-        model.num_hidden_layers * (stock_us(model.attention_shapes, STOCK_ATTENTION) + glue)
-        + kv_bytes / (gpu.bytes_per_s * KV_CACHE) * 1e6
+        kv_bytes / (gpu.bytes_per_s * KV_CACHE) * 1e6
         # In BF16: twice the bytes, half the peak.
         + region_us(model.vocab_size * model.hidden_size, batch, gpu, LM_HEAD, weight_bytes=2, flops=2)
     )
     dense = stock_us(model.mlp_shapes, STOCK)
-    spense, calibrated = (model.num_hidden_layers - len(layers)) * dense, False
+    # Without a pruned layer, nothing is Spense's.
+    spense = beside_mlp_us(SPENSE_ATTENTION, _SPENSE_GLUE) if layers else beside_mlp_us(STOCK_ATTENTION, _STOCK_GLUE)
+    calibrated = False
+    spense += (model.num_hidden_layers - len(layers)) * dense
     for regions, count in Counter(layers).items():
         (gate_up, hidden), (_, intermediate) = model.mlp_shapes
         for gemm in (
@@ -227,7 +235,7 @@ def estimate(
             calibrated |= scale is not None
             spense += count * gemm.us(batch, gpu) * (scale or 1)
     return Estimate(
-        (shared + model.num_hidden_layers * dense) / 1e3,
+        (shared + (beside_mlp_us(STOCK_ATTENTION, _STOCK_GLUE) + model.num_hidden_layers * dense)) / 1e3,
         (shared + spense) / 1e3,
         model.weight_bytes(),
         model.weight_bytes(layers),

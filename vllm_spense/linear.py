@@ -19,7 +19,7 @@ from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
 from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
 from vllm.model_executor.parameter import BasevLLMParameter
 
-from vllm_spense import layout, loaders, ops
+from vllm_spense import glue, layout, loaders, ops
 from vllm_spense.activation import Claim, Quantized, RawSums
 from vllm_spense.errors import FormatError
 from vllm_spense.format import Regions
@@ -201,8 +201,8 @@ class OutputSplitLinearMethod(RegionLinearMethod):
         """By region, where the activation behind takes raw sums: it can take them in any order."""
         device = weight.device
         merged = self.problem.parts == 2
-        self.hands_on_raw_sums = merged and self.claim.made and ops.fuses_activation(self.problem, device)
-        self.norm_claim.takes_fp8 = merged and ops.fuses_norm(self.problem.k, self.dtype, device)
+        self.hands_on_raw_sums = merged and self.claim.made and glue.fuses_activation(self.problem, device)
+        self.norm_claim.takes_fp8 = merged and glue.fuses_norm(self.problem.k, self.dtype, device)
         if not self.hands_on_raw_sums:
             return super().arranged(weight)
         self.runs = self.problem.merged()
@@ -226,7 +226,7 @@ class InputSplitLinearMethod(RegionLinearMethod):
 
     def arranged(self, weight: torch.Tensor) -> torch.Tensor:
         """Scaled by the GEMM where the norm behind is a kernel of ours: the compiler has none to fuse scales with."""
-        own_norm = self.before_plain_norm and ops.fuses_norm(self.problem.n, self.dtype, weight.device)
+        own_norm = self.before_plain_norm and glue.fuses_norm(self.problem.n, self.dtype, weight.device)
         self.runs = replace(self.problem, scaled=own_norm and self.dtype == self.problem.out_dtype)
         return weight
 

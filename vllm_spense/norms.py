@@ -14,7 +14,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.layernorm import RMSNorm
 
-from vllm_spense import ops
+from vllm_spense import glue
 from vllm_spense.activation import Quantized
 
 #: Whose decoder layers build, in this order, qkv_proj, gate_up_proj, the norm before qkv_proj and the norm before
@@ -63,7 +63,7 @@ class FusedRMSNorm(RMSNorm):
     ) -> torch.Tensor | tuple[torch.Tensor | Quantized, torch.Tensor]:
         if residual is None or not (self.plain and self.claim and self.claim.takes_fp8):
             return super().forward(x, residual)
-        values, scale, total = ops.add_norm_quant(x, residual, self.weight.data, self.variance_epsilon)
+        values, scale, total = glue.add_norm_quant(x, residual, self.weight.data, self.variance_epsilon)
         return Quantized(values, scale), total
 
 

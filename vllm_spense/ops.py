@@ -1,10 +1,3 @@
-"""The custom ops: `spense::region_gemm` of pruned layers, `spense::silu_mul_quant` between them, and
-`spense::whole_gemm` of layers that nothing was pruned in.
-
-Pruned layers' GEMMs take FP8 and return raw sums. Scales stay outside: in `silu_mul_quant`, or as ordinary torch that
-Inductor fuses into what follows.
-"""
-
 from __future__ import annotations
 
 import importlib
@@ -18,7 +11,6 @@ from typing import Protocol, cast
 import torch
 
 from vllm_spense.format import Regions
-from vllm_spense.kernels import reference
 from vllm_spense.kernels.problem import Problem, Scales
 from vllm_spense.policy import (
     ONE_LAUNCH_CAPABILITY,
@@ -79,13 +71,13 @@ def prepare(problem: Problem, max_tokens: int, device: torch.device) -> None:
         problem.k,
         problem.parts * problem.regions.sparse,
         problem.parts * problem.regions.dense,
-        _describe(device),
+        describe(device),
         _turns(problem, max_tokens, device),
     )
     if device.type == "cuda" and Path.REFERENCE in paths:
         logger.warning(
             "Spense: the reference path is slow on a GPU; the library path is not taken because %s",
-            reason_against(Path.LIBRARY, problem, _describe(device)) or f"{SWITCH} says so",
+            reason_against(Path.LIBRARY, problem, describe(device)) or f"{SWITCH} says so",
         )
 
 
@@ -184,80 +176,6 @@ def _region_gemm_fake(
     return x.new_empty((x.shape[0], sizes[0]), dtype=out_dtype)
 
 
-def silu_mul_quant(
-    raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor, boundary: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """silu(gate) · up in FP8, as `kernels.reference.silu_mul_quant` computes it.
-
-    Args:
-        raw: (M, 2·I), gate_up's raw sums by region: [gate sparse | up sparse | gate dense | up dense].
-        x_scale: float32 (M, 1), of gate_up's input.
-        w_scale: float32 (2·I, 1), of gate_up's weight, gate's rows before up's.
-        boundary: columns of a sparse region.
-
-    Returns:
-        float8_e4m3fn (M, I) and its scales, float32 (M, 1).
-    """
-    return torch.ops.spense.silu_mul_quant(raw, x_scale, w_scale, boundary)
-
-
-def fuses_activation(problem: Problem, device: torch.device) -> bool:
-    """Whether `silu_mul_quant` has a kernel for what a merged gate_up puts out; makes it ready if so.
-
-    Elsewhere traced torch is faster than an op that Inductor cannot fuse with anything.
-    """
-    if device.type == "cpu":
-        return True
-    if reason_against(Path.ONE_LAUNCH, problem, _describe(device)):
-        return False
-    from vllm_spense.kernels import silu_mul_quant as fast
-
-    if fault := fast.fault(device):
-        logger.warning("Spense: SiLU · mul · quantize is left to the compiler: %s", fault)
-        return False
-    fast.prepare(problem.n // 2, problem.out_dtype, device)
-    return True
-
-
-def add_norm_quant(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """RMS norm of x + residual in FP8, as `kernels.reference.add_norm_quant` computes it.
-
-    Args:
-        x, residual: (M, K) in the model's dtype.
-        weight: (K,), of the norm.
-        epsilon: added to the mean square.
-
-    Returns:
-        float8_e4m3fn (M, K), its scales, float32 (M, 1), and x + residual in the model's dtype.
-    """
-    return torch.ops.spense.add_norm_quant(x, residual, weight, epsilon)
-
-
-def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (M, K) in FP8 and its scales, float32 (M, 1)."""
-    return torch.ops.spense.quantize(x)
-
-
-def fuses_norm(size: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `add_norm_quant` and `quantize` have a kernel for rows of `size` values; makes it ready if so."""
-    if device.type == "cpu":
-        return True
-    described = _describe(device)
-    if not described.bindings or described.capability != ONE_LAUNCH_CAPABILITY or dtype != torch.bfloat16:
-        return False
-    from vllm_spense.kernels import norm_quant as fast
-
-    if size % fast.WIDTH:
-        return False
-    if fault := fast.fault(device):
-        logger.warning("Spense: norm · quantize is left to the compiler: %s", fault)
-        return False
-    fast.prepare(size, device)
-    return True
-
-
 def whole_gemm(x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
     """x · Wᵀ · s_x · s_w, for a layer that `prepare_whole` knows.
 
@@ -276,7 +194,7 @@ def whole_gemm(x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, w_s
 def prepare_whole(n: int, k: int, device: torch.device) -> bool:
     """Whether `whole_gemm` is to run layers of this size: makes whatever is slow to make, and says in the log if so."""
     problem = _problem(torch.bfloat16, n, k, 0, k, False, 1, True)
-    if _forced() not in (None, Path.ONE_LAUNCH) or reason_against(Path.ONE_LAUNCH, problem, _describe(device)):
+    if _forced() not in (None, Path.ONE_LAUNCH) or reason_against(Path.ONE_LAUNCH, problem, describe(device)):
         return False
     from vllm_spense.kernels import whole
 
@@ -306,51 +224,6 @@ def _whole_gemm_fake(
     return x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.bfloat16)
 
 
-def _silu_mul_quant(
-    raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor, boundary: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if raw.device.type == "cpu":
-        return reference.silu_mul_quant(raw, x_scale, w_scale, boundary)
-    from vllm_spense.kernels import silu_mul_quant as fast
-
-    return fast.run(raw, x_scale, w_scale, boundary)
-
-
-def _silu_mul_quant_fake(
-    raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor, boundary: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens, size = raw.shape[0], raw.shape[1] // 2
-    return raw.new_empty((tokens, size), dtype=torch.float8_e4m3fn), x_scale.new_empty((tokens, 1))
-
-
-def _add_norm_quant(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if x.device.type == "cpu":
-        return reference.add_norm_quant(x, residual, weight, epsilon)
-    from vllm_spense.kernels import norm_quant as fast
-
-    return fast.add_norm_quant(x.contiguous(), residual.contiguous(), weight, epsilon)
-
-
-def _add_norm_quant_fake(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return *_quantize_fake(x), x.new_empty(x.shape)
-
-
-def _quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    if x.device.type == "cpu":
-        return reference.quantize(x)
-    from vllm_spense.kernels import norm_quant as fast
-
-    return fast.quantize(x.contiguous())
-
-
-def _quantize_fake(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty((x.shape[0], 1), dtype=torch.float32)
-
-
 @cache
 def _path(problem: Problem, tokens: int, device: torch.device) -> Path:
     return choose(_paths(problem, device), tokens, lambda path: cast(Timed, kernel(path)).us(problem, tokens, device))
@@ -358,11 +231,11 @@ def _path(problem: Problem, tokens: int, device: torch.device) -> Path:
 
 @cache
 def _paths(problem: Problem, device: torch.device) -> tuple[Path, ...]:
-    return candidates(problem, _describe(device), _forced())
+    return candidates(problem, describe(device), _forced())
 
 
 @cache
-def _describe(device: torch.device) -> Device:
+def describe(device: torch.device) -> Device:
     if device.type != "cuda":
         return Device(device.type)
     capability = torch.cuda.get_device_capability(device)
@@ -383,22 +256,13 @@ def _forced() -> Path | None:
 
 
 # Torch removes the ops of a library object that is collected.
-_LIBRARY = torch.library.Library("spense", "FRAGMENT")
-_LIBRARY.define(
+LIBRARY = torch.library.Library("spense", "FRAGMENT")
+LIBRARY.define(
     "region_gemm(Tensor x, Tensor[] tensors, str[] names, int[] sizes, ScalarType out_dtype, Tensor? x_scale=None, "
     "Tensor? w_scale=None) -> Tensor"
 )
-_LIBRARY.impl("region_gemm", _region_gemm, "CompositeExplicitAutograd")
-torch.library.register_fake("spense::region_gemm", _region_gemm_fake, lib=_LIBRARY)
-_LIBRARY.define("silu_mul_quant(Tensor raw, Tensor x_scale, Tensor w_scale, int boundary) -> (Tensor, Tensor)")
-_LIBRARY.impl("silu_mul_quant", _silu_mul_quant, "CompositeExplicitAutograd")
-torch.library.register_fake("spense::silu_mul_quant", _silu_mul_quant_fake, lib=_LIBRARY)
-_LIBRARY.define("whole_gemm(Tensor x, Tensor weight, Tensor x_scale, Tensor w_scale) -> Tensor")
-_LIBRARY.impl("whole_gemm", _whole_gemm, "CUDA")
-torch.library.register_fake("spense::whole_gemm", _whole_gemm_fake, lib=_LIBRARY)
-_LIBRARY.define("add_norm_quant(Tensor x, Tensor residual, Tensor weight, float epsilon) -> (Tensor, Tensor, Tensor)")
-_LIBRARY.impl("add_norm_quant", _add_norm_quant, "CompositeExplicitAutograd")
-torch.library.register_fake("spense::add_norm_quant", _add_norm_quant_fake, lib=_LIBRARY)
-_LIBRARY.define("quantize(Tensor x) -> (Tensor, Tensor)")
-_LIBRARY.impl("quantize", _quantize, "CompositeExplicitAutograd")
-torch.library.register_fake("spense::quantize", _quantize_fake, lib=_LIBRARY)
+LIBRARY.impl("region_gemm", _region_gemm, "CompositeExplicitAutograd")
+torch.library.register_fake("spense::region_gemm", _region_gemm_fake, lib=LIBRARY)
+LIBRARY.define("whole_gemm(Tensor x, Tensor weight, Tensor x_scale, Tensor w_scale) -> Tensor")
+LIBRARY.impl("whole_gemm", _whole_gemm, "CUDA")
+torch.library.register_fake("spense::whole_gemm", _whole_gemm_fake, lib=LIBRARY)

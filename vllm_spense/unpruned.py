@@ -11,7 +11,7 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.kernels.linear.scaled_mm.cutlass import CutlassFP8ScaledMMLinearKernel
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Fp8
 
-from vllm_spense import ops
+from vllm_spense import glue, ops
 from vllm_spense.activation import Quantized
 from vllm_spense.norms import NormClaim
 
@@ -75,7 +75,7 @@ class WholeKernel(CutlassFP8ScaledMMLinearKernel):
         self.ours = (
             weight.t().is_contiguous() and n == self.logical_output_size and ops.prepare_whole(n, k, weight.device)
         )
-        self.quantizes = self.ours and ops.fuses_norm(k, torch.bfloat16, weight.device)
+        self.quantizes = self.ours and glue.fuses_norm(k, torch.bfloat16, weight.device)
         if self.norm_claim:
             self.norm_claim.takes_fp8 = self.quantizes
 
@@ -84,7 +84,7 @@ class WholeKernel(CutlassFP8ScaledMMLinearKernel):
             return super().apply_weights(layer, x, bias)
         if not isinstance(x, Quantized):
             # Behind attention there is no kernel of the compiler's that could quantize on the way.
-            x = Quantized(*ops.quantize(x.reshape(-1, x.shape[-1])))
+            x = Quantized(*glue.quantize(x.reshape(-1, x.shape[-1])))
         weight, scale, *_ = self._get_layer_params(layer)
         return self.apply_scaled_mm(
             A=x.values, B=weight, out_dtype=torch.bfloat16, As=x.scale, Bs=scale, bias=bias,

@@ -14,7 +14,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS
 
-from vllm_spense import ops
+from vllm_spense import glue
 from vllm_spense.activation import PLAIN_MLPS, Claim, FusedSiluAndMul, Quantized, RawSums
 from vllm_spense.kernels import reference
 
@@ -95,13 +95,13 @@ def test_vllms_mlp_is_what_the_list_says(architecture: str) -> None:
 
 def test_the_op_and_its_fake_agree() -> None:
     arguments = torch.randn(5, 128) * 1000, torch.rand(5, 1) / 100, torch.rand(128, 1), 32
-    values, scale = ops.silu_mul_quant(*arguments)
+    values, scale = glue.silu_mul_quant(*arguments)
     twin_values, twin_scale = reference.silu_mul_quant(*arguments)
     assert torch.equal(values.view(torch.uint8), twin_values.view(torch.uint8))
     assert torch.equal(scale, twin_scale)
     torch.library.opcheck(torch.ops.spense.silu_mul_quant.default, arguments, test_utils=["test_schema"])
     with torch._subclasses.FakeTensorMode() as mode:
         fakes = map(mode.from_tensor, arguments[:3])
-        fake_values, fake_scale = ops.silu_mul_quant(*fakes, 32)
+        fake_values, fake_scale = glue.silu_mul_quant(*fakes, 32)
     assert (fake_values.shape, fake_values.dtype) == (values.shape, values.dtype)
     assert (fake_scale.shape, fake_scale.dtype) == (scale.shape, scale.dtype)

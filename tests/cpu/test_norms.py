@@ -13,7 +13,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS
 
-from vllm_spense import ops
+from vllm_spense import glue
 from vllm_spense.activation import Quantized
 from vllm_spense.kernels import reference
 from vllm_spense.norms import PLAIN_NORMS, FusedRMSNorm, NormClaim
@@ -120,8 +120,8 @@ def source(function: object) -> str:
 def test_the_ops_and_their_fakes_agree() -> None:
     x, residual, weight = torch.randn(5, 64), torch.randn(5, 64), torch.rand(64)
     for op, twin, arguments in (
-        (ops.add_norm_quant, reference.add_norm_quant, (x, residual, weight, 1e-6)),
-        (ops.quantize, reference.quantize, (x,)),
+        (glue.add_norm_quant, reference.add_norm_quant, (x, residual, weight, 1e-6)),
+        (glue.quantize, reference.quantize, (x,)),
     ):
         found, expected = op(*arguments), twin(*arguments)
         raw = getattr(torch.ops.spense, op.__name__).default

@@ -9,7 +9,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 pytest.importorskip("nvmath", reason="needs nvmath-python")
 
-from vllm_spense import ops
+from vllm_spense import glue, ops
 from vllm_spense.format import Regions
 from vllm_spense.kernels import norm_quant, reference
 from vllm_spense.kernels.problem import Problem
@@ -64,8 +64,8 @@ def test_captured_launches_that_overlap_follow_their_inputs(tokens: int) -> None
     def layers() -> list[tuple[torch.Tensor, ...]]:
         steps, stream, x = [], residual, z
         for _ in range(2):
-            y = ops.region_gemm(ops.quantize(x)[0], packed[down], down)
-            values, scale, stream = ops.add_norm_quant(y, stream, weight, EPSILON)
+            y = ops.region_gemm(glue.quantize(x)[0], packed[down], down)
+            values, scale, stream = glue.add_norm_quant(y, stream, weight, EPSILON)
             raw = ops.region_gemm(values, packed[up], up)
             x = raw[:, :4096].contiguous()
             steps.append((y, values, scale, stream, raw))

@@ -9,7 +9,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 pytest.importorskip("nvmath", reason="needs nvmath-python")
 
-from vllm_spense import ops
+from vllm_spense import glue, ops
 from vllm_spense.format import Regions
 from vllm_spense.kernels import reference, silu_mul_quant
 from vllm_spense.kernels.problem import Problem
@@ -62,7 +62,7 @@ def test_a_captured_mlp_follows_its_inputs(tokens: int) -> None:
 
     def mlp() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         raw = ops.region_gemm(x, packed[up], up)
-        values, scale = ops.silu_mul_quant(raw, x_scale, w_scale, regions.sparse)
+        values, scale = glue.silu_mul_quant(raw, x_scale, w_scale, regions.sparse)
         return raw, values, scale, ops.region_gemm(values, packed[down], down)
 
     mlp()

@@ -1,0 +1,150 @@
+"""The custom ops between the GEMMs: `spense::silu_mul_quant`, `spense::add_norm_quant`, `spense::quantize`.
+
+Each is a kernel that lets the GEMM behind it begin early. Elsewhere than on the GPUs that they are written for, traced
+torch is faster than an op that Inductor cannot fuse with anything.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_spense.kernels import reference
+from vllm_spense.kernels.problem import Problem
+from vllm_spense.ops import LIBRARY, describe, logger
+from vllm_spense.policy import ONE_LAUNCH_CAPABILITY, Path, reason_against
+
+
+def silu_mul_quant(
+    raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor, boundary: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """silu(gate) · up in FP8, as `kernels.reference.silu_mul_quant` computes it.
+
+    Args:
+        raw: (M, 2·I), gate_up's raw sums by region: [gate sparse | up sparse | gate dense | up dense].
+        x_scale: float32 (M, 1), of gate_up's input.
+        w_scale: float32 (2·I, 1), of gate_up's weight, gate's rows before up's.
+        boundary: columns of a sparse region.
+
+    Returns:
+        float8_e4m3fn (M, I) and its scales, float32 (M, 1).
+    """
+    return torch.ops.spense.silu_mul_quant(raw, x_scale, w_scale, boundary)
+
+
+def fuses_activation(problem: Problem, device: torch.device) -> bool:
+    """Whether `silu_mul_quant` has a kernel for what a merged gate_up puts out; makes it ready if so.
+
+    Elsewhere traced torch is faster than an op that Inductor cannot fuse with anything.
+    """
+    if device.type == "cpu":
+        return True
+    if reason_against(Path.ONE_LAUNCH, problem, describe(device)):
+        return False
+    from vllm_spense.kernels import silu_mul_quant as fast
+
+    if fault := fast.fault(device):
+        logger.warning("Spense: SiLU · mul · quantize is left to the compiler: %s", fault)
+        return False
+    fast.prepare(problem.n // 2, problem.out_dtype, device)
+    return True
+
+
+def add_norm_quant(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """RMS norm of x + residual in FP8, as `kernels.reference.add_norm_quant` computes it.
+
+    Args:
+        x, residual: (M, K) in the model's dtype.
+        weight: (K,), of the norm.
+        epsilon: added to the mean square.
+
+    Returns:
+        float8_e4m3fn (M, K), its scales, float32 (M, 1), and x + residual in the model's dtype.
+    """
+    return torch.ops.spense.add_norm_quant(x, residual, weight, epsilon)
+
+
+def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (M, K) in FP8 and its scales, float32 (M, 1)."""
+    return torch.ops.spense.quantize(x)
+
+
+def fuses_norm(size: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `add_norm_quant` and `quantize` have a kernel for rows of `size` values; makes it ready if so."""
+    if device.type == "cpu":
+        return True
+    described = describe(device)
+    if not described.bindings or described.capability != ONE_LAUNCH_CAPABILITY or dtype != torch.bfloat16:
+        return False
+    from vllm_spense.kernels import norm_quant as fast
+
+    if size % fast.WIDTH:
+        return False
+    if fault := fast.fault(device):
+        logger.warning("Spense: norm · quantize is left to the compiler: %s", fault)
+        return False
+    fast.prepare(size, device)
+    return True
+
+
+def _silu_mul_quant(
+    raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor, boundary: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if raw.device.type == "cpu":
+        return reference.silu_mul_quant(raw, x_scale, w_scale, boundary)
+    from vllm_spense.kernels import silu_mul_quant as fast
+
+    return fast.run(raw, x_scale, w_scale, boundary)
+
+
+def _silu_mul_quant_fake(
+    raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor, boundary: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens, size = raw.shape[0], raw.shape[1] // 2
+    return raw.new_empty((tokens, size), dtype=torch.float8_e4m3fn), x_scale.new_empty((tokens, 1))
+
+
+def _add_norm_quant(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if x.device.type == "cpu":
+        return reference.add_norm_quant(x, residual, weight, epsilon)
+    from vllm_spense.kernels import norm_quant as fast
+
+    return fast.add_norm_quant(x.contiguous(), residual.contiguous(), weight, epsilon)
+
+
+def _add_norm_quant_fake(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return *_quantize_fake(x), x.new_empty(x.shape)
+
+
+def _quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if x.device.type == "cpu":
+        return reference.quantize(x)
+    from vllm_spense.kernels import norm_quant as fast
+
+    return fast.quantize(x.contiguous())
+
+
+def _quantize_fake(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty((x.shape[0], 1), dtype=torch.float32)
+
+
+"""The custom ops: `spense::region_gemm` of pruned layers, `spense::silu_mul_quant` between them, and
+`spense::whole_gemm` of layers that nothing was pruned in.
+
+Pruned layers' GEMMs take FP8 and return raw sums. Scales stay outside: in `silu_mul_quant`, or as ordinary torch that
+Inductor fuses into what follows.
+"""
+LIBRARY.define("silu_mul_quant(Tensor raw, Tensor x_scale, Tensor w_scale, int boundary) -> (Tensor, Tensor)")
+LIBRARY.impl("silu_mul_quant", _silu_mul_quant, "CompositeExplicitAutograd")
+torch.library.register_fake("spense::silu_mul_quant", _silu_mul_quant_fake, lib=LIBRARY)
+LIBRARY.define("add_norm_quant(Tensor x, Tensor residual, Tensor weight, float epsilon) -> (Tensor, Tensor, Tensor)")
+LIBRARY.impl("add_norm_quant", _add_norm_quant, "CompositeExplicitAutograd")
+torch.library.register_fake("spense::add_norm_quant", _add_norm_quant_fake, lib=LIBRARY)
+LIBRARY.define("quantize(Tensor x) -> (Tensor, Tensor)")
+LIBRARY.impl("quantize", _quantize, "CompositeExplicitAutograd")
+torch.library.register_fake("spense::quantize", _quantize_fake, lib=LIBRARY)
