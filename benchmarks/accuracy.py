@@ -145,7 +145,7 @@ def pruned_rows(
             # At sparsity 0 every method is only the quantization.
             method="magnitude" if method == "dense" else method,
             sparsity=case["sparsity"],
-            calibration=str(options.texts / f"{CALIBRATION}.jsonl") if options.texts else BUILTIN,
+            calibration=calibration_source(options.texts),
             samples=options.samples,
             length=options.length,
             seed=case["seed"],
@@ -156,6 +156,11 @@ def pruned_rows(
         report = prune(settings)
         found, _ = load_dense(settings.out, str(device))
         yield from measured(found, reference, texts, {"model": model.name, **case}, report.seconds)
+
+
+def calibration_source(folder: Path | None) -> str:
+    """The calibration text of a folder of texts, or the built-in one, as `PruneSettings` names it."""
+    return BUILTIN if folder is None else str(folder / f"{CALIBRATION}.jsonl")
 
 
 def measured(

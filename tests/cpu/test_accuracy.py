@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from benchmarks import accuracy, quality_tables, texts
+from benchmarks import accuracy, peers, quality_tables, texts
 from offline_prune.evaluate import agreement, load_dense, perplexity
 from vllm_spense.errors import SpenseError
 
@@ -87,6 +87,25 @@ def test_the_table_from_a_folder_of_texts(
     monkeypatch.setattr(sys, "orig_argv", [*sys.orig_argv, "--heldout", "3"])
     with pytest.raises(AssertionError, match="pruned again"):
         accuracy.main()
+
+
+def test_peers_are_measured_as_our_methods_are(
+    llama: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    shared = f"--model {llama} --samples 8 --length 64 --heldout 2 --seeds 0 --device cpu --texts {folder}"
+    for command in (
+        f"accuracy {shared} --methods magnitude --sparsities 0.5 --formats bf16",
+        f"peers {shared} --methods magnitude hyperprune",
+    ):
+        name = command.split()[0]
+        monkeypatch.setattr(sys, "argv", [*command.split(), "--out", str(tmp_path / f"{name}.json")])
+        (accuracy if name == "accuracy" else peers).main()
+        rows = json.loads((tmp_path / f"{name}.json").read_text())["rows"]
+        found[name] = {(row["method"], row["domain"]): row["kl"] for row in rows if row["method"] != "dense"}
+    assert len(found["peers"]) == 2 * len(texts.DOMAINS)
+    assert len(set(found["peers"].values())) == 2 * len(texts.DOMAINS)
+    assert found["accuracy"].items() <= found["peers"].items()
 
 
 def test_variants_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
