@@ -39,6 +39,8 @@ from scripts.smollm2 import smollm2
 SPARSITIES = (0.25, 0.375, 0.5)
 #: SparseGPT with dense indices is SpenseGPT, and SpenseGPT without any is SparseGPT.
 SAME = {("sparsegpt", 0.25), ("sparsegpt", 0.375), ("spensegpt", 0.5), ("spensegpt+", 0.5)}
+#: How the unpruned model is rounded: to the nearest values, and as `spensegpt++` does.
+DENSE = ("rounding=after", "rounding=everywhere")
 #: The checkpoint's format and what `PruneSettings` calls it.
 FORMATS = {"bf16": "none", "fp8": "fp8"}
 
@@ -121,7 +123,8 @@ def earlier_rows(file: Path) -> list[Row]:
 def cases(options: argparse.Namespace) -> Iterator[Row]:
     """What is pruned, as the first keys of its rows; at MLP sparsity 0 that is only the rounding."""
     if "fp8" in options.formats:
-        yield {"method": "dense", "sparsity": 0.0, "format": "fp8", "seed": 0}
+        for change in DENSE:
+            yield {"method": f"dense {change}", "sparsity": 0.0, "format": "fp8", "seed": 0}
     every = itertools.product(options.methods, options.variants, options.sparsities, options.formats, options.seeds)
     for method, change, sparsity, form, seed in every:
         if change or (method, sparsity) not in SAME:
@@ -142,8 +145,8 @@ def pruned_rows(
         settings = PruneSettings(
             str(model),
             Path(folder) / "pruned",
-            # At sparsity 0 every method is only the quantization.
-            method="magnitude" if method == "dense" else method,
+            # At sparsity 0 a method is only its rounding.
+            method="sparsegpt" if method == "dense" else method,
             sparsity=case["sparsity"],
             calibration=calibration_source(options.texts),
             samples=options.samples,

@@ -8,7 +8,7 @@ import torch
 
 from offline_prune import parts, ranks
 from offline_prune.precision import fast_matmul
-from offline_prune.quantize import COMPENSATION_HEADROOM, channel_scales, round_to_fp8
+from offline_prune.quantize import COMPENSATION_HEADROOM, channel_scales, least_squares_scales, round_to_fp8
 from offline_prune.select import (
     order_by_priority,
     processing_order,
@@ -129,7 +129,8 @@ def _prune(
 ) -> Pruned:
     weight = weight.float()
     damping = None
-    scales = channel_scales(weight, COMPENSATION_HEADROOM) if settings.rounds_inside else None
+    rule = least_squares_scales if settings.rounds_everywhere else channel_scales
+    scales = rule(weight, COMPENSATION_HEADROOM) if settings.rounds_inside else None
     if settings.solver == "sparsegpt":
         factor = inverse_factor(hessian, settings.damping, layer)
         damping = factor.damping
@@ -149,7 +150,7 @@ def _prune(
         scores = wanda_scores(weight, hessian.diagonal()) if settings.solver == "wanda" else weight.abs()
         result = prune_by_score(weight, scores, sparse_rows=sparse_rows, sparse_columns=sparse_columns)
     if settings.quantize == "fp8" and scales is None:
-        scales = channel_scales(result)
+        scales = rule(result)
         result = round_to_fp8(result, scales)
     delta = result - weight
     return Pruned(result, scales, _row_power(delta, hessian), _row_power(weight, hessian), damping)

@@ -66,8 +66,12 @@ def prune(
     seed: Annotated[int, typer.Option(help="Seed of the calibration text's order.")] = 0,
     quantize: Annotated[str, typer.Option(help="fp8 | none (the model's own type, same zeros, for research)")] = "fp8",
     fp8_rounding: Annotated[
-        str, typer.Option(help="Round inside the column loop, or after it: inside | after")
-    ] = "inside",
+        str | None,
+        typer.Option(
+            help="Round after pruning | inside the column loop that prunes | in column loops everywhere: "
+            "after | inside | everywhere. [default: everywhere for spensegpt++, else inside]"
+        ),
+    ] = None,
     damping: Annotated[float, typer.Option(help="λ over the mean of the Hessian's diagonal.")] = 0.01,
     true_sequential: Annotated[
         bool, typer.Option(help="Calibrate down on the outputs of the pruned gate and up.")
@@ -117,7 +121,7 @@ def prune(
         length=length,
         seed=seed,
         quantize=cast("Quantize", quantize),
-        rounding=cast("Rounding", fp8_rounding),
+        rounding=cast("Rounding | None", fp8_rounding),
         damping=damping,
         true_sequential=true_sequential,
         tune_steps=tune_steps,

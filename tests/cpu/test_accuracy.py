@@ -60,15 +60,15 @@ def test_the_table_from_a_folder_of_texts(
     result = json.loads(out.read_text())
     assert result["benchmark"] == "accuracy"
     rows = result["rows"]
-    # Dense twice, ++ at both sparsities and SpenseGPT at one, with two seeds: on three domains.
-    assert len(rows) == 3 * (2 + 2 * 3)
+    # Dense, rounded in two ways, ++ at both sparsities and SpenseGPT at one, with two seeds: on three domains.
+    assert len(rows) == 3 * (3 + 2 * 3)
     assert list(rows[0]) == [
         *("model", "method", "sparsity", "format", "seed", "domain"),
         *("perplexity", "kl", "top1_agreement", "prune_seconds"),
     ]
-    dense, rounded, *pruned = rows[::3]
+    dense, nearest, compensated, *pruned = rows[::3]
     assert (dense["kl"], dense["top1_agreement"], dense["prune_seconds"]) == (0, 1, None)
-    assert 0 < rounded["kl"] < min(row["kl"] for row in pruned)
+    assert 0 < compensated["kl"] < nearest["kl"] < min(row["kl"] for row in pruned)
     assert len({row["kl"] for row in pruned}) == len(pruned)
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     table = capsys.readouterr().out

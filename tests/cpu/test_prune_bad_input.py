@@ -71,7 +71,7 @@ def test_already_quantized(llama: Path, tmp_path: Path, text: Path) -> None:
         ({"selection": "first"}, "--selection: found first"),
         ({"layout": "middle"}, "--layout: found middle"),
         ({"quantize": "int8"}, "--quantize: found int8"),
-        ({"rounding": "before"}, "--fp8-rounding: found before"),
+        ({"rounding": "before"}, "--fp8-rounding: found before, expected after | inside | everywhere"),
         ({"samples": 0}, "--samples: found 0"),
         ({"damping": 2.0}, "--damping: found 2"),
         ({"tune_steps": -1}, "--tune-steps: found -1"),
