@@ -73,7 +73,14 @@ def parse() -> argparse.Namespace:
         prog="python -m benchmarks.accuracy", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--model", type=Path, help="folder of a dense model [default: SmolLM2-135M-Instruct]")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=["dense", *METHODS],
+        default=["dense", *METHODS],
+        metavar="METHOD",
+        help="dense is the unpruned model in FP8",
+    )
     parser.add_argument(
         "--variants",
         nargs="+",
@@ -122,10 +129,11 @@ def earlier_rows(file: Path) -> list[Row]:
 
 def cases(options: argparse.Namespace) -> Iterator[Row]:
     """What is pruned, as the first keys of its rows; at MLP sparsity 0 that is only the rounding."""
-    if "fp8" in options.formats:
+    if "dense" in options.methods:
         for change in DENSE:
             yield {"method": f"dense {change}", "sparsity": 0.0, "format": "fp8", "seed": 0}
-    every = itertools.product(options.methods, options.variants, options.sparsities, options.formats, options.seeds)
+    methods = [method for method in options.methods if method != "dense"]
+    every = itertools.product(methods, options.variants, options.sparsities, options.formats, options.seeds)
     for method, change, sparsity, form, seed in every:
         if change or (method, sparsity) not in SAME:
             yield {"method": f"{method} {change}".strip(), "sparsity": sparsity, "format": form, "seed": seed}

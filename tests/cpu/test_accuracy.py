@@ -54,7 +54,7 @@ def test_the_table_from_a_folder_of_texts(
 ) -> None:
     out = tmp_path / "accuracy.json"
     sizes = "--samples 8 --length 64 --heldout 2 --seeds 0 1 --sparsities 0.375 0.5"
-    command = f"accuracy --model {llama} --methods spensegpt++ spensegpt {sizes} --device cpu --texts {folder}"
+    command = f"accuracy --model {llama} --methods dense spensegpt++ spensegpt {sizes} --device cpu --texts {folder}"
     monkeypatch.setattr(sys, "argv", [*command.split(), "--out", str(out)])
     accuracy.main()
     result = json.loads(out.read_text())
