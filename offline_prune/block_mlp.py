@@ -14,7 +14,7 @@ from offline_prune.checkpoint import Say
 from offline_prune.glu import Glu
 from offline_prune.hessian import Energy, Hessian
 from offline_prune.meter import stage
-from offline_prune.mlp import Pruned, dense_order, prune_down, prune_gate_up
+from offline_prune.mlp import Pruned, file_order, prune_down, prune_gate_up
 from offline_prune.report import LayerReport, ProjectionReport, TuningReport, projection_report
 from offline_prune.select import selection_hash
 from offline_prune.settings import PruneSettings
@@ -99,7 +99,8 @@ class BlockMlp:
         hessian_in = Hessian(mlp.hidden, device)
         whole_mid = settings.wanted_selection == "sparsegpt-score" or not settings.true_sequential
         before: Hessian | Energy = (Hessian if whole_mid else Energy)(mlp.intermediate, device)
-        on_mid = before.add if whole_mid or settings.wanted_selection not in _BLIND else None
+        looks = settings.wanted_selection not in _BLIND or settings.wanted_grouping == "mixed"
+        on_mid = before.add if whole_mid or looks else None
         with stage("forward"):
             self.stream.attend(
                 self.index, self.module, mlp, hessian_in.add, on_mid, None if whole_mid else ENERGY_TOKENS
@@ -109,8 +110,7 @@ class BlockMlp:
         with stage("select"):
             gate_up = torch.cat([layer.weight for layer in gate_up_layers])
             gate, up = gate_up.chunk(2)
-            energy = mid if settings.wanted_selection == "sparsegpt-score" or mid.ndim == 1 else mid.diagonal()
-            order = dense_order(gate, up, down_layer.weight, hessian, energy, regions, settings, name)
+            order = file_order(gate, up, down_layer.weight, hessian, mid, regions, settings, name)
 
         with stage("prune"):
             both = torch.cat([order, order + mlp.intermediate])

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from offline_prune.calibrate import DEFAULT_SOURCE
 from offline_prune.place import PLACES, Place
-from offline_prune.select import LAYOUTS, SELECTIONS, Layout, Selection
+from offline_prune.select import GROUPINGS, LAYOUTS, SELECTIONS, Grouping, Layout, Selection
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import MIN_ALIGNMENT, Regions, Scalar
 
@@ -34,6 +34,7 @@ class Method:
     sparsity: float
     tune_steps: int = 0
     rounding: Rounding = "inside"
+    grouping: Grouping = "original"
 
 
 METHODS = {
@@ -56,6 +57,8 @@ class PruneSettings:
         method: a key of `METHODS`.
         sparsity: MLP sparsity (1 − ρ) / 2 in [0, 0.5]; None for the method's own.
         selection: which intermediate indices stay dense; None for the method's own.
+        grouping: which sparse indices share a group of four in down: neighbours in the `original` order, or `mixed`,
+            two strong and two weak ones; None for the method's own.
         layout: where dense columns stand while down is pruned.
         alignment: S and D are multiples of it; None picks the largest power of two up to 256 that fits.
         calibration: see `calibrate.calibration_tokens`.
@@ -85,6 +88,7 @@ class PruneSettings:
     method: str = "spensegpt+"
     sparsity: float | None = None
     selection: Selection | None = None
+    grouping: Grouping | None = None
     layout: Layout = "back"
     alignment: int | None = None
     calibration: str = DEFAULT_SOURCE
@@ -112,6 +116,8 @@ class PruneSettings:
             )
         if self.selection is not None:
             _one_of("selection", self.selection, SELECTIONS)
+        if self.grouping is not None:
+            _one_of("grouping", self.grouping, GROUPINGS)
         _one_of("layout", self.layout, LAYOUTS)
         _one_of("quantize", self.quantize, ("fp8", "none"))
         if self.rounding is not None:
@@ -145,6 +151,10 @@ class PruneSettings:
         return self.selection or METHODS[self.method].selection
 
     @property
+    def wanted_grouping(self) -> Grouping:
+        return self.grouping or METHODS[self.method].grouping
+
+    @property
     def wanted_tune_steps(self) -> int:
         return METHODS[self.method].tune_steps if self.tune_steps is None else self.tune_steps
 
@@ -176,6 +186,7 @@ class PruneSettings:
         """The settings that an annotation keeps."""
         recorded: dict[str, Scalar] = {
             "selection": self.wanted_selection,
+            "grouping": self.wanted_grouping,
             "layout": self.layout,
             "solver": self.solver,
             "true_sequential": self.true_sequential,

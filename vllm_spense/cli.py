@@ -17,7 +17,7 @@ from vllm_spense.errors import SpenseError
 if TYPE_CHECKING:
     from offline_prune.place import Place
     from offline_prune.report import Report
-    from offline_prune.select import Layout, Selection
+    from offline_prune.select import Grouping, Layout, Selection
     from offline_prune.settings import Quantize, Rounding
 
 app = typer.Typer(
@@ -50,6 +50,13 @@ def prune(
         str | None,
         typer.Option(
             help="Which indices stay dense: last | spensegpt+ | sparsegpt-score | random. [default: the method's]"
+        ),
+    ] = None,
+    grouping: Annotated[
+        str | None,
+        typer.Option(
+            help="Which sparse indices share a group of four in down: original (neighbours) | mixed (two strong, two "
+            "weak). [default: the method's]"
         ),
     ] = None,
     layout: Annotated[
@@ -114,6 +121,7 @@ def prune(
         method=method,
         sparsity=sparsity,
         selection=cast("Selection | None", selection),
+        grouping=cast("Grouping | None", grouping),
         layout=cast("Layout", layout),
         alignment=alignment,
         calibration=calibration,

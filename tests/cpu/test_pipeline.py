@@ -67,11 +67,13 @@ def test_every_family_streams_like_the_whole_model(name: str, tmp_path: Path) ->
     assert torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("grouping", ["original", "mixed"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_is_pruned_consistently(name: str, tmp_path: Path, text: Path) -> None:
+def test_every_family_is_pruned_consistently(name: str, grouping: Any, tmp_path: Path, text: Path) -> None:
     """Magnitude pruning changes no kept weight, so each new index shows which old one it was, in all projections."""
     model = tiny_model(name, tmp_path / "model")
-    run(model, tmp_path / "out", text, method="magnitude", selection="random", sparsity=0.375, quantize="none")
+    how = {"method": "magnitude", "selection": "random", "grouping": grouping, "quantize": "none"}
+    run(model, tmp_path / "out", text, sparsity=0.375, **how)
     verify(tmp_path / "out")
     before, after = TensorFiles(model), TensorFiles(tmp_path / "out")
     for layer in range(LAYERS):
@@ -79,6 +81,7 @@ def test_every_family_is_pruned_consistently(name: str, tmp_path: Path, text: Pa
         found = (new["gate"] @ old["gate"].T).argmax(1)
         assert sorted(found.tolist()) == list(range(INTERMEDIATE))
         assert not torch.equal(found, torch.arange(INTERMEDIATE))
+        assert torch.equal(found[:SPARSE], found[:SPARSE].sort().values) == (grouping == "original")
         for projection in ("gate", "up", "down"):
             kept = new[projection] != 0
             assert torch.equal(new[projection][kept], old[projection][found][kept])

@@ -69,6 +69,7 @@ def test_already_quantized(llama: Path, tmp_path: Path, text: Path) -> None:
         ({"sparsity": float("nan")}, "--sparsity: found nan"),
         ({"method": "spence"}, r"--method: found spence, expected spensegpt\+\+ \|"),
         ({"selection": "first"}, "--selection: found first"),
+        ({"grouping": "four"}, "--grouping: found four, expected original | mixed"),
         ({"layout": "middle"}, "--layout: found middle"),
         ({"quantize": "int8"}, "--quantize: found int8"),
         ({"rounding": "before"}, "--fp8-rounding: found before, expected after | inside | everywhere"),
