@@ -26,7 +26,7 @@ from offline_prune.journal import Journal
 from offline_prune.meter import Meter
 from offline_prune.model import Block, SourceModel
 from offline_prune.plan import GIB, MemoryPlan, batch_tokens, memory_plan
-from offline_prune.regions import model_regions
+from offline_prune.regions import mean_sparsity, model_regions
 from offline_prune.report import FILE, PICTURE, BlockTime, LayerReport, Report
 from offline_prune.settings import PruneSettings
 from offline_prune.stored import StoredBlock
@@ -108,7 +108,7 @@ class _Run:
         self.report = Report(
             model=settings.model,
             settings={**asdict(settings), "out": str(settings.out), "alignment": self.alignment},
-            mlp_sparsity=next(iter(self.regions.values())).mlp_sparsity,
+            mlp_sparsity=mean_sparsity(self.regions.values()),
             skipped={block.name: block.mlp.found for block in model.blocks if isinstance(block.mlp, Unsupported)},
         )
 

@@ -35,10 +35,11 @@ class Method:
     tune_steps: int = 0
     rounding: Rounding = "inside"
     grouping: Grouping = "original"
+    dense_first: bool = False
 
 
 METHODS = {
-    "spensegpt++": Method("sparsegpt", "spensegpt+", 0.375, tune_steps=128, rounding="everywhere"),
+    "spensegpt++": Method("sparsegpt", "spensegpt+", 0.375, tune_steps=128, rounding="everywhere", dense_first=True),
     "spensegpt+": Method("sparsegpt", "spensegpt+", 0.375),
     "spensegpt": Method("sparsegpt", "last", 0.375),
     "sparsegpt": Method("sparsegpt", "last", 0.5),
@@ -56,6 +57,8 @@ class PruneSettings:
         out: folder to write; must not exist unless `overwrite`.
         method: a key of `METHODS`.
         sparsity: MLP sparsity (1 − ρ) / 2 in [0, 0.5]; None for the method's own.
+        dense_first: keep the first MLP dense, and let the others take over its sparsity; None for the method's own,
+            where there are enough others.
         selection: which intermediate indices stay dense; None for the method's own.
         grouping: which sparse indices share a group of four in down: neighbours in the `original` order, or `mixed`,
             two strong and two weak ones; None for the method's own.
@@ -87,6 +90,7 @@ class PruneSettings:
     out: Path
     method: str = "spensegpt+"
     sparsity: float | None = None
+    dense_first: bool | None = None
     selection: Selection | None = None
     grouping: Grouping | None = None
     layout: Layout = "back"
@@ -149,6 +153,10 @@ class PruneSettings:
     @property
     def wanted_selection(self) -> Selection:
         return self.selection or METHODS[self.method].selection
+
+    @property
+    def wanted_dense_first(self) -> bool:
+        return METHODS[self.method].dense_first if self.dense_first is None else self.dense_first
 
     @property
     def wanted_grouping(self) -> Grouping:

@@ -46,6 +46,13 @@ def prune(
         float | None,
         typer.Option(help="Share of zeros in the MLP weights, 0 to 0.5. [default: 0.375; 0.5 for the last three]"),
     ] = None,
+    dense_first: Annotated[
+        bool | None,
+        typer.Option(
+            help="Keep the first MLP dense; the others take over its sparsity. [default: the method's, in models of "
+            "more than ten blocks]"
+        ),
+    ] = None,
     selection: Annotated[
         str | None,
         typer.Option(
@@ -120,6 +127,7 @@ def prune(
         out=out,
         method=method,
         sparsity=sparsity,
+        dense_first=dense_first,
         selection=cast("Selection | None", selection),
         grouping=cast("Grouping | None", grouping),
         layout=cast("Layout", layout),
@@ -190,12 +198,14 @@ def verify(folder: Annotated[Path, typer.Argument(help="A Spense checkpoint.")])
 @app.command()
 def inspect(folder: Annotated[Path, typer.Argument(help="A Spense checkpoint.")]) -> None:
     """Show what FOLDER is: method, regions, calibration, size."""
+    from offline_prune.regions import mean_sparsity
     from offline_prune.verify import open_checkpoint
 
     checkpoint = open_checkpoint(folder)
     annotation = checkpoint.annotation
     calibration = annotation.calibration
     default = annotation.default
+    sparsity = mean_sparsity(map(annotation.regions, annotation.modules))
     rows = {
         "weights": "FP8 E4M3, one scale per output channel" if checkpoint.fp8 else "unquantized (research only)",
         "method": annotation.method,
@@ -205,7 +215,7 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A Spense checkpoint.")]
         else f"{calibration.source}, {calibration.samples} × {calibration.length} tokens, seed {calibration.seed}",
         "MLPs": f"{len(annotation.modules)}, {annotation.modules[0]} … {annotation.modules[-1]}",
         "regions": f"sparse {default.sparse} + dense {default.dense} = {default.intermediate}",
-        "MLP sparsity": f"{default.mlp_sparsity:.2%} (dense ratio {default.dense_ratio:.3g})",
+        "MLP sparsity": f"{sparsity:.2%} (dense ratio {1 - 2 * sparsity:.3g})",
         "alignment": str(annotation.alignment),
         "size": f"{sum(checkpoint.tensors.nbytes(name) for name in checkpoint.tensors) / 2**30:.2f} GiB",
     }
