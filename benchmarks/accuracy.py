@@ -39,6 +39,8 @@ from scripts.smollm2 import smollm2
 SPARSITIES = (0.25, 0.375, 0.5)
 #: SparseGPT with dense indices is SpenseGPT, and SpenseGPT without any is SparseGPT.
 SAME = {("sparsegpt", 0.25), ("sparsegpt", 0.375), ("spensegpt", 0.5), ("spensegpt+", 0.5)}
+#: How the unpruned model is rounded: to the nearest values, and as `spensegpt++` does.
+DENSE = ("rounding=after", "rounding=everywhere")
 #: The checkpoint's format and what `PruneSettings` calls it.
 FORMATS = {"bf16": "none", "fp8": "fp8"}
 
@@ -71,7 +73,14 @@ def parse() -> argparse.Namespace:
         prog="python -m benchmarks.accuracy", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--model", type=Path, help="folder of a dense model [default: SmolLM2-135M-Instruct]")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=["dense", *METHODS],
+        default=["dense", *METHODS],
+        metavar="METHOD",
+        help="dense is the unpruned model in FP8",
+    )
     parser.add_argument(
         "--variants",
         nargs="+",
@@ -120,9 +129,11 @@ def earlier_rows(file: Path) -> list[Row]:
 
 def cases(options: argparse.Namespace) -> Iterator[Row]:
     """What is pruned, as the first keys of its rows; at MLP sparsity 0 that is only the rounding."""
-    if "fp8" in options.formats:
-        yield {"method": "dense", "sparsity": 0.0, "format": "fp8", "seed": 0}
-    every = itertools.product(options.methods, options.variants, options.sparsities, options.formats, options.seeds)
+    if "dense" in options.methods:
+        for change in DENSE:
+            yield {"method": f"dense {change}", "sparsity": 0.0, "format": "fp8", "seed": 0}
+    methods = [method for method in options.methods if method != "dense"]
+    every = itertools.product(methods, options.variants, options.sparsities, options.formats, options.seeds)
     for method, change, sparsity, form, seed in every:
         if change or (method, sparsity) not in SAME:
             yield {"method": f"{method} {change}".strip(), "sparsity": sparsity, "format": form, "seed": seed}
@@ -142,10 +153,10 @@ def pruned_rows(
         settings = PruneSettings(
             str(model),
             Path(folder) / "pruned",
-            # At sparsity 0 every method is only the quantization.
-            method="magnitude" if method == "dense" else method,
+            # At sparsity 0 a method is only its rounding.
+            method="sparsegpt" if method == "dense" else method,
             sparsity=case["sparsity"],
-            calibration=str(options.texts / f"{CALIBRATION}.jsonl") if options.texts else BUILTIN,
+            calibration=calibration_source(options.texts),
             samples=options.samples,
             length=options.length,
             seed=case["seed"],
@@ -156,6 +167,11 @@ def pruned_rows(
         report = prune(settings)
         found, _ = load_dense(settings.out, str(device))
         yield from measured(found, reference, texts, {"model": model.name, **case}, report.seconds)
+
+
+def calibration_source(folder: Path | None) -> str:
+    """The calibration text of a folder of texts, or the built-in one, as `PruneSettings` names it."""
+    return BUILTIN if folder is None else str(folder / f"{CALIBRATION}.jsonl")
 
 
 def measured(

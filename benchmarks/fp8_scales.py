@@ -2,8 +2,8 @@
 
     python -m benchmarks.fp8_scales
 
-rounds all linear layers of SmolLM2-135M-Instruct but the head both ways, unpruned, and compares the models with the
-original one.
+rounds all linear layers of SmolLM2-135M-Instruct but the head to the nearest values both ways, unpruned, and compares
+the models with the original one.
 """
 
 from __future__ import annotations
@@ -20,28 +20,9 @@ from benchmarks.quality_tables import rounding_errors
 from benchmarks.texts import DOMAINS, heldout
 from offline_prune.evaluate import load_dense
 from offline_prune.model import SourceModel
-from offline_prune.quantize import COMPENSATION_HEADROOM, channel_scales, round_to_fp8
+from offline_prune.quantize import COMPENSATION_HEADROOM, channel_scales, least_squares_scales, round_to_fp8
 from scripts.pruned import CACHE
 from scripts.smollm2 import smollm2
-
-#: What is tried, as multiples of max |w| / 448. E4M3's steps double with each power of two, so that beyond these two
-#: octaves only more weights saturate or fall below the smallest normal number.
-MULTIPLES = tuple(2 ** (step / 8) for step in range(-8, 9))
-
-
-def least_squares_scales(weight: torch.Tensor) -> torch.Tensor:
-    """Of `MULTIPLES` of the scale by the largest weight, each row's best.
-
-    Args:
-        weight: float (N, K).
-
-    Returns:
-        float32 (N, 1).
-    """
-    candidates = torch.stack([channel_scales(weight, multiple) for multiple in MULTIPLES])
-    errors = torch.stack([(round_to_fp8(weight, scales) - weight).square().sum(1) for scales in candidates])
-    return candidates.gather(0, errors.argmin(0).view(1, -1, 1)).squeeze(0)
-
 
 RULES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "max": channel_scales,

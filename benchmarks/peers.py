@@ -6,8 +6,8 @@
         --out benchmarks/results/learned-smollm2.json
 
 prunes the MLPs of SmolLM2-135M-Instruct to 2:4 without rounding, all methods on the same calibration tokens, and
-compares the results, stored in BF16, with the dense model as `benchmarks.accuracy` does. The same command goes on
-where it was cut off.
+compares the results, stored in BF16, with the dense model as `benchmarks.accuracy` does, whose `--model`, `--texts` and
+`--device` it has. The same command goes on where it was cut off.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from rich.console import Console
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from benchmarks.accuracy import Row, earlier_rows, measured
+from benchmarks.accuracy import Row, calibration_source, earlier_rows, measured
 from benchmarks.baselines import hyperprune, proxsparse
 from benchmarks.envelope import RESULTS, ROOT, write_result
 from benchmarks.quality_tables import markdown
 from benchmarks.texts import DOMAINS, heldout
-from offline_prune.calibrate import BUILTIN, calibration_tokens
+from offline_prune.calibrate import calibration_tokens
+from offline_prune.device import pick_device
 from offline_prune.evaluate import load_dense
 from offline_prune.glu import Glu
 from offline_prune.model import SourceModel
@@ -58,18 +59,20 @@ HYPER_STEPS, HYPER_RATE = 40, 0.01
 def main() -> None:
     options = parse()
     console = Console(stderr=True)
-    folder = smollm2(CACHE / "smollm2-135m")
-    reference, tokenizer = load_dense(folder)
-    texts = {name: heldout(name, tokenizer, options.heldout, options.length, None) for name in DOMAINS}
+    device = pick_device(options.device)
+    folder = options.model or smollm2(CACHE / "smollm2-135m")
+    reference, tokenizer = load_dense(folder, str(device))
+    texts = {name: heldout(name, tokenizer, options.heldout, options.length, options.texts) for name in DOMAINS}
     before, rows = earlier_rows(options.out), list[Row]()
     for seed in options.seeds:
-        tokens = calibration_tokens(BUILTIN, tokenizer, options.samples, options.length, seed)
+        source = calibration_source(options.texts)
+        tokens = calibration_tokens(source, tokenizer, options.samples, options.length, seed)
         for method in options.methods:
             case: Row = {"model": folder.name, "method": method, "sparsity": 0.5, "format": "bf16", "seed": seed}
             known = [row for row in before if row.items() >= case.items()]
             if not known:
                 start = time.perf_counter()
-                model, seconds = pruned(folder, method, tokens, seed, options.peer)
+                model, seconds = pruned(folder, method, tokens, seed, options.peer, device)
                 console.print(f"{method}: pruned in {seconds or time.perf_counter() - start:.0f} s")
                 known = list(measured(model, reference, texts, case, seconds))
             rows += known
@@ -82,19 +85,22 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.peers", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.add_argument("--model", type=Path, help="folder of a dense model [default: SmolLM2-135M-Instruct]")
     usual = [*(method for method in OURS if method != "magnitude"), *PEERS]
-    parser.add_argument("--methods", nargs="+", choices=[*usual, *LEARNED], default=usual, metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", choices=[*OURS, *PEERS, *LEARNED], default=usual, metavar="METHOD")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the calibration text's order")
     parser.add_argument("--samples", type=int, default=64, help="calibration sequences")
     parser.add_argument("--length", type=int, default=512, help="tokens in each sequence")
     parser.add_argument("--heldout", type=int, default=8, help="sequences of each held-out text")
+    parser.add_argument("--texts", type=Path, help="folder of texts [default: what is installed]")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--peer", type=Path, default=Path(".peer/bin/python"), help="a Python that has llmcompressor")
     parser.add_argument("--out", type=Path, default=RESULTS / "peers-smollm2.json")
     return parser.parse_args()
 
 
 def pruned(
-    folder: Path, method: str, tokens: torch.Tensor, seed: int, peer: Path
+    folder: Path, method: str, tokens: torch.Tensor, seed: int, peer: Path, device: torch.device
 ) -> tuple[PreTrainedModel, float | None]:
     """The model pruned by a method, and the seconds that took.
 
@@ -103,33 +109,34 @@ def pruned(
         tokens: int64 (samples, length) to calibrate on.
         seed: of those tokens, for the record.
         peer: a Python that has llmcompressor.
+        device: that computes, but for llmcompressor, which decides for itself.
     """
     if method in LEARNED:
         start = time.perf_counter()
-        return learned(folder, method, tokens), time.perf_counter() - start
+        return learned(folder, method, tokens, device), time.perf_counter() - start
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "pruned"
         if method in OURS:
             sizes = {"samples": tokens.shape[0], "length": tokens.shape[1], "seed": seed}
-            settings = {"sparsity": 0.5, "quantize": "none", "calibration": BUILTIN, "device": "cpu"}
+            settings = {"sparsity": 0.5, "quantize": "none", "device": str(device)}
             report = prune(PruneSettings(str(folder), out, **settings, **sizes, **OURS[method]), tokens=tokens)
-            return load_dense(out)[0], report.seconds
+            return load_dense(out, str(device))[0], report.seconds
         save_file({"tokens": tokens}, Path(scratch) / "tokens.safetensors")
         script = ROOT / "benchmarks" / "baselines" / "llmcompressor_prune.py"
         command = [peer, script, folder, Path(scratch) / "tokens.safetensors", method.split()[1], out]
         said = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
-        return load_dense(out)[0], float(said.split()[-1])
+        return load_dense(out, str(device))[0], float(said.split()[-1])
 
 
-def learned(folder: Path, method: str, tokens: torch.Tensor) -> PreTrainedModel:
+def learned(folder: Path, method: str, tokens: torch.Tensor, device: torch.device) -> PreTrainedModel:
     """The original weights under the masks that one of `LEARNED` learns."""
     layers = mlp_layers(folder)
-    model = load_dense(folder)[0]
+    model = load_dense(folder, str(device))[0]
     if method == "proxsparse":
-        masks = proxsparse.learned_masks(load_dense(folder)[0], layers, tokens, PROX_RATE, PROX_STRENGTH)
+        masks = proxsparse.learned_masks(load_dense(folder, str(device))[0], layers, tokens, PROX_RATE, PROX_STRENGTH)
     else:
         hessians = input_hessians(model, layers, tokens)
-        network = hyperprune.HyperNetwork(len(layers) // 3, 3)
+        network = hyperprune.HyperNetwork(len(layers) // 3, 3).to(device)
         described = (
             (name, i // 3, i % 3, model.get_submodule(name).weight, hessians[name]) for i, name in enumerate(layers)
         )
@@ -154,7 +161,7 @@ def input_hessians(model: PreTrainedModel, layers: list[str], tokens: torch.Tens
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(record(name)) for name in layers]
     with fast_matmul():
-        for sequence in tokens.split(1):
+        for sequence in tokens.to(model.device).split(1):
             model.base_model(input_ids=sequence, use_cache=False)
     for hook in hooks:
         hook.remove()

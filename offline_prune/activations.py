@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
 from offline_prune import parts, ranks
-from offline_prune.blocks import Observer, Split, find_split, forward, watch
+from offline_prune.blocks import Observer, Split, find_split, watch
 from offline_prune.elementwise import Elementwise, find_elementwise
 from offline_prune.glu import Glu
 from offline_prune.meter import stage
@@ -111,19 +112,28 @@ class Stream:
                 for batch in batches:
                     watch(block, self._get(batch), self.kwargs[index], {exit_: _flat(on_mid, part)}, exit_)
 
-    def advance(self, index: int, block: nn.Module, name: str) -> None:
+    def advance(
+        self, index: int, block: nn.Module, name: str, observers: Mapping[str, PartObserver] = MappingProxyType({})
+    ) -> None:
         """Replaces the hidden states by the block's outputs, from behind its attention if `attend` went there.
+
+        Args:
+            name: the block's, for errors.
+            observers: submodule → is shown its inputs, (tokens, K).
 
         Raises:
             SpenseError: an output is not finite.
         """
         broken = torch.zeros((), dtype=torch.int32, device=self.device)
         with self._with_kernels(index, block), self.entered(block):
-            for batch in self._batches:
-                output = forward(block, self._get(batch), self.kwargs[index])
-                # Whatever is not finite makes the sum so, and that is read once.
-                broken += ~torch.isfinite(output.sum(dtype=torch.float32))
-                self._put(batch, output)
+            for part, batches in enumerate(self._parts):
+                flat = {submodule: _flat(observer, part) for submodule, observer in observers.items()}
+                for batch in batches:
+                    output = watch(block, self._get(batch), self.kwargs[index], flat, None)
+                    assert output is not None
+                    # Whatever is not finite makes the sum so, and that is read once.
+                    broken += ~torch.isfinite(output.sum(dtype=torch.float32))
+                    self._put(batch, output)
         self._split = None
         ranks.add_up(broken)
         if broken.item():

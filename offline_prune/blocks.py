@@ -62,9 +62,16 @@ def watch(
     hidden: torch.Tensor,
     kwargs: dict[str, Any],
     observers: dict[str, Observer],
-    last: str,
-) -> None:
-    """Runs the block as far as the submodule `last`, and shows observers the inputs of the submodules they name."""
+    last: str | None,
+) -> torch.Tensor | None:
+    """Runs the block and shows observers the inputs of the submodules they name.
+
+    Args:
+        last: submodule that need not run any more, nor what is behind it; None for the whole block.
+
+    Returns:
+        The block's output if it ran to its end.
+    """
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def show(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -75,12 +82,12 @@ def watch(
 
         return show
 
-    names = dict.fromkeys([*observers, last])
+    names = dict.fromkeys([*observers, last] if last else observers)
     hooks = [block.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in names]
     try:
-        forward(block, hidden, kwargs)
+        return forward(block, hidden, kwargs)
     except _Enough:
-        return
+        return None
     finally:
         for handle in hooks:
             handle.remove()

@@ -8,8 +8,9 @@ import torch
 
 from offline_prune import parts, ranks
 from offline_prune.precision import fast_matmul
-from offline_prune.quantize import COMPENSATION_HEADROOM, channel_scales, round_to_fp8
+from offline_prune.quantize import COMPENSATION_HEADROOM, channel_scales, least_squares_scales, round_to_fp8
 from offline_prune.select import (
+    mixed_groups,
     order_by_priority,
     processing_order,
     sparsegpt_priority,
@@ -40,7 +41,7 @@ class Pruned:
     damping: float | None
 
 
-def dense_order(
+def file_order(
     gate: torch.Tensor,
     up: torch.Tensor,
     down: torch.Tensor,
@@ -50,18 +51,35 @@ def dense_order(
     settings: PruneSettings,
     layer: str,
 ) -> torch.Tensor:
-    """Chooses the dense indices.
+    """Chooses the dense indices, and which of the others share a group of four.
 
     Args:
         gate, up: float (I, H).
         down: float (H, I).
         hessian_in: (H, H).
-        mid: diag(H) of down's inputs, (I,); for `sparsegpt-score` the whole H, (I, I).
+        mid: H of down's inputs, (I, I), or its diagonal (I,); `sparsegpt-score` needs the whole.
         layer: the MLP's name, for errors and for the seed of `random`.
 
     Returns:
         int64 (I,): position in the file → original index.
     """
+    energy = mid if mid.ndim == 1 else mid.diagonal()
+    order = _by_selection(gate, up, down, hessian_in, mid, regions, settings, layer)
+    if settings.wanted_grouping == "mixed":
+        return mixed_groups(order, wanda_scores(down, energy).sum(0), regions)
+    return order
+
+
+def _by_selection(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    hessian_in: torch.Tensor,
+    mid: torch.Tensor,
+    regions: Regions,
+    settings: PruneSettings,
+    layer: str,
+) -> torch.Tensor:
     intermediate = regions.intermediate
     device = gate.device
     selection = settings.wanted_selection
@@ -75,7 +93,8 @@ def dense_order(
         pivots_mid = inverse_factor(mid, settings.damping, f"{layer}: down").upper.diagonal()
         priority = sparsegpt_priority(gate, up, down, pivots_in, pivots_mid)
     else:
-        priority = spensegpt_plus_priority(gate, up, down, hessian_in.diagonal(), mid)
+        energy = mid if mid.ndim == 1 else mid.diagonal()
+        priority = spensegpt_plus_priority(gate, up, down, hessian_in.diagonal(), energy)
     return order_by_priority(priority, regions)
 
 
@@ -129,7 +148,8 @@ def _prune(
 ) -> Pruned:
     weight = weight.float()
     damping = None
-    scales = channel_scales(weight, COMPENSATION_HEADROOM) if settings.rounds_inside else None
+    rule = least_squares_scales if settings.rounds_everywhere else channel_scales
+    scales = rule(weight, COMPENSATION_HEADROOM) if settings.rounds_inside else None
     if settings.solver == "sparsegpt":
         factor = inverse_factor(hessian, settings.damping, layer)
         damping = factor.damping
@@ -149,7 +169,7 @@ def _prune(
         scores = wanda_scores(weight, hessian.diagonal()) if settings.solver == "wanda" else weight.abs()
         result = prune_by_score(weight, scores, sparse_rows=sparse_rows, sparse_columns=sparse_columns)
     if settings.quantize == "fp8" and scales is None:
-        scales = channel_scales(result)
+        scales = rule(result)
         result = round_to_fp8(result, scales)
     delta = result - weight
     return Pruned(result, scales, _row_power(delta, hessian), _row_power(weight, hessian), damping)

@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from types import MappingProxyType
 from typing import cast
 
@@ -17,33 +17,26 @@ from torch import nn
 
 from offline_prune import parts, ranks
 from offline_prune.activations import Stream
+from offline_prune.block_mlp import BlockMlp
 from offline_prune.calibrate import calibration_tokens
 from offline_prune.checkpoint import CheckpointWriter, Say, refuse_filled, restored
 from offline_prune.device import pick_device
 from offline_prune.glu import Glu, Unsupported
-from offline_prune.hessian import Energy, Hessian
 from offline_prune.journal import Journal
 from offline_prune.meter import Meter
-from offline_prune.mlp import Pruned, dense_order, prune_down, prune_gate_up
 from offline_prune.model import Block, SourceModel
 from offline_prune.plan import GIB, MemoryPlan, batch_tokens, memory_plan
-from offline_prune.regions import model_regions
-from offline_prune.report import FILE, PICTURE, BlockTime, LayerReport, ProjectionReport, Report, projection_report
-from offline_prune.select import selection_hash
+from offline_prune.regions import mean_sparsity, model_regions
+from offline_prune.report import FILE, PICTURE, BlockTime, LayerReport, Report
 from offline_prune.settings import PruneSettings
-from offline_prune.stored import StoredBlock, rounded
-from offline_prune.tune import tune
+from offline_prune.stored import StoredBlock
+from offline_prune.unpruned import InputHessians, compensated, nearest
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import Annotation, Calibration
 
 #: Called after each block with (blocks done, blocks in all, name of the block).
 Progress = Callable[[int, int, str], None]
 
-#: Tokens from which SpenseGPT+ takes the diagonal of down's Hessian. All of a long text would cost one more pass
-#: through gate and up, and choose nearly the same indices: docs/pruning-at-scale.md has by how much.
-ENERGY_TOKENS = 2**18
-#: Selections that do not look at what reaches down.
-_BLIND = ("last", "random")
 #: The checkpoint's part that holds what is in no block.
 _OUTSIDE = "outside the blocks"
 #: Settings that do not change what is written.
@@ -106,7 +99,7 @@ class _Run:
         self.progress = progress
         self.say = say
         self.meter = Meter(device)
-        #: Of the dense model, where blocks are tuned towards it.
+        #: Of the dense model, where blocks are tuned towards it or rounded by its inputs.
         self.dense: Stream | None = None
         #: Only the first rank has one.
         self.writer: CheckpointWriter | None = None
@@ -115,7 +108,7 @@ class _Run:
         self.report = Report(
             model=settings.model,
             settings={**asdict(settings), "out": str(settings.out), "alignment": self.alignment},
-            mlp_sparsity=next(iter(self.regions.values())).mlp_sparsity,
+            mlp_sparsity=mean_sparsity(self.regions.values()),
             skipped={block.name: block.mlp.found for block in model.blocks if isinstance(block.mlp, Unsupported)},
         )
 
@@ -182,7 +175,7 @@ class _Run:
             tokens_at_once = batch_tokens(self.settings, self.device)
             place = self.device, self.dtype, tokens_at_once, plan.place, journal.folder
             stream = Stream(self.model, tokens, *place)
-            self.dense = Stream(self.model, tokens, *place) if self.settings.wanted_tune_steps else None
+            self.dense = Stream(self.model, tokens, *place) if self.settings.follows_dense else None
         for index, block in enumerate(self.model.blocks):
             before, start = dict(self.meter.seconds), time.perf_counter()
             if block.name in finished:
@@ -244,7 +237,7 @@ class _Run:
                     continue
                 tensor = self.model.tensors.read(name)
                 if layer in self.quantized and name.endswith(".weight"):
-                    stored.keep(layer, *rounded(tensor.float()))
+                    stored.keep(layer, *nearest(tensor.float()))
                 else:
                     stored.tensors[name] = tensor
             writer.add(_OUTSIDE, stored.tensors)
@@ -271,18 +264,19 @@ class _Run:
         more = index + 1 < len(self.model.blocks)
         if more and self.device.type == "cuda":
             self.model.prefetch(self.model.blocks[index + 1].name, self.device)
+        unpruned, hessians = self._unpruned(block), InputHessians(self.device)
         if self.dense:
+            observers = hessians.observers(unpruned) if self.settings.rounds_everywhere else {}
             with self.meter.stage("forward"):
-                self.dense.advance(index, module, block.name)
+                self.dense.advance(index, module, block.name, observers)
         stored = StoredBlock(self.model.tensors)
         with self.meter.stage("quantize"), torch.inference_mode():
-            self._quantize_unpruned(block, module, stored)
+            self._quantize_unpruned(block.name, unpruned, hessians, module, stored)
         layer = None
         if isinstance(block.mlp, Glu):
-            original = self._original(block.mlp, module)
-            layer = self._prune_mlp(index, block.name, block.mlp, module, stream, stored)
-            if self.dense:
-                layer = self._tune(index, block.name, block.mlp, module, original, stream, self.dense, stored, layer)
+            regions = self.regions[f"{block.name}.{block.mlp.path}"]
+            work = BlockMlp(index, block.name, block.mlp, module, stream, stored, regions, self.settings, self.say)
+            layer = work.process(self.dense)
             self.report.layers.append(layer)
         if more:
             with self.meter.stage("forward"):
@@ -291,108 +285,21 @@ class _Run:
             with self.meter.stage("write"):
                 self.writer.add(block.name, stored.complete(f"{block.name}."), asdict(layer) if layer else None)
 
-    def _original(self, mlp: Glu, module: nn.Module) -> dict[str, torch.Tensor]:
-        """Copies of the dense MLP's parameters, by name inside the block, where tuning needs them."""
-        if not self.dense:
-            return {}
-        parameters = module.get_submodule(mlp.path).named_parameters(prefix=mlp.path)
-        return {name: parameter.detach().clone() for name, parameter in parameters}
+    def _unpruned(self, block: Block) -> list[str]:
+        """The linear layers of a block that are only rounded, by their names inside it."""
+        inside = [name.removeprefix(f"{block.name}.") for name in self.quantized if name.startswith(f"{block.name}.")]
+        return [name for name in inside if not (isinstance(block.mlp, Glu) and name.startswith(f"{block.mlp.path}."))]
 
-    def _quantize_unpruned(self, block: Block, module: nn.Module, stored: StoredBlock) -> None:
-        """Rounds the block's other linear layers first, so that all Hessians see what inference will see."""
-        pruned = f"{block.name}.{block.mlp.path}." if isinstance(block.mlp, Glu) else None
-        for name in self.quantized:
-            if name.startswith(f"{block.name}.") and not (pruned and name.startswith(pruned)):
-                layer = cast(nn.Linear, module.get_submodule(name.removeprefix(f"{block.name}.")))
-                stored.put(name, layer, *rounded(layer.weight.float()))
-
-    @torch.inference_mode()
-    def _prune_mlp(
-        self,
-        index: int,
-        block_name: str,
-        mlp: Glu,
-        module: nn.Module,
-        stream: Stream,
-        stored: StoredBlock,
-    ) -> LayerReport:
-        start = time.perf_counter()
-        settings, meter = self.settings, self.meter
-        name = f"{block_name}.{mlp.path}"
-        regions = self.regions[name]
-        gate_up_layers, down_layer = mlp.gate_up(module), mlp.down(module)
-
-        hessian_in = Hessian(mlp.hidden, self.device)
-        whole_mid = settings.wanted_selection == "sparsegpt-score" or not settings.true_sequential
-        before: Hessian | Energy = (Hessian if whole_mid else Energy)(mlp.intermediate, self.device)
-        on_mid = before.add if whole_mid or settings.wanted_selection not in _BLIND else None
-        with meter.stage("forward"):
-            stream.attend(index, module, mlp, hessian_in.add, on_mid, None if whole_mid else ENERGY_TOKENS)
-        hessian = hessian_in.matrix()
-        mid = before.matrix() if isinstance(before, Hessian) else before.diagonal()
-        with meter.stage("select"):
-            gate_up = torch.cat([layer.weight for layer in gate_up_layers])
-            gate, up = gate_up.chunk(2)
-            energy = mid if settings.wanted_selection == "sparsegpt-score" or mid.ndim == 1 else mid.diagonal()
-            order = dense_order(gate, up, down_layer.weight, hessian, energy, regions, settings, name)
-
-        with meter.stage("prune"):
-            both = torch.cat([order, order + mlp.intermediate])
-            pruned = prune_gate_up(gate_up[both], hessian, regions, settings, f"{name}: gate and up")
-            down_layer.weight.copy_(down_layer.weight[:, order])
-        del gate_up, gate, up, hessian, hessian_in
-        with meter.stage("quantize"):
-            stored.put_gate_up(name, mlp, pruned, gate_up_layers, both)
-        gate_report = self._report(f"{name}: gate", pruned, slice(0, mlp.intermediate))
-        up_report = self._report(f"{name}: up", pruned, slice(mlp.intermediate, None))
-        # Float32 copies of the weights make room for down's Hessian.
-        del pruned
-
-        if settings.true_sequential:
-            after = Hessian(mlp.intermediate, self.device)
-            with meter.stage("forward"):
-                stream.observe(index, module, mlp, after.add)
-            mid = after.matrix()
-        else:
-            mid = mid[order][:, order]
-        with meter.stage("prune"):
-            pruned = prune_down(down_layer.weight, mid, order, regions, settings, f"{name}: down")
-        with meter.stage("quantize"):
-            stored.put(f"{name}.{mlp.projections.down}", down_layer, pruned.weight, pruned.scales)
-        return LayerReport(
-            name=name,
-            regions=regions,
-            dense_indices=selection_hash(order, regions),
-            seconds=time.perf_counter() - start,
-            gate=gate_report,
-            up=up_report,
-            down=self._report(f"{name}: down", pruned),
-        )
-
-    def _tune(
-        self,
-        index: int,
-        block_name: str,
-        mlp: Glu,
-        module: nn.Module,
-        original: dict[str, torch.Tensor],
-        stream: Stream,
-        dense: Stream,
-        stored: StoredBlock,
-        layer: LayerReport,
-    ) -> LayerReport:
-        start = time.perf_counter()
-        layers = [f"{mlp.path}.{projection}" for projection in mlp.projections.to_dict().values()]
-        scales = {name: stored.scales(f"{block_name}.{name}", self.device) for name in layers}
-        with self.meter.stage("tune"):
-            weights, report = tune(module, scales, original, index, stream, dense, self.settings)
-            with torch.inference_mode():
-                for name, weight in weights.items():
-                    linear = cast(nn.Linear, module.get_submodule(name))
-                    stored.put(f"{block_name}.{name}", linear, weight, scales[name])
-        return replace(layer, seconds=layer.seconds + time.perf_counter() - start, tuning=report)
-
-    def _report(self, what: str, pruned: Pruned, rows: slice = slice(None)) -> ProjectionReport:
-        if pruned.damping is not None and pruned.damping > self.settings.damping:
-            self.say(f"{what}: the Hessian needed a damping of {pruned.damping:g} to be factorized")
-        return projection_report(pruned, rows)
+    def _quantize_unpruned(
+        self, block_name: str, layers: list[str], hessians: InputHessians, module: nn.Module, stored: StoredBlock
+    ) -> None:
+        """Rounds the block's other linear layers first, so that the MLP's Hessians see what inference will see."""
+        linears = {name: cast(nn.Linear, module.get_submodule(name)) for name in layers}
+        for group, hessian in hessians.groups():
+            weight = torch.cat([linears[name].weight for name in group]).float()
+            found = compensated(weight, hessian, self.settings.damping, f"{block_name}.{', '.join(group)}")
+            heights = [linears[name].out_features for name in group]
+            for name, *rounded in zip(group, *(each.split(heights) for each in found), strict=True):
+                stored.put(f"{block_name}.{name}", linears.pop(name), *rounded)
+        for name, layer in linears.items():
+            stored.put(f"{block_name}.{name}", layer, *nearest(layer.weight.float()))

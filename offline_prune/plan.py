@@ -93,21 +93,24 @@ def memory_plan(model: SourceModel, settings: PruneSettings, device: torch.devic
     widest = max((mlp.intermediate for mlp in mlps), default=0)
     parameters = max(sum(p.numel() for p in model.module(block.name).parameters()) for block in model.blocks)
     written = _written_bytes(model, settings)
-    streams = 2 if settings.wanted_tune_steps else 1
+    streams, tunes = 2 if settings.follows_dense else 1, settings.wanted_tune_steps > 0
     # A float32 weight of down, what becomes of it, its difference, and two products for the loss.
     weights = 5 * 4 * widest * hidden
     # A tree of sums keeps one of each level, and one that is exchanged.
     sums = max(len(parts.cut(settings.samples // ranks.size())).bit_length(), 2 if ranks.size() > 1 else 1)
     phases = {
-        # H of the parts of the text, and one batch: residual stream and its norms, the MLP's three wide tensors.
+        # H of the parts of the text, and one batch: residual stream and its norms, the MLP's three wide tensors. What
+        # layers that are only rounded see is narrower.
         "observe": sums * 4 * widest**2 + batch * (3 * widest + 6 * hidden) * dtype.itemsize,
         # H and three matrices of its size to factorize it; weights twice as large, and once in the model's type.
         "gate and up": 4 * 4 * hidden**2 + 2 * weights + 4 * widest * hidden * dtype.itemsize,
-        "tune": _tuning(widest, hidden, batch, dtype.itemsize) if streams == 2 else 0,
-        "down": (5 if settings.layout != "back" else 4) * 4 * widest**2 + weights,
+        "tune": (_tuning(widest, hidden, batch, dtype.itemsize) if tunes else 0)
+        # Both Hessians wait for the rounding of what is tuned.
+        + (4 * (widest**2 + hidden**2) if settings.rounds_tuned else 0),
+        "down": (5 if settings.layout != "back" else 4) * 4 * widest**2 + 4 * hidden**2 + weights,
     }
     # Tuning keeps a copy of the dense MLP.
-    weights_here = (parameters + (3 * widest * hidden if streams == 2 else 0)) * dtype.itemsize
+    weights_here = (parameters + (3 * widest * hidden if tunes else 0)) * dtype.itemsize
     kept = max(sum(_of_block(block.name, written)) for block in model.blocks)
     one_stream = tokens * hidden * dtype.itemsize
     needs = MemoryPlan(

@@ -11,6 +11,8 @@ SCALE_DTYPE = torch.bfloat16
 #: Compensation lets weights outgrow the largest original one. E4M3 is a floating-point format, so room for that
 #: costs next to nothing, while saturated weights cost more than all other rounding (docs/pruning.md).
 COMPENSATION_HEADROOM = 1.5
+#: Scales that are tried in an octave, and weights that are rounded at once with them.
+_STEPS, _AT_ONCE = 16, 2**24
 
 
 def channel_scales(weight: torch.Tensor, headroom: float = 1.0) -> torch.Tensor:
@@ -26,6 +28,31 @@ def channel_scales(weight: torch.Tensor, headroom: float = 1.0) -> torch.Tensor:
     largest = weight.abs().amax(dim=1, keepdim=True).float()
     scales = (headroom * largest / FP8_MAX).to(SCALE_DTYPE).float()
     return torch.where(scales > 0, scales, torch.ones_like(scales))
+
+
+def least_squares_scales(weight: torch.Tensor, headroom: float = 1.0) -> torch.Tensor:
+    """Each row's scale, from that of `channel_scales(weight, headroom)` up to twice it, with the least ‖w − ŵ‖².
+
+    E4M3's steps double with each power of two, so twice a scale rounds all but the smallest weights as the scale does,
+    and one octave holds all there is to choose from: which weights come to lie where the steps are relatively small.
+
+    Args:
+        weight: (N, K) float.
+        headroom: how far weights may at least grow before they saturate.
+
+    Returns:
+        As `channel_scales`.
+    """
+    best = channel_scales(weight, headroom)
+    for rows in torch.arange(len(weight), device=weight.device).split(max(1, _AT_ONCE // weight.shape[1])):
+        part = weight[rows].float()
+        least = torch.full_like(best[rows], torch.inf)
+        for step in range(_STEPS):
+            scales = channel_scales(part, headroom * 2 ** (step / _STEPS))
+            error = (round_to_fp8(part, scales) - part).square_().sum(1, keepdim=True)
+            best[rows] = torch.where(error < least, scales, best[rows])
+            least = torch.minimum(least, error)
+    return best
 
 
 def to_fp8(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

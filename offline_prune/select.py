@@ -1,4 +1,4 @@
-"""Which intermediate indices stay dense, and in which order the columns of down are processed."""
+"""Which intermediate indices stay dense, which share a group, and in which order the columns of down are processed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from vllm_spense.format import GROUP, Regions
 
 Selection = Literal["last", "spensegpt+", "sparsegpt-score", "random"]
 Layout = Literal["back", "front", "none"]
+Grouping = Literal["original", "mixed"]
 SELECTIONS: tuple[str, ...] = get_args(Selection)
+GROUPINGS: tuple[str, ...] = get_args(Grouping)
 LAYOUTS: tuple[str, ...] = get_args(Layout)
 
 
@@ -71,6 +73,26 @@ def order_by_priority(priority: torch.Tensor, regions: Regions) -> torch.Tensor:
     sparse = ranking[: regions.sparse].sort().values
     dense = ranking[regions.sparse :].sort().values
     return torch.cat([sparse, dense])
+
+
+def mixed_groups(order: torch.Tensor, strength: torch.Tensor, regions: Regions) -> torch.Tensor:
+    """Deals the sparse indices into groups of four such that each has two of the stronger half and two of the weaker.
+
+    2:4 takes two of every four weights of down, so a group of four strong columns loses two strong ones, while beside
+    it a group of weak columns keeps two weak ones. Intermediate indices may stand in any order, so it need not be.
+
+    Args:
+        order: int64 (I,), position in the file → original index.
+        strength: (I,) of the original indices: what removing the column of down would cost.
+
+    Returns:
+        int64 (I,): as `order`, with the same indices in the sparse region; groups go from strong to weak.
+    """
+    sparse = order[: regions.sparse]
+    quarters = sparse[strength[sparse].argsort(descending=True, stable=True)].view(GROUP, -1)
+    # The strongest of all comes together with the weakest of the stronger half, and so in the weaker half.
+    quarters[1::2] = quarters[1::2].flip(1)
+    return torch.cat([quarters.T.flatten(), order[regions.sparse :]])
 
 
 def processing_order(order: torch.Tensor, regions: Regions, layout: Layout) -> torch.Tensor:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from offline_prune.calibrate import DEFAULT_SOURCE
 from offline_prune.place import PLACES, Place
-from offline_prune.select import LAYOUTS, SELECTIONS, Layout, Selection
+from offline_prune.select import GROUPINGS, LAYOUTS, SELECTIONS, Grouping, Layout, Selection
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import MIN_ALIGNMENT, Regions, Scalar
 
 Solver = Literal["sparsegpt", "wanda", "magnitude"]
 Quantize = Literal["fp8", "none"]
-Rounding = Literal["inside", "after"]
+Rounding = Literal["after", "inside", "everywhere"]
+ROUNDINGS: tuple[str, ...] = get_args(Rounding)
 
 MAX_SPARSITY = 0.5
 #: Regions that are multiples of this stay multiples of 32 on each of 8 tensor parallel ranks.
@@ -32,10 +33,13 @@ class Method:
     selection: Selection
     sparsity: float
     tune_steps: int = 0
+    rounding: Rounding = "inside"
+    grouping: Grouping = "original"
+    dense_first: bool = False
 
 
 METHODS = {
-    "spensegpt++": Method("sparsegpt", "spensegpt+", 0.375, tune_steps=128),
+    "spensegpt++": Method("sparsegpt", "spensegpt+", 0.375, tune_steps=128, rounding="everywhere", dense_first=True),
     "spensegpt+": Method("sparsegpt", "spensegpt+", 0.375),
     "spensegpt": Method("sparsegpt", "last", 0.375),
     "sparsegpt": Method("sparsegpt", "last", 0.5),
@@ -53,13 +57,19 @@ class PruneSettings:
         out: folder to write; must not exist unless `overwrite`.
         method: a key of `METHODS`.
         sparsity: MLP sparsity (1 − ρ) / 2 in [0, 0.5]; None for the method's own.
+        dense_first: keep the first MLP dense, and let the others take over its sparsity; None for the method's own,
+            where there are enough others.
         selection: which intermediate indices stay dense; None for the method's own.
+        grouping: which sparse indices share a group of four in down: neighbours in the `original` order, or `mixed`,
+            two strong and two weak ones; None for the method's own.
         layout: where dense columns stand while down is pruned.
         alignment: S and D are multiples of it; None picks the largest power of two up to 256 that fits.
         calibration: see `calibrate.calibration_tokens`.
         samples, length, seed: of the calibration text, in sequences and tokens.
         quantize: `fp8`, or `none` for the source's own type with the same zeros.
-        rounding: `inside` the column loop, where rounding errors are compensated too, or `after` it.
+        rounding: `after` pruning, to the nearest; `inside` the column loop that prunes, where rounding errors are
+            compensated too; `everywhere`: in a column loop for the other linear layers too, of tuned weights after
+            tuning, and with scales by least squared error. None for the method's own.
         damping: λ / mean(diag H).
         true_sequential: collect down's Hessian through the pruned gate and up.
         tune_steps: steps of Adam on each block's kept weights after it is pruned, in all one pass over the calibration
@@ -80,7 +90,9 @@ class PruneSettings:
     out: Path
     method: str = "spensegpt+"
     sparsity: float | None = None
+    dense_first: bool | None = None
     selection: Selection | None = None
+    grouping: Grouping | None = None
     layout: Layout = "back"
     alignment: int | None = None
     calibration: str = DEFAULT_SOURCE
@@ -88,7 +100,7 @@ class PruneSettings:
     length: int = 16384
     seed: int = 0
     quantize: Quantize = "fp8"
-    rounding: Rounding = "inside"
+    rounding: Rounding | None = None
     damping: float = 0.01
     true_sequential: bool = True
     tune_steps: int | None = None
@@ -108,9 +120,12 @@ class PruneSettings:
             )
         if self.selection is not None:
             _one_of("selection", self.selection, SELECTIONS)
+        if self.grouping is not None:
+            _one_of("grouping", self.grouping, GROUPINGS)
         _one_of("layout", self.layout, LAYOUTS)
         _one_of("quantize", self.quantize, ("fp8", "none"))
-        _one_of("fp8-rounding", self.rounding, ("inside", "after"))
+        if self.rounding is not None:
+            _one_of("fp8-rounding", self.rounding, ROUNDINGS)
         _one_of("activations", self.activations, ("auto", *PLACES))
         for name in ("samples", "length", "batch_tokens"):
             value = getattr(self, name)
@@ -140,17 +155,46 @@ class PruneSettings:
         return self.selection or METHODS[self.method].selection
 
     @property
+    def wanted_dense_first(self) -> bool:
+        return METHODS[self.method].dense_first if self.dense_first is None else self.dense_first
+
+    @property
+    def wanted_grouping(self) -> Grouping:
+        return self.grouping or METHODS[self.method].grouping
+
+    @property
     def wanted_tune_steps(self) -> int:
         return METHODS[self.method].tune_steps if self.tune_steps is None else self.tune_steps
 
     @property
+    def wanted_rounding(self) -> Rounding:
+        return self.rounding or METHODS[self.method].rounding
+
+    @property
     def rounds_inside(self) -> bool:
-        return self.quantize == "fp8" and self.rounding == "inside" and self.solver == "sparsegpt"
+        """In the column loop that prunes."""
+        return self.quantize == "fp8" and self.wanted_rounding != "after" and self.solver == "sparsegpt"
+
+    @property
+    def rounds_everywhere(self) -> bool:
+        """In a column loop also what is not pruned."""
+        return self.quantize == "fp8" and self.wanted_rounding == "everywhere"
+
+    @property
+    def rounds_tuned(self) -> bool:
+        """In the column loop again after tuning, which sees no rounding."""
+        return self.rounds_everywhere and self.rounds_inside and self.wanted_tune_steps > 0
+
+    @property
+    def follows_dense(self) -> bool:
+        """Takes the calibration text through the dense model beside the pruned one."""
+        return self.rounds_everywhere or self.wanted_tune_steps > 0
 
     def recorded(self) -> dict[str, Scalar]:
         """The settings that an annotation keeps."""
         recorded: dict[str, Scalar] = {
             "selection": self.wanted_selection,
+            "grouping": self.wanted_grouping,
             "layout": self.layout,
             "solver": self.solver,
             "true_sequential": self.true_sequential,
@@ -161,7 +205,8 @@ class PruneSettings:
         if self.wanted_tune_steps:
             recorded |= {"tune_steps": self.wanted_tune_steps, "tune_rate": self.tune_rate}
         if self.quantize == "fp8":
-            recorded["fp8_rounding"] = "inside" if self.rounds_inside else "after"
+            chosen = self.rounds_inside or self.rounds_everywhere
+            recorded["fp8_rounding"] = self.wanted_rounding if chosen else "after"
         return recorded
 
 

@@ -8,7 +8,6 @@ from torch import nn
 from offline_prune.checkpoint import stored_form
 from offline_prune.glu import Glu
 from offline_prune.mlp import Pruned
-from offline_prune.quantize import channel_scales, round_to_fp8
 from offline_prune.source import TensorFiles
 
 
@@ -60,9 +59,3 @@ class StoredBlock:
         """What was kept, and whatever else the source has under a prefix, sorted by name."""
         others = (name for name in self.source if name.startswith(prefix) and name not in self.tensors)
         return dict(sorted({**self.tensors, **{name: self.source.read(name) for name in others}}.items()))
-
-
-def rounded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight's nearest FP8 values as float32 (N, K), and their scales (N, 1)."""
-    scales = channel_scales(weight)
-    return round_to_fp8(weight, scales), scales

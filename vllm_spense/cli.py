@@ -17,7 +17,7 @@ from vllm_spense.errors import SpenseError
 if TYPE_CHECKING:
     from offline_prune.place import Place
     from offline_prune.report import Report
-    from offline_prune.select import Layout, Selection
+    from offline_prune.select import Grouping, Layout, Selection
     from offline_prune.settings import Quantize, Rounding
 
 app = typer.Typer(
@@ -46,10 +46,24 @@ def prune(
         float | None,
         typer.Option(help="Share of zeros in the MLP weights, 0 to 0.5. [default: 0.375; 0.5 for the last three]"),
     ] = None,
+    dense_first: Annotated[
+        bool | None,
+        typer.Option(
+            help="Keep the first MLP dense; the others take over its sparsity. [default: the method's, in models of "
+            "more than ten blocks]"
+        ),
+    ] = None,
     selection: Annotated[
         str | None,
         typer.Option(
             help="Which indices stay dense: last | spensegpt+ | sparsegpt-score | random. [default: the method's]"
+        ),
+    ] = None,
+    grouping: Annotated[
+        str | None,
+        typer.Option(
+            help="Which sparse indices share a group of four in down: original (neighbours) | mixed (two strong, two "
+            "weak). [default: the method's]"
         ),
     ] = None,
     layout: Annotated[
@@ -66,8 +80,12 @@ def prune(
     seed: Annotated[int, typer.Option(help="Seed of the calibration text's order.")] = 0,
     quantize: Annotated[str, typer.Option(help="fp8 | none (the model's own type, same zeros, for research)")] = "fp8",
     fp8_rounding: Annotated[
-        str, typer.Option(help="Round inside the column loop, or after it: inside | after")
-    ] = "inside",
+        str | None,
+        typer.Option(
+            help="Round after pruning | inside the column loop that prunes | in column loops everywhere: "
+            "after | inside | everywhere. [default: everywhere for spensegpt++, else inside]"
+        ),
+    ] = None,
     damping: Annotated[float, typer.Option(help="λ over the mean of the Hessian's diagonal.")] = 0.01,
     true_sequential: Annotated[
         bool, typer.Option(help="Calibrate down on the outputs of the pruned gate and up.")
@@ -109,7 +127,9 @@ def prune(
         out=out,
         method=method,
         sparsity=sparsity,
+        dense_first=dense_first,
         selection=cast("Selection | None", selection),
+        grouping=cast("Grouping | None", grouping),
         layout=cast("Layout", layout),
         alignment=alignment,
         calibration=calibration,
@@ -117,7 +137,7 @@ def prune(
         length=length,
         seed=seed,
         quantize=cast("Quantize", quantize),
-        rounding=cast("Rounding", fp8_rounding),
+        rounding=cast("Rounding | None", fp8_rounding),
         damping=damping,
         true_sequential=true_sequential,
         tune_steps=tune_steps,
@@ -178,12 +198,14 @@ def verify(folder: Annotated[Path, typer.Argument(help="A Spense checkpoint.")])
 @app.command()
 def inspect(folder: Annotated[Path, typer.Argument(help="A Spense checkpoint.")]) -> None:
     """Show what FOLDER is: method, regions, calibration, size."""
+    from offline_prune.regions import mean_sparsity
     from offline_prune.verify import open_checkpoint
 
     checkpoint = open_checkpoint(folder)
     annotation = checkpoint.annotation
     calibration = annotation.calibration
     default = annotation.default
+    sparsity = mean_sparsity(map(annotation.regions, annotation.modules))
     rows = {
         "weights": "FP8 E4M3, one scale per output channel" if checkpoint.fp8 else "unquantized (research only)",
         "method": annotation.method,
@@ -193,7 +215,7 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A Spense checkpoint.")]
         else f"{calibration.source}, {calibration.samples} × {calibration.length} tokens, seed {calibration.seed}",
         "MLPs": f"{len(annotation.modules)}, {annotation.modules[0]} … {annotation.modules[-1]}",
         "regions": f"sparse {default.sparse} + dense {default.dense} = {default.intermediate}",
-        "MLP sparsity": f"{default.mlp_sparsity:.2%} (dense ratio {default.dense_ratio:.3g})",
+        "MLP sparsity": f"{sparsity:.2%} (dense ratio {1 - 2 * sparsity:.3g})",
         "alignment": str(annotation.alignment),
         "size": f"{sum(checkpoint.tensors.nbytes(name) for name in checkpoint.tensors) / 2**30:.2f} GiB",
     }

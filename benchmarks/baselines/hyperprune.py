@@ -53,7 +53,7 @@ class HyperNetwork(nn.Module):
         """float (groups, 6) from features (groups, 18); the first four are the logarithms of Wanda's scores."""
         where = torch.cat([self.layer.weight[layer], self.component.weight[component]])
         hidden = nn.functional.silu(self.hidden(torch.cat([features, where.expand(len(features), -1)], 1)))
-        return features[:, :GROUP] @ PATTERNS.T.to(features.dtype) + self.scores(hidden)
+        return features[:, :GROUP] @ PATTERNS.T.to(features) + self.scores(hidden)
 
 
 def features(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
@@ -73,7 +73,7 @@ def features(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     scores = wanda_scores(weight, energy)
     parts = (scores, weight.square(), energy.expand_as(weight))
     logarithms = [part.clamp_min(part.mean() * 1e-8).log().reshape(-1, GROUP) for part in parts]
-    starts = torch.arange(0, len(hessian), GROUP)
+    starts = torch.arange(0, len(hessian), GROUP, device=hessian.device)
     groups, total = weight.unflatten(1, (-1, GROUP)), scores.unflatten(1, (-1, GROUP)).sum(2)
     pairs = [GROUP * groups[..., i] * groups[..., j] * hessian[starts + i, starts + j] / total for i, j in _PAIRS]
     together = torch.stack(pairs, 2).flatten(0, 1).nan_to_num()
@@ -99,7 +99,8 @@ def learned_masks(
         bool (N, K) of each layer: True where a weight stays.
     """
     optimizer = torch.optim.Adam(network.parameters(), lr=rate)
-    generator = torch.Generator().manual_seed(0)
+    device = network.scores.weight.device
+    generator = torch.Generator(device).manual_seed(0)
     past: list[tuple[torch.Tensor, int, int, torch.Tensor]] = []
     masks = {}
     for name, layer, component, weight, hessian in layers:
@@ -110,13 +111,13 @@ def learned_masks(
             power = _error(weight, hessian)
             for _ in range(steps):
                 scores = network(seen, layer, component)
-                uniform = torch.rand(scores.shape, generator=generator).clamp(1e-9, 1 - 1e-7)
+                uniform = torch.rand(scores.shape, generator=generator, device=device).clamp(1e-9, 1 - 1e-7)
                 soft = ((scores - (-uniform.log()).log()) / _TEMPERATURE).softmax(1)
                 hard = nn.functional.one_hot(soft.argmax(1), len(PATTERNS)).float()
-                mask = ((hard - soft).detach() + soft) @ PATTERNS.float()
+                mask = ((hard - soft).detach() + soft) @ PATTERNS.to(scores)
                 pruned = 1 - mask.view_as(weight)
                 loss = _error(pruned * weight, hessian) / power + _OUTLIER * (pruned.mean(0) * outliers).sum()
-                for index in torch.randperm(len(past), generator=generator)[:_RECALLED].tolist():
+                for index in torch.randperm(len(past), generator=generator, device=device)[:_RECALLED].tolist():
                     known, where, what, expected = past[index]
                     loss = loss + _CONTINUAL / _RECALLED * (network(known, where, what) - expected).square().mean()
                 optimizer.zero_grad()
@@ -124,8 +125,8 @@ def learned_masks(
                 optimizer.step()
         with torch.no_grad():
             chosen = network(seen, layer, component).argmax(1)
-            masks[name] = PATTERNS[chosen].view_as(weight)
-            sample = seen[torch.randint(len(seen), (_REMEMBERED,), generator=generator)]
+            masks[name] = PATTERNS.to(device)[chosen].view_as(weight)
+            sample = seen[torch.randint(len(seen), (_REMEMBERED,), generator=generator, device=device)]
             past.append((sample, layer, component, network(sample, layer, component)))
     return masks
 

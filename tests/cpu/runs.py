@@ -1,10 +1,13 @@
-"""One way to call the pruner from tests."""
+"""One way to call the pruner from tests, and to look at what it made."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from offline_prune.evaluate import load_dense
 from offline_prune.pipeline import prune
 from offline_prune.report import Report
 from offline_prune.settings import PruneSettings
@@ -13,3 +16,11 @@ from offline_prune.settings import PruneSettings
 def run(model: Path, out: Path, text: Path, **options: Any) -> Report:
     given = {"samples": 8, "length": 64, "calibration": str(text), "device": "cpu", **options}
     return prune(PruneSettings(str(model), out, **given))
+
+
+def logits(folder: Path) -> torch.Tensor:
+    """Of a checkpoint on text like, but not of, the fixture `text`."""
+    model, tokenizer = load_dense(folder)
+    unseen = " ".join(f"{i} sheep jump over {i * i % 89} fences." for i in range(700, 720))
+    with torch.inference_mode():
+        return model(**tokenizer(unseen, return_tensors="pt", return_token_type_ids=False)).logits

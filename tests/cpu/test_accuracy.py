@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from benchmarks import accuracy, quality_tables, texts
+from benchmarks import accuracy, peers, quality_tables, texts
 from offline_prune.evaluate import agreement, load_dense, perplexity
 from vllm_spense.errors import SpenseError
 
@@ -54,21 +54,21 @@ def test_the_table_from_a_folder_of_texts(
 ) -> None:
     out = tmp_path / "accuracy.json"
     sizes = "--samples 8 --length 64 --heldout 2 --seeds 0 1 --sparsities 0.375 0.5"
-    command = f"accuracy --model {llama} --methods spensegpt++ spensegpt {sizes} --device cpu --texts {folder}"
+    command = f"accuracy --model {llama} --methods dense spensegpt++ spensegpt {sizes} --device cpu --texts {folder}"
     monkeypatch.setattr(sys, "argv", [*command.split(), "--out", str(out)])
     accuracy.main()
     result = json.loads(out.read_text())
     assert result["benchmark"] == "accuracy"
     rows = result["rows"]
-    # Dense twice, ++ at both sparsities and SpenseGPT at one, with two seeds: on three domains.
-    assert len(rows) == 3 * (2 + 2 * 3)
+    # Dense, rounded in two ways, ++ at both sparsities and SpenseGPT at one, with two seeds: on three domains.
+    assert len(rows) == 3 * (3 + 2 * 3)
     assert list(rows[0]) == [
         *("model", "method", "sparsity", "format", "seed", "domain"),
         *("perplexity", "kl", "top1_agreement", "prune_seconds"),
     ]
-    dense, rounded, *pruned = rows[::3]
+    dense, nearest, compensated, *pruned = rows[::3]
     assert (dense["kl"], dense["top1_agreement"], dense["prune_seconds"]) == (0, 1, None)
-    assert 0 < rounded["kl"] < min(row["kl"] for row in pruned)
+    assert 0 < compensated["kl"] < nearest["kl"] < min(row["kl"] for row in pruned)
     assert len({row["kl"] for row in pruned}) == len(pruned)
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     table = capsys.readouterr().out
@@ -87,6 +87,25 @@ def test_the_table_from_a_folder_of_texts(
     monkeypatch.setattr(sys, "orig_argv", [*sys.orig_argv, "--heldout", "3"])
     with pytest.raises(AssertionError, match="pruned again"):
         accuracy.main()
+
+
+def test_peers_are_measured_as_our_methods_are(
+    llama: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    shared = f"--model {llama} --samples 8 --length 64 --heldout 2 --seeds 0 --device cpu --texts {folder}"
+    for command in (
+        f"accuracy {shared} --methods magnitude --sparsities 0.5 --formats bf16",
+        f"peers {shared} --methods magnitude hyperprune",
+    ):
+        name = command.split()[0]
+        monkeypatch.setattr(sys, "argv", [*command.split(), "--out", str(tmp_path / f"{name}.json")])
+        (accuracy if name == "accuracy" else peers).main()
+        rows = json.loads((tmp_path / f"{name}.json").read_text())["rows"]
+        found[name] = {(row["method"], row["domain"]): row["kl"] for row in rows if row["method"] != "dense"}
+    assert len(found["peers"]) == 2 * len(texts.DOMAINS)
+    assert len(set(found["peers"].values())) == 2 * len(texts.DOMAINS)
+    assert found["accuracy"].items() <= found["peers"].items()
 
 
 def test_variants_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:

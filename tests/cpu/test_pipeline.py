@@ -19,6 +19,7 @@ from offline_prune.model import SourceModel
 from offline_prune.settings import METHODS
 from offline_prune.source import TensorFiles
 from offline_prune.verify import open_checkpoint, verify
+from vllm_spense.errors import SpenseError
 from vllm_spense.format import Regions
 
 SPARSE = 96
@@ -67,11 +68,13 @@ def test_every_family_streams_like_the_whole_model(name: str, tmp_path: Path) ->
     assert torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("grouping", ["original", "mixed"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_is_pruned_consistently(name: str, tmp_path: Path, text: Path) -> None:
+def test_every_family_is_pruned_consistently(name: str, grouping: Any, tmp_path: Path, text: Path) -> None:
     """Magnitude pruning changes no kept weight, so each new index shows which old one it was, in all projections."""
     model = tiny_model(name, tmp_path / "model")
-    run(model, tmp_path / "out", text, method="magnitude", selection="random", sparsity=0.375, quantize="none")
+    how = {"method": "magnitude", "selection": "random", "grouping": grouping, "quantize": "none"}
+    run(model, tmp_path / "out", text, sparsity=0.375, **how)
     verify(tmp_path / "out")
     before, after = TensorFiles(model), TensorFiles(tmp_path / "out")
     for layer in range(LAYERS):
@@ -79,6 +82,7 @@ def test_every_family_is_pruned_consistently(name: str, tmp_path: Path, text: Pa
         found = (new["gate"] @ old["gate"].T).argmax(1)
         assert sorted(found.tolist()) == list(range(INTERMEDIATE))
         assert not torch.equal(found, torch.arange(INTERMEDIATE))
+        assert torch.equal(found[:SPARSE], found[:SPARSE].sort().values) == (grouping == "original")
         for projection in ("gate", "up", "down"):
             kept = new[projection] != 0
             assert torch.equal(new[projection][kept], old[projection][found][kept])
@@ -212,3 +216,29 @@ def test_perplexity_is_that_of_transformers(llama: Path) -> None:
     with torch.inference_mode():
         expected = torch.stack([model(input_ids=row[None], labels=row[None]).loss for row in tokens]).mean().exp()
     assert perplexity(model, tokens) == pytest.approx(expected.item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("method", ["spensegpt++", "spensegpt+"])
+def test_the_first_mlp_stays_dense_at_the_same_sparsity(method: str, tmp_path: Path, text: Path) -> None:
+    model = tiny_model("llama", tmp_path / "model", num_hidden_layers=12, hidden_size=16, head_dim=4)
+    report = run(
+        model, tmp_path / "out", text, method=method, dense_first=True, sparsity=0.25, alignment=32, tune_steps=1
+    )
+    verify(tmp_path / "out")
+    annotation = open_checkpoint(tmp_path / "out").annotation
+    sparse = [annotation.regions(name).sparse for name in annotation.modules]
+    assert (sparse[0], sum(sparse)) == (0, 12 * INTERMEDIATE // 2)
+    assert sorted(set(sparse[1:])) == [64, 96]
+    # Two units more among eleven blocks, in the middle of each half.
+    assert [i for i, width in enumerate(sparse) if width == 96] == [3, 9]
+    assert report.mlp_sparsity == 0.25
+
+
+def test_few_mlps_share_their_sparsity_with_the_first(tmp_path: Path, llama: Path, text: Path) -> None:
+    run(llama, tmp_path / "out", text, method="spensegpt++", tune_steps=1)
+    assert not open_checkpoint(tmp_path / "out").annotation.overrides
+    model = tiny_model("llama", tmp_path / "model", num_hidden_layers=12, hidden_size=16, head_dim=4)
+    with pytest.raises(SpenseError, match="--dense-first: the other 11 MLPs cannot take over"):
+        run(model, tmp_path / "half", text, method="sparsegpt", dense_first=True)
+    with pytest.raises(SpenseError, match="--dense-first: the other 1 MLPs cannot take over"):
+        run(llama, tmp_path / "few", text, dense_first=True)

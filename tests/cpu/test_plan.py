@@ -67,7 +67,7 @@ def planned(folder: Path, shape: str, gpu_gib: float, monkeypatch: pytest.Monkey
         ("qwen3-32b", 34.41, 2.58),
         ("seed-oss-36b", 36.37, 4.45),
         ("llama-3.1-8b", 21.73, 1.13),
-        ("llama-3.3-70b", 51.02, 4.45),
+        ("llama-3.3-70b", 51.27, 4.45),
     ],
 )
 def test_one_h100_holds_published_shapes(
@@ -103,4 +103,4 @@ def test_tuning_fits_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     found = planned(tmp_path, "qwen3-32b", 78.0, monkeypatch, method="spensegpt++")
     assert found.place == "device"
     assert found.activations == 40 * GIB
-    assert found.on_device / GIB == pytest.approx(57.6, abs=0.1)
+    assert found.on_device / GIB == pytest.approx(60.15, abs=0.1)

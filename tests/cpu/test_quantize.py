@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from offline_prune.quantize import channel_scales, dequantize, round_to_fp8, to_fp8
+from offline_prune import quantize
+from offline_prune.quantize import channel_scales, dequantize, least_squares_scales, round_to_fp8, to_fp8
 
 
 def test_scales_are_what_bf16_readers_will_use() -> None:
@@ -20,6 +21,27 @@ def test_the_largest_weight_of_a_row_becomes_about_448() -> None:
 
 def test_a_row_of_zeros_has_scale_one() -> None:
     assert channel_scales(torch.zeros(2, 8)).tolist() == [[1.0], [1.0]]
+
+
+@pytest.mark.parametrize("headroom", [1.0, 1.5])
+def test_scales_of_least_squared_error(headroom: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize, "_AT_ONCE", 3 * 64)
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 2, 16)[:, None]
+    weight[3] = 0
+    best = least_squares_scales(weight, headroom)
+    assert best.shape == (16, 1)
+    assert torch.equal(best, best.bfloat16().float())
+    assert best[3] == 1
+
+    def error(scales: torch.Tensor) -> torch.Tensor:
+        return (round_to_fp8(weight, scales) - weight).square().sum(1)
+
+    lowest = channel_scales(weight, headroom)
+    assert (best >= lowest).all()
+    assert (error(best) <= error(lowest)).all()
+    assert error(best).sum() < 0.95 * error(lowest).sum()
+    # An octave further nothing is left to choose: the same weights round the same way.
+    assert torch.allclose(error(2 * best), error(best), rtol=1e-2)
 
 
 def test_rounding_to_fp8_and_back_is_the_rounding_of_the_loop() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from offline_prune.select import (
+    mixed_groups,
     order_by_priority,
     processing_order,
     selection_hash,
@@ -46,6 +47,33 @@ def test_largest_priorities_go_to_the_back_in_their_old_order() -> None:
 
 def test_a_constant_priority_selects_the_last() -> None:
     assert order_by_priority(torch.ones(8), Regions(4, 4)).tolist() == list(range(8))
+
+
+def test_mixed_groups_have_two_of_the_stronger_half_and_two_of_the_weaker() -> None:
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    strength = torch.rand(40, generator=torch.Generator().manual_seed(1))
+    found = mixed_groups(order, strength, Regions(32, 8))
+    assert torch.equal(found[32:], order[32:])
+    assert torch.equal(found[:32].sort().values, order[:32].sort().values)
+    groups = strength[found[:32]].view(8, 4)
+    assert torch.equal((groups > strength[order[:32]].median()).sum(1), torch.full((8,), 2))
+    # Groups from strong to weak by their strongest, and each weak half by its own strongest.
+    assert torch.equal(groups[:, 0], groups[:, 0].sort(descending=True).values)
+    assert groups[0].max() == strength[order[:32]].max()
+
+
+def test_mixed_groups_lose_less() -> None:
+    """Columns of very different size: the two weakest of neighbours against the two weakest of mixed groups."""
+    down = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -2, 32)
+    columns = torch.ones(32, dtype=torch.bool)
+    lost = []
+    for order in (torch.arange(32), mixed_groups(torch.arange(32), down.square().sum(0), Regions(32, 0))):
+        weight = down[:, order]
+        pruned = prune_by_score(
+            weight, weight.abs(), sparse_rows=torch.ones(64, dtype=torch.bool), sparse_columns=columns
+        )
+        lost.append((pruned - weight).square().sum())
+    assert lost[1] < 0.3 * lost[0]
 
 
 ORDER = torch.tensor([1, 3, 4, 6, 0, 2, 5, 7])
