@@ -50,7 +50,7 @@ class LayerReport:
     """One pruned MLP; `dense_indices` is the hash of the set that stayed dense.
 
     Attributes:
-        gate, up, down: as they were pruned, before any tuning.
+        gate, up, down: as they were pruned, before any tuning and what is rounded after it.
     """
 
     name: str

@@ -61,8 +61,8 @@ def tune(
     It minimizes the mean over the tokens of ‖f(x̃) − t‖² / ‖t‖², t = ½·(y + f₀(x̃)), with f the pruned block behind its
     attention, f₀ the same with the dense MLP, x̃ the residual stream there *of the pruned model* and y the block's
     output *in the dense model*. So it undoes, as far as this MLP can, what pruning and rounding did here and half of
-    what they did before. The division weighs tokens as the norm at the next layer's entrance will. Rounding takes
-    part: the loss is that of the rounded weights, the gradient goes straight through.
+    what they did before. The division weighs tokens as the norm at the next layer's entrance will. Where a layer has
+    scales, rounding takes part: the loss is that of the rounded weights, the gradient goes straight through.
 
     Args:
         block: the pruned block, its weights in place. Left unchanged.
