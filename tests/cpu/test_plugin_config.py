@@ -152,7 +152,7 @@ def test_whole_fp8_layers_get_our_scheme_and_others_keep_vllms(
     static = CompressedTensorsW8A8Fp8(whole.weight_quant, is_static_input_scheme=True)
     per_tensor = CompressedTensorsW8A8Fp8(QuantizationArgs(num_bits=8, type="float", strategy="tensor"), False)
     for scheme in (static, per_tensor, None):
-        assert WholeFp8.instead_of(scheme) is scheme
+        assert WholeFp8.instead_of(scheme, "model.layers.0.self_attn.o_proj") is scheme
 
 
 def test_names_follow_vllms_twice(config: SpenseConfig) -> None:
