@@ -86,10 +86,12 @@ def test_server_and_children_end_after_an_error(command: list[str], port: int, t
 
 #: Serves like the demo does, says so, and then waits.
 OWNER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from scripts import server
 
+# A shell lets its background jobs ignore it, and what those start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 server.STOP_SECONDS = 1
 server.exit_on_signals()
 with server.serving(sys.argv[3:], int(sys.argv[1]), Path(sys.argv[2])):
