@@ -78,8 +78,7 @@ def source(result: Result) -> str:
 
 def decode(result: Result) -> list[str]:
     """Speed-up of an output token, by KV cache, context and batch."""
-    picture = "![Speed-up against batch](../benchmarks/results/decode_speed.png)"
-    return [*speed_ups(result["rows"], "ms", "ratio"), "", source(result), "", picture]
+    return [*decode_rows(result), "", "![Speed-up against batch](../benchmarks/results/decode_speed.png)"]
 
 
 def decode_rows(result: Result) -> list[str]:

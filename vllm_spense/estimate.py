@@ -222,7 +222,8 @@ def estimate(
     )
     dense = stock_us(model.mlp_shapes, STOCK)
     # Without a pruned layer, nothing is Spense's.
-    spense = beside_mlp_us(SPENSE_ATTENTION, _SPENSE_GLUE) if layers else beside_mlp_us(STOCK_ATTENTION, _STOCK_GLUE)
+    stock_beside = beside_mlp_us(STOCK_ATTENTION, _STOCK_GLUE)
+    spense = beside_mlp_us(SPENSE_ATTENTION, _SPENSE_GLUE) if layers else stock_beside
     calibrated = False
     spense += (model.num_hidden_layers - len(layers)) * dense
     for regions, count in Counter(layers).items():
@@ -235,7 +236,7 @@ def estimate(
             calibrated |= scale is not None
             spense += count * gemm.us(batch, gpu) * (scale or 1)
     return Estimate(
-        (shared + (beside_mlp_us(STOCK_ATTENTION, _STOCK_GLUE) + model.num_hidden_layers * dense)) / 1e3,
+        (shared + (stock_beside + model.num_hidden_layers * dense)) / 1e3,
         (shared + spense) / 1e3,
         model.weight_bytes(),
         model.weight_bytes(layers),

@@ -17,25 +17,12 @@ from vllm_spense.policy import ONE_LAUNCH_CAPABILITY, Path, reason_against
 def silu_mul_quant(
     raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor, boundary: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """silu(gate) · up in FP8, as `kernels.reference.silu_mul_quant` computes it.
-
-    Args:
-        raw: (M, 2·I), gate_up's raw sums by region: [gate sparse | up sparse | gate dense | up dense].
-        x_scale: float32 (M, 1), of gate_up's input.
-        w_scale: float32 (2·I, 1), of gate_up's weight, gate's rows before up's.
-        boundary: columns of a sparse region.
-
-    Returns:
-        float8_e4m3fn (M, I) and its scales, float32 (M, 1).
-    """
+    """silu(gate) · up in FP8: what `kernels.reference.silu_mul_quant` computes, from and to the same."""
     return torch.ops.spense.silu_mul_quant(raw, x_scale, w_scale, boundary)
 
 
 def fuses_activation(problem: Problem, device: torch.device) -> bool:
-    """Whether `silu_mul_quant` has a kernel for what a merged gate_up puts out; makes it ready if so.
-
-    Elsewhere traced torch is faster than an op that Inductor cannot fuse with anything.
-    """
+    """Whether `silu_mul_quant` has a kernel for what a merged gate_up puts out; makes it ready if so."""
     if device.type == "cpu":
         return True
     if reason_against(Path.ONE_LAUNCH, problem, describe(device)):
@@ -52,16 +39,7 @@ def fuses_activation(problem: Problem, device: torch.device) -> bool:
 def add_norm_quant(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """RMS norm of x + residual in FP8, as `kernels.reference.add_norm_quant` computes it.
-
-    Args:
-        x, residual: (M, K) in the model's dtype.
-        weight: (K,), of the norm.
-        epsilon: added to the mean square.
-
-    Returns:
-        float8_e4m3fn (M, K), its scales, float32 (M, 1), and x + residual in the model's dtype.
-    """
+    """RMS norm of x + residual in FP8: what `kernels.reference.add_norm_quant` computes, from and to the same."""
     return torch.ops.spense.add_norm_quant(x, residual, weight, epsilon)
 
 
@@ -133,12 +111,6 @@ def _quantize_fake(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty((x.shape[0], 1), dtype=torch.float32)
 
 
-"""The custom ops: `spense::region_gemm` of pruned layers, `spense::silu_mul_quant` between them, and
-`spense::whole_gemm` of layers that nothing was pruned in.
-
-Pruned layers' GEMMs take FP8 and return raw sums. Scales stay outside: in `silu_mul_quant`, or as ordinary torch that
-Inductor fuses into what follows.
-"""
 LIBRARY.define("silu_mul_quant(Tensor raw, Tensor x_scale, Tensor w_scale, int boundary) -> (Tensor, Tensor)")
 LIBRARY.impl("silu_mul_quant", _silu_mul_quant, "CompositeExplicitAutograd")
 torch.library.register_fake("spense::silu_mul_quant", _silu_mul_quant_fake, lib=LIBRARY)

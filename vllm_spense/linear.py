@@ -167,15 +167,14 @@ class RegionLinearMethod(LinearMethodBase):
         flat = fp8 is x or x.dim() == 2
         if self.runs.scaled:
             y = self.gemm(layer, fp8.values, (fp8.scale, layer.weight_scale))
-            if bias is not None:
-                y = y + bias
-            return y if flat else y.view(*x.shape[:-1], self.problem.n)
-        raw = self.gemm(layer, fp8.values)
-        if self.hands_on_raw_sums and flat and bias is None:
-            return RawSums(raw, fp8.scale, layer.weight_scale, self.problem.regions.sparse)
-        if self.hands_on_raw_sums:
-            raw = by_projection(raw, self.problem.regions.sparse)
-        y = self.scaled(layer, raw, fp8.scale, bias)
+            y = y if bias is None else y + bias
+        else:
+            raw, boundary = self.gemm(layer, fp8.values), self.problem.regions.sparse
+            if self.hands_on_raw_sums and flat and bias is None:
+                return RawSums(raw, fp8.scale, layer.weight_scale, boundary)
+            if self.hands_on_raw_sums:
+                raw = by_projection(raw, boundary)
+            y = self.scaled(layer, raw, fp8.scale, bias)
         return y if flat else y.view(*x.shape[:-1], self.problem.n)
 
     def scaled(self, layer: Layer, raw: torch.Tensor, x_scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

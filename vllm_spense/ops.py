@@ -1,3 +1,6 @@
+"""The custom ops of the GEMMs: `spense::region_gemm` of pruned layers, `spense::whole_gemm` of those that nothing was
+pruned in. What stands between them is in `glue.py`."""
+
 from __future__ import annotations
 
 import importlib
