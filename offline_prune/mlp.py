@@ -64,38 +64,22 @@ def file_order(
         int64 (I,): position in the file → original index.
     """
     energy = mid if mid.ndim == 1 else mid.diagonal()
-    order = _by_selection(gate, up, down, hessian_in, mid, regions, settings, layer)
+    order = torch.arange(regions.intermediate, device=gate.device)
+    selection = settings.wanted_selection
+    if selection != "last" and regions.sparse and regions.dense:
+        if selection == "random":
+            seed = sum(layer.encode()) * 1_000_003 + settings.seed
+            priority = torch.rand(regions.intermediate, generator=torch.Generator().manual_seed(seed)).to(gate.device)
+        elif selection == "sparsegpt-score":
+            pivots_in = inverse_factor(hessian_in, settings.damping, f"{layer}: gate and up").upper.diagonal()
+            pivots_mid = inverse_factor(mid, settings.damping, f"{layer}: down").upper.diagonal()
+            priority = sparsegpt_priority(gate, up, down, pivots_in, pivots_mid)
+        else:
+            priority = spensegpt_plus_priority(gate, up, down, hessian_in.diagonal(), energy)
+        order = order_by_priority(priority, regions)
     if settings.wanted_grouping == "mixed":
         return mixed_groups(order, wanda_scores(down, energy).sum(0), regions)
     return order
-
-
-def _by_selection(
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    down: torch.Tensor,
-    hessian_in: torch.Tensor,
-    mid: torch.Tensor,
-    regions: Regions,
-    settings: PruneSettings,
-    layer: str,
-) -> torch.Tensor:
-    intermediate = regions.intermediate
-    device = gate.device
-    selection = settings.wanted_selection
-    if selection == "last" or not (regions.sparse and regions.dense):
-        return torch.arange(intermediate, device=device)
-    if selection == "random":
-        seed = sum(layer.encode()) * 1_000_003 + settings.seed
-        priority = torch.rand(intermediate, generator=torch.Generator().manual_seed(seed)).to(device)
-    elif selection == "sparsegpt-score":
-        pivots_in = inverse_factor(hessian_in, settings.damping, f"{layer}: gate and up").upper.diagonal()
-        pivots_mid = inverse_factor(mid, settings.damping, f"{layer}: down").upper.diagonal()
-        priority = sparsegpt_priority(gate, up, down, pivots_in, pivots_mid)
-    else:
-        energy = mid if mid.ndim == 1 else mid.diagonal()
-        priority = spensegpt_plus_priority(gate, up, down, hessian_in.diagonal(), energy)
-    return order_by_priority(priority, regions)
 
 
 def prune_gate_up(

@@ -7,11 +7,12 @@ only models whose MLP is plainly down(SiluAndMul(gate_up(x))) are run like this.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Set
 from typing import Any, NamedTuple
 
 import torch
 from vllm.config import VllmConfig
-from vllm.model_executor.custom_op import op_registry_oot
+from vllm.model_executor.custom_op import CustomOp, op_registry_oot
 from vllm.model_executor.layers.activation import SiluAndMul
 
 from vllm_spense import glue
@@ -52,10 +53,8 @@ class Claim:
     @classmethod
     def of_next_activation(cls, engine: VllmConfig) -> Claim:
         """For a layer that is being built: models build an MLP's activation after its linear layers."""
-        claim, model = cls(), engine.model_config
-        plain = model is not None and PLAIN_MLPS.issuperset(model.architectures)
-        # LoRA adds to outputs in their own dtype.
-        if plain and engine.lora_config is None and _registered():
+        claim = cls()
+        if may_stand_in(FusedSiluAndMul, engine, PLAIN_MLPS):
             cls.waiting = weakref.ref(claim)
         return claim
 
@@ -75,11 +74,20 @@ class FusedSiluAndMul(SiluAndMul):
         return super().forward(x)
 
 
-def _registered() -> bool:
-    """Makes vLLM build `FusedSiluAndMul` for SiluAndMul; not if a platform has an activation of its own."""
-    name = SiluAndMul.__name__
-    if name not in op_registry_oot:
-        SiluAndMul.register_oot(FusedSiluAndMul)
+def may_stand_in(ours: type[CustomOp], engine: VllmConfig, architectures: Set[str]) -> bool:
+    """Makes vLLM build `ours` for the op that it derives from, in models that are plain enough for what it hands on.
+
+    Returns:
+        Whether that is done: not for other architectures, and not if a platform has an op of its own.
+    """
+    model = engine.model_config
+    # LoRA reads inputs and adds to outputs in the model's dtype.
+    if model is None or engine.lora_config is not None or not architectures >= set(model.architectures):
+        return False
+    vllms = ours.__base__
+    assert vllms is not None
+    if vllms.__name__ not in op_registry_oot:
+        vllms.register_oot(ours)  # type: ignore[attr-defined]
         # Under which vLLM's `custom_ops` go on to mean it.
-        FusedSiluAndMul.name = SiluAndMul.name  # type: ignore[attr-defined]
-    return op_registry_oot[name] is FusedSiluAndMul
+        ours.name = vllms.name  # type: ignore[attr-defined]
+    return op_registry_oot[vllms.__name__] is ours

@@ -1,7 +1,7 @@
 """The linear methods of pruned layers: output-split (gate, up) and input-split (down).
 
-With X quantized per token and W per output channel, Y = (X₈·W₈ᵀ) · s_x · s_wᵀ. The op returns X₈·W₈ᵀ; both scales are
-traced torch, so that Inductor fuses them with what comes before and after.
+With X quantized per token and W per output channel, Y = (X₈·W₈ᵀ) · s_x · s_wᵀ. The scales go into the kernel behind the
+GEMM, ours or one that Inductor fuses them into; where none follows that could take them, the GEMM multiplies by them.
 """
 
 from __future__ import annotations

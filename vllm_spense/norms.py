@@ -11,11 +11,10 @@ from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig
-from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.layernorm import RMSNorm
 
 from vllm_spense import glue
-from vllm_spense.activation import Quantized
+from vllm_spense.activation import Quantized, may_stand_in
 
 #: Whose decoder layers build, in this order, qkv_proj, gate_up_proj, the norm before qkv_proj and the norm before
 #: gate_up_proj, and give each norm's output to that layer alone.
@@ -69,17 +68,4 @@ class FusedRMSNorm(RMSNorm):
 
 def has_plain_norms(engine: VllmConfig) -> bool:
     """Whether norms may hand on FP8 in this engine's model."""
-    model = engine.model_config
-    plain = model is not None and PLAIN_NORMS.issuperset(model.architectures)
-    # LoRA multiplies inputs in their own dtype.
-    return plain and engine.lora_config is None and _registered()
-
-
-def _registered() -> bool:
-    """Makes vLLM build `FusedRMSNorm` for RMSNorm; not if a platform has a norm of its own."""
-    name = RMSNorm.__name__
-    if name not in op_registry_oot:
-        RMSNorm.register_oot(FusedRMSNorm)
-        # Under which vLLM's `custom_ops` go on to mean it.
-        FusedRMSNorm.name = RMSNorm.name  # type: ignore[attr-defined]
-    return op_registry_oot[name] is FusedRMSNorm
+    return may_stand_in(FusedRMSNorm, engine, PLAIN_NORMS)

@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from importlib.resources import files
 from typing import Any
 
 import torch
@@ -107,6 +108,19 @@ def load(cubin: bytes, name: str, threads: int, shared_bytes: int, device: torch
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
     return Kernel(function, threads, shared_bytes)
+
+
+def elementwise_kernel(name: str, threads: int, device: torch.device, **macros: int) -> Kernel:
+    """The function `name` of `name`.cu, one of the sources that elementwise.cuh comes before.
+
+    Args:
+        macros: that the source asks for beside THREADS.
+    """
+    folder = files("vllm_spense.kernels")
+    source = "".join(folder.joinpath(file).read_text(encoding="utf-8") for file in ("elementwise.cuh", f"{name}.cu"))
+    given = {"THREADS": threads, **macros}
+    options = ["--gpu-architecture=sm_90a", "--std=c++17", *(f"-D{macro}={value}" for macro, value in given.items())]
+    return load(compile_cubin(source, options), name, threads, 0, device)
 
 
 def tensor_map(

@@ -5,15 +5,9 @@
 // weights meanwhile, and waits only for its x.
 //
 // Set by the compiler's caller (norm_quant.py): THREADS of a block, VECTORS of eight values that a thread has, NORM.
+// elementwise.cuh comes before this.
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned char byte;
-typedef unsigned short bf16;
-
-constexpr int WIDTH = 8, WARPS = THREADS / 32;
-constexpr float LARGEST = 448;                        // of E4M3
-constexpr float SMALLEST_SCALE = 1 / (LARGEST * 512); // as vLLM's: rows of zeros have a scale too
+constexpr int WARPS = THREADS / 32;
 
 struct Arguments {
     const bf16* x;            // (tokens, size)
@@ -25,32 +19,6 @@ struct Arguments {
     int size;
     float epsilon;
 };
-
-__device__ __forceinline__ void load(const bf16* from, float (&v)[WIDTH]) {
-    const uint4 eight = *reinterpret_cast<const uint4*>(from);
-    const u32 pairs[4] = {eight.x, eight.y, eight.z, eight.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        v[2 * i] = __uint_as_float(pairs[i] << 16);
-        v[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
-    }
-}
-
-__device__ __forceinline__ u32 pack_bf16(float low, float high) {
-    u32 packed;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-    return packed;
-}
-
-__device__ __forceinline__ u32 pack_fp8(float a, float b, float c, float d) {
-    unsigned short low, high;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));
-    return low | u32(high) << 16;
-}
-
-// Keeps a NaN, which must not vanish from the output.
-__device__ __forceinline__ float larger(float a, float b) { return b != b || a <= b ? b : a; }
 
 extern "C" __global__ __launch_bounds__(THREADS) void norm_quant(const __grid_constant__ Arguments arguments) {
     __shared__ float squares_of[32], largest_of[32];
@@ -81,8 +49,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void norm_quant(const __grid_co
             v[i] += residual[i];
             squares += v[i] * v[i];
         }
-        *reinterpret_cast<uint4*>(arguments.sum + row + at) =
-            make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
+        store(arguments.sum + row + at, v);
 #pragma unroll
         for (int i = 0; i < WIDTH; ++i) v[i] *= weight[vector][i];
 #endif

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from importlib.resources import files
 
 import torch
 
@@ -102,7 +101,4 @@ def shape(size: int) -> tuple[int, int]:
 @cache
 def _kernel(size: int, norm: bool, device: torch.device) -> cuda_driver.Kernel:
     threads, vectors = shape(size)
-    macros = {"THREADS": threads, "VECTORS": vectors, "NORM": int(norm)}
-    source = files("vllm_spense.kernels").joinpath("norm_quant.cu").read_text(encoding="utf-8")
-    options = ["--gpu-architecture=sm_90a", "--std=c++17", *(f"-D{name}={value}" for name, value in macros.items())]
-    return cuda_driver.load(cuda_driver.compile_cubin(source, options), "norm_quant", threads, 0, device)
+    return cuda_driver.elementwise_kernel("norm_quant", threads, device, VECTORS=vectors, NORM=int(norm))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from importlib.resources import files
 
 import torch
 
@@ -41,6 +40,4 @@ class _Arguments(ctypes.Structure):
 
 @cache
 def _kernel(device: torch.device) -> cuda_driver.Kernel:
-    source = files("vllm_spense.kernels").joinpath("scale.cu").read_text(encoding="utf-8")
-    options = ["--gpu-architecture=sm_90a", "--std=c++17", f"-DTHREADS={_THREADS}"]
-    return cuda_driver.load(cuda_driver.compile_cubin(source, options), "scale", _THREADS, 0, device)
+    return cuda_driver.elementwise_kernel("scale", _THREADS, device)

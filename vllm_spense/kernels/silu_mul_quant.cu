@@ -5,14 +5,9 @@
 //
 // Set by the compiler's caller (silu_mul_quant.py): THREADS of a block, VECTORS of eight values that a thread has in a
 // row, TOKENS that a cluster takes at once, so that it reads the weight's scales once for all of them, and RAW_FLOAT.
+// elementwise.cuh comes before this.
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned char byte;
-
-constexpr int CLUSTER = 8, WIDTH = 8, WARPS = THREADS / 32;
-constexpr float LARGEST = 448;                        // of E4M3
-constexpr float SMALLEST_SCALE = 1 / (LARGEST * 512); // as vLLM's: rows of zeros have a scale too
+constexpr int CLUSTER = 8, WARPS = THREADS / 32;
 
 struct Arguments {
     const void* raw;          // (tokens, 2 · size): [gate sparse | up sparse | gate dense | up dense]
@@ -23,11 +18,6 @@ struct Arguments {
     int tokens, size;
     int boundary;             // columns of a sparse region
 };
-
-__device__ __forceinline__ void unpack(u32 pair, float& low, float& high) {
-    low = __uint_as_float(pair << 16);
-    high = __uint_as_float(pair & 0xffff0000u);
-}
 
 __device__ __forceinline__ void load_floats(const float* from, float (&v)[WIDTH]) {
 #pragma unroll
@@ -41,23 +31,9 @@ __device__ __forceinline__ void load_raw(const void* raw, u64 at, float (&v)[WID
 #if RAW_FLOAT
     load_floats(static_cast<const float*>(raw) + at, v);
 #else
-    const uint4 eight = *reinterpret_cast<const uint4*>(static_cast<const unsigned short*>(raw) + at);
-    unpack(eight.x, v[0], v[1]);
-    unpack(eight.y, v[2], v[3]);
-    unpack(eight.z, v[4], v[5]);
-    unpack(eight.w, v[6], v[7]);
+    load(static_cast<const bf16*>(raw) + at, v);
 #endif
 }
-
-__device__ __forceinline__ u32 pack_fp8(float a, float b, float c, float d) {
-    unsigned short low, high;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));
-    return low | u32(high) << 16;
-}
-
-// Keeps a NaN, which must not vanish from the output.
-__device__ __forceinline__ float larger(float a, float b) { return b != b || a <= b ? b : a; }
 
 extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS)
 void silu_mul_quant(const __grid_constant__ Arguments arguments) {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from importlib.resources import files
 
 import torch
 
@@ -102,7 +101,5 @@ def shape(size: int) -> tuple[int, int]:
 @cache
 def _kernel(size: int, tokens: int, raw_float: bool, device: torch.device) -> cuda_driver.Kernel:
     threads, vectors = shape(size)
-    macros = {"THREADS": threads, "VECTORS": vectors, "TOKENS": tokens, "RAW_FLOAT": int(raw_float)}
-    source = files("vllm_spense.kernels").joinpath("silu_mul_quant.cu").read_text(encoding="utf-8")
-    options = ["--gpu-architecture=sm_90a", "--std=c++17", *(f"-D{name}={value}" for name, value in macros.items())]
-    return cuda_driver.load(cuda_driver.compile_cubin(source, options), "silu_mul_quant", threads, 0, device)
+    macros = {"VECTORS": vectors, "TOKENS": tokens, "RAW_FLOAT": int(raw_float)}
+    return cuda_driver.elementwise_kernel("silu_mul_quant", threads, device, **macros)
