@@ -1,7 +1,10 @@
-"""One way to call the pruner from tests, and to look at what it made."""
+"""One way to call the pruner from tests, and to look at what it made; and to run kernels without a GPU."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,3 +27,19 @@ def logits(folder: Path) -> torch.Tensor:
     unseen = " ".join(f"{i} sheep jump over {i * i % 89} fences." for i in range(700, 720))
     with torch.inference_mode():
         return model(**tokenizer(unseen, return_tensors="pt", return_token_type_ids=False)).logits
+
+
+def interpret(code: str, *arguments: object) -> None:
+    """Python that runs Triton's kernels in its interpreter, and must end well.
+
+    In a process of its own: Triton decides when it is imported whether it will interpret.
+    """
+    process = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=Path(__file__).parent,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    )
+    assert process.returncode == 0, process.stderr

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from runs import interpret
 
 pytest.importorskip("triton")
 
@@ -23,13 +19,4 @@ ties(solve_block, torch.device("cpu"))
 
 
 def test_the_kernel_against_its_twin() -> None:
-    """In a process of its own: Triton decides when it is imported whether it will interpret."""
-    process = subprocess.run(
-        [sys.executable, "-c", INTERPRETED],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=Path(__file__).parent,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-    )
-    assert process.returncode == 0, process.stderr
+    interpret(INTERPRETED)

@@ -5,12 +5,10 @@ tests/gpu/test_pruning.py has the same on a GPU, in BF16, which the interpreter 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from runs import interpret
 
 pytest.importorskip("triton")
 
@@ -71,13 +69,4 @@ for key, tensor in written["plain"].items():
 
 @pytest.mark.parametrize("code", [SAME_BITS, FOUND, WHOLE_RUNS], ids=["same bits", "found", "whole runs"])
 def test_in_the_interpreter(code: str, tmp_path: Path) -> None:
-    """In a process of its own: Triton decides when it is imported whether it will interpret."""
-    process = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=Path(__file__).parent,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-    )
-    assert process.returncode == 0, process.stderr
+    interpret(code, tmp_path)
