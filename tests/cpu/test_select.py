@@ -60,6 +60,10 @@ def test_mixed_groups_have_two_of_the_stronger_half_and_two_of_the_weaker() -> N
     # Groups from strong to weak by their strongest, and each weak half by its own strongest.
     assert torch.equal(groups[:, 0], groups[:, 0].sort(descending=True).values)
     assert groups[0].max() == strength[order[:32]].max()
+    # The strongest of all has the weakest of the stronger half beside it, and so on; the weaker half is paired alike.
+    strong, weak = strength[order[:32]].sort(descending=True).values.chunk(2)
+    assert torch.equal(groups[:, :2], torch.stack([strong[:8], strong[8:].flip(0)], 1))
+    assert torch.equal(groups[:, 2:], torch.stack([weak[:8], weak[8:].flip(0)], 1))
 
 
 def test_mixed_groups_lose_less() -> None:
