@@ -51,12 +51,16 @@ class Measured:
     Attributes:
         timings: by (batch, context).
         start_s, weight_bytes: of an engine.
+        load_s: what Spense adds to loading, with what `search_s` found; None in stock vLLM.
+        search_s: that a search of kernels took before the engines began; None where the engine itself searched.
         saved_bytes: what the format says its regions save over dense weights.
         layer_kernels: how many kernels run in each layer in a decode step; None where nobody counted.
     """
 
     timings: Mapping[tuple[int, int], Timing]
     start_s: float | None = None
+    load_s: float | None = None
+    search_s: float | None = None
     weight_bytes: int | None = None
     saved_bytes: int = 0
     layer_kernels: int | None = None
@@ -170,6 +174,7 @@ class EngineRun:
         self.stem = f"{name}-kv-{kv}-{digest}"
         self.answer, self.log = work / f"{self.stem}.json", work / f"{self.stem}.log"
         self.process: subprocess.Popen[str] | None = None
+        self.search_s: float | None = None
 
     def start(self) -> None:
         """Lets the process import vLLM, which takes long, while another engine still has the GPU."""
@@ -211,6 +216,8 @@ class EngineRun:
         return Measured(
             {(timing.batch, timing.context): timing for timing in timings},
             found["start_s"],
+            found["plugin_load_s"],
+            self.search_s,
             found["weight_bytes"],
             saved_bytes(json.loads((self.folder / "config.json").read_text(encoding="utf-8"))),
             layer_kernels([kernel["runs"] for kernel in found.get("kernels", ())], self.layers),
@@ -235,6 +242,7 @@ def search_first(runs: Sequence[EngineRun]) -> None:
     for run in runs:
         config = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
         if KEY in config["quantization_config"]:
+            start = time.perf_counter()
             hidden, heads = config["hidden_size"], config["num_attention_heads"] * config["head_dim"]
             keys_and_values = 2 * config["num_key_value_heads"] * config["head_dim"]
             ops.prepare_whole(heads + keys_and_values, hidden, device)
@@ -247,6 +255,7 @@ def search_first(runs: Sequence[EngineRun]) -> None:
                     Problem(hidden, i, regions, "input", scaled=glue.fuses_norm(hidden, torch.bfloat16, device)),
                 ):
                     ops.prepare(problem, TOKEN_BUDGET, device)
+            run.search_s = round(time.perf_counter() - start, 1)
     torch.cuda.empty_cache()
 
 
@@ -299,6 +308,8 @@ def compare(about: Row, dense: Measured, spense: Measured) -> list[Row]:
                 "prefill_ratio": theirs and round(theirs.prefill_ms / ours.prefill_ms, 4),
                 "dense_start_s": dense.start_s,
                 "spense_start_s": spense.start_s,
+                "spense_load_s": spense.load_s,
+                "spense_search_s": spense.search_s,
                 "dense_weight_bytes": dense.weight_bytes,
                 "spense_weight_bytes": spense.weight_bytes,
                 "format_weight_bytes": dense.weight_bytes and dense.weight_bytes - spense.saved_bytes,

@@ -79,12 +79,15 @@ class Answer:
     """
     Attributes:
         start_s: to a ready engine: loading, searching for kernels, compiling, capturing.
+        plugin_load_s: of that, what Spense does to loaded weights: checks, compression, and searches unless the plan
+            cache knows already what they find. None in stock vLLM.
         weight_bytes: of all parameters, in the device's memory.
         kv_tokens: tokens that the KV cache has room for; batches that need more are left out.
         kernels: of a decode step of `PROFILED`; empty if that is not among what is timed, or not on a GPU.
     """
 
     start_s: float
+    plugin_load_s: float | None
     weight_bytes: int
     kv_tokens: int
     timings: tuple[Timing, ...]
@@ -112,6 +115,7 @@ def main() -> None:
 def run(order: Order) -> Answer:
     """Starts the engine and times it."""
     sys.stdin.readline()
+    watch = plugin_watch() if order.quantization == "spense" else None
     start = time.perf_counter()
     llm = start_engine(order)
     start_s = time.perf_counter() - start
@@ -132,7 +136,53 @@ def run(order: Order) -> Answer:
         kernels = bench.kernels(*PROFILED)
         for kernel in kernels:
             print(f"decode_speed: {kernel}", flush=True)
-    return Answer(round(start_s, 1), llm.apply_model(weight_bytes)[0], bench.kv_tokens, tuple(timings), kernels)
+    return Answer(
+        round(start_s, 1),
+        watch and round(watch.seconds, 1),
+        llm.apply_model(weight_bytes)[0],
+        bench.kv_tokens,
+        tuple(timings),
+        kernels,
+    )
+
+
+class Watch:
+    """Seconds that functions took, GPU included."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def on(self, owner: Any, name: str, sign: int = 1) -> None:
+        """From now on counts `owner.name`, or takes it away again where something else counts it."""
+        function = getattr(owner, name)
+
+        def timed(*args: Any, **settings: Any) -> Any:
+            synchronize()
+            start = time.perf_counter()
+            result = function(*args, **settings)
+            synchronize()
+            self.seconds += sign * (time.perf_counter() - start)
+            return result
+
+        setattr(owner, name, timed)
+
+
+def plugin_watch() -> Watch:
+    """On everything that the plugin does to loaded weights, but for filling them with dummy values."""
+    from vllm_spense import loaders
+    from vllm_spense.linear import RegionLinearMethod
+    from vllm_spense.unpruned import WholeKernel
+
+    watch = Watch()
+    watch.on(RegionLinearMethod, "process_weights_after_loading")
+    watch.on(WholeKernel, "process_weights_after_loading")
+    watch.on(loaders, "fill_dummy", sign=-1)
+    return watch
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def start_engine(order: Order) -> LLM:

@@ -113,23 +113,30 @@ def speed_ups(rows: Sequence[Row], time: str, ratio: str) -> list[str]:
 
 def memory(result: Result) -> list[str]:
     """Weights in GPU memory against the bytes of the format, and start-up."""
-    engines: dict[object, tuple[float, float, float]] = {}
+    engines: dict[str, list[str]] = {}
     for row in result["rows"]:
         if row["dense_weight_bytes"]:
-            engines.setdefault("dense", (row["dense_weight_bytes"], row["dense_weight_bytes"], row["dense_start_s"]))
+            dense_bytes = row["dense_weight_bytes"]
+            engines.setdefault("dense", _engine(dense_bytes, dense_bytes, row["dense_start_s"]))
             engines.setdefault(
                 f"{row['sparsity']:.1%}",
-                (row["spense_weight_bytes"], row["format_weight_bytes"], row["spense_start_s"]),
+                _engine(
+                    row["spense_weight_bytes"],
+                    row["format_weight_bytes"],
+                    row["spense_start_s"],
+                    row.get("spense_load_s"),
+                    row.get("spense_search_s"),
+                ),
             )
-    lines = (
-        [name, f"{held / 2**30:.2f}", f"{form / 2**30:.2f}", f"{held / form - 1:+.2%}", f"{start:.0f}"]
-        for name, (held, form, start) in engines.items()
-    )
-    return [
-        *markdown(["sparsity", "in GPU memory, GiB", "by the format, GiB", "more", "start, s"], lines),
-        "",
-        source(result),
-    ]
+    headings = ["in GPU memory, GiB", "by the format, GiB", "more", "start, s", "loading adds, s", "search, s"]
+    return [*markdown(["sparsity", *headings], ([name, *cells] for name, cells in engines.items())), "", source(result)]
+
+
+def _engine(
+    held: float, by_format: float, start: float, load: float | None = None, search: float | None = None
+) -> list[str]:
+    added = ("" if seconds is None else f"{seconds:.1f}" for seconds in (load, search))
+    return [f"{held / 2**30:.2f}", f"{by_format / 2**30:.2f}", f"{held / by_format - 1:+.2%}", f"{start:.0f}", *added]
 
 
 def errors(result: Result) -> list[str]:

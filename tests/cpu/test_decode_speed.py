@@ -94,9 +94,14 @@ def test_a_summary_is_in_milliseconds() -> None:
 
 
 def test_rows_hold_what_the_issue_names_and_null_for_what_dense_lacks() -> None:
-    dense = Measured({(1, 16): Timing(1, 16, 30.0, 1.0, 90.0)}, 100.0, 1000, layer_kernels=14)
+    dense = Measured({(1, 16): Timing(1, 16, 30.0, 1.0, 90.0)}, 100.0, weight_bytes=1000, layer_kernels=14)
     spense = Measured(
-        {(1, 16): Timing(1, 16, 20.0, 2.0, 60.0), (8, 16): Timing(8, 16, 25.0, 2.0, 70.0)}, 120.0, 810, saved_bytes=200
+        {(1, 16): Timing(1, 16, 20.0, 2.0, 60.0), (8, 16): Timing(8, 16, 25.0, 2.0, 70.0)},
+        120.0,
+        load_s=5.0,
+        search_s=15.0,
+        weight_bytes=810,
+        saved_bytes=200,
     )
     first, second = compare({"shape": "x", "layers": 2, "kv_cache_dtype": "fp8", "sparsity": 0.25}, dense, spense)
     assert first == {
@@ -116,6 +121,8 @@ def test_rows_hold_what_the_issue_names_and_null_for_what_dense_lacks() -> None:
         "prefill_ratio": 1.5,
         "dense_start_s": 100.0,
         "spense_start_s": 120.0,
+        "spense_load_s": 5.0,
+        "spense_search_s": 15.0,
         "dense_weight_bytes": 1000,
         "spense_weight_bytes": 810,
         "format_weight_bytes": 800,
@@ -161,7 +168,12 @@ def fake_engines(monkeypatch: pytest.MonkeyPatch, code: int = 0) -> list[dict[st
             orders.append(order)
             ms = 1.0 if order["quantization"] == "spense" else 2.0
             found = [Timing(batch, context, ms, 0.1, ms) for context in order["contexts"] for batch in order["batches"]]
-            answer = {"start_s": 1.0, "weight_bytes": 10**6, "timings": [vars(timing) for timing in found]}
+            answer = {
+                "start_s": 1.0,
+                "plugin_load_s": 0.5,
+                "weight_bytes": 10**6,
+                "timings": [vars(timing) for timing in found],
+            }
             if not code:
                 self.answer.write_text(json.dumps(answer))
 

@@ -35,6 +35,8 @@ DECODE = [
         "prefill_ratio": ratio - 0.05,
         "dense_start_s": 80.0,
         "spense_start_s": 90.0,
+        "spense_load_s": 4.0,
+        "spense_search_s": 12.5,
         "dense_weight_bytes": 32 << 30,
         "spense_weight_bytes": 28.28 * 2**30,
         "format_weight_bytes": 28 << 30,
@@ -122,7 +124,10 @@ def table(name: str, results: Path) -> str:
             ["| KV cache | context | batch | stock, ms | 25.0% | 37.5% |", "| fp8 | 16 | 256 | 16.00 | 1.14 | 1.23 |"],
         ),
         ("prefill", ["| auto | 4096 | 256 | 300.00 | 1.09 | 1.18 |"]),
-        ("memory", ["| dense | 32.00 | 32.00 | +0.00% | 80 |", "| 37.5% | 28.28 | 28.00 | +1.00% | 90 |"]),
+        (
+            "memory",
+            ["| dense | 32.00 | 32.00 | +0.00% | 80 |  |  |", "| 37.5% | 28.28 | 28.00 | +1.00% | 90 | 4.0 | 12.5 |"],
+        ),
         ("mlp", ["| 32 | spense 37.5% | 104.0 | 21.0 | 125.0 | 1.31 | 5 |"]),
         ("readme", ["| auto | 16 | 1 | 16.00 | 1.14 | 1.23 |"]),
         (

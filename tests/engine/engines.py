@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -50,7 +50,12 @@ VLLM = {
 
 @dataclass(frozen=True)
 class Run:
-    """One engine: `quantization` None leaves the choice to vLLM."""
+    """One engine.
+
+    Attributes:
+        quantization: None leaves the choice to vLLM.
+        among_others: takes a small part of a GPU's memory instead of nearly all.
+    """
 
     model: Path
     quantization: str | None
@@ -59,6 +64,7 @@ class Run:
     reload: bool = False
     load_format: str = "auto"
     dtype: str = "float32"
+    among_others: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,9 +75,13 @@ class Completion:
     logprobs: list[dict[int, float]]
 
 
-def generate(runs: Sequence[Run]) -> dict[Run, list[Completion]]:
-    """Completions of `PROMPTS` by each run, all in one process beside this one."""
-    environment = os.environ | VLLM | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+def generate(runs: Sequence[Run], switches: Mapping[str, str] | None = None) -> dict[Run, list[Completion]]:
+    """Completions of `PROMPTS` by each run, all in one process beside this one.
+
+    Args:
+        switches: environment variables of that process.
+    """
+    environment = os.environ | VLLM | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | (switches or {})
     with TemporaryDirectory() as folder:
         order, answers = Path(folder, "order.json"), Path(folder, "answers.json")
         orders = [asdict(run) | {"model": str(run.model)} for run in runs]
