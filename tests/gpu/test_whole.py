@@ -37,7 +37,7 @@ def error(out: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_every_way_to_cut_it(n: int, k: int) -> None:
     torch.manual_seed(0)
-    problem = Problem(n, k, Regions(0, k), "input")
+    problem = Problem(n, k, Regions(0, k), "input", scaled=True)
     weight, w_scale = random_fp8(n, k, DEVICE), torch.rand(n, 1, device=DEVICE)
     for tokens in (1, 7, 8, 17, 32, 64, 100, 128):
         x, x_scale = random_fp8(tokens, k, DEVICE), torch.rand(tokens, 1, device=DEVICE)

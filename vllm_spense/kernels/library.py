@@ -179,6 +179,7 @@ class LibraryPlan:
             (M, N), raw sums unless the problem is scaled.
         """
         problem, m = self.problem, x.shape[0]
+        assert problem.scaled == (scales is not None), problem
         if m < self.tokens:
             # Rows past M stay what they are: no row of the output depends on another row of x.
             x = torch.empty(self.tokens, problem.k, dtype=x.dtype, device=x.device)[:m].copy_(x)

@@ -329,6 +329,7 @@ class OneLaunchPlan:
         """
         problem, m = self.problem, x.shape[0]
         assert m <= self.tokens, (m, self.tokens)
+        assert problem.scaled == (scales is not None), problem
         if out is None:
             out = torch.empty(m, problem.n, dtype=problem.out_dtype, device=x.device)
         stream = current_stream(self.device)
