@@ -93,6 +93,12 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--eager", action="store_true", help="neither compile nor capture: to try things out")
     parser.add_argument(
+        "--capture",
+        type=int,
+        default=512,
+        help="tokens of the largest step that runs as a CUDA graph [512: vLLM's own]",
+    )
+    parser.add_argument(
         "--together", type=int, default=1, help="engines that share the GPU's memory; one is timed at a time"
     )
     parser.add_argument("--work", type=Path, help="folder for configurations, logs and what engines measured")
@@ -167,6 +173,7 @@ class EngineRun:
                 "most_tokens": options.most_tokens,
                 "steps": options.steps,
                 "eager": options.eager,
+                "capture": options.capture,
                 "engines": options.together,
             }
         )

@@ -60,6 +60,7 @@ class Order:
         most_tokens: batches whose prompts have more than this are left out; None for no limit.
         steps: decode steps of the whole batch.
         eager: neither compiled nor captured, for trying things out.
+        capture: tokens of the largest step that is captured in a CUDA graph.
         engines: that share the GPU's memory.
     """
 
@@ -71,6 +72,7 @@ class Order:
     most_tokens: int | None
     steps: int
     eager: bool = False
+    capture: int = 512
     engines: int = 1
 
 
@@ -186,7 +188,7 @@ def synchronize() -> None:
 
 
 def start_engine(order: Order) -> LLM:
-    """An engine that captures the batches it will be asked for, and the most tokens that it would by default."""
+    """An engine that captures the batches it will be asked for, and prefill up to `order.capture` tokens."""
     longest = max(order.contexts) + max(
         output_tokens(batch, context, order.steps) for batch in order.batches for context in order.contexts
     )
@@ -206,10 +208,16 @@ def start_engine(order: Order) -> LLM:
         # Every prompt is new, and its whole prefill counts.
         enable_prefix_caching=False,
         enforce_eager=order.eager,
-        compilation_config={"cudagraph_capture_sizes": sorted({*order.batches, min(2 * max(order.batches), 512)})},
+        compilation_config={"cudagraph_capture_sizes": capture_sizes(order)},
         seed=0,
         **memory,
     )
+
+
+def capture_sizes(order: Order) -> list[int]:
+    """Numbers of tokens: the batches, the most that vLLM captures for them by default, and steps of 256 beyond it."""
+    usual = min(2 * max(order.batches), 512)
+    return sorted({*order.batches, usual, *range(768, order.capture + 1, 256)})
 
 
 def needed_kv_bytes(order: Order) -> int:

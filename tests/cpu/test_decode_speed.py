@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ import pytest
 
 from benchmarks import decode_speed, timings
 from benchmarks.decode_speed import Measured, compare, saved_bytes
-from benchmarks.engine_times import Bench, Order, grid, needed_kv_bytes
+from benchmarks.engine_times import Bench, Order, capture_sizes, grid, needed_kv_bytes
 from benchmarks.make_shape import make_shape
 from benchmarks.server_times import time_server
 from benchmarks.timings import TOKEN_BUDGET, Timing, output_tokens, summarize, time_steps
@@ -85,6 +86,12 @@ def test_engines_that_share_a_gpu_have_room_for_every_batch(kv: str, tmp_path: P
     model = SimpleNamespace(get_vocab_size=lambda: 100)
     bench = Bench(SimpleNamespace(vllm_config=config, model_config=model), order.steps)
     assert all(bench.fits(*case) for case in grid(order))
+
+
+def test_captured_are_the_batches_and_what_prefill_asks_for() -> None:
+    order = Order("m", "spense", "fp8", (1, 32, 256), (16,), None, 8)
+    assert capture_sizes(order) == [1, 32, 256, 512]
+    assert capture_sizes(replace(order, capture=1024)) == [1, 32, 256, 512, 768, 1024]
 
 
 def test_a_summary_is_in_milliseconds() -> None:

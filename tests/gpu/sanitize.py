@@ -1,0 +1,42 @@
+"""Every kernel of ours, on sizes that end within tiles, for NVIDIA's sanitizer:
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 python tests/gpu/sanitize.py
+
+Without torch's cache every tensor is an allocation of its own, so that what lies beyond it is nobody's.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from vllm_spense.format import Regions
+from vllm_spense.kernels import library, norm_quant, one_launch, silu_mul_quant
+from vllm_spense.kernels.problem import Problem
+from vllm_spense.kernels.synthetic import random_fp8, random_weight, unit_scales
+
+
+def main() -> None:
+    device = torch.device("cuda", 0)
+    for kernel in (one_launch, silu_mul_quant, norm_quant):
+        if reason := kernel.fault(device):
+            sys.exit(f"{kernel.__name__}: {reason}")
+    # The libraries, and the kernel behind them that adds and scales.
+    problem = Problem(160, 1216, Regions(704, 512), "input", scaled=True)
+    packed = library.pack(random_weight(problem, device), problem)
+    for tokens in (1, 40, 530):
+        x = random_fp8(tokens, problem.k, device)
+        for concurrent in (False, True):
+            choice = library.Choice(concurrent=concurrent)
+            plan = library.LibraryPlan(problem, library.padded(tokens), device, choice)
+            plan.run(x, packed, scales=unit_scales(problem, tokens, device))
+    torch.cuda.synchronize()
+    print("every kernel ran")
+
+
+if __name__ == "__main__":
+    main()
