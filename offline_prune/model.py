@@ -19,6 +19,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from offline_prune.glu import Glu, Unsupported, find_glu
+from offline_prune.place import Inbox
 from offline_prune.source import TensorFiles, read_json, resolve_model
 from vllm_spense.errors import SpenseError
 
@@ -52,6 +53,7 @@ class SourceModel:
         self.blocks = [Block(name, find_glu(module)) for name, module in _decoder_blocks(self.skeleton)]
         self._reader = ThreadPoolExecutor(1, "prefetch")
         self._ahead: dict[str, Future[dict[str, torch.Tensor]]] = {}
+        self._inbox = Inbox()
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -74,11 +76,16 @@ class SourceModel:
         return next(name for name, module in self.skeleton.named_modules() if module is head)
 
     def prefetch(self, name: str, device: torch.device) -> None:
-        """Starts to read a module's tensors into host memory pinned for a GPU, in the background, for `load`."""
+        """Starts to read a module's tensors into host memory pinned for a GPU, in the background, for `load`.
+
+        One module at a time: the next one comes into the same memory, once this one is loaded.
+        """
+        assert not self._ahead, f"{name} would overwrite {', '.join(self._ahead)}"
 
         def read() -> dict[str, torch.Tensor]:
             torch.cuda.set_device(device)  # Threads start out on the first GPU.
-            return {key: self.tensors.read(key).pin_memory() for key in self.tensors if key.startswith(f"{name}.")}
+            mine = [key for key in self.tensors if key.startswith(f"{name}.")]
+            return self._inbox.fill(f"{name}.", ((key, self.tensors.read(key)) for key in mine))
 
         self._ahead[name] = self._reader.submit(read)
 
@@ -149,6 +156,7 @@ class SourceModel:
         if weight.shape != empty.shape:
             raise SpenseError(f"{name}: found shape {tuple(weight.shape)}, expected {tuple(empty.shape)}")
         loaded = weight.to(device, dtype, non_blocking=True)
+        # The answer is there when the copy is.
         if not torch.isfinite(loaded).all():
             raise SpenseError(f"{self.tensors.folder}: {name} holds NaN or infinity")
         return loaded

@@ -1,9 +1,9 @@
-"""Where the calibration text's hidden states are kept, and how tensors leave a GPU."""
+"""Where the calibration text's hidden states are kept, and how tensors reach and leave a GPU."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -40,11 +40,36 @@ def pinned_bytes(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-class Outbox:
-    """Pinned host memory through which tensors leave a GPU, allocated once for each name and used again and again."""
+class _Buffers:
+    """Pinned host memory, allocated once for each name and used again and again.
+
+    torch's own cache of it would grow with every block.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
+
+    def _buffer(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        buffer = self._buffers.get(name)
+        if buffer is None or (buffer.shape, buffer.dtype) != (like.shape, like.dtype):
+            buffer = self._buffers[name] = torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+        return buffer
+
+
+class Inbox(_Buffers):
+    """Through which tensors reach a GPU."""
+
+    def fill(self, prefix: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Copies tensors into pinned memory, over those of the call before: a GPU must have read them.
+
+        Args:
+            prefix: what all names begin with and the other calls' names do not.
+        """
+        return {name: self._buffer(name.removeprefix(prefix), tensor).copy_(tensor) for name, tensor in tensors}
+
+
+class Outbox(_Buffers):
+    """Through which tensors leave a GPU."""
 
     def post(
         self, prefix: str, tensors: Mapping[str, torch.Tensor]
@@ -67,9 +92,3 @@ class Outbox:
                 arrived = arrived or torch.cuda.Event()
                 arrived.record(stream)
         return posted, arrived
-
-    def _buffer(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        buffer = self._buffers.get(name)
-        if buffer is None or (buffer.shape, buffer.dtype) != (like.shape, like.dtype):
-            buffer = self._buffers[name] = torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
-        return buffer

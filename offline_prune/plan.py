@@ -152,15 +152,11 @@ def _of_block(block: str, sizes: dict[str, int]) -> list[int]:
 
 
 def _pinned_staging(model: SourceModel, written: dict[str, int]) -> int:
-    """The largest block on its way to the disk and two on their way to a GPU: each tensor has its own memory.
-
-    Two, because the next block is read while the copies of the last one may still be under way.
-    """
-
-    def largest(sizes: dict[str, int]) -> int:
-        return max(sum(map(pinned_bytes, _of_block(block.name, sizes))) for block in model.blocks)
-
-    return 2 * largest({name: model.tensors.nbytes(name) for name in model.tensors}) + largest(written)
+    """The largest block on its way to a GPU and on its way to the disk: each tensor has its own memory."""
+    read = {name: model.tensors.nbytes(name) for name in model.tensors}
+    return sum(
+        max(sum(map(pinned_bytes, _of_block(block.name, sizes))) for block in model.blocks) for sizes in (read, written)
+    )
 
 
 def _placed(needs: MemoryPlan, settings: PruneSettings) -> MemoryPlan:

@@ -14,6 +14,9 @@ from vllm_spense.kernels.nvmath_support import CUDA_TYPE, ONE, ZERO, Shape, curr
 
 #: cuSPARSELt takes FP8 activations in multiples of this many tokens.
 TOKEN_MULTIPLE = 16
+#: Bytes past the end of a compressed weight that a GEMM may read, though not use: its steps are 128 columns wide where the
+#: metadata of 64 lie together. The library's own size does not count them; compute-sanitizer found 512.
+OVERREAD = 1024
 
 _COLUMN_ORDER = 1  # cusparseOrder_t; a row-major matrix is a column-major one, transposed
 _NON_TRANSPOSE, _TRANSPOSE = 0, 1  # cusparseOperation_t
@@ -51,7 +54,7 @@ def compress(weight: torch.Tensor) -> torch.Tensor:
             must have been checked (`layout.require_2of4`): the library's own check answers nothing for FP8.
 
     Returns:
-        uint8 (bytes,), to be read by the installed version of the library only.
+        uint8 (bytes,), to be read by the installed version of the library only, with `OVERREAD` bytes behind it.
     """
     n, k = weight.shape
     assert weight.is_contiguous(), "compress takes a contiguous weight"
@@ -126,7 +129,7 @@ class SparsePlan:
 
         Args:
             x: (M, K) float8_e4m3fn of the shape's stride.
-            compressed: from `compress`.
+            compressed: from `compress`, with `OVERREAD` bytes behind it.
             out: (M, N) of the shape's dtype and stride.
             stream: CUDA's handle.
         """
