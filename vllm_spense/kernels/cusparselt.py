@@ -14,8 +14,8 @@ from vllm_spense.kernels.nvmath_support import CUDA_TYPE, ONE, ZERO, Shape, curr
 
 #: cuSPARSELt takes FP8 activations in multiples of this many tokens.
 TOKEN_MULTIPLE = 16
-#: Bytes past the end of a compressed weight that a GEMM may read, though not use: its steps are 128 columns wide where the
-#: metadata of 64 lie together. The library's own size does not count them; compute-sanitizer found 512.
+#: Bytes past the end of a compressed weight that a GEMM may read, though not use: its steps are 128 columns wide where
+#: the metadata of 64 lie together. The library's own size does not count them; compute-sanitizer found 512.
 OVERREAD = 1024
 
 _COLUMN_ORDER = 1  # cusparseOrder_t; a row-major matrix is a column-major one, transposed
