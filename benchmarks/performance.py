@@ -114,7 +114,7 @@ def speed_ups(rows: Sequence[Row], time: str, ratio: str) -> list[str]:
 def memory(result: Result) -> list[str]:
     """Weights in GPU memory against the bytes of the format, and start-up."""
     engines: dict[str, list[str]] = {}
-    for row in result["rows"]:
+    for row in sorted(result["rows"], key=lambda row: row["sparsity"]):
         if row["dense_weight_bytes"]:
             dense_bytes = row["dense_weight_bytes"]
             engines.setdefault("dense", _engine(dense_bytes, dense_bytes, row["dense_start_s"]))
@@ -293,6 +293,11 @@ def fp8_scales(result: Result) -> list[str]:
 
 #: Result file → the command that makes it, and where, other than the benchmark of that name with its defaults on a GPU.
 RUNS: Mapping[str, tuple[str, str]] = {
+    "accuracy-smollm2-methods": (
+        "python -m benchmarks.accuracy --methods spensegpt sparsegpt wanda magnitude --sparsities 0.5 0.375 0.25 "
+        "--heldout 8 --out benchmarks/results/accuracy-smollm2-methods.json",
+        "2 CPU cores",
+    ),
     "prune_time-2gpus": ("torchrun --nproc-per-node 2 benchmarks/prune_time.py", "2 GPUs"),
     "prune_time-shapes": (
         "python benchmarks/prune_time.py --shapes qwen3-32b seed-oss-36b llama-3.1-8b llama-3.3-70b "
@@ -317,10 +322,14 @@ TABLES: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     "prune_readme": ("prune_time", prune_sentence),
     "prune_shapes": ("prune_time-shapes", prune),
     "prune_gpus": ("prune_time-2gpus", prune),
+    "prune_tuned": ("prune_time-tuned", prune),
+    "prune_tuned_stages": ("prune_time-tuned", prune_stages),
     "selection": ("selection_tokens", selection),
     "gains": ("accuracy-smollm2", quality_gains),
     "gains_readme": ("accuracy-smollm2", quality_gains),
     "accuracy": ("accuracy-smollm2", quality),
+    "ablations": ("accuracy-smollm2-ablations", quality),
+    "methods": ("accuracy-smollm2-methods", quality),
     "peers": ("peers-smollm2", quality),
     "fp8_scales": ("fp8_scales", fp8_scales),
 }
