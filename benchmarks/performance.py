@@ -294,8 +294,8 @@ def fp8_scales(result: Result) -> list[str]:
 #: Result file → the command that makes it, and where, other than the benchmark of that name with its defaults on a GPU.
 RUNS: Mapping[str, tuple[str, str]] = {
     "accuracy-smollm2-methods": (
-        "python -m benchmarks.accuracy --methods spensegpt sparsegpt wanda magnitude --sparsities 0.5 0.375 0.25 "
-        "--heldout 8 --out benchmarks/results/accuracy-smollm2-methods.json",
+        "python -m benchmarks.accuracy --methods spensegpt sparsegpt wanda magnitude --seeds 0 --heldout 8 "
+        "--out benchmarks/results/accuracy-smollm2-methods.json",
         "2 CPU cores",
     ),
     "prune_time-2gpus": ("torchrun --nproc-per-node 2 benchmarks/prune_time.py", "2 GPUs"),

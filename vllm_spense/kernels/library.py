@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
@@ -49,7 +49,7 @@ def pack(weight: torch.Tensor, problem: Problem) -> dict[str, torch.Tensor]:
     return {"compressed": compressed, "dense": torch.stack(dense)}
 
 
-def _with_room_behind(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+def _with_room_behind(parts: list[torch.Tensor]) -> torch.Tensor:
     """Compressed weights of equal size, stacked, in memory that goes on for `OVERREAD` bytes."""
     room = parts[0].new_zeros(sum(map(len, parts)) + cusparselt.OVERREAD)
     return torch.cat(parts, out=room[: -cusparselt.OVERREAD]).view(len(parts), -1)

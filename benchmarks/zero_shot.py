@@ -1,0 +1,188 @@
+"""Zero-shot tasks: how often a model finds the right answer, by the rules of lm-evaluation-harness.
+
+    pip install 'lm-eval[api]'
+    python -m benchmarks.zero_shot ORIGINAL ./pruned …
+
+asks every model the same questions and writes benchmarks/results/zero_shot.json. Tasks and their data come from the
+Hugging Face hub, or from files in `--task-folder`. Without a network there is `continuation`, from the texts of
+`benchmarks.texts`: which of four passages of a text comes next?
+
+    python -m benchmarks.zero_shot ./pruned --url http://localhost:8000/v1
+
+asks a server instead, which runs the files as they are, FP8 activations included; the folder is for the tokenizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.envelope import RESULTS, write_result
+from benchmarks.texts import DOMAINS, documents
+from offline_prune.device import pick_device
+from offline_prune.evaluate import load_dense
+from vllm_spense.errors import SpenseError
+
+#: Small tasks that many papers report.
+TASKS = ("arc_challenge", "arc_easy", "boolq", "hellaswag", "piqa", "winogrande")
+CONTINUATION = "continuation"
+#: Characters of a question's text and of each passage that may come next; passages of one question.
+_TEXT, _PASSAGE, _CHOICES = 240, 60, 4
+
+Row = dict[str, Any]
+Question = dict[str, Any]
+
+
+def main() -> None:
+    options = parse()
+    try:
+        import lm_eval  # noqa: F401 - to say what is missing before anything is loaded
+    except ImportError:
+        sys.exit("zero-shot tasks need lm-evaluation-harness: pip install 'lm-eval[api]'")
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        tasks = [task for name in options.tasks for task in wanted(name, options.questions, Path(scratch))]
+        for folder in options.models:
+            rows += answers(model(folder, options), folder.name, tasks, options)
+            write_result(options.out, "zero_shot", rows)
+    print("\n".join(markdown(rows)))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.zero_shot", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("models", nargs="+", type=Path, metavar="FOLDER", help="plain or Spense checkpoints")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"[{' '.join(TASKS)}]")
+    parser.add_argument("--task-folder", type=Path, help="more tasks, as YAML files")
+    parser.add_argument("--limit", type=int, help="questions of each task; all by default")
+    parser.add_argument("--questions", type=int, default=200, help=f"of each text, in {CONTINUATION}")
+    parser.add_argument("--url", help="of a server that runs the model, …/v1")
+    parser.add_argument("--batch", type=int, default=8, help="questions at a time")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=RESULTS / "zero_shot.json")
+    options = parser.parse_args()
+    if options.url and len(options.models) > 1:
+        parser.error(f"--url: found {len(options.models)} models, expected the one that the server runs")
+    return options
+
+
+def wanted(name: str, count: int, scratch: Path) -> Iterator[str | dict[str, Any]]:
+    """A task as the harness takes it: its name, or for `continuation` a description for each text."""
+    if name != CONTINUATION:
+        yield name
+        return
+    for domain in DOMAINS:
+        file = scratch / f"{domain}.jsonl"
+        file.write_text("".join(json.dumps(question) + "\n" for question in questions(documents(domain), count)))
+        yield {
+            "task": f"{CONTINUATION}_{domain}",
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(file)}},
+            "output_type": "multiple_choice",
+            "test_split": "test",
+            "doc_to_text": "{{text}}",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "{{label}}",
+            "target_delimiter": "",
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        }
+
+
+def questions(texts: Iterable[str], count: int) -> list[Question]:
+    """What follows the beginning of a text: the next passage, or one of three that come later?
+
+    Returns:
+        One of each text that is long enough, at most `count`: {"text", "choices", "label"}.
+
+    Raises:
+        SpenseError: no text is long enough.
+    """
+    shortest = _TEXT + _CHOICES * _PASSAGE
+    found = []
+    for number, text in enumerate(islice((text for text in texts if len(text) >= shortest), count)):
+        chance = random.Random(number)
+        later = chance.sample(range(_TEXT + _PASSAGE, len(text) - _PASSAGE + 1, _PASSAGE), _CHOICES - 1)
+        label = chance.randrange(_CHOICES)
+        starts = [*later[:label], _TEXT, *later[label:]]
+        choices = [text[start : start + _PASSAGE] for start in starts]
+        found.append({"text": text[:_TEXT], "choices": choices, "label": label})
+    if not found:
+        raise SpenseError(f"found no text of at least {shortest} characters to ask about")
+    return found
+
+
+def model(folder: Path, options: argparse.Namespace) -> Any:
+    """The model, or the server that runs it, as the harness takes it."""
+    if options.url:
+        from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+        return LocalCompletionsAPI(
+            base_url=f"{options.url.rstrip('/')}/completions",
+            model=served_name(options.url),
+            tokenizer=str(folder),
+            batch_size=options.batch,
+        )
+    from lm_eval.models.huggingface import HFLM
+
+    device = pick_device(options.device)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dense, tokenizer = load_dense(folder, str(device), dtype)
+    return HFLM(pretrained=dense, tokenizer=tokenizer, batch_size=options.batch)
+
+
+def served_name(url: str) -> str:
+    from openai import OpenAI
+
+    return OpenAI(base_url=url, api_key="none").models.list().data[0].id
+
+
+def answers(lm: Any, name: str, tasks: Sequence[str | dict[str, Any]], options: argparse.Namespace) -> Iterator[Row]:
+    """One row for each task and metric; `stderr` is over its questions."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(options.task_folder) if options.task_folder else None)
+    found = simple_evaluate(lm, tasks=list(tasks), task_manager=manager, limit=options.limit, log_samples=False)
+    assert found is not None
+    for task, metrics in found["results"].items():
+        for key, value in metrics.items():
+            metric, _, rule = key.partition(",")
+            if rule and not metric.endswith("_stderr"):
+                yield {
+                    "model": name,
+                    "served": options.url,
+                    "task": task,
+                    "metric": metric,
+                    "value": value,
+                    "stderr": metrics.get(f"{metric}_stderr,{rule}"),
+                    "questions": found["n-samples"][task]["effective"],
+                }
+
+
+def markdown(rows: Sequence[Row]) -> list[str]:
+    """Models down, tasks across, in percent."""
+    columns = list(dict.fromkeys((row["task"], row["metric"]) for row in rows))
+    lines = ["| model | " + " | ".join(f"{task}, {metric}" for task, metric in columns) + " |"]
+    lines.append("|" + "---|" * (1 + len(columns)))
+    for name in dict.fromkeys(row["model"] for row in rows):
+        mine = {(row["task"], row["metric"]): row for row in rows if row["model"] == name}
+        cells = (f"{mine[c]['value']:.1%} ± {mine[c]['stderr'] or 0:.1%}" if c in mine else "" for c in columns)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SpenseError as error:
+        sys.exit(str(error))
