@@ -45,14 +45,18 @@ Question = dict[str, Any]
 def main() -> None:
     options = parse()
     try:
-        import lm_eval  # noqa: F401 - to say what is missing before anything is loaded
+        from lm_eval.tasks import TaskManager
     except ImportError:
         sys.exit("zero-shot tasks need lm-evaluation-harness: pip install 'lm-eval[api]'")
+    manager = TaskManager(include_path=str(options.task_folder) if options.task_folder else None)
+    for name in options.tasks:
+        if name != CONTINUATION and not manager.match_tasks([name]):
+            raise SpenseError(f"--tasks: found {name}, which lm-evaluation-harness does not know")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         tasks = [task for name in options.tasks for task in wanted(name, options.questions, Path(scratch))]
         for folder in options.models:
-            rows += answers(model(folder, options), folder.name, tasks, options)
+            rows += answers(model(folder, options), folder.name, tasks, manager, options)
             write_result(options.out, "zero_shot", rows)
     print("\n".join(markdown(rows)))
 
@@ -146,13 +150,20 @@ def served_name(url: str) -> str:
     return OpenAI(base_url=url, api_key="none").models.list().data[0].id
 
 
-def answers(lm: Any, name: str, tasks: Sequence[str | dict[str, Any]], options: argparse.Namespace) -> Iterator[Row]:
-    """One row for each task and metric; `stderr` is over its questions."""
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
+def answers(
+    lm: Any, name: str, tasks: Sequence[str | dict[str, Any]], manager: Any, options: argparse.Namespace
+) -> Iterator[Row]:
+    """One row for each task and metric; `stderr` is over its questions.
 
-    manager = TaskManager(include_path=str(options.task_folder) if options.task_folder else None)
-    found = simple_evaluate(lm, tasks=list(tasks), task_manager=manager, limit=options.limit, log_samples=False)
+    Raises:
+        SpenseError: a task's data cannot be fetched.
+    """
+    from lm_eval import simple_evaluate
+
+    try:
+        found = simple_evaluate(lm, tasks=list(tasks), task_manager=manager, limit=options.limit, log_samples=False)
+    except ConnectionError as error:
+        raise SpenseError(f"{error}; --tasks {CONTINUATION} needs no network") from None
     assert found is not None
     for task, metrics in found["results"].items():
         for key, value in metrics.items():

@@ -1,4 +1,4 @@
-"""The zero-shot benchmark: its own questions, and lm-evaluation-harness on a tiny model where that is installed."""
+"""The zero-shot benchmark: its own questions, and lm-evaluation-harness on a tiny model."""
 
 from __future__ import annotations
 
@@ -35,9 +35,15 @@ def test_texts_that_are_too_short_are_an_error() -> None:
 
 
 def test_without_the_harness_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     monkeypatch.setattr(sys, "argv", ["zero_shot", "folder"])
     with pytest.raises(SystemExit, match="pip install 'lm-eval"):
+        zero_shot.main()
+
+
+def test_an_unknown_task_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["zero_shot", "folder", "--tasks", "continuation", "arc_hard"])
+    with pytest.raises(SpenseError, match="found arc_hard, which"):
         zero_shot.main()
 
 
@@ -49,7 +55,6 @@ def test_a_server_runs_one_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def test_a_model_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness")
     folder, out = tiny_model("llama", tmp_path / "model"), tmp_path / "out.json"
     monkeypatch.setattr(zero_shot, "documents", lambda domain: iter(TEXTS))
     arguments = [str(folder), "--tasks", "continuation", "--questions", "4", "--device", "cpu", "--out", str(out)]
