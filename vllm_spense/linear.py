@@ -119,6 +119,10 @@ class RegionLinearMethod(LinearMethodBase):
             raise
         del layer.weight
         weight = self.arranged(weight)
+        if weight.is_cuda:
+            # Or torch would cut packed weights out of what loaded ones leave, and the remainders would be of no use to
+            # anything as large as a KV cache.
+            torch.cuda.empty_cache()
         packed = ops.pack(weight, self.runs)
         for name, tensor in packed.items():
             layer.register_parameter(f"weight_{name}", Parameter(tensor, requires_grad=False))
