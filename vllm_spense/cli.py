@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from offline_prune.select import Grouping, Layout, Selection
     from offline_prune.settings import Quantize, Rounding
 
+#: Exit code after Ctrl-C or SIGTERM, as typer has it.
+INTERRUPTED = 130
 app = typer.Typer(
     name="spense",
     help="Prune LLMs to 2:4 sparse + dense regions in FP8, and look at the result.",
@@ -284,19 +286,30 @@ def estimate(
     output.print(f"A roofline, calibrated on {source}.")
 
 
+_received: list[int] = []
+
+
 def _interrupted(number: int, frame: FrameType | None) -> None:
+    _received.append(number)
     raise KeyboardInterrupt
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: problems a user can act on end in one message and exit code 1, never in a traceback."""
     # A terminated run cleans up like an interrupted one.
-    signal.signal(signal.SIGTERM, _interrupted)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupted)
     try:
         app(arguments)
     except SpenseError as error:
         console.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(1)
+    except Exception:
+        # What a signal raises in the midst of C code may come out as an error of that code's own.
+        if not _received:
+            raise
+        sys.exit(INTERRUPTED)
 
 
 def _escape(text: str) -> str:

@@ -35,6 +35,27 @@ def test_verify(out: Path) -> None:
     assert "2 MLPs: sparse regions 2:4" in result.stdout
 
 
+def test_a_signal_that_comes_out_of_c_code_as_something_else_is_no_traceback() -> None:
+    code = """
+import os, signal, sys
+import vllm_spense.cli as cli
+
+def app(arguments):
+    try:
+        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+    except KeyboardInterrupt:
+        pass
+    raise ValueError("could not determine the shape")
+
+cli.app = app
+cli.main([])
+"""
+    for name, status in (("SIGTERM", 130), ("SIGINT", 130), ("SIGURG", 1)):
+        result = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, timeout=60)
+        assert result.returncode == status
+        assert ("Traceback" in result.stderr) == (status == 1)
+
+
 def test_inspect(out: Path) -> None:
     result = spense("inspect", out)
     assert result.returncode == 0
