@@ -291,6 +291,11 @@ def fp8_scales(result: Result) -> list[str]:
     return [*quality_tables.rounding_errors(result["rows"]), "", source(result)]
 
 
+def zero_shot(result: Result) -> list[str]:
+    """Right answers of each model."""
+    return [*quality_tables.zero_shot(result["rows"]), "", source(result)]
+
+
 #: Result file → the command that makes it, and where, other than the benchmark of that name with its defaults on a GPU.
 RUNS: Mapping[str, tuple[str, str]] = {
     "accuracy-smollm2-methods": (
@@ -330,6 +335,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     "accuracy": ("accuracy-smollm2", quality),
     "ablations": ("accuracy-smollm2-ablations", quality),
     "methods": ("accuracy-smollm2-methods", quality),
+    "zero_shot": ("zero_shot", zero_shot),
     "peers": ("peers-smollm2", quality),
     "fp8_scales": ("fp8_scales", fp8_scales),
 }

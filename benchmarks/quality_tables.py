@@ -66,6 +66,18 @@ def rounding_errors(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def zero_shot(rows: Sequence[Row]) -> list[str]:
+    """Models down, tasks across, in percent."""
+    columns = list(dict.fromkeys((row["task"], row["metric"]) for row in rows))
+    lines = ["| model | " + " | ".join(f"{task}, {metric}" for task, metric in columns) + " |"]
+    lines.append("|" + "---|" * (1 + len(columns)))
+    for name in dict.fromkeys(row["model"] for row in rows):
+        mine = {(row["task"], row["metric"]): row for row in rows if row["model"] == name}
+        cells = (f"{mine[c]['value']:.1%} ± {mine[c]['stderr'] or 0:.1%}" if c in mine else "" for c in columns)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
 def mean(values: Sequence[float], digits: int) -> str:
     """Mean, and with several values ± its standard error."""
     text = f"{statistics.mean(values):.{digits}f}"

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.envelope import RESULTS, write_result
+from benchmarks.quality_tables import zero_shot
 from benchmarks.texts import DOMAINS, documents
 from offline_prune.device import pick_device
 from offline_prune.evaluate import load_dense
@@ -58,7 +59,7 @@ def main() -> None:
         for folder in options.models:
             rows += answers(model(folder, options), folder.name, tasks, manager, options)
             write_result(options.out, "zero_shot", rows)
-    print("\n".join(markdown(rows)))
+    print("\n".join(zero_shot(rows)))
 
 
 def parse() -> argparse.Namespace:
@@ -178,18 +179,6 @@ def answers(
                     "stderr": metrics.get(f"{metric}_stderr,{rule}"),
                     "questions": found["n-samples"][task]["effective"],
                 }
-
-
-def markdown(rows: Sequence[Row]) -> list[str]:
-    """Models down, tasks across, in percent."""
-    columns = list(dict.fromkeys((row["task"], row["metric"]) for row in rows))
-    lines = ["| model | " + " | ".join(f"{task}, {metric}" for task, metric in columns) + " |"]
-    lines.append("|" + "---|" * (1 + len(columns)))
-    for name in dict.fromkeys(row["model"] for row in rows):
-        mine = {(row["task"], row["metric"]): row for row in rows if row["model"] == name}
-        cells = (f"{mine[c]['value']:.1%} ± {mine[c]['stderr'] or 0:.1%}" if c in mine else "" for c in columns)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
 
 
 if __name__ == "__main__":
