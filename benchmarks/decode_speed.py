@@ -108,6 +108,8 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.steps < 8:
         parser.error(f"--steps: found {options.steps}, expected at least 8")
+    if options.capture < 512:
+        parser.error(f"--capture: found {options.capture}, expected at least 512, which vLLM captures by itself")
     if options.together < 1:
         parser.error(f"--together: found {options.together}, expected at least 1")
     return options

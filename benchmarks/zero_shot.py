@@ -146,9 +146,17 @@ def model(folder: Path, options: argparse.Namespace) -> Any:
 
 
 def served_name(url: str) -> str:
-    from openai import OpenAI
+    """What the server calls its model.
 
-    return OpenAI(base_url=url, api_key="none").models.list().data[0].id
+    Raises:
+        SpenseError: there is no such server.
+    """
+    from openai import APIConnectionError, OpenAI
+
+    try:
+        return OpenAI(base_url=url, api_key="none", max_retries=0).models.list().data[0].id
+    except APIConnectionError as error:
+        raise SpenseError(f"--url {url}: {error}") from None
 
 
 def answers(

@@ -54,6 +54,11 @@ def test_a_server_runs_one_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "found 2 models" in capsys.readouterr().err
 
 
+def test_a_server_that_is_not_there_is_named() -> None:
+    with pytest.raises(SpenseError, match=r"--url http://127\.0\.0\.1:9/v1: Connection error"):
+        zero_shot.served_name("http://127.0.0.1:9/v1")
+
+
 def test_a_model_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, out = tiny_model("llama", tmp_path / "model"), tmp_path / "out.json"
     monkeypatch.setattr(zero_shot, "documents", lambda domain: iter(TEXTS))
