@@ -124,42 +124,25 @@ def region_gemm(
     Returns:
         (M, N) in the problem's out_dtype, columns in the order of W's rows.
     """
-    sizes = _describe_problem(problem)
-    return torch.ops.spense.region_gemm(
-        x, list(packed.values()), list(packed), sizes, problem.out_dtype, *(scales or (None, None))
-    )
-
-
-def _describe_problem(problem: Problem) -> list[int]:
-    regions = problem.regions
-    return [
-        problem.n,
-        problem.k,
-        regions.sparse,
-        regions.dense,
-        problem.split == "output",
-        problem.parts,
-        problem.scaled,
-    ]
+    spelled = " ".join([problem.spelled, *packed])
+    return torch.ops.spense.region_gemm(x, list(packed.values()), spelled, *(scales or (None, None)))
 
 
 @cache
-def _problem(
-    out_dtype: torch.dtype, n: int, k: int, sparse: int, dense: int, output: int, parts: int, scaled: int
-) -> Problem:
-    return Problem(n, k, Regions(sparse, dense), "output" if output else "input", out_dtype, parts, bool(scaled))
+def _read(spelled: str) -> tuple[Problem, list[str]]:
+    """The problem and the names of its packed tensors."""
+    problem, *names = spelled.split(" ")
+    return Problem.read(problem), names
 
 
 def _region_gemm(
     x: torch.Tensor,
     tensors: Sequence[torch.Tensor],
-    names: Sequence[str],
-    sizes: Sequence[int],
-    out_dtype: torch.dtype,
+    spelled: str,
     x_scale: torch.Tensor | None = None,
     w_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    problem = _problem(out_dtype, *sizes)
+    problem, names = _read(spelled)
     # The number of tokens is symbolic in a compiled graph: only in here can it decide the path.
     # By powers of two, so that it is decided once for each.
     path = _path(problem, 1 << (x.shape[0] - 1).bit_length(), x.device)
@@ -170,13 +153,12 @@ def _region_gemm(
 def _region_gemm_fake(
     x: torch.Tensor,
     tensors: Sequence[torch.Tensor],
-    names: Sequence[str],
-    sizes: Sequence[int],
-    out_dtype: torch.dtype,
+    spelled: str,
     x_scale: torch.Tensor | None = None,
     w_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return x.new_empty((x.shape[0], sizes[0]), dtype=out_dtype)
+    problem, _ = _read(spelled)
+    return x.new_empty((x.shape[0], problem.n), dtype=problem.out_dtype)
 
 
 def whole_gemm(x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
@@ -196,7 +178,7 @@ def whole_gemm(x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, w_s
 @cache
 def prepare_whole(n: int, k: int, device: torch.device) -> bool:
     """Whether `whole_gemm` is to run layers of this size: makes whatever is slow to make, and says in the log if so."""
-    problem = _problem(torch.bfloat16, n, k, 0, k, False, 1, True)
+    problem = Problem(n, k, Regions(0, k), "input", scaled=True)
     if _forced() not in (None, Path.ONE_LAUNCH) or reason_against(Path.ONE_LAUNCH, problem, describe(device)):
         return False
     from vllm_spense.kernels import whole
@@ -261,8 +243,8 @@ def _forced() -> Path | None:
 # Torch removes the ops of a library object that is collected.
 LIBRARY = torch.library.Library("spense", "FRAGMENT")
 LIBRARY.define(
-    "region_gemm(Tensor x, Tensor[] tensors, str[] names, int[] sizes, ScalarType out_dtype, Tensor? x_scale=None, "
-    "Tensor? w_scale=None) -> Tensor"
+    # Of what an op may take beside tensors, one string costs the host least.
+    "region_gemm(Tensor x, Tensor[] tensors, str spelled, Tensor? x_scale=None, Tensor? w_scale=None) -> Tensor"
 )
 LIBRARY.impl("region_gemm", _region_gemm, "CompositeExplicitAutograd")
 torch.library.register_fake("spense::region_gemm", _region_gemm_fake, lib=LIBRARY)

@@ -9,7 +9,7 @@ import torch
 from vllm_spense import ops
 from vllm_spense.format import Regions
 from vllm_spense.kernels import reference
-from vllm_spense.kernels.problem import Problem, Split
+from vllm_spense.kernels.problem import OUT_DTYPES, Problem, Split
 from vllm_spense.policy import Path
 
 FP8 = torch.float8_e4m3fn
@@ -75,8 +75,16 @@ def test_registration(split: Split) -> None:
     x, weight = make(p, 5)
     packed = ops.pack(weight, p)
     # opcheck compares inputs before and after, which torch cannot in FP8.
-    arguments = (x.float(), list(packed.values()), list(packed), ops._describe_problem(p), p.out_dtype)
+    arguments = (x.float(), list(packed.values()), " ".join([p.spelled, *packed]))
     torch.library.opcheck(torch.ops.spense.region_gemm.default, arguments)
+
+
+@pytest.mark.parametrize("out_dtype", OUT_DTYPES)
+@pytest.mark.parametrize(("split", "parts"), [("output", 2), ("input", 1)])
+def test_a_problem_is_read_as_it_is_spelled(split: Split, parts: int, out_dtype: torch.dtype) -> None:
+    for scaled in (False, True):
+        p = Problem(256, 256, Regions(96, 256 // parts - 96), split, out_dtype, parts, scaled)
+        assert Problem.read(p.spelled) == p
 
 
 def test_one_graph_for_every_number_of_tokens() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -77,6 +78,22 @@ class Kernel:
         config = _config(blocks, self.threads, self.shared_bytes, stream)
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         _checked(driver.cuLaunchKernelEx(config, self.function, ctypes.addressof(pointers), 0))
+
+
+class Event:
+    """Orders work of two streams, named by their handles: torch's own takes stream objects, which take time to make."""
+
+    def __init__(self) -> None:
+        flags = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
+        self._event = _checked(driver.cuEventCreate(flags))
+        weakref.finalize(self, driver.cuEventDestroy, self._event)
+
+    def record(self, stream: int) -> None:
+        _checked(driver.cuEventRecord(self._event, stream))
+
+    def hold(self, stream: int) -> None:
+        """What is enqueued in `stream` from now on waits for what was recorded."""
+        _checked(driver.cuStreamWaitEvent(stream, self._event, 0))
 
 
 # Launches of a model repeat, and making one takes longer than what is launched may run.

@@ -10,7 +10,7 @@ from itertools import product
 
 import torch
 
-from vllm_spense.kernels import cublaslt, cusparselt, scale
+from vllm_spense.kernels import cublaslt, cuda_driver, cusparselt, scale
 from vllm_spense.kernels.nvmath_support import Shape, current_stream
 from vllm_spense.kernels.plan_cache import environment, load_or_find
 from vllm_spense.kernels.problem import Problem, Scales
@@ -28,6 +28,8 @@ _LARGEST_DECODE = 512
 _LARGEST_BUCKET = 2048
 #: Of each library's kernels, how many are tried together.
 _FINALISTS = 3
+#: What a second stream must gain where no CUDA graph is captured: it costs the host four calls more.
+_WORTH_A_STREAM = 0.97
 
 
 def pack(weight: torch.Tensor, problem: Problem) -> dict[str, torch.Tensor]:
@@ -157,7 +159,9 @@ class LibraryPlan:
         #: Of the output, that one part has.
         self._columns = problem.n // problem.parts
         # Made once: this runs layer after layer while the GPU waits for the host.
-        self._fork, self._join = torch.cuda.Event(), torch.cuda.Event()
+        if self._concurrent:
+            self._side = _side_stream(device).cuda_stream
+            self._fork, self._join = cuda_driver.Event(), cuda_driver.Event()
 
         def shape(n: int, k: int) -> Shape:
             return Shape(n, k, tokens, problem.k, problem.n, problem.out_dtype, device)
@@ -191,20 +195,19 @@ class LibraryPlan:
             x = torch.empty(self.tokens, problem.k, dtype=x.dtype, device=x.device)[:m].copy_(x)
         if out is None:
             out = torch.empty(self.tokens, problem.n, dtype=problem.out_dtype, device=x.device)
+        stream = current_stream(self.device)
         if not self._concurrent:
-            stream = current_stream(self.device)
             # First, because it accumulates nothing, while the dense GEMM may.
             self._run_sparse(x, packed, out, stream)
             self._run_dense(x, packed, out, stream)
             return self._finished(out[:m], None, scales)
         addend = torch.empty_like(out) if problem.split == "input" else out
-        main, side = torch.cuda.current_stream(self.device), _side_stream(self.device)
-        self._fork.record(main)
-        side.wait_event(self._fork)
-        self._run_sparse(x, packed, out, main.cuda_stream)
-        self._run_dense(x, packed, addend, side.cuda_stream)
-        self._join.record(side)
-        main.wait_event(self._join)
+        self._fork.record(stream)
+        self._fork.hold(self._side)
+        self._run_sparse(x, packed, out, stream)
+        self._run_dense(x, packed, addend, self._side)
+        self._join.record(self._side)
+        self._join.hold(stream)
         return self._finished(out[:m], None if addend is out else addend[:m], scales)
 
     def _finished(self, out: torch.Tensor, addend: torch.Tensor | None, scales: Scales | None) -> torch.Tensor:
@@ -282,6 +285,9 @@ def search(problem: Problem, tokens: int, device: torch.device) -> Choice:
         sparse = fastest((Choice(sparse=algorithm) for algorithm in default.sparse.algorithms()), run_sparse)
     if default.dense is not None:
         dense = fastest((Choice(dense=algorithm) for algorithm in default.dense.algorithms()), run_dense)
+    pairs = [Choice(s.sparse, d.dense) for s, d in product(sparse, dense)]
+    in_turn = fastest(pairs, run_both)[0]
     # Side by side, kernels that leave room for each other may beat those that are fastest alone.
-    pairs = product(sparse, dense, (False, True))
-    return fastest((Choice(s.sparse, d.dense, concurrent) for s, d, concurrent in pairs), run_both)[0]
+    at_once = fastest((replace(pair, concurrent=True) for pair in pairs), run_both)[0]
+    gain = 1 if tokens <= _LARGEST_DECODE else _WORTH_A_STREAM
+    return at_once if at_once.us < gain * in_turn.us else in_turn

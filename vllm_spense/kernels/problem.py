@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, cast
 
 import torch
 
@@ -38,6 +38,7 @@ class Problem:
         parts: how many projections an output-split W merges. Its rows are those of one after the other, each
             [sparse | dense]: the order that the model wants the output's columns in.
         scaled: outputs are multiplied by the scales of tokens and rows; else they are raw sums.
+        spelled: all of this in one word, for `read`.
     """
 
     n: int
@@ -47,6 +48,7 @@ class Problem:
     out_dtype: torch.dtype = torch.bfloat16
     parts: int = 1
     scaled: bool = False
+    spelled: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         extent = self.n if self.split == "output" else self.k
@@ -55,6 +57,9 @@ class Problem:
         )
         assert self.split == "output" or self.parts == 1, "input-split weights are not merged"
         assert self.out_dtype in OUT_DTYPES, self.out_dtype
+        fields = (self.n, self.k, self.regions.sparse, self.regions.dense, self.split, self.parts, int(self.scaled))
+        # Now, because the compiler cannot trace this.
+        object.__setattr__(self, "spelled", "/".join(map(str, (*fields, self.out_dtype))))
 
     @property
     def sparse_shape(self) -> tuple[int, int]:
@@ -105,3 +110,11 @@ class Problem:
             **self.regions.to_dict(),
             "out_dtype": str(self.out_dtype).removeprefix("torch."),
         }
+
+    @classmethod
+    def read(cls, spelled: str) -> Problem:
+        """The problem that is `spelled` so."""
+        *sizes, split, parts, scaled, dtype = spelled.split("/")
+        n, k, sparse, dense = map(int, sizes)
+        out_dtype = getattr(torch, dtype.removeprefix("torch."))
+        return cls(n, k, Regions(sparse, dense), cast(Split, split), out_dtype, int(parts), bool(int(scaled)))

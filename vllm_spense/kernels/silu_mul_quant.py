@@ -8,6 +8,7 @@ from functools import cache
 import torch
 
 from vllm_spense.kernels import cuda_driver, reference
+from vllm_spense.kernels.nvmath_support import current_stream
 from vllm_spense.kernels.reference import FP8, fp8_difference
 
 #: Values that a thread takes at once: the intermediate size is a multiple of it.
@@ -63,7 +64,7 @@ def run(
         boundary,
     )  # fmt: skip
     blocks = _CLUSTER * -(-tokens // at_once)
-    kernel.launch(blocks, arguments, torch.cuda.current_stream(raw.device).cuda_stream)
+    kernel.launch(blocks, arguments, current_stream(raw.device))
     return out, scale
 
 
