@@ -4,8 +4,8 @@
 
 times the shapes of Qwen3-32B and writes benchmarks/results/gemm_sweep.json and .png. Inputs are random, weights take
 turns so that none is in the cache when its turn comes, everything runs inside CUDA graphs; times are medians. Dense
-kernels that apply scales do so, the others return raw sums. The library path gets its activations in a
-multiple of 16 rows. `chosen` says which path the policy takes. `plan_s` is what finding the plan took: seconds at the
+kernels that apply scales do so, the others return raw sums; down's `scaled_ratio` is over the best of those that do, as
+Spense's down does. The library path gets its activations in a multiple of 16 rows. `chosen` says which path the policy takes. `plan_s` is what finding the plan took: seconds at the
 first run, next to nothing once the plan cache is filled.
 """
 
@@ -41,6 +41,8 @@ LAYERS: dict[str, tuple[Split, int, int, int]] = {
 }
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
 DENSE_RATIOS = (0.5, 0.25, 0.0)
+#: Dense kernels that do the scales' work too.
+WITH_SCALES = ("torch row-wise", "vllm cutlass", "cublaslt, then scales")
 
 Row = dict[str, Any]
 
@@ -73,7 +75,7 @@ def rotate(calls: Sequence[Callable[[], object]]) -> float:
 
 def time_dense(layer: str, tokens: int, device: torch.device) -> dict[str, float]:
     """µs of each dense GEMM that there is, by name."""
-    _, n, k, _ = LAYERS[layer]
+    split, n, k, _ = LAYERS[layer]
     weights = [random_fp8(n, k, device) for _ in range(cold_copies(n * k, device))]
     x = random_fp8(tokens, k, device)
     one = torch.ones((), device=device)
@@ -96,6 +98,11 @@ def time_dense(layer: str, tokens: int, device: torch.device) -> dict[str, float
         kernels["vllm cutlass"] = lambda weight: cutlass_scaled_mm(
             x, weight.t(), row_scales, column_scales, torch.bfloat16
         )
+    if split == "input":
+        scaled = Problem(n, k, Regions(0, k), split, scaled=True)
+        scales = unit_scales(scaled, tokens, device)
+        with_scales = library.LibraryPlan(scaled, tokens, device, library.search(scaled, tokens, device))
+        kernels["cublaslt, then scales"] = lambda weight: with_scales.run(x, {"dense": weight[None]}, scales=scales)
     return {name: rotate([partial(kernel, weight) for weight in weights]) for name, kernel in kernels.items()}
 
 
@@ -112,6 +119,7 @@ def sweep(layer: str, ratio: float, dense: Mapping[int, Mapping[str, float]], de
     del weight
     for tokens, dense_us in dense.items():
         best = min(dense_us, key=dense_us.__getitem__)
+        scaled_us = min(us for name, us in dense_us.items() if name in WITH_SCALES) if problem.scaled else None
         start = time.perf_counter()
         plans = {Path.LIBRARY: library.plan(problem, library.padded(tokens), device)}
         if tokens <= NEVER_ONE_LAUNCH:
@@ -132,6 +140,7 @@ def sweep(layer: str, ratio: float, dense: Mapping[int, Mapping[str, float]], de
                 "dense_us": dense_us[best],
                 "spense_us": times[path],
                 "ratio": round(dense_us[best] / times[path], 3),
+                "scaled_ratio": scaled_us and round(scaled_us / times[path], 3),
                 "ideal": round(problem.ideal, 3),
                 "roofline": roofline(problem, tokens, device),
                 "path": path,
