@@ -221,6 +221,14 @@ def test_a_search_is_kept_for_the_next_process(path, tmp_path, monkeypatch: pyte
     assert torch.equal(path.run(x, path.pack(weight, problem), problem), out)
 
 
+def test_a_second_stream_must_pay_where_the_host_is_the_limit() -> None:
+    at_once = library.Choice(concurrent=True, us=100)
+    for us, tokens, worth_it in ((102, 1024, False), (104, 1024, True), (102, 512, True), (102, 2048, True)):
+        in_turn = library.Choice(us=us)
+        found = library.host_aware([at_once, in_turn, library.Choice(us=120)], tokens)
+        assert found == (at_once if worth_it else in_turn)
+
+
 @pytest.mark.parametrize("path", [library, one_launch], ids=lambda path: path.__name__.rpartition(".")[2])
 def test_a_path_takes_any_number_of_tokens(path, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPENSE_CACHE_DIR", str(tmp_path))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
@@ -28,7 +28,7 @@ _LARGEST_DECODE = 512
 _LARGEST_BUCKET = 2048
 #: Of each library's kernels, how many are tried together.
 _FINALISTS = 3
-#: What a second stream must gain where no CUDA graph is captured: it costs the host four calls more.
+#: What a second stream must gain where no CUDA graph is captured and the GPU waits for the host: it takes four calls.
 _WORTH_A_STREAM = 0.97
 
 
@@ -269,7 +269,7 @@ def search(problem: Problem, tokens: int, device: torch.device) -> Choice:
         plan.run(x, packed, out, scales)
 
     def fastest(choices: Iterable[Choice], call: Callable[[LibraryPlan, Packed], None]) -> list[Choice]:
-        """The best few choices with their times, best first."""
+        """The choices with their times, best first."""
         timed = []
         for choice in choices:
             try:
@@ -278,16 +278,28 @@ def search(problem: Problem, tokens: int, device: torch.device) -> Choice:
                 continue  # not a kernel for this shape
             us = median_us([partial(call, plan, packed) for packed in packs])
             timed.append(replace(choice, us=round(us, 2)))
-        return sorted(timed, key=lambda choice: choice.us)[:_FINALISTS]
+        return sorted(timed, key=lambda choice: choice.us)
 
     sparse = dense = [Choice()]
     if default.sparse is not None:
         sparse = fastest((Choice(sparse=algorithm) for algorithm in default.sparse.algorithms()), run_sparse)
     if default.dense is not None:
         dense = fastest((Choice(dense=algorithm) for algorithm in default.dense.algorithms()), run_dense)
-    pairs = [Choice(s.sparse, d.dense) for s, d in product(sparse, dense)]
-    in_turn = fastest(pairs, run_both)[0]
-    # Side by side, kernels that leave room for each other may beat those that are fastest alone.
-    at_once = fastest((replace(pair, concurrent=True) for pair in pairs), run_both)[0]
-    gain = 1 if tokens <= _LARGEST_DECODE else _WORTH_A_STREAM
-    return at_once if at_once.us < gain * in_turn.us else in_turn
+    # Side by side, kernels that leave room for each other may beat those that are fastest alone. Both orders of work
+    # take turns, because a GPU that warms up slows down.
+    pairs = product(sparse[:_FINALISTS], dense[:_FINALISTS], (False, True))
+    found = fastest((Choice(s.sparse, d.dense, concurrent) for s, d, concurrent in pairs), run_both)
+    return host_aware(found, tokens)
+
+
+def host_aware(found: Sequence[Choice], tokens: int) -> Choice:
+    """The best of what was timed for M = `tokens`, but no second stream for little where the host is the limit.
+
+    Args:
+        found: best first.
+    """
+    best = found[0]
+    if _LARGEST_DECODE < tokens < _LARGEST_BUCKET:
+        limit = best.us / _WORTH_A_STREAM
+        return next((choice for choice in found if not choice.concurrent and choice.us <= limit), best)
+    return best
