@@ -28,8 +28,8 @@ DOCUMENTS = (
     ROOT / "README.md",
 )
 _TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-#: What the README shows of all combinations.
-_README_BATCHES, _README_CONTEXTS = (1, 8, 32), (16, 4096)
+#: From here on attention takes a share that 20 layers show as well as 64.
+_LONG_CONTEXT = 4096
 
 Row = Mapping[str, Any]
 #: As `benchmarks.envelope` writes it.
@@ -216,10 +216,9 @@ def mlp(result: Result) -> list[str]:
     return [*markdown(headings, lines), "", source(result), "", picture]
 
 
-def readme(result: Result) -> list[str]:
-    """The rows of a run with few layers that the README shows: of larger batches the host is the limit."""
-    rows = [row for row in result["rows"] if row["batch"] in _README_BATCHES and row["context"] in _README_CONTEXTS]
-    return [*speed_ups(rows, "ms", "ratio"), "", source(result)]
+def long_contexts(result: Result) -> list[str]:
+    """As `decode_rows`, of a run with few layers: of short contexts and large batches its host is the limit."""
+    return decode_rows({**result, "rows": [row for row in result["rows"] if row["context"] >= _LONG_CONTEXT]})
 
 
 def prune(result: Result) -> list[str]:
@@ -316,15 +315,15 @@ RUNS: Mapping[str, tuple[str, str]] = {
 #: Table → result file, and what makes it.
 TABLES: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     "decode": ("decode_speed", decode),
-    "decode_sparsities": ("decode_speed-sparsities", decode_rows),
+    "decode_sparsities": ("decode_speed-sparsities", long_contexts),
     "prefill": ("decode_speed", prefill),
+    "prefill_captured": ("decode_speed-capture", prefill),
     "memory": ("decode_speed", memory),
     "errors": ("decode_speed", errors),
     "gemm": ("gemm_sweep", gemm),
     "paths": ("gemm_sweep", paths),
     "mlp": ("layer_breakdown", mlp),
     "readme": ("decode_speed", decode_rows),
-    "readme_sparsities": ("decode_speed-sparsities", readme),
     "prune": ("prune_time", prune),
     "prune_stages": ("prune_time", prune_stages),
     "prune_readme": ("prune_time", prune_sentence),
