@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offline_prune.model import empty_model, load_tokenizer
-from offline_prune.precision import fast_matmul
+from offline_prune.precision import exact_matmul, fast_matmul
 from offline_prune.quantize import dequantize
 from offline_prune.source import TensorFiles
 from vllm_spense.errors import SpenseError
@@ -44,6 +44,10 @@ def load_dense(
     for buffer_name, buffer in list(model.named_buffers()):
         owner, _, leaf = buffer_name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, buffer.to(device))
+    for module_name, module in model.named_modules():
+        if module_name.endswith("rotary_emb"):
+            # Angles of hundreds of radians, which some versions of transformers compute as a product of matrices.
+            module.forward = exact_matmul()(module.forward)
     return model.eval(), load_tokenizer(folder)
 
 

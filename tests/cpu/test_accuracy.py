@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import tiny_model
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from benchmarks import accuracy, peers, quality_tables, texts
 from offline_prune.evaluate import agreement, load_dense, perplexity
@@ -47,6 +48,24 @@ def test_a_model_agrees_with_itself(llama: Path) -> None:
     model, _ = load_dense(llama)
     found = agreement(model, model, torch.randint(0, 256, (2, 32), generator=torch.Generator().manual_seed(0)))
     assert (found.kl, found.top1_agreement) == (0, 1)
+
+
+def test_rotary_angles_are_exact(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others than the products of the layers, which may be quick."""
+    seen: dict[str, set[str]] = {"angles": set(), "layers": set()}
+    matmul = torch.backends.mkldnn.matmul
+    angles = LlamaRotaryEmbedding.forward
+
+    def forward(*args: object, **settings: object) -> object:
+        seen["angles"].add(matmul.fp32_precision)
+        return angles(*args, **settings)
+
+    monkeypatch.setattr(LlamaRotaryEmbedding, "forward", forward)
+    model, _ = load_dense(llama)
+    model.model.layers[0].register_forward_pre_hook(lambda *_: seen["layers"].add(matmul.fp32_precision))
+    for _ in range(2):
+        perplexity(model, torch.arange(64).view(2, 32))
+    assert seen == {"angles": {"ieee"}, "layers": {"bf16"}}
 
 
 def test_the_table_from_a_folder_of_texts(
