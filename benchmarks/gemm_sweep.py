@@ -4,9 +4,10 @@
 
 times the shapes of Qwen3-32B and writes benchmarks/results/gemm_sweep.json and .png. Inputs are random, weights take
 turns so that none is in the cache when its turn comes, everything runs inside CUDA graphs; times are medians. Dense
-kernels that apply scales do so, the others return raw sums; down's `scaled_ratio` is over the best of those that do, as
-Spense's down does. The library path gets its activations in a multiple of 16 rows. `chosen` says which path the policy takes. `plan_s` is what finding the plan took: seconds at the
-first run, next to nothing once the plan cache is filled.
+kernels that apply scales do so, the others return raw sums; down's `scaled_ratio` is over the best of those that do,
+as Spense's down does. The library path gets its activations in a multiple of 16 rows. `chosen` says which path the
+policy takes. `plan_s` is what finding the plan took: seconds at the first run, next to nothing once the plan cache is
+filled.
 """
 
 from __future__ import annotations
