@@ -300,11 +300,6 @@ def zero_shot(result: Result) -> list[str]:
 
 #: Result file → the command that makes it, and where, other than the benchmark of that name with its defaults on a GPU.
 RUNS: Mapping[str, tuple[str, str]] = {
-    "accuracy-smollm2-methods": (
-        "python -m benchmarks.accuracy --methods spensegpt sparsegpt wanda magnitude --seeds 0 --heldout 8 "
-        "--out benchmarks/results/accuracy-smollm2-methods.json",
-        "2 CPU cores",
-    ),
     "prune_time-2gpus": ("torchrun --nproc-per-node 2 benchmarks/prune_time.py", "2 GPUs"),
     "prune_time-shapes": (
         "python benchmarks/prune_time.py --shapes qwen3-32b seed-oss-36b llama-3.1-8b llama-3.3-70b "
@@ -336,7 +331,10 @@ TABLES: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     "gains_readme": ("accuracy-smollm2", quality_gains),
     "accuracy": ("accuracy-smollm2", quality),
     "ablations": ("accuracy-smollm2-ablations", quality),
-    "methods": ("accuracy-smollm2-methods", quality),
+    "accuracy_cpu": ("accuracy-smollm2-cpu", quality),
+    "gains_cpu": ("accuracy-smollm2-cpu", quality_gains),
+    "rounding": ("accuracy-smollm2-rounding", quality),
+    "learned": ("learned-smollm2", quality),
     "zero_shot": ("zero_shot", zero_shot),
     "peers": ("peers-smollm2", quality),
     "fp8_scales": ("fp8_scales", fp8_scales),
