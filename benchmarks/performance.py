@@ -288,6 +288,17 @@ def quality_gains(result: Result) -> list[str]:
     return [*quality_tables.gains(result["rows"]), "", source(result)]
 
 
+def quality_rounding(result: Result) -> list[str]:
+    """What FP8 adds to BF16's losses."""
+    return [*quality_tables.added_by_fp8(result["rows"]), "", source(result)]
+
+
+def quality_times(result: Result) -> list[str]:
+    """How long pruning took, of the rows that were measured later than the others, with nothing beside them."""
+    rows = [row for row in result["rows"] if "commit" in row]
+    return [*quality_tables.times(rows), "", source({**result, "commit": rows[0]["commit"]})]
+
+
 def fp8_scales(result: Result) -> list[str]:
     """What the rule for FP8 scales is worth."""
     return [*quality_tables.rounding_errors(result["rows"]), "", source(result)]
@@ -333,7 +344,9 @@ TABLES: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     "ablations": ("accuracy-smollm2-ablations", quality),
     "accuracy_cpu": ("accuracy-smollm2-cpu", quality),
     "gains_cpu": ("accuracy-smollm2-cpu", quality_gains),
+    "times_cpu": ("accuracy-smollm2-cpu", quality_times),
     "rounding": ("accuracy-smollm2-rounding", quality),
+    "rounding_added": ("accuracy-smollm2-rounding", quality_rounding),
     "learned": ("learned-smollm2", quality),
     "zero_shot": ("zero_shot", zero_shot),
     "peers": ("peers-smollm2", quality),

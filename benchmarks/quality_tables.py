@@ -53,6 +53,36 @@ def gains(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def added_by_fp8(rows: Sequence[Row]) -> list[str]:
+    """What each way to round adds to the same method in BF16, each seed by itself: perplexity in percent, and KL."""
+    domains = list(dict.fromkeys(row["domain"] for row in rows))
+    found = {(row["method"], row["format"], row["seed"], row["domain"]): row for row in rows}
+    columns = " | ".join(f"{domain}: perplexity, % | KL" for domain in domains)
+    lines = [f"| method | {columns} |", "|" + "---|" * (1 + 2 * len(domains))]
+    for method in dict.fromkeys(row["method"] for row in rows if row["format"] == "fp8"):
+        seeds = [key[2] for key in found if (key[0], key[1], key[3]) == (method, "fp8", domains[0])]
+        cells = []
+        for domain in domains:
+            pairs = [
+                (found[method, "fp8", seed, domain], found[method.partition(" ")[0], "bf16", seed, domain])
+                for seed in seeds
+            ]
+            cells.append(mean([100 * (fp8["perplexity"] / bf16["perplexity"] - 1) for fp8, bf16 in pairs], 1))
+            cells.append(mean([fp8["kl"] - bf16["kl"] for fp8, bf16 in pairs], 3))
+        lines.append(f"| `{method}` | {' | '.join(cells)} |")
+    return lines
+
+
+def times(rows: Sequence[Row]) -> list[str]:
+    """Seconds of `BASE` and of `BETTER`, seed by seed, and how many times as long that is."""
+    seconds = {(row["method"], row["sparsity"], row["seed"]): row["prune_seconds"] for row in rows}
+    lines = [f"| MLP sparsity | seed | `{BASE}`, s | `{BETTER}`, s | times as long |", "|---|---|---|---|---|"]
+    for sparsity, seed in sorted({key[1:] for key in seconds if key[0] == BETTER}):
+        base, better = (seconds[method, sparsity, seed] for method in (BASE, BETTER))
+        lines.append(f"| {sparsity:.1%} | {seed} | {base:.0f} | {better:.0f} | {better / base:.1f} |")
+    return lines
+
+
 def rounding_errors(rows: Sequence[Row]) -> list[str]:
     """Of each rule for FP8 scales: the squared error of the weights, and KL on each domain."""
     domains = list(dict.fromkeys(row["domain"] for row in rows))

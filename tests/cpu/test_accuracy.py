@@ -166,6 +166,33 @@ def test_gains_are_ratios_of_losses_seed_by_seed() -> None:
     assert perplexity == "| 37.5% | perplexity loss | 0.625 ± 0.125 | 0.400 ± 0.000 | 0.512 ± 0.062 |"
 
 
+def test_what_fp8_adds_is_of_the_same_seed() -> None:
+    def row(method: str, form: str, seed: int, perplexity: float, kl: float) -> accuracy.Row:
+        return {"method": method, "format": form, "seed": seed, "domain": "a", "perplexity": perplexity, "kl": kl}
+
+    rows = [row("dense", "bf16", 0, 8, 0.0)]
+    for seed, bf16 in ((0, 10.0), (1, 20.0)):
+        rows += [row("spensegpt+", "bf16", seed, bf16, 0.3), row("spensegpt+", "fp8", seed, 1.01 * bf16, 0.31)]
+        rows.append(row("spensegpt+ rounding=after", "fp8", seed, (1.02 + 0.02 * seed) * bf16, 0.33))
+    assert quality_tables.added_by_fp8(rows) == [
+        "| method | a: perplexity, % | KL |",
+        "|---|---|---|",
+        "| `spensegpt+` | 1.0 ± 0.0 | 0.010 ± 0.000 |",
+        "| `spensegpt+ rounding=after` | 3.0 ± 1.0 | 0.030 ± 0.000 |",
+    ]
+
+
+def test_times_stand_seed_by_seed() -> None:
+    seconds = {"spensegpt+": (100.0, 120.0), "spensegpt++": (300.0, 300.0)}
+    rows = [
+        {"method": method, "sparsity": 0.375, "seed": seed, "domain": domain, "prune_seconds": of_seed}
+        for method, of_method in seconds.items()
+        for seed, of_seed in enumerate(of_method)
+        for domain in "ab"
+    ]
+    assert quality_tables.times(rows)[2:] == ["| 37.5% | 0 | 100 | 300 | 3.0 |", "| 37.5% | 1 | 120 | 300 | 2.5 |"]
+
+
 def test_a_folder_written_here_is_read_as_what_is_installed(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
