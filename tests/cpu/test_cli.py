@@ -40,6 +40,9 @@ def test_a_signal_that_comes_out_of_c_code_as_something_else_is_no_traceback() -
 import os, signal, sys
 import vllm_spense.cli as cli
 
+# Ignored in the background jobs of a shell, and so by what they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 def app(arguments):
     try:
         os.kill(os.getpid(), getattr(signal, sys.argv[1]))
