@@ -14,6 +14,8 @@ from typing import Any
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTION = "What is the capital of France?"
 ANSWER = "The capital of France is Paris."
+#: Ends a turn. Some versions of transformers read another token out of the file, one that begins a turn.
+END = "<|im_end|>"
 
 
 def smollm2(folder: Path) -> Path:
@@ -69,6 +71,7 @@ def _convert(source: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    tokenizer.eos_token = END
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
     # save_pretrained refuses a model that was read from GGUF.
     weights = {

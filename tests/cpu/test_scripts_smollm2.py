@@ -22,6 +22,7 @@ def test_the_folder_is_an_ordinary_checkpoint(smollm2_folder: Path) -> None:
     assert "quantization_config" not in config
     assert (smollm2_folder / "generation_config.json").exists()
     assert "<|im_start|>" in (smollm2_folder / "chat_template.jinja").read_text()
+    assert json.loads((smollm2_folder / "tokenizer_config.json").read_text())["eos_token"] == smollm2.END
     with safe_open(smollm2_folder / "model.safetensors", "pt") as weights:
         assert weights.metadata() == {"format": "pt"}
         assert "lm_head.weight" not in weights.keys()  # noqa: SIM118
