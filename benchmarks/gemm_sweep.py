@@ -100,7 +100,7 @@ def time_dense(layer: str, tokens: int, device: torch.device) -> dict[str, float
             x, weight.t(), row_scales, column_scales, torch.bfloat16
         )
     if split == "input":
-        scaled = Problem(n, k, Regions(0, k), split, scaled=True)
+        scaled = Problem.whole(n, k)
         scales = unit_scales(scaled, tokens, device)
         with_scales = library.LibraryPlan(scaled, tokens, device, library.search(scaled, tokens, device))
         kernels["cublaslt, then scales"] = lambda weight: with_scales.run(x, {"dense": weight[None]}, scales=scales)

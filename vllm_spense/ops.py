@@ -13,7 +13,6 @@ from typing import Protocol, cast
 
 import torch
 
-from vllm_spense.format import Regions
 from vllm_spense.kernels.problem import Problem, Scales
 from vllm_spense.policy import (
     ONE_LAUNCH_CAPABILITY,
@@ -178,7 +177,7 @@ def whole_gemm(x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, w_s
 @cache
 def prepare_whole(n: int, k: int, device: torch.device) -> bool:
     """Whether `whole_gemm` is to run layers of this size: makes whatever is slow to make, and says in the log if so."""
-    problem = Problem(n, k, Regions(0, k), "input", scaled=True)
+    problem = Problem.whole(n, k)
     if _forced() not in (None, Path.ONE_LAUNCH) or reason_against(Path.ONE_LAUNCH, problem, describe(device)):
         return False
     from vllm_spense.kernels import whole

@@ -34,7 +34,7 @@ _MIN_STAGES, _MAX_STAGES = 3, 12
 _TRIALS = (
     Problem(640, 320, Regions(192, 128), "output", parts=2),
     Problem(160, 1216, Regions(704, 512), "input"),
-    Problem(416, 1056, Regions(0, 1056), "input", scaled=True),
+    Problem.whole(416, 1056),
 )
 _TRIAL_TILINGS = (Tiling(32, 256), Tiling(128, 128), Tiling(32, 256, 2, cluster=True), Tiling(32, 128, 3))
 _TRIAL_ERROR = 0.005

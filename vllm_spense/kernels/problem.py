@@ -57,9 +57,13 @@ class Problem:
         )
         assert self.split == "output" or self.parts == 1, "input-split weights are not merged"
         assert self.out_dtype in OUT_DTYPES, self.out_dtype
-        fields = (self.n, self.k, self.regions.sparse, self.regions.dense, self.split, self.parts, int(self.scaled))
         # Now, because the compiler cannot trace this.
-        object.__setattr__(self, "spelled", "/".join(map(str, (*fields, self.out_dtype))))
+        object.__setattr__(self, "spelled", "/".join(map(str, self.describe().values())))
+
+    @classmethod
+    def whole(cls, n: int, k: int) -> Problem:
+        """The GEMM of a layer that nothing was pruned in."""
+        return cls(n, k, Regions(0, k), "input", scaled=True)
 
     @property
     def sparse_shape(self) -> tuple[int, int]:
@@ -114,7 +118,6 @@ class Problem:
     @classmethod
     def read(cls, spelled: str) -> Problem:
         """The problem that is `spelled` so."""
-        *sizes, split, parts, scaled, dtype = spelled.split("/")
-        n, k, sparse, dense = map(int, sizes)
-        out_dtype = getattr(torch, dtype.removeprefix("torch."))
-        return cls(n, k, Regions(sparse, dense), cast(Split, split), out_dtype, int(parts), bool(int(scaled)))
+        n, k, split, parts, scaled, sparse, dense, dtype = spelled.split("/")
+        regions = Regions(int(sparse), int(dense))
+        return cls(int(n), int(k), regions, cast(Split, split), getattr(torch, dtype), int(parts), scaled == "True")

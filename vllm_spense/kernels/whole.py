@@ -12,7 +12,6 @@ from functools import cache, partial
 
 import torch
 
-from vllm_spense.format import Regions
 from vllm_spense.kernels import one_launch
 from vllm_spense.kernels.plan_cache import environment, load_or_find
 from vllm_spense.kernels.problem import Problem
@@ -72,7 +71,7 @@ def run(
 
 @cache
 def _problem(n: int, k: int) -> Problem:
-    return Problem(n, k, Regions(0, k), "input", scaled=True)
+    return Problem.whole(n, k)
 
 
 @cache
