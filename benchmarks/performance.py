@@ -343,6 +343,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     "accuracy": ("accuracy-smollm2", quality),
     "ablations": ("accuracy-smollm2-ablations", quality),
     "accuracy_cpu": ("accuracy-smollm2-cpu", quality),
+    "accuracy_fifty": ("accuracy-smollm2-fifty", quality),
     "gains_cpu": ("accuracy-smollm2-cpu", quality_gains),
     "times_cpu": ("accuracy-smollm2-cpu", quality_times),
     "rounding": ("accuracy-smollm2-rounding", quality),
