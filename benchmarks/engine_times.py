@@ -33,6 +33,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from benchmarks.random_weights import fill_random, weight_bytes
 from benchmarks.timings import READY, TOKEN_BUDGET, Timing, output_tokens, summarize, time_steps
+from vllm_spense.capture import beyond
 from vllm_spense.errors import SpenseError
 
 #: Batches whose prompts have no more tokens than this are timed several times.
@@ -60,7 +61,7 @@ class Order:
         most_tokens: batches whose prompts have more than this are left out; None for no limit.
         steps: decode steps of the whole batch.
         eager: neither compiled nor captured, for trying things out.
-        capture: tokens of the largest step that is captured in a CUDA graph.
+        capture: tokens of the largest step that is captured in a CUDA graph; 512 for what each engine has by default.
         engines: that share the GPU's memory.
     """
 
@@ -215,9 +216,11 @@ def start_engine(order: Order) -> LLM:
 
 
 def capture_sizes(order: Order) -> list[int]:
-    """Numbers of tokens: the batches, the most that vLLM captures for them by default, and steps of 256 beyond it."""
+    """Numbers of tokens: the batches, the most that vLLM captures for them by default, and what is captured beyond it:
+    what Spense asks for, or in both engines steps of 256, if there is an order."""
     usual = min(2 * max(order.batches), 512)
-    return sorted({*order.batches, usual, *range(768, order.capture + 1, 256)})
+    own = beyond(usual) if order.quantization == "spense" and order.capture <= 512 else ()
+    return sorted({*order.batches, usual, *own, *range(768, order.capture + 1, 256)})
 
 
 def needed_kv_bytes(order: Order) -> int:

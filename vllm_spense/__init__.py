@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 
 def register() -> None:
     """vLLM plugin entry point (`vllm.general_plugins`): makes `--quantization spense` known. Idempotent."""
+    from vllm_spense.capture import register_capture
     from vllm_spense.config import register_config
 
     register_config()
+    register_capture()

@@ -89,9 +89,13 @@ def test_engines_that_share_a_gpu_have_room_for_every_batch(kv: str, tmp_path: P
 
 
 def test_captured_are_the_batches_and_what_prefill_asks_for() -> None:
-    order = Order("m", "spense", "fp8", (1, 32, 256), (16,), None, 8)
+    order = Order("m", "compressed-tensors", "fp8", (1, 32, 256), (16,), None, 8)
     assert capture_sizes(order) == [1, 32, 256, 512]
-    assert capture_sizes(replace(order, capture=1024)) == [1, 32, 256, 512, 768, 1024]
+    by_default = [1, 32, 256, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048]
+    assert capture_sizes(replace(order, quantization="spense")) == by_default
+    for quantization in ("spense", "compressed-tensors"):
+        ordered = replace(order, quantization=quantization, capture=1024)
+        assert capture_sizes(ordered) == [1, 32, 256, 512, 768, 1024]
 
 
 def test_a_summary_is_in_milliseconds() -> None:
