@@ -254,6 +254,22 @@ def prune_stages(result: Result) -> list[str]:
     return [*markdown(["stage", *(f"{row['shape']} {row['method']}" for row in rows)], lines), "", source(result)]
 
 
+def prune_real(result: Result) -> list[str]:
+    """What pruning a whole real model took."""
+    stages = ("forward", "Hessian", "prune", "factorize", "quantize")
+    lines = (
+        [
+            row["shape"],
+            row["method"],
+            f"{row['samples']} × {row['length']}",
+            f"{60 * row['projected_minutes']:.0f}",
+            *(f"{row['blocks_measured'] * row['stages'][stage]:.0f}" for stage in stages),
+        ]
+        for row in result["rows"]
+    )
+    return [*markdown(["model", "method", "tokens", "all, s", *(f"{s}, s" for s in stages)], lines), "", source(result)]
+
+
 def prune_sentence(result: Result) -> list[str]:
     """The README's sentence."""
     rows = [row for row in result["rows"] if row["shape"] == "qwen3-32b"]

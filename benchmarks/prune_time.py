@@ -5,8 +5,9 @@
 prunes three blocks of Qwen3-32B's shape on 128 × 16384 tokens with both methods, through the same code as
 `spense prune`, reading and writing real files, and writes benchmarks/results/prune_time.json and .png. The model that
 is pruned has a few more blocks than are measured: one to profile, with the first method, and the last one, which has no
-next block to compute the input of. The projection takes the first block and the last as measured, and the mean of the
-others for the rest.
+next block to compute the input of. Before a shape is measured, two blocks are pruned on an eighth of the text: what the
+first of them takes longer than the second is compilation and libraries that wake up, which every run pays once. The
+projection is that, the first block and the last as measured, and the mean of the others for the rest.
 
     torchrun --nproc-per-node 2 benchmarks/prune_time.py --methods spensegpt+
 
@@ -14,6 +15,10 @@ does so on two GPUs and writes prune_time-2gpus.json. Other shapes and methods, 
 
     python benchmarks/prune_time.py --shapes llama-3.1-8b llama-3.3-70b --methods spensegpt+ --blocks 2 --no-profile
     python benchmarks/prune_time.py --methods spensegpt++ --blocks 2 --no-profile
+
+A real model is pruned whole, on the built-in calibration text:
+
+    python benchmarks/prune_time.py --model .demo/smollm2-135m --samples 64 --length 512
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +43,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.envelope import RESULTS, write_result
-from offline_prune import ranks
+from offline_prune import parts, ranks
 from offline_prune.device import pick_device
 from offline_prune.meter import spent
 from offline_prune.model import empty_model
@@ -61,6 +67,7 @@ Row = dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["qwen3-32b"])
+    parser.add_argument("--model", type=Path, help="folder of a real model to prune whole, in place of shapes")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["spensegpt+", "spensegpt"])
     parser.add_argument("--blocks", type=int, default=3, help="blocks to measure")
     parser.add_argument("--samples", type=int, default=128)
@@ -75,24 +82,49 @@ def main() -> None:
 
     device = pick_device(options.device)
     with ranks.joined(device):
-        file = options.out or RESULTS / (
-            f"prune_time-{ranks.size()}gpus.json" if ranks.size() > 1 else "prune_time.json"
-        )
+        file = options.out or RESULTS / f"prune_time{suffix(options)}.json"
         rows: list[Row] = []
-        for shape in options.shapes:
-            with tempfile.TemporaryDirectory(dir=options.folder) as own:
-                # All ranks read the first one's.
-                blocks = options.blocks + 1 + options.profile
-                model = ranks.from_first(partial(write_model, Path(own) / shape, shape, blocks, device))
-                for method in options.methods:
-                    profile = options.profile and method == options.methods[0]
-                    ranks.from_first(partial(configure, model, shape, options.blocks + 1 + profile))
-                    rows.append(measure(model, shape, method, profile, options))
-                    if ranks.first():
-                        print(json.dumps(rows[-1], indent=2), flush=True)
-                        write_result(file, "prune_time", rows)
+        for row in real_rows(options) if options.model else shape_rows(options, device):
+            rows.append(row)
+            if ranks.first():
+                print(json.dumps(row, indent=2), flush=True)
+                write_result(file, "prune_time", rows)
         if ranks.first():
             draw(rows, file.with_suffix(".png"))
+
+
+def suffix(options: argparse.Namespace) -> str:
+    """Of the result file's name."""
+    return (f"-{options.model.name}" if options.model else "") + (f"-{ranks.size()}gpus" if ranks.size() > 1 else "")
+
+
+def real_rows(options: argparse.Namespace) -> Iterator[Row]:
+    """A whole model with each method, as a user would prune it."""
+    layers = json.loads((options.model / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
+    with tempfile.TemporaryDirectory(dir=options.folder) as own:
+        for method in options.methods:
+            settings = settings_for(
+                options.model, Path(ranks.from_first(lambda own=own: own)) / "pruned", method, options
+            )
+            report = prune(settings, say=say)
+            yield {
+                **about(report, options.model.name, method, layers, report.blocks),
+                "projected_minutes": report.seconds / 60,
+            }
+
+
+def shape_rows(options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """Some blocks of each shape with each method."""
+    for shape in options.shapes:
+        with tempfile.TemporaryDirectory(dir=options.folder) as own:
+            # All ranks read the first one's.
+            blocks = options.blocks + 1 + options.profile
+            model = ranks.from_first(partial(write_model, Path(own) / shape, shape, blocks, device))
+            once = max(warm_up(model, shape, method, options) for method in options.methods)
+            for method in options.methods:
+                profile = options.profile and method == options.methods[0]
+                ranks.from_first(partial(configure, model, shape, options.blocks + 1 + profile))
+                yield measure(model, shape, method, profile, once, options)
 
 
 def write_model(folder: Path, shape: str, blocks: int, device: torch.device) -> Path:
@@ -128,19 +160,36 @@ def configure(folder: Path, shape: str, blocks: int) -> dict[str, dict[str, torc
     return files
 
 
-def measure(model: Path, shape: str, method: str, profile: bool, options: argparse.Namespace) -> Row:
-    """Prunes the model and returns a row of the result."""
-    device = pick_device(options.device)
-    tokens = torch.randint(VOCABULARY, (options.samples, options.length), generator=torch.Generator().manual_seed(0))
-    settings = PruneSettings(
+def settings_for(model: Path, out: Path, method: str, options: argparse.Namespace, share: int = 1) -> PruneSettings:
+    return PruneSettings(
         str(model),
-        model.with_name("pruned"),
+        out,
         method=method,
-        samples=options.samples,
+        calibration="builtin",
+        samples=max(options.samples // share, parts.MOST),
         length=options.length,
         device=options.device,
         overwrite=True,
     )
+
+
+def random_tokens(settings: PruneSettings) -> torch.Tensor:
+    return torch.randint(VOCABULARY, (settings.samples, settings.length), generator=torch.Generator().manual_seed(0))
+
+
+def warm_up(model: Path, shape: str, method: str, options: argparse.Namespace) -> float:
+    """Prunes two blocks on an eighth of the text; the seconds that the first of them takes longer than the second."""
+    ranks.from_first(partial(configure, model, shape, 2))
+    settings = settings_for(model, model.with_name("pruned"), method, options, share=8)
+    first, second = prune(settings, say=lambda _: None, tokens=random_tokens(settings)).blocks
+    say(f"{method}: two blocks to warm up, {first.seconds:.1f} and {second.seconds:.1f} s")
+    return max(first.seconds - second.seconds, 0.0)
+
+
+def measure(model: Path, shape: str, method: str, profile: bool, once: float, options: argparse.Namespace) -> Row:
+    """Prunes the model and returns a row of the result; `once` is the seconds that a process pays at its beginning."""
+    device = pick_device(options.device)
+    settings = settings_for(model, model.with_name("pruned"), method, options)
     kernels = Kernels(device if profile else None)
     before: dict[str, float] = {}
     aside = 0.0
@@ -161,28 +210,37 @@ def measure(model: Path, shape: str, method: str, profile: bool, options: argpar
             kernels.stop()
         aside += time.perf_counter() - start
 
-    report = prune(settings, progress, say, tokens)
-    measured, last = report.blocks[: options.blocks], report.blocks[-1]
+    report = prune(settings, progress, say, random_tokens(settings))
     layers = SHAPES[shape]["num_hidden_layers"]
+    measured, last = report.blocks[: options.blocks], report.blocks[-1]
     return {
-        "shape": shape,
-        "method": method,
-        "gpus": ranks.size(),
-        "samples": options.samples,
-        "length": options.length,
-        "blocks_measured": len(measured),
-        "seconds_per_block": steady([block.seconds for block in measured]),
-        "projected_minutes": projected(report, measured, last, layers, aside) / 60,
+        **about(report, shape, method, layers, measured),
+        "projected_minutes": (once + projected(report, measured, last, layers, aside)) / 60,
         "paper_minutes": PAPER.get((shape, method)),
+        "once_seconds": once,
         "first_block_seconds": measured[0].seconds,
         "last_block_seconds": last.seconds,
-        "block_seconds": [block.seconds for block in report.blocks],
-        "stages": {stage: steady([block.stages.get(stage, 0.0) for block in measured]) for stage in last.stages},
         "tensor_core_share": kernels.share,
         "kernels": kernels.slowest,
+    }
+
+
+def about(report: Report, shape: str, method: str, layers: int, measured: list[BlockTime]) -> Row:
+    """What the rows of shapes and of real models have in common."""
+    return {
+        "shape": shape,
+        "layers": layers,
+        "method": method,
+        "gpus": ranks.size() if torch.cuda.is_available() else 0,
+        "samples": report.settings["samples"],
+        "length": report.settings["length"],
+        "blocks_measured": len(measured),
+        "seconds_per_block": steady([block.seconds for block in measured]),
+        "block_seconds": [block.seconds for block in report.blocks],
+        "stages": {stage: steady([block.stages.get(stage, 0.0) for block in measured]) for stage in report.stages},
         "peak_gpu_gib": report.peak_device_gib,
         "planned_gpu_gib": report.planned_device_gib,
-        "reserved_gpu_gib": torch.cuda.max_memory_reserved(device) / GIB if device.type == "cuda" else 0.0,
+        "reserved_gpu_gib": torch.cuda.max_memory_reserved() / GIB if torch.cuda.is_available() else 0.0,
         "peak_host_gib": report.peak_host_gib,
         "planned_host_gib": report.planned_host_gib,
         "pinned_host_gib": report.peak_pinned_gib,
@@ -194,12 +252,12 @@ def say(line: str) -> None:
 
 
 def steady(values: list[float]) -> float:
-    """The mean without the first block, in which kernels are compiled and libraries wake up."""
+    """The mean without the first block, whose time is not that of the others."""
     return statistics.mean(values[1:] or values)
 
 
 def projected(report: Report, measured: list[BlockTime], last: BlockTime, layers: int, aside: float = 0.0) -> float:
-    """Seconds for a model of so many blocks; `aside` went into profiling."""
+    """Seconds for a warm process and a model of so many blocks; `aside` went into profiling."""
     around = report.seconds - aside - sum(block.seconds for block in report.blocks)
     return around + measured[0].seconds + (layers - 2) * steady([block.seconds for block in measured]) + last.seconds
 
@@ -246,24 +304,26 @@ def on_tensor_cores(kernel: str) -> bool:
     return bool(TENSOR_CORES.search(kernel)) and not ORDINARY_CORES.search(kernel)
 
 
+def processors(gpus: int) -> str:
+    return f"{gpus} GPU{'s' * (gpus > 1)}" if gpus else "CPU"
+
+
 def draw(rows: list[Row], file: Path) -> None:
     """Minutes for the whole model, a bar for each row, stacked by stage; the paper's time as a line beside it."""
     figure = Figure(figsize=(9, 1.2 + 0.7 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     stages = list(dict.fromkeys(stage for row in rows for stage in row["stages"]))
-    labels = [f"{row['shape']}\n{row['method']}, {row['gpus']} GPU{'s' * (row['gpus'] > 1)}" for row in rows]
+    labels = [f"{row['shape']}\n{row['method']}, {processors(row['gpus'])}" for row in rows]
     places = range(len(rows))
     left = [0.0] * len(rows)
     for stage in stages:
-        widths = [row["stages"].get(stage, 0.0) * SHAPES[row["shape"]]["num_hidden_layers"] / 60 for row in rows]
+        widths = [row["stages"].get(stage, 0.0) * row["layers"] / 60 for row in rows]
         axes.barh(places, widths, left=left, label=stage, height=0.6)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     for place, row in zip(places, rows, strict=True):
         axes.text(left[place], place, f" {row['projected_minutes']:.1f} min", va="center")
-        if row["paper_minutes"]:
-            axes.plot(
-                [row["paper_minutes"]] * 2, [place - 0.4, place + 0.4], color="black", label="the paper, on a B200"
-            )
+        if paper := row.get("paper_minutes"):
+            axes.plot([paper] * 2, [place - 0.4, place + 0.4], color="black", label="the paper, on a B200")
     axes.set_yticks(places, labels)
     axes.invert_yaxis()
     axes.set_xlabel("minutes for the whole model")

@@ -1,4 +1,4 @@
-"""Which device computes."""
+"""Which device computes, and how precisely."""
 
 from __future__ import annotations
 
@@ -33,3 +33,13 @@ def pick_device(name: str) -> torch.device:
     elif int(index or 0) >= count:
         raise SpenseError(f"--device: found {name}, but torch sees {count} GPUs")
     return torch.device("cuda", int(index or 0))
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What hidden states and the weights that they meet are kept in: bfloat16 where the device has instructions for it,
+    which are faster than float32's."""
+    if device.type == "cuda":
+        return torch.bfloat16
+    capabilities: dict[str, object] = torch.cpu.get_capabilities()
+    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return torch.bfloat16 if fast else torch.float32

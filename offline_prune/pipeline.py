@@ -20,7 +20,7 @@ from offline_prune.activations import Stream
 from offline_prune.block_mlp import BlockMlp
 from offline_prune.calibrate import calibration_tokens
 from offline_prune.checkpoint import CheckpointWriter, Say, refuse_filled, restored
-from offline_prune.device import pick_device
+from offline_prune.device import compute_dtype, pick_device
 from offline_prune.glu import Glu, Unsupported
 from offline_prune.journal import Journal
 from offline_prune.meter import Meter
@@ -64,13 +64,12 @@ def prune(
         SpenseError: bad input of any kind; nothing is left behind in `settings.out`.
     """
     device = pick_device(settings.device)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     with ranks.joined(device):
         _check_ranks(settings.samples)
         ranks.from_first(lambda: refuse_filled(settings.out, settings.overwrite))
         if not ranks.first():
             progress, say = (lambda *_: None), (lambda _: None)
-        return _Run(SourceModel(settings.model), settings, device, dtype, progress, say).run(tokens)
+        return _Run(SourceModel(settings.model), settings, device, compute_dtype(device), progress, say).run(tokens)
 
 
 def _check_ranks(samples: int) -> None:
@@ -160,6 +159,7 @@ class _Run:
             "model": self.model.tensors.fingerprint(),
             "calibration tokens": hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()[:16],
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "precision": str(self.dtype),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }

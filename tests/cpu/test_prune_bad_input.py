@@ -15,7 +15,6 @@ from runs import run
 from safetensors.torch import load_file, save_file
 from tiny_models import UNSUPPORTED, tiny_model
 
-from offline_prune.pipeline import pick_device
 from offline_prune.settings import fit_regions
 from offline_prune.verify import open_checkpoint
 from vllm_spense.errors import SpenseError
@@ -182,7 +181,3 @@ def test_the_next_run_clears_what_a_killed_one_left(llama: Path, tmp_path: Path,
         (tmp_path / f".out.partial-{pid}").mkdir()
     run(llama, tmp_path / "out", text)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f".out.partial-{os.getppid()}", "out"]
-
-
-def test_auto_is_a_device_of_this_machine() -> None:
-    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")

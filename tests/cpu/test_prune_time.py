@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import prune_time
-from benchmarks.performance import prune, prune_stages
+from benchmarks.performance import prune, prune_real, prune_stages
 from offline_prune.report import BlockTime, Report
 
 
@@ -28,7 +28,7 @@ def test_what_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for row in result["rows"]:
         assert (row["shape"], row["gpus"], row["samples"], row["length"], row["blocks_measured"]) == (
             "tiny",
-            1,
+            0,
             8,
             32,
             2,
@@ -40,6 +40,20 @@ def test_what_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert row["planned_host_gib"] > 0
     assert len(prune(result)) == 2 + 3 + 2
     assert len(prune_stages(result)) > 2 + 7
+
+
+def test_a_real_model_is_pruned_whole(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "result.json"
+    options = ["--model", str(llama), "--methods", "spensegpt+", "--samples", "8", "--length", "32", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["prune_time.py", *options, "--folder", str(tmp_path), "--out", str(out)])
+    prune_time.main()
+    assert {path.name for path in tmp_path.iterdir()} == {"result.json", "result.png"}
+    result = json.loads(out.read_text())
+    (row,) = result["rows"]
+    assert row["shape"] == llama.name
+    assert row["blocks_measured"] == row["layers"] == len(row["block_seconds"])
+    assert 60 * row["projected_minutes"] > sum(row["block_seconds"])
+    assert len(prune_real(result)) == 2 + 1 + 2
 
 
 def test_the_projection() -> None:

@@ -99,6 +99,15 @@ def test_other_settings_are_refused_by_name(
     assert len(list(tmp_path.glob(".out.partial-*"))) == 1, "the work that was done is gone"
 
 
+def test_another_precision_is_refused(deep: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a CPU that multiplies bfloat16 and one that does not."""
+    monkeypatch.setattr(pipeline, "compute_dtype", lambda device: torch.bfloat16)
+    cut_off(deep, tmp_path / "out", text, 2)
+    monkeypatch.setattr(pipeline, "compute_dtype", lambda device: torch.float32)
+    with pytest.raises(SpenseError, match=r"precision: found torch\.bfloat16, expected torch\.float32"):
+        run(deep, tmp_path / "out", text, resume=True)
+
+
 def test_another_model_is_refused(deep: Path, tmp_path: Path, text: Path) -> None:
     cut_off(deep, tmp_path / "out", text, 2)
     other = shutil.copytree(deep, tmp_path / "model", copy_function=shutil.copyfile)
