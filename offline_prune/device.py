@@ -40,6 +40,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     which are faster than float32's."""
     if device.type == "cuda":
         return torch.bfloat16
-    capabilities: dict[str, object] = torch.cpu.get_capabilities()
+    # Older versions of torch cannot tell.
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return torch.bfloat16 if fast else torch.float32
