@@ -3,9 +3,11 @@
     python benchmarks/gemm_sweep.py
 
 times the shapes of Qwen3-32B and writes benchmarks/results/gemm_sweep.json and .png. Inputs are random, weights take
-turns so that none is in the cache when its turn comes, everything runs inside CUDA graphs; times are medians. Dense
-kernels that apply scales do so, the others return raw sums; down's `scaled_ratio` is over the best of those that do,
-as Spense's down does. The library path gets its activations in a multiple of 16 rows. `chosen` says which path the
+turns so that none is in the cache when its turn comes, everything runs inside CUDA graphs; times are medians. For each
+number of tokens all kernels, dense and Spense's, take turns, because a GPU that gets warm gets slower.
+
+Dense kernels that apply scales do so, the others return raw sums; down's `scaled_ratio` is over the best of those that
+do, as Spense's down does. The library path gets its activations in a multiple of 16 rows. `chosen` says which path the
 policy takes. `plan_s` is what finding the plan took: seconds at the first run, next to nothing once the plan cache is
 filled.
 """
@@ -30,7 +32,7 @@ from vllm_spense.format import Regions
 from vllm_spense.kernels import library, one_launch
 from vllm_spense.kernels.problem import Problem, Split
 from vllm_spense.kernels.synthetic import random_fp8, random_weight, unit_scales
-from vllm_spense.kernels.timing import cold_copies, median_us
+from vllm_spense.kernels.timing import cold_copies, medians_us
 from vllm_spense.policy import NEVER_ONE_LAUNCH, Path, choose
 
 #: split, N, K, parts of the merged gate and up projections and of down.
@@ -46,6 +48,9 @@ DENSE_RATIOS = (0.5, 0.25, 0.0)
 WITH_SCALES = ("torch row-wise", "vllm cutlass", "cublaslt, then scales")
 
 Row = dict[str, Any]
+Packed = Mapping[str, torch.Tensor]
+Call = Callable[[], object]
+Plan = library.LibraryPlan | one_launch.OneLaunchPlan
 
 
 def main() -> None:
@@ -60,24 +65,95 @@ def main() -> None:
     torch.manual_seed(0)
     rows: list[Row] = []
     for layer in options.layers:
-        dense = {tokens: time_dense(layer, tokens, device) for tokens in options.tokens}
-        for ratio in options.dense_ratios:
-            for row in sweep(layer, ratio, dense, device):
-                print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-                rows.append(row)
-            # After each, so that a run that is cut short leaves what it has.
-            write_result(options.out, "gemm_sweep", rows)
+        more = []
+        for row in sweep(layer, options.dense_ratios, options.tokens, device):
+            print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+            more.append(row)
+        rows += sorted(more, key=lambda row: -row["dense_ratio"])
+        # After each, so that a run that is cut short leaves what it has.
+        write_result(options.out, "gemm_sweep", rows)
     plot(rows, options.out.with_suffix(".png"))
 
 
-def rotate(calls: Sequence[Callable[[], object]]) -> float:
-    return round(median_us(calls, replays=15), 2)
-
-
-def time_dense(layer: str, tokens: int, device: torch.device) -> dict[str, float]:
-    """µs of each dense GEMM that there is, by name."""
+def sweep(layer: str, ratios: Sequence[float], tokens: Sequence[int], device: torch.device) -> Iterator[Row]:
+    """One row for each number of tokens, dense ratio and path."""
     split, n, k, _ = LAYERS[layer]
     weights = [random_fp8(n, k, device) for _ in range(cold_copies(n * k, device))]
+    packs: dict[Problem, list[Packed]] = {}
+    for problem in (problem_of(layer, ratio) for ratio in ratios):
+        weight = random_weight(problem, device)
+        packs[problem] = [library.pack(weight, problem) for _ in range(cold_copies(problem.weight_bytes, device))]
+        del weight
+    for m in tokens:
+        dense = dense_kernels(split, n, k, m, device)
+        calls: dict[Any, list[Call]] = {
+            name: [partial(kernel, weight) for weight in weights] for name, kernel in dense.items()
+        }
+        plans, plan_s = {}, {}
+        x = random_fp8(library.padded(m), k, device)
+        for problem, packed in packs.items():
+            start = time.perf_counter()
+            plans[problem] = plans_of(problem, m, device)
+            plan_s[problem] = round(time.perf_counter() - start, 2)
+            scales = unit_scales(problem, len(x), device)
+            for path, plan in plans[problem].items():
+                rows = x if path is Path.LIBRARY else x[:m]
+                calls[problem, path] = [partial(plan.run, rows, one, scales=scales) for one in packed]
+        us = dict(zip(calls, (round(us, 2) for us in medians_us(list(calls.values()), replays=15)), strict=True))
+        dense_us = {name: us[name] for name in dense}
+        for problem in packs:
+            times = {path: us[problem, path] for path in plans[problem]}
+            chosen = choose((Path.ONE_LAUNCH, Path.LIBRARY), m, times.__getitem__)
+            for path, plan in plans[problem].items():
+                yield {
+                    "layer": layer,
+                    "m": m,
+                    "dense_ratio": round(problem.regions.dense_ratio, 4),
+                    **compared(times[path], dense_us, problem.scaled),
+                    "ideal": round(problem.ideal, 3),
+                    "roofline": roofline(problem, m, device),
+                    "path": path,
+                    "chosen": path is chosen,
+                    "plan_s": plan_s[problem],
+                    "choice": str(plan.choice if isinstance(plan, library.LibraryPlan) else plan.tiling),
+                }
+
+
+def problem_of(layer: str, ratio: float) -> Problem:
+    """As models run it: gate_up region by region in raw sums, down with its scales."""
+    split, n, k, parts = LAYERS[layer]
+    extent = n // parts if split == "output" else k
+    dense_extent = round(extent * ratio / 128) * 128
+    regions = Regions(extent - dense_extent, dense_extent)
+    return Problem(n, k, regions, split, parts=parts, scaled=split == "input").merged()
+
+
+def plans_of(problem: Problem, tokens: int, device: torch.device) -> dict[Path, Plan]:
+    """Of every path that may run so many tokens."""
+    plans: dict[Path, Plan] = {Path.LIBRARY: library.plan(problem, library.padded(tokens), device)}
+    if tokens <= NEVER_ONE_LAUNCH:
+        plans[Path.ONE_LAUNCH] = one_launch.plan(problem, one_launch.bucket(tokens), device)
+    return plans
+
+
+def compared(spense_us: float, dense_us: Mapping[str, float], scaled: bool) -> Row:
+    """With the best dense kernel, and with the best of those that do the scales' work too if Spense does."""
+    best = min(dense_us, key=dense_us.__getitem__)
+    with_scales = min((us for name, us in dense_us.items() if name in WITH_SCALES), default=None) if scaled else None
+    return {
+        "dense_us": dense_us[best],
+        "spense_us": spense_us,
+        "ratio": round(dense_us[best] / spense_us, 3),
+        "scaled_ratio": with_scales and round(with_scales / spense_us, 3),
+        "dense_kernel": best,
+        "dense_kernels": dict(dense_us),
+    }
+
+
+def dense_kernels(
+    split: Split, n: int, k: int, tokens: int, device: torch.device
+) -> dict[str, Callable[[torch.Tensor], object]]:
+    """Every dense GEMM that there is, by name: functions of a weight."""
     x = random_fp8(tokens, k, device)
     one = torch.ones((), device=device)
     row_scales = torch.ones(tokens, 1, device=device)
@@ -104,53 +180,7 @@ def time_dense(layer: str, tokens: int, device: torch.device) -> dict[str, float
         scales = unit_scales(scaled, tokens, device)
         with_scales = library.LibraryPlan(scaled, tokens, device, library.search(scaled, tokens, device))
         kernels["cublaslt, then scales"] = lambda weight: with_scales.run(x, {"dense": weight[None]}, scales=scales)
-    return {name: rotate([partial(kernel, weight) for weight in weights]) for name, kernel in kernels.items()}
-
-
-def sweep(layer: str, ratio: float, dense: Mapping[int, Mapping[str, float]], device: torch.device) -> Iterator[Row]:
-    """One row for each number of tokens and path."""
-    split, n, k, parts = LAYERS[layer]
-    extent = n // parts if split == "output" else k
-    dense_extent = round(extent * ratio / 128) * 128
-    regions = Regions(extent - dense_extent, dense_extent)
-    # As models run them: gate_up region by region in raw sums, down with its scales.
-    problem = Problem(n, k, regions, split, parts=parts, scaled=split == "input").merged()
-    weight = random_weight(problem, device)
-    packs = [library.pack(weight, problem) for _ in range(cold_copies(problem.weight_bytes, device))]
-    del weight
-    for tokens, dense_us in dense.items():
-        best = min(dense_us, key=dense_us.__getitem__)
-        scaled_us = min(us for name, us in dense_us.items() if name in WITH_SCALES) if problem.scaled else None
-        start = time.perf_counter()
-        plans = {Path.LIBRARY: library.plan(problem, library.padded(tokens), device)}
-        if tokens <= NEVER_ONE_LAUNCH:
-            plans[Path.ONE_LAUNCH] = one_launch.plan(problem, one_launch.bucket(tokens), device)
-        plan_s = time.perf_counter() - start
-        x = random_fp8(library.padded(tokens), k, device)
-        scales = unit_scales(problem, len(x), device)
-        times = {}
-        for path, plan in plans.items():
-            rows = x if path is Path.LIBRARY else x[:tokens]
-            times[path] = rotate([partial(plan.run, rows, packed, scales=scales) for packed in packs])
-        chosen = choose((Path.ONE_LAUNCH, Path.LIBRARY), tokens, times.__getitem__)
-        for path, plan in plans.items():
-            yield {
-                "layer": layer,
-                "m": tokens,
-                "dense_ratio": round(problem.regions.dense_ratio, 4),
-                "dense_us": dense_us[best],
-                "spense_us": times[path],
-                "ratio": round(dense_us[best] / times[path], 3),
-                "scaled_ratio": scaled_us and round(scaled_us / times[path], 3),
-                "ideal": round(problem.ideal, 3),
-                "roofline": roofline(problem, tokens, device),
-                "path": path,
-                "chosen": path is chosen,
-                "dense_kernel": best,
-                "dense_kernels": dense_us,
-                "plan_s": round(plan_s, 2),
-                "choice": str(plan.choice if path is Path.LIBRARY else plan.tiling),
-            }
+    return kernels
 
 
 def roofline(problem: Problem, tokens: int, device: torch.device) -> float | None:

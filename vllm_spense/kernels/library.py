@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
@@ -15,7 +16,7 @@ from vllm_spense.kernels.nvmath_support import Shape, current_stream
 from vllm_spense.kernels.plan_cache import environment, load_or_find
 from vllm_spense.kernels.problem import Problem, Scales
 from vllm_spense.kernels.synthetic import random_fp8, random_weight, unit_scales
-from vllm_spense.kernels.timing import cold_copies, median_us
+from vllm_spense.kernels.timing import cold_copies, medians_us
 
 logger = logging.getLogger("vllm.spense")
 
@@ -270,14 +271,12 @@ def search(problem: Problem, tokens: int, device: torch.device) -> Choice:
 
     def fastest(choices: Iterable[Choice], call: Callable[[LibraryPlan, Packed], None]) -> list[Choice]:
         """The choices with their times, best first."""
-        timed = []
+        plans = []
         for choice in choices:
-            try:
-                plan = LibraryPlan(problem, tokens, device, choice)
-            except (cusparselt.Error, cublaslt.Error):
-                continue  # not a kernel for this shape
-            us = median_us([partial(call, plan, packed) for packed in packs])
-            timed.append(replace(choice, us=round(us, 2)))
+            with suppress(cusparselt.Error, cublaslt.Error):  # not a kernel for this shape
+                plans.append(LibraryPlan(problem, tokens, device, choice))
+        times = medians_us([[partial(call, plan, packed) for packed in packs] for plan in plans])
+        timed = [replace(plan.choice, us=round(us, 2)) for plan, us in zip(plans, times, strict=True)]
         return sorted(timed, key=lambda choice: choice.us)
 
     sparse = dense = [Choice()]
@@ -285,8 +284,7 @@ def search(problem: Problem, tokens: int, device: torch.device) -> Choice:
         sparse = fastest((Choice(sparse=algorithm) for algorithm in default.sparse.algorithms()), run_sparse)
     if default.dense is not None:
         dense = fastest((Choice(dense=algorithm) for algorithm in default.dense.algorithms()), run_dense)
-    # Side by side, kernels that leave room for each other may beat those that are fastest alone. Both orders of work
-    # take turns, because a GPU that warms up slows down.
+    # Side by side, kernels that leave room for each other may beat those that are fastest alone.
     pairs = product(sparse[:_FINALISTS], dense[:_FINALISTS], (False, True))
     found = fastest((Choice(s.sparse, d.dense, concurrent) for s, d, concurrent in pairs), run_both)
     return host_aware(found, tokens)

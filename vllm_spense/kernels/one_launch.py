@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache, partial
 from importlib.resources import files
 from itertools import product
+from operator import itemgetter
 
 import torch
 
@@ -20,7 +21,7 @@ from vllm_spense.kernels.plan_cache import digest, environment, load_or_find
 from vllm_spense.kernels.problem import Problem, Scales
 from vllm_spense.kernels.schedule import DENSE_K, ROWS, Tiling, schedule, tiles
 from vllm_spense.kernels.synthetic import random_2of4, random_fp8, random_weight, unit_scales
-from vllm_spense.kernels.timing import cold_copies, median_us
+from vllm_spense.kernels.timing import cold_copies, medians_us
 
 Packed = Mapping[str, torch.Tensor]
 
@@ -163,12 +164,10 @@ def search(problem: Problem, tokens: int, device: torch.device) -> Found:
     x = random_fp8(tokens, problem.k, device)
     out = torch.empty(tokens, problem.n, dtype=problem.out_dtype, device=device)
     scales = unit_scales(problem, tokens, device)
-    times = {}
-    for tiling in tilings:
-        plan = OneLaunchPlan(problem, tokens, device, tiling)
-        times[tiling] = median_us([partial(plan.run, x, packed, out, scales) for packed in packs])
-    best = min(times, key=times.__getitem__)
-    return Found(**asdict(best), us=round(times[best], 2))
+    plans = [OneLaunchPlan(problem, tokens, device, tiling) for tiling in tilings]
+    times = medians_us([[partial(plan.run, x, packed, out, scales) for packed in packs] for plan in plans])
+    us, best = min(zip(times, tilings, strict=True), key=itemgetter(0))
+    return Found(**asdict(best), us=round(us, 2))
 
 
 def candidates(problem: Problem, tokens: int, multiprocessors: int) -> Iterator[Tiling]:

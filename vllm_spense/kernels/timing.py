@@ -16,16 +16,34 @@ def median_us(calls: Sequence[Callable[[], object]], replays: int = 7) -> float:
 
     Give every call its own weights, together larger than the L2 cache, or the cache is what gets measured.
     """
-    for call in calls:
-        call()
-    once = _elapsed_us(lambda: [call() for call in calls])
-    calls = list(calls) * max(1, round(_MIN_WORK_US / once))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    return medians_us([calls], replays)[0]
+
+
+def medians_us(rivals: Sequence[Sequence[Callable[[], object]]], replays: int = 7) -> list[float]:
+    """As `median_us`, for each of `rivals`; their graphs take turns, because a GPU that gets warm gets slower."""
+    graphs = [_Graph(calls) for calls in rivals]
+    for graph in graphs:
+        graph.us_of_a_call()
+    times = zip(*([graph.us_of_a_call() for graph in graphs] for _ in range(replays)), strict=True)
+    return [median(of_one) for of_one in times]
+
+
+class _Graph:
+    """The calls, as often as it takes to be long enough, in a CUDA graph."""
+
+    def __init__(self, calls: Sequence[Callable[[], object]]) -> None:
         for call in calls:
             call()
-    graph.replay()
-    return median(_elapsed_us(graph.replay) for _ in range(replays)) / len(calls)
+        once = _elapsed_us(lambda: [call() for call in calls])
+        calls = list(calls) * max(1, round(_MIN_WORK_US / once))
+        self._calls = len(calls)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            for call in calls:
+                call()
+
+    def us_of_a_call(self) -> float:
+        return _elapsed_us(self._graph.replay) / self._calls
 
 
 def _elapsed_us(work: Callable[[], object]) -> float:
