@@ -242,7 +242,7 @@ def search_first(runs: Sequence[EngineRun]) -> None:
     import torch
     import vllm._custom_ops  # noqa: F401 - the kernels that ours compete with
 
-    from vllm_spense import glue, ops
+    from vllm_spense import ops
     from vllm_spense.kernels.problem import Problem
 
     if not torch.cuda.is_available():
@@ -261,7 +261,7 @@ def search_first(runs: Sequence[EngineRun]) -> None:
                 i = regions.intermediate
                 for problem in (
                     Problem(2 * i, hidden, regions, "output", parts=2).merged(),
-                    Problem(hidden, i, regions, "input", scaled=glue.fuses_norm(hidden, torch.bfloat16, device)),
+                    Problem(hidden, i, regions, "input"),
                 ):
                     ops.prepare(problem, TOKEN_BUDGET, device)
             run.search_s = round(time.perf_counter() - start, 1)

@@ -6,10 +6,9 @@ times the shapes of Qwen3-32B and writes benchmarks/results/gemm_sweep.json and 
 turns so that none is in the cache when its turn comes, everything runs inside CUDA graphs; times are medians. For each
 number of tokens all kernels, dense and Spense's, take turns, because a GPU that gets warm gets slower.
 
-Dense kernels that apply scales do so, the others return raw sums; down's `scaled_ratio` is over the best of those that
-do, as Spense's down does. The library path gets its activations in a multiple of 16 rows. `chosen` says which path the
-policy takes. `plan_s` is what finding the plan took: seconds at the first run, next to nothing once the plan cache is
-filled.
+Spense's kernels return raw sums, as most dense ones do; vLLM's CUTLASS and torch's row-wise one apply scales. The
+library path gets its activations in a multiple of 16 rows. `chosen` says which path the policy takes. `plan_s` is what
+finding the plan took: seconds at the first run, next to nothing once the plan cache is filled.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from vllm_spense.estimate import GPUS
 from vllm_spense.format import Regions
 from vllm_spense.kernels import library, one_launch
 from vllm_spense.kernels.problem import Problem, Split
-from vllm_spense.kernels.synthetic import random_fp8, random_weight, unit_scales
+from vllm_spense.kernels.synthetic import random_fp8, random_weight
 from vllm_spense.kernels.timing import cold_copies, medians_us
 from vllm_spense.policy import NEVER_ONE_LAUNCH, Path, choose
 
@@ -44,8 +43,6 @@ LAYERS: dict[str, tuple[Split, int, int, int]] = {
 }
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
 DENSE_RATIOS = (0.5, 0.25, 0.0)
-#: Dense kernels that do the scales' work too.
-WITH_SCALES = ("torch row-wise", "vllm cutlass", "cublaslt, then scales")
 
 Row = dict[str, Any]
 Packed = Mapping[str, torch.Tensor]
@@ -77,7 +74,7 @@ def main() -> None:
 
 def sweep(layer: str, ratios: Sequence[float], tokens: Sequence[int], device: torch.device) -> Iterator[Row]:
     """One row for each number of tokens, dense ratio and path."""
-    split, n, k, _ = LAYERS[layer]
+    _, n, k, _ = LAYERS[layer]
     weights = [random_fp8(n, k, device) for _ in range(cold_copies(n * k, device))]
     packs: dict[Problem, list[Packed]] = {}
     for problem in (problem_of(layer, ratio) for ratio in ratios):
@@ -85,7 +82,7 @@ def sweep(layer: str, ratios: Sequence[float], tokens: Sequence[int], device: to
         packs[problem] = [library.pack(weight, problem) for _ in range(cold_copies(problem.weight_bytes, device))]
         del weight
     for m in tokens:
-        dense = dense_kernels(split, n, k, m, device)
+        dense = dense_kernels(n, k, m, device)
         calls: dict[Any, list[Call]] = {
             name: [partial(kernel, weight) for weight in weights] for name, kernel in dense.items()
         }
@@ -95,12 +92,12 @@ def sweep(layer: str, ratios: Sequence[float], tokens: Sequence[int], device: to
             start = time.perf_counter()
             plans[problem] = plans_of(problem, m, device)
             plan_s[problem] = round(time.perf_counter() - start, 2)
-            scales = unit_scales(problem, len(x), device)
             for path, plan in plans[problem].items():
                 rows = x if path is Path.LIBRARY else x[:m]
-                calls[problem, path] = [partial(plan.run, rows, one, scales=scales) for one in packed]
+                calls[problem, path] = [partial(plan.run, rows, one) for one in packed]
         us = dict(zip(calls, (round(us, 2) for us in medians_us(list(calls.values()), replays=15)), strict=True))
         dense_us = {name: us[name] for name in dense}
+        best = min(dense_us, key=dense_us.__getitem__)
         for problem in packs:
             times = {path: us[problem, path] for path in plans[problem]}
             chosen = choose((Path.ONE_LAUNCH, Path.LIBRARY), m, times.__getitem__)
@@ -109,23 +106,27 @@ def sweep(layer: str, ratios: Sequence[float], tokens: Sequence[int], device: to
                     "layer": layer,
                     "m": m,
                     "dense_ratio": round(problem.regions.dense_ratio, 4),
-                    **compared(times[path], dense_us, problem.scaled),
+                    "dense_us": dense_us[best],
+                    "spense_us": times[path],
+                    "ratio": round(dense_us[best] / times[path], 3),
                     "ideal": round(problem.ideal, 3),
                     "roofline": roofline(problem, m, device),
                     "path": path,
                     "chosen": path is chosen,
+                    "dense_kernel": best,
+                    "dense_kernels": dense_us,
                     "plan_s": plan_s[problem],
                     "choice": str(plan.choice if isinstance(plan, library.LibraryPlan) else plan.tiling),
                 }
 
 
 def problem_of(layer: str, ratio: float) -> Problem:
-    """As models run it: gate_up region by region in raw sums, down with its scales."""
+    """As models run it: gate_up region by region."""
     split, n, k, parts = LAYERS[layer]
     extent = n // parts if split == "output" else k
     dense_extent = round(extent * ratio / 128) * 128
     regions = Regions(extent - dense_extent, dense_extent)
-    return Problem(n, k, regions, split, parts=parts, scaled=split == "input").merged()
+    return Problem(n, k, regions, split, parts=parts).merged()
 
 
 def plans_of(problem: Problem, tokens: int, device: torch.device) -> dict[Path, Plan]:
@@ -136,23 +137,7 @@ def plans_of(problem: Problem, tokens: int, device: torch.device) -> dict[Path, 
     return plans
 
 
-def compared(spense_us: float, dense_us: Mapping[str, float], scaled: bool) -> Row:
-    """With the best dense kernel, and with the best of those that do the scales' work too if Spense does."""
-    best = min(dense_us, key=dense_us.__getitem__)
-    with_scales = min((us for name, us in dense_us.items() if name in WITH_SCALES), default=None) if scaled else None
-    return {
-        "dense_us": dense_us[best],
-        "spense_us": spense_us,
-        "ratio": round(dense_us[best] / spense_us, 3),
-        "scaled_ratio": with_scales and round(with_scales / spense_us, 3),
-        "dense_kernel": best,
-        "dense_kernels": dict(dense_us),
-    }
-
-
-def dense_kernels(
-    split: Split, n: int, k: int, tokens: int, device: torch.device
-) -> dict[str, Callable[[torch.Tensor], object]]:
+def dense_kernels(n: int, k: int, tokens: int, device: torch.device) -> dict[str, Callable[[torch.Tensor], object]]:
     """Every dense GEMM that there is, by name: functions of a weight."""
     x = random_fp8(tokens, k, device)
     one = torch.ones((), device=device)
@@ -175,11 +160,6 @@ def dense_kernels(
         kernels["vllm cutlass"] = lambda weight: cutlass_scaled_mm(
             x, weight.t(), row_scales, column_scales, torch.bfloat16
         )
-    if split == "input":
-        scaled = Problem.whole(n, k)
-        scales = unit_scales(scaled, tokens, device)
-        with_scales = library.LibraryPlan(scaled, tokens, device, library.search(scaled, tokens, device))
-        kernels["cublaslt, then scales"] = lambda weight: with_scales.run(x, {"dense": weight[None]}, scales=scales)
     return kernels
 
 

@@ -7,7 +7,7 @@ kernels: add · norm · quantize → gate_up → SiLU · mul · quantize → dow
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -160,7 +160,6 @@ class Spense(Stock):
         )
         if self.fuses:
             self.problems["gate_up"] = self.problems["gate_up"].merged()
-            self.problems["down"] = replace(self.problems["down"], scaled=True)
 
     @property
     def sparsity(self) -> float:
@@ -179,8 +178,7 @@ class Spense(Stock):
         return {part: ops.pack(random_weight(problem, self.device), problem) for part, problem in self.problems.items()}
 
     def gemm(self, part: Part, x: torch.Tensor, x_scale: torch.Tensor, weights: Weights) -> torch.Tensor:
-        problem = self.problems[part]
-        return ops.region_gemm(x, weights[part], problem, (x_scale, self.scales[part]) if problem.scaled else None)
+        return ops.region_gemm(x, weights[part], self.problems[part])
 
     def enter(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if self.fuses:
@@ -193,7 +191,7 @@ class Spense(Stock):
         return super().between(y, x_scale)
 
     def scaled(self, part: Part, y: torch.Tensor, x_scale: torch.Tensor) -> torch.Tensor:
-        return y if self.problems[part].scaled else (y * x_scale * self.scales[part].t()).to(torch.bfloat16)
+        return (y * x_scale * self.scales[part].t()).to(torch.bfloat16)
 
 
 class SlideSparse(Spense):

@@ -162,19 +162,15 @@ def errors(result: Result) -> list[str]:
 
 
 def gemm(result: Result) -> list[str]:
-    """Speed-up of the path that the policy takes over the best dense GEMM, and its share of the ideal; where Spense
-    applies scales, also over the best dense GEMM that does."""
+    """Speed-up of the path that the policy takes over the best dense GEMM, and its share of the ideal."""
     rows = [row for row in result["rows"] if row["chosen"]]
     tokens = sorted({row["m"] for row in rows})
     lines = []
     for layer, ratio in dict.fromkeys((row["layer"], row["dense_ratio"]) for row in rows):
-        mine = [row for row in rows if (row["layer"], row["dense_ratio"]) == (layer, ratio)]
-        ideal = mine[0]["ideal"]
-        for name, key in ((layer, "ratio"), (f"{layer}, scales in both", "scaled_ratio")):
-            best = [max((row[key] for row in mine if row["m"] == m and row.get(key)), default=None) for m in tokens]
-            if any(best):
-                cells = [f"{value:.2f} ({value / ideal:.0%})" if value else "" for value in best]
-                lines.append([name, f"{ratio:g}", f"{ideal:.2f}", *cells])
+        mine = {row["m"]: row for row in rows if (row["layer"], row["dense_ratio"]) == (layer, ratio)}
+        ideal = next(iter(mine.values()))["ideal"]
+        cells = [f"{mine[m]['ratio']:.2f} ({mine[m]['ratio'] / ideal:.0%})" if m in mine else "" for m in tokens]
+        lines.append([layer, f"{ratio:g}", f"{ideal:.2f}", *cells])
     return [*markdown(["layer", "ρ", "ideal", *(f"M = {m}" for m in tokens)], lines), "", source(result)]
 
 

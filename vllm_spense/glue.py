@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from vllm_spense.kernels import reference
-from vllm_spense.kernels.problem import Problem
+from vllm_spense.kernels.problem import Problem, Scales
 from vllm_spense.ops import LIBRARY, describe, logger
 from vllm_spense.policy import ONE_LAUNCH_CAPABILITY, Path, reason_against
 
@@ -37,10 +37,10 @@ def fuses_activation(problem: Problem, device: torch.device) -> bool:
 
 
 def add_norm_quant(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float, scales: Scales | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """RMS norm of x + residual in FP8: what `kernels.reference.add_norm_quant` computes, from and to the same."""
-    return torch.ops.spense.add_norm_quant(x, residual, weight, epsilon)
+    return torch.ops.spense.add_norm_quant(x, residual, weight, epsilon, *(scales or (None, None)))
 
 
 def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,19 +84,30 @@ def _silu_mul_quant_fake(
 
 
 def _add_norm_quant(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    epsilon: float,
+    x_scale: torch.Tensor | None = None,
+    w_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    scales = None if x_scale is None or w_scale is None else (x_scale, w_scale)
     if x.device.type == "cpu":
-        return reference.add_norm_quant(x, residual, weight, epsilon)
+        return reference.add_norm_quant(x, residual, weight, epsilon, scales)
     from vllm_spense.kernels import norm_quant as fast
 
-    return fast.add_norm_quant(x.contiguous(), residual.contiguous(), weight, epsilon)
+    return fast.add_norm_quant(x.contiguous(), residual.contiguous(), weight, epsilon, scales)
 
 
 def _add_norm_quant_fake(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    epsilon: float,
+    x_scale: torch.Tensor | None = None,
+    w_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return *_quantize_fake(x), x.new_empty(x.shape)
+    return *_quantize_fake(x), residual.new_empty(x.shape)
 
 
 def _quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,7 +125,10 @@ def _quantize_fake(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 LIBRARY.define("silu_mul_quant(Tensor raw, Tensor x_scale, Tensor w_scale, int boundary) -> (Tensor, Tensor)")
 LIBRARY.impl("silu_mul_quant", _silu_mul_quant, "CompositeExplicitAutograd")
 torch.library.register_fake("spense::silu_mul_quant", _silu_mul_quant_fake, lib=LIBRARY)
-LIBRARY.define("add_norm_quant(Tensor x, Tensor residual, Tensor weight, float epsilon) -> (Tensor, Tensor, Tensor)")
+LIBRARY.define(
+    "add_norm_quant(Tensor x, Tensor residual, Tensor weight, float epsilon, "
+    "Tensor? x_scale=None, Tensor? w_scale=None) -> (Tensor, Tensor, Tensor)"
+)
 LIBRARY.impl("add_norm_quant", _add_norm_quant, "CompositeExplicitAutograd")
 torch.library.register_fake("spense::add_norm_quant", _add_norm_quant_fake, lib=LIBRARY)
 LIBRARY.define("quantize(Tensor x) -> (Tensor, Tensor)")

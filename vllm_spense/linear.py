@@ -27,7 +27,7 @@ from vllm_spense.kernels.problem import Problem, Scales, Split, sum_dtype
 from vllm_spense.kernels.reference import by_projection
 from vllm_spense.layout import Shard
 from vllm_spense.loaders import Loader
-from vllm_spense.norms import NormClaim, has_plain_norms
+from vllm_spense.norms import NormClaim, Unscaled, has_plain_norms, only_norms_read_layers
 
 logger = init_logger("vllm.spense")
 
@@ -48,7 +48,7 @@ class RegionLinearMethod(LinearMethodBase):
     #: Of the weight as it is loaded, and of the one that runs.
     problem: Problem
     runs: Problem
-    #: Instead of outputs: the activation behind this layer does the rest.
+    #: Instead of outputs: what lies behind this layer does the rest.
     hands_on_raw_sums = False
 
     def __init__(self, regions: Regions, name: str) -> None:
@@ -88,6 +88,7 @@ class RegionLinearMethod(LinearMethodBase):
         shard = layout.shard(self.regions, layer.tp_rank, layer.tp_size, self.name)
         n, k = sum(output_partition_sizes), input_size_per_partition
         self.dtype = params_dtype
+        self.tp_size = layer.tp_size
         self.problem = Problem(n, k, shard.regions, self.split, sum_dtype(params_dtype), self.parts)
 
         weight_loader, scale_loader = self.make_loaders(layer, shard)
@@ -165,7 +166,7 @@ class RegionLinearMethod(LinearMethodBase):
             bias: (N,), in the order of the weight's rows.
 
         Returns:
-            (…, N) in the model's dtype; gate and up merged: [gate | up], or `RawSums`.
+            (…, N) in the model's dtype; gate and up merged: [gate | up]. Or what `unfinished` returns.
         """
         fp8 = x if isinstance(x, Quantized) else Quantized(*self.quantize(x.reshape(-1, self.problem.k)))
         flat = fp8 is x or x.dim() == 2
@@ -173,13 +174,19 @@ class RegionLinearMethod(LinearMethodBase):
             y = self.gemm(layer, fp8.values, (fp8.scale, layer.weight_scale))
             y = y if bias is None else y + bias
         else:
-            raw, boundary = self.gemm(layer, fp8.values), self.problem.regions.sparse
+            raw = self.gemm(layer, fp8.values)
             if self.hands_on_raw_sums and flat and bias is None:
-                return RawSums(raw, fp8.scale, layer.weight_scale, boundary)
-            if self.hands_on_raw_sums:
-                raw = by_projection(raw, boundary)
-            y = self.scaled(layer, raw, fp8.scale, bias)
+                return self.unfinished(raw, fp8.scale, layer.weight_scale)
+            y = self.scaled(layer, self.in_order(raw), fp8.scale, bias)
         return y if flat else y.view(*x.shape[:-1], self.problem.n)
+
+    @abstractmethod
+    def unfinished(self, raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor) -> RawSums | Unscaled:
+        """Raw sums for what lies behind this layer."""
+
+    def in_order(self, raw: torch.Tensor) -> torch.Tensor:
+        """Columns as they run → as the model wants them."""
+        return raw
 
     def scaled(self, layer: Layer, raw: torch.Tensor, x_scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Raw sums (M, N) → outputs (M, N) in the model's dtype."""
@@ -211,6 +218,12 @@ class OutputSplitLinearMethod(RegionLinearMethod):
         self.runs = self.problem.merged()
         return self.problem.by_region(weight)
 
+    def unfinished(self, raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor) -> RawSums:
+        return RawSums(raw, x_scale, w_scale, self.problem.regions.sparse)
+
+    def in_order(self, raw: torch.Tensor) -> torch.Tensor:
+        return by_projection(raw, self.problem.regions.sparse) if self.hands_on_raw_sums else raw
+
     def make_loaders(self, layer: Layer, shard: Shard) -> tuple[Loader, Loader]:
         load_rows = loaders.rows_loader(self.name, self.regions.intermediate, shard, self.parts)
         # A bias goes with the weight's rows. The layer creates it after the weights, with the loader it finds here.
@@ -225,13 +238,22 @@ class InputSplitLinearMethod(RegionLinearMethod):
 
     def __init__(self, regions: Regions, name: str) -> None:
         super().__init__(regions, name)
-        self.before_plain_norm = has_plain_norms(get_current_vllm_config())
+        engine = get_current_vllm_config()
+        self.before_plain_norm = has_plain_norms(engine)
+        self.before_norms_only = only_norms_read_layers(engine)
 
     def arranged(self, weight: torch.Tensor) -> torch.Tensor:
-        """Scaled by the GEMM where the norm behind is a kernel of ours: the compiler has none to fuse scales with."""
+        """Where the norm behind is a kernel of ours it takes the scales, or else the GEMM does: the compiler has no
+        kernel to fuse them with."""
         own_norm = self.before_plain_norm and glue.fuses_norm(self.problem.n, self.dtype, weight.device)
-        self.runs = replace(self.problem, scaled=own_norm and self.dtype == self.problem.out_dtype)
+        own_norm = own_norm and self.dtype == self.problem.out_dtype
+        # Of several ranks each has scales of its own, and their outputs are added up before any norm.
+        self.hands_on_raw_sums = own_norm and self.before_norms_only and self.tp_size == 1
+        self.runs = replace(self.problem, scaled=own_norm and not self.hands_on_raw_sums)
         return weight
+
+    def unfinished(self, raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor) -> Unscaled:
+        return Unscaled(raw, x_scale, w_scale)
 
     def make_loaders(self, layer: Layer, shard: Shard) -> tuple[Loader, Loader]:
         load_columns = loaders.columns_loader(self.name, self.regions.intermediate, shard)

@@ -1,13 +1,13 @@
 """The norm before a linear layer together with that layer's quantization: one kernel that lets the GEMM begin early.
 
-The norm of a decoder layer hands FP8 to the linear layer behind it. That is no tensor, so only models are run like this
-whose decoder layers are plainly qkv(norm(x)) and gate_up(norm(x)).
+The norm of a decoder layer hands FP8 to the linear layer behind it, and takes raw sums from down before it. Neither is
+a tensor, so only models are run like this whose decoder layers are plainly qkv(norm(x)) and gate_up(norm(x)).
 """
 
 from __future__ import annotations
 
 import weakref
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from vllm.config import VllmConfig
@@ -15,10 +15,19 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 
 from vllm_spense import glue
 from vllm_spense.activation import Quantized, may_stand_in
+from vllm_spense.kernels import reference
 
 #: Whose decoder layers build, in this order, qkv_proj, gate_up_proj, the norm before qkv_proj and the norm before
 #: gate_up_proj, and give each norm's output to that layer alone.
 PLAIN_NORMS = frozenset({"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SeedOssForCausalLM"})
+
+
+class Unscaled(NamedTuple):
+    """down's output (M, N) before its scales, and these: of the tokens (M, 1) and of the columns (N, 1)."""
+
+    raw: torch.Tensor
+    x_scale: torch.Tensor
+    w_scale: torch.Tensor
 
 
 class NormClaim:
@@ -49,7 +58,7 @@ class NormClaim:
 
 
 class FusedRMSNorm(RMSNorm):
-    """vLLM's norm, which returns `Quantized` where the layer behind it takes that."""
+    """vLLM's norm, which also takes `Unscaled`, and returns `Quantized` where the layer behind it takes that."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -58,14 +67,24 @@ class FusedRMSNorm(RMSNorm):
         self.plain = self.has_weight and self.variance_size_override is None
 
     def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None
+        self, x: torch.Tensor | Unscaled, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor | Quantized, torch.Tensor]:
+        scales = None
+        if isinstance(x, Unscaled):
+            scales = x.x_scale, x.w_scale
+            x = x.raw
         if residual is None or not (self.plain and self.claim and self.claim.takes_fp8):
-            return super().forward(x, residual)
-        values, scale, total = glue.add_norm_quant(x, residual, self.weight.data, self.variance_epsilon)
+            return super().forward(x if scales is None else reference.scaled(x, *scales).to(x.dtype), residual)
+        values, scale, total = glue.add_norm_quant(x, residual, self.weight.data, self.variance_epsilon, scales)
         return Quantized(values, scale), total
 
 
 def has_plain_norms(engine: VllmConfig) -> bool:
     """Whether norms may hand on FP8 in this engine's model."""
     return may_stand_in(FusedRMSNorm, engine, PLAIN_NORMS)
+
+
+def only_norms_read_layers(engine: VllmConfig) -> bool:
+    """Whether what a decoder layer returns goes to a norm and nowhere else, given `has_plain_norms`: not to another
+    process of a pipeline, nor to a draft model."""
+    return engine.parallel_config.pipeline_parallel_size == 1 and engine.speculative_config is None

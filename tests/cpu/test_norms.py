@@ -16,7 +16,7 @@ from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS
 from vllm_spense import glue
 from vllm_spense.activation import Quantized
 from vllm_spense.kernels import reference
-from vllm_spense.norms import PLAIN_NORMS, FusedRMSNorm, NormClaim
+from vllm_spense.norms import PLAIN_NORMS, FusedRMSNorm, NormClaim, Unscaled, only_norms_read_layers
 
 FP8 = torch.float8_e4m3fn
 
@@ -92,6 +92,30 @@ def test_the_layer_behind_it_gets_fp8() -> None:
     assert isinstance(norm(x), torch.Tensor)
 
 
+@pytest.mark.parametrize("takes_fp8", [True, False], ids=["before a pruned layer", "at the model's end"])
+def test_raw_sums_are_scaled_by_the_norm(takes_fp8: bool) -> None:
+    claim = NormClaim.of_gate_up(engine())
+    RMSNorm(64), (norm := RMSNorm(64))
+    claim.takes_fp8 = takes_fp8
+    raw, residual, x_scale, w_scale = torch.randn(5, 64) * 1000, torch.randn(5, 64), torch.rand(5, 1), torch.rand(64, 1)
+    found, total = norm(Unscaled(raw, x_scale, w_scale), residual.clone())
+    expected, expected_total = norm(raw * x_scale * w_scale.t(), residual.clone())
+    torch.testing.assert_close(total, expected_total)
+    assert isinstance(found, Quantized) == isinstance(expected, Quantized) == takes_fp8
+    if takes_fp8:
+        assert reference.fp8_difference(found, expected) is None
+    else:
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "draft", "alone"), [(1, None, True), (2, None, False), (1, object(), False)], ids=str
+)
+def test_who_reads_what_a_decoder_layer_returns(pipeline: int, draft: object, alone: bool) -> None:
+    parallel = SimpleNamespace(pipeline_parallel_size=pipeline)
+    assert only_norms_read_layers(SimpleNamespace(parallel_config=parallel, speculative_config=draft)) == alone
+
+
 @pytest.mark.parametrize("architecture", sorted(PLAIN_NORMS))
 def test_vllms_decoder_layer_is_what_the_list_says(architecture: str) -> None:
     # Some versions of vLLM have no model of their own for it.
@@ -113,21 +137,56 @@ def test_vllms_decoder_layer_is_what_the_list_says(architecture: str) -> None:
         assert re.search(plain, source(layer.forward)), source(layer.forward)
 
 
+@pytest.mark.parametrize("architecture", sorted(PLAIN_NORMS))
+def test_layers_hand_on_to_layers_and_the_last_to_a_norm(architecture: str) -> None:
+    """Between them only layers of a draft model's interest are read, and the next process of a pipeline."""
+    file = _TEXT_GENERATION_MODELS.get(architecture, ("transformers", ""))[0]
+    if file == "transformers":
+        pytest.skip("run by way of transformers, whose norms have no residual stream beside them")
+    module = importlib.import_module(f"vllm.model_executor.models.{file}")
+    (model,) = {
+        base
+        for name, found in vars(module).items()
+        if name.endswith("Model") and inspect.isclass(found)
+        for base in found.__mro__
+        if re.fullmatch(r"(Llama|Qwen2|SeedOss)Model", base.__name__)
+    }
+    lines = source(model.forward).splitlines()
+    reads = [line.strip() for line in lines if re.search(r"\bhidden_states\b", line)]
+    known = (
+        r"hidden_states = (inputs_embeds|self\.embed_input_ids\(input_ids\)|intermediate_tensors\[\"hidden_states\"\])"
+        r"|(aux_hidden_states, (idx \+ 1|self\.start_layer)|\[\], 0), hidden_states, residual\)?"
+        r"|aux_hidden_states = self\._maybe_add_hidden_state\(\[\], 0, hidden_states, residual\)"
+        r"|hidden_states, residual = layer\((positions, hidden_states, residual(, \*\*extra_layer_kwargs)?\))?"
+        r"|positions, hidden_states, residual(, \*\*extra_layer_kwargs)?"
+        r"|(return IntermediateTensors\()?\{?\"hidden_states\": hidden_states,?( \"residual\": residual\}?\)?)?"
+        r"|hidden_states, _ = self\.norm\(hidden_states, residual\)"
+        r"|return hidden_states(, aux_hidden_states)?"
+    )
+    assert "hidden_states, _ = self.norm(hidden_states, residual)" in reads
+    assert [line for line in reads if not re.fullmatch(known, line)] == []
+
+
 def source(function: object) -> str:
     return inspect.getsource(function)  # type: ignore[arg-type]
 
 
 def test_the_ops_and_their_fakes_agree() -> None:
     x, residual, weight = torch.randn(5, 64), torch.randn(5, 64), torch.rand(64)
-    for op, twin, arguments in (
-        (glue.add_norm_quant, reference.add_norm_quant, (x, residual, weight, 1e-6)),
-        (glue.quantize, reference.quantize, (x,)),
+    scales = torch.rand(5, 1), torch.rand(64, 1)
+    for op, twin, arguments, given in (
+        (glue.add_norm_quant, reference.add_norm_quant, (x, residual, weight, 1e-6), None),
+        (glue.add_norm_quant, reference.add_norm_quant, (x, residual, weight, 1e-6), scales),
+        (glue.quantize, reference.quantize, (x,), None),
     ):
-        found, expected = op(*arguments), twin(*arguments)
+        more = {} if given is None else {"scales": given}
+        found, expected = op(*arguments, **more), twin(*arguments, **more)
         raw = getattr(torch.ops.spense, op.__name__).default
-        torch.library.opcheck(raw, arguments, test_utils=["test_schema"])
+        torch.library.opcheck(raw, (*arguments, *(given or ())), test_utils=["test_schema"])
         with torch._subclasses.FakeTensorMode() as mode:
-            fakes = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+            if given:
+                more = {"scales": tuple(map(mode.from_tensor, given))}
+            fakes = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments), **more)
         for tensor, same, fake in zip(found, expected, fakes, strict=True):
             assert torch.equal(tensor.float(), same.float())
             assert (fake.shape, fake.dtype) == (tensor.shape, tensor.dtype)

@@ -28,6 +28,7 @@ from vllm_spense.config import SpenseConfig
 from vllm_spense.errors import FormatError, SpenseError
 from vllm_spense.format import KEY, Annotation, Projections, Regions
 from vllm_spense.linear import InputSplitLinearMethod, OutputSplitLinearMethod
+from vllm_spense.norms import Unscaled
 from vllm_spense.ops import INDUCTOR_OPTIONS
 from vllm_spense.unpruned import WholeFp8
 
@@ -222,6 +223,33 @@ def test_a_gate_that_vllm_does_not_merge(config: SpenseConfig) -> None:
     layer.quant_method.process_weights_after_loading(layer)
     x = torch.randn(3, HIDDEN)
     torch.testing.assert_close(layer(x)[0], dequantized(x) @ weight.float().t(), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "draft", "hands_on", "scaled"),
+    [(1, None, True, False), (2, None, False, True), (1, object(), False, True)],
+    ids=["plain", "two ranks", "a draft model"],
+)
+def test_who_applies_the_scales_of_down(
+    config: SpenseConfig, monkeypatch: pytest.MonkeyPatch, ranks: int, draft: object, hands_on: bool, scaled: bool
+) -> None:
+    """The norm behind it, if down's output goes there and nowhere else; the GEMM where something comes between."""
+    engine = get_current_vllm_config()
+    monkeypatch.setattr(engine, "model_config", SimpleNamespace(architectures=["LlamaForCausalLM"]))
+    monkeypatch.setattr(engine, "speculative_config", draft)
+    layer: Any = RowParallelLinear(I, HIDDEN, bias=False, quant_config=config, prefix=f"{MLP}.down_proj")
+    layer.quant_method.tp_size = ranks
+    weight, scale = sparse_weight(HIDDEN, I, (slice(None), slice(0, 64))), torch.rand(HIDDEN, 1) + 0.5
+    load(layer, weight)
+    load(layer, scale, name="weight_scale")
+    layer.quant_method.process_weights_after_loading(layer)
+    assert layer.quant_method.runs.scaled == scaled
+    x = torch.randn(5, I)
+    found, _ = layer(x)
+    assert isinstance(found, Unscaled) == hands_on
+    if hands_on:
+        found = found.raw * found.x_scale * found.w_scale.t()
+    torch.testing.assert_close(found, dequantized(x) @ (weight.float() * scale).t(), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -34,10 +34,11 @@ def test_agrees_with_its_twins(size: int) -> None:
     for tokens in (1, 2, 7, 32, 130, 1000):
         x, residual, weight = inputs(tokens, size)
         x[0] = residual[0] = 0
-        *found, total = norm_quant.add_norm_quant(x, residual, weight, EPSILON)
-        *expected, twin_total = reference.add_norm_quant(x, residual, weight, EPSILON)
-        assert torch.equal(total, twin_total)
-        assert reference.fp8_difference(found, expected) is None, tokens
+        for scales in (None, (torch.rand(tokens, 1, device=DEVICE), torch.rand(size, 1, device=DEVICE))):
+            *found, total = norm_quant.add_norm_quant(x, residual, weight, EPSILON, scales)
+            *expected, twin_total = reference.add_norm_quant(x, residual, weight, EPSILON, scales)
+            assert torch.equal(total, twin_total)
+            assert reference.fp8_difference(found, expected) is None, tokens
         assert reference.fp8_difference(norm_quant.quantize(x), reference.quantize(x)) is None, tokens
 
 
@@ -60,15 +61,17 @@ def test_captured_launches_that_overlap_follow_their_inputs(tokens: int) -> None
     for problem in (up, down):
         ops.prepare(problem, 512, DEVICE)
     z, residual, weight = torch.randn(tokens, 4096, device=DEVICE).bfloat16(), *inputs(tokens, hidden)[1:]
+    w_scale = torch.rand(hidden, 1, device=DEVICE) / 64
 
     def layers() -> list[tuple[torch.Tensor, ...]]:
         steps, stream, x = [], residual, z
         for _ in range(2):
-            y = ops.region_gemm(glue.quantize(x)[0], packed[down], down)
-            values, scale, stream = glue.add_norm_quant(y, stream, weight, EPSILON)
+            quantized, x_scale = glue.quantize(x)
+            y = ops.region_gemm(quantized, packed[down], down)
+            values, scale, stream = glue.add_norm_quant(y, stream, weight, EPSILON, (x_scale, w_scale))
             raw = ops.region_gemm(values, packed[up], up)
             x = raw[:, :4096].contiguous()
-            steps.append((y, values, scale, stream, raw))
+            steps.append((x_scale, y, values, scale, stream, raw))
         return steps
 
     layers()
@@ -81,10 +84,12 @@ def test_captured_launches_that_overlap_follow_their_inputs(tokens: int) -> None
             tensor.view(torch.uint8).fill_(0xFF)
         graph.replay()
         x, before = z, residual
-        for y, values, scale, stream, raw in captured:
-            exact = reference.quantize(x)[0].double() @ weights[down].double().t()
+        for x_scale, y, values, scale, stream, raw in captured:
+            quantized, exact_scale = reference.quantize(x)
+            torch.testing.assert_close(x_scale, exact_scale, rtol=1e-5, atol=0)
+            exact = quantized.double() @ weights[down].double().t()
             assert ((y.double() - exact).norm() / exact.norm()) < 0.01
-            *expected, total = reference.add_norm_quant(y, before, weight, EPSILON)
+            *expected, total = reference.add_norm_quant(y, before, weight, EPSILON, (x_scale, w_scale))
             assert torch.equal(stream, total)
             assert reference.fp8_difference((values, scale), expected) is None
             exact = values.double() @ weights[up].double().t()

@@ -20,6 +20,14 @@ __device__ __forceinline__ void load(const bf16* from, float (&v)[WIDTH]) {
     }
 }
 
+__device__ __forceinline__ void load(const float* from, float (&v)[WIDTH]) {
+#pragma unroll
+    for (int i = 0; i < WIDTH; i += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(from + i);
+        v[i] = four.x, v[i + 1] = four.y, v[i + 2] = four.z, v[i + 3] = four.w;
+    }
+}
+
 __device__ __forceinline__ u32 pack_bf16(float low, float high) {
     u32 packed;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));

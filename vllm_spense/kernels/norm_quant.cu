@@ -1,10 +1,10 @@
 // Into a linear layer's FP8 input with one scale for each token, in one launch: from its input as it is, or (NORM) from
-// the residual stream by way of x + residual and RMS normalization.
+// the residual stream by way of x + residual and RMS normalization. x may be a GEMM's raw sums (SCALED).
 //
 // A thread block takes a row. The next kernel may begin before this one has read anything: a GEMM then fetches its first
 // weights meanwhile, and waits only for its x.
 //
-// Set by the compiler's caller (norm_quant.py): THREADS of a block, VECTORS of eight values that a thread has, NORM.
+// Set by the compiler's caller (norm_quant.py): THREADS of a block, VECTORS of eight values that a thread has, NORM, SCALED.
 // elementwise.cuh comes before this.
 
 constexpr int WARPS = THREADS / 32;
@@ -16,6 +16,8 @@ struct Arguments {
     byte* out;                // (tokens, size)
     float* scale;             // (tokens)
     bf16* sum;                // (tokens, size): x + residual
+    const float* x_scale;     // (tokens), of raw sums
+    const float* w_scale;     // (size)
     int size;
     float epsilon;
 };
@@ -31,7 +33,12 @@ extern "C" __global__ __launch_bounds__(THREADS) void norm_quant(const __grid_co
 #pragma unroll
     for (int vector = 0; vector < VECTORS; ++vector) {
         const int at = (vector * THREADS + thread) * WIDTH;
-        if (at < size) load(arguments.weight + at, weight[vector]);
+        if (at >= size) break;
+        load(arguments.weight + at, weight[vector]);
+#if SCALED
+        // Into the cache only: as many registers again are not to be had.
+        asm volatile("prefetch.L2 [%0];" ::"l"(arguments.w_scale + at));
+#endif
     }
 #endif
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -41,12 +48,19 @@ extern "C" __global__ __launch_bounds__(THREADS) void norm_quant(const __grid_co
         if (at >= size) break;
         float(&v)[WIDTH] = values[vector];
         load(arguments.x + row + at, v);
+#if SCALED
+        const float x_scale = arguments.x_scale[blockIdx.x];
+        float w_scale[WIDTH];
+        load(arguments.w_scale + at, w_scale);
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) v[i] = __fmul_rn(v[i], __fmul_rn(x_scale, w_scale[i]));
+#endif
 #if NORM
         float residual[WIDTH];
         load(arguments.residual + row + at, residual);
 #pragma unroll
         for (int i = 0; i < WIDTH; ++i) {
-            v[i] += residual[i];
+            v[i] = __fadd_rn(v[i], residual[i]); // rounded before and after, as the twin does it
             squares += v[i] * v[i];
         }
         store(arguments.sum + row + at, v);

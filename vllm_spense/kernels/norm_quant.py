@@ -10,6 +10,7 @@ import torch
 
 from vllm_spense.kernels import cuda_driver, reference
 from vllm_spense.kernels.nvmath_support import current_stream
+from vllm_spense.kernels.problem import Scales
 from vllm_spense.kernels.reference import FP8, fp8_difference
 
 #: Values that a thread takes at once: sizes are multiples of it.
@@ -27,40 +28,44 @@ def fault(device: torch.device) -> str | None:
     for size, tokens in _TRIALS:
         x, residual = torch.randn(2, tokens, size, dtype=torch.bfloat16, device=device, generator=generator)
         weight = torch.rand(size, dtype=torch.bfloat16, device=device, generator=generator)
+        scales = torch.rand(tokens, 1, device=device), torch.rand(size, 1, device=device)
         try:
-            *found, total = add_norm_quant(x, residual, weight, _EPSILON)
+            found = [add_norm_quant(x, residual, weight, _EPSILON, given) for given in (None, scales)]
             plain = quantize(x)
         except RuntimeError as error:
             return f"its kernel failed when it was tried: {error}"
-        *expected, twin_total = reference.add_norm_quant(x, residual, weight, _EPSILON)
-        reason = fp8_difference(found, expected) or fp8_difference(plain, reference.quantize(x))
-        if reason or not torch.equal(total, twin_total):
-            return f"its kernel is wrong on this machine, {tokens} × {size}: {reason or 'sums'}"
+        reason = fp8_difference(plain, reference.quantize(x))
+        for (*fp8, total), given in zip(found, (None, scales), strict=True):
+            *expected, twin_total = reference.add_norm_quant(x, residual, weight, _EPSILON, given)
+            reason = reason or fp8_difference(fp8, expected) or (None if torch.equal(total, twin_total) else "sums")
+        if reason:
+            return f"its kernel is wrong on this machine, {tokens} × {size}: {reason}"
     return None
 
 
 def add_norm_quant(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float, scales: Scales | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As its twin in `reference`.
 
     Args:
         x, residual: (M, K) bfloat16, contiguous. K is a multiple of `WIDTH`.
         weight: (K,) bfloat16.
+        scales: of the tokens and columns of x, contiguous; None if x is no raw sums.
     """
     total = torch.empty_like(x)
-    return *_launch(x, residual, weight, total, epsilon), total
+    return *_launch(x, residual, weight, total, epsilon, scales), total
 
 
 def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As its twin in `reference`, of bfloat16 (M, K), contiguous."""
-    return _launch(x, None, None, None, 0)
+    return _launch(x, None, None, None, 0, None)
 
 
 def prepare(size: int, device: torch.device) -> None:
     """Compiles and loads the kernels."""
-    for norm in (False, True):
-        _kernel(size, norm, device)
+    for norm, scaled in ((False, False), (True, False), (True, True)):
+        _kernel(size, norm, scaled, device)
 
 
 def _launch(
@@ -69,15 +74,17 @@ def _launch(
     weight: torch.Tensor | None,
     total: torch.Tensor | None,
     epsilon: float,
+    scales: Scales | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, size = x.shape
     out = torch.empty(tokens, size, dtype=FP8, device=x.device)
     scale = torch.empty(tokens, 1, dtype=torch.float32, device=x.device)
     if tokens:
-        tensors = (x, residual, weight, out, scale, total)
+        tensors = (x, residual, weight, out, scale, total, *(scales or (None, None)))
         addresses = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
         arguments = _Arguments(*addresses, size, epsilon)
-        _kernel(size, weight is not None, x.device).launch(tokens, arguments, current_stream(x.device))
+        kernel = _kernel(size, weight is not None, scales is not None, x.device)
+        kernel.launch(tokens, arguments, current_stream(x.device))
     return out, scale
 
 
@@ -85,7 +92,7 @@ class _Arguments(ctypes.Structure):
     """`Arguments` of the kernel."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "residual", "weight", "out", "scale", "sum")),
+        *((name, ctypes.c_void_p) for name in ("x", "residual", "weight", "out", "scale", "sum", "x_scale", "w_scale")),
         ("size", ctypes.c_int),
         ("epsilon", ctypes.c_float),
     )
@@ -99,6 +106,7 @@ def shape(size: int) -> tuple[int, int]:
 
 
 @cache
-def _kernel(size: int, norm: bool, device: torch.device) -> cuda_driver.Kernel:
+def _kernel(size: int, norm: bool, scaled: bool, device: torch.device) -> cuda_driver.Kernel:
     threads, vectors = shape(size)
-    return cuda_driver.elementwise_kernel("norm_quant", threads, device, VECTORS=vectors, NORM=int(norm))
+    macros = {"VECTORS": vectors, "NORM": int(norm), "SCALED": int(scaled)}
+    return cuda_driver.elementwise_kernel("norm_quant", threads, device, **macros)

@@ -51,8 +51,7 @@ def run(
     raw = _raw_sums(x, packed, problem)
     if scales is None:
         return raw
-    x_scale, w_scale = scales
-    return (raw.float() * x_scale.view(-1, 1) * w_scale.view(1, -1)).to(raw.dtype)
+    return scaled(raw, *scales).to(raw.dtype)
 
 
 def _raw_sums(x: torch.Tensor, packed: Mapping[str, torch.Tensor], problem: Problem) -> torch.Tensor:
@@ -78,7 +77,7 @@ def silu_mul_quant(
     Returns:
         float8_e4m3fn (M, I) and its scales, float32 (M, 1).
     """
-    gate, up = (by_projection(raw, boundary).float() * x_scale.view(-1, 1) * w_scale.view(1, -1)).chunk(2, -1)
+    gate, up = scaled(by_projection(raw, boundary), x_scale, w_scale).chunk(2, -1)
     return quantize(F.silu(gate) * up)
 
 
@@ -101,21 +100,28 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def add_norm_quant(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float, scales: Scales | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """RMS norm of x + residual in FP8, everything before the quantization in float32.
 
     Args:
-        x, residual: (M, K) in the model's dtype.
+        x: (M, K) in the model's dtype, or a GEMM's raw sums.
+        residual: (M, K) in the model's dtype.
         weight: (K,), of the norm.
         epsilon: added to the mean square.
+        scales: that raw sums still have to be multiplied by, of the tokens and columns of x.
 
     Returns:
         float8_e4m3fn (M, K), its scales, float32 (M, 1), and x + residual in the model's dtype.
     """
-    total = x.float() + residual.float()
+    total = (x.float() if scales is None else scaled(x, *scales)) + residual.float()
     normed = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + epsilon) * weight.float()
-    return *quantize(normed), total.to(x.dtype)
+    return *quantize(normed), total.to(residual.dtype)
+
+
+def scaled(raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
+    """Raw sums (M, N) times the scales of tokens and columns, in float32."""
+    return raw.float() * (x_scale.view(-1, 1) * w_scale.view(1, -1))
 
 
 def fp8_difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> str | None:

@@ -19,17 +19,9 @@ struct Arguments {
     int boundary;             // columns of a sparse region
 };
 
-__device__ __forceinline__ void load_floats(const float* from, float (&v)[WIDTH]) {
-#pragma unroll
-    for (int i = 0; i < WIDTH; i += 4) {
-        const float4 four = *reinterpret_cast<const float4*>(from + i);
-        v[i] = four.x, v[i + 1] = four.y, v[i + 2] = four.z, v[i + 3] = four.w;
-    }
-}
-
 __device__ __forceinline__ void load_raw(const void* raw, u64 at, float (&v)[WIDTH]) {
 #if RAW_FLOAT
-    load_floats(static_cast<const float*>(raw) + at, v);
+    load(static_cast<const float*>(raw) + at, v);
 #else
     load(static_cast<const bf16*>(raw) + at, v);
 #endif
@@ -57,8 +49,8 @@ void silu_mul_quant(const __grid_constant__ Arguments arguments) {
         const int at = place(vector);
         if (at >= size) break;
         float gate_scale[WIDTH], up_scale[WIDTH];
-        load_floats(arguments.w_scale + at, gate_scale);
-        load_floats(arguments.w_scale + size + at, up_scale);
+        load(arguments.w_scale + at, gate_scale);
+        load(arguments.w_scale + size + at, up_scale);
         const int gate_at = at < boundary ? at : at + boundary, up_at = at < boundary ? at + boundary : at + size;
 #pragma unroll
         for (int t = 0; t < TOKENS; ++t) {
