@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ pytest.importorskip("nvmath", reason="needs nvmath-python")
 
 from vllm_spense import glue, ops
 from vllm_spense.format import Regions
-from vllm_spense.kernels import norm_quant, reference
+from vllm_spense.kernels import norm_quant, one_launch, reference, silu_mul_quant
 from vllm_spense.kernels.problem import Problem
 from vllm_spense.kernels.synthetic import random_weight
 
@@ -49,6 +51,16 @@ def test_a_number_that_is_none_stays_visible() -> None:
         output = values.float() * scale
         assert output[1].isnan().all()
         assert output[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("kernel", [norm_quant, silu_mul_quant, one_launch], ids=lambda kernel: kernel.__name__)
+def test_kernels_are_tried_while_a_model_loads(kernel: ModuleType) -> None:
+    """With its type as torch's default."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert kernel.fault.__wrapped__(DEVICE) is None
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("tokens", [1, 32, 128, 300])

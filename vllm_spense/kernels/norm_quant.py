@@ -4,7 +4,7 @@ last of them. `reference` has the twins."""
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -28,7 +28,9 @@ def fault(device: torch.device) -> str | None:
     for size, tokens in _TRIALS:
         x, residual = torch.randn(2, tokens, size, dtype=torch.bfloat16, device=device, generator=generator)
         weight = torch.rand(size, dtype=torch.bfloat16, device=device, generator=generator)
-        scales = torch.rand(tokens, 1, device=device), torch.rand(size, 1, device=device)
+        # vLLM's default type while it loads a model is the model's.
+        rand = partial(torch.rand, dtype=torch.float32, device=device, generator=generator)
+        scales = rand(tokens, 1), rand(size, 1)
         try:
             found = [add_norm_quant(x, residual, weight, _EPSILON, given) for given in (None, scales)]
             plain = quantize(x)
