@@ -53,7 +53,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void norm_quant(const __grid_co
         float w_scale[WIDTH];
         load(arguments.w_scale + at, w_scale);
 #pragma unroll
-        for (int i = 0; i < WIDTH; ++i) v[i] = __fmul_rn(v[i], __fmul_rn(x_scale, w_scale[i]));
+        for (int i = 0; i < WIDTH; ++i) v[i] = __fmul_rn(__fmul_rn(v[i], x_scale), w_scale[i]);
 #endif
 #if NORM
         float residual[WIDTH];

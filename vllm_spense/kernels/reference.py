@@ -121,7 +121,7 @@ def add_norm_quant(
 
 def scaled(raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
     """Raw sums (M, N) times the scales of tokens and columns, in float32."""
-    return raw.float() * (x_scale.view(-1, 1) * w_scale.view(1, -1))
+    return raw.float() * x_scale.view(-1, 1) * w_scale.view(1, -1)
 
 
 def fp8_difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> str | None:
