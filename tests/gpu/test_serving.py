@@ -12,7 +12,7 @@ import asyncio
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +85,9 @@ def completions(checkpoint: Path) -> dict[Engine, list[Completion]]:
 
 
 @pytest.mark.parametrize("engine", OURS, ids=lambda engine: f"{engine.dtype} {engine.path or 'auto'}")
-def test_tokens_are_those_of_dense_execution(engine: Engine, completions: dict[Engine, list[Completion]]) -> None:
+def test_tokens_are_those_of_dense_execution(
+    engine: Engine, completions: dict[Engine, list[Completion]], record_property: Callable[[str, object], None]
+) -> None:
     """With the policy's choice and with each path alone, at every batch that twenty prompts make.
 
     Sums in another order round other activations to other FP8 values. How much that moves the numbers is measured on
@@ -95,7 +97,7 @@ def test_tokens_are_those_of_dense_execution(engine: Engine, completions: dict[E
     stock, eager = (completions[Engine(engine.dtype, STOCK, eager=eager)] for eager in (False, True))
     tolerance = 2 * spread(stock, eager)
     found = spread(ours, stock)
-    print(f"{engine.dtype} {engine.path or 'auto'}: {found:.4f} nats, tolerance {tolerance:.4f}")
+    record_property(f"{engine.dtype} {engine.path or 'auto'}", f"{found:.4f} nats, tolerance {tolerance:.4f}")
     assert found <= tolerance
     require_same_or_tied(ours, stock, tolerance)
     # It is another execution, not the same one twice.
@@ -115,7 +117,7 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield f"http://{HOST}:{port}/v1", log
 
 
-def test_64_clients_for_two_minutes(server: tuple[str, Path]) -> None:
+def test_64_clients_for_two_minutes(server: tuple[str, Path], record_property: Callable[[str, object], None]) -> None:
     """No error and no growth in the second half; before that, pools fill and new lengths of prompts need plans."""
     url, log = server
     before, started = answer(url), len(log.read_text())
@@ -123,9 +125,10 @@ def test_64_clients_for_two_minutes(server: tuple[str, Path]) -> None:
     outcome = asyncio.run(soak(url, "smollm2", CLIENTS, SECONDS, lambda: halfway.extend(memory())))
     end = memory()
     growth = [late - early for late, early in zip(end, halfway, strict=True)]
-    print(f"{outcome.streams} streams, {outcome.dropped} dropped, {outcome.tokens} tokens in {SECONDS:.0f} s")
+    counts = f"{outcome.streams}, {outcome.dropped} dropped, {outcome.tokens} tokens in {SECONDS:.0f} s"
+    record_property("streams", counts)
     for name, used, grown in zip(("GPU", "host"), end, growth, strict=True):
-        print(f"{name}: {used / 2**20:.0f} MiB at the end, {grown / 2**20:+.1f} MiB since halfway")
+        record_property(name, f"{used / 2**20:.0f} MiB at the end, {grown / 2**20:+.1f} MiB since halfway")
     assert not outcome.wrong, outcome.wrong[:5]
     assert outcome.streams >= CLIENTS
     assert all(grown <= MAX_GROWTH_BYTES for grown in growth)
