@@ -96,7 +96,7 @@ def parse() -> argparse.Namespace:
         "--capture",
         type=int,
         default=512,
-        help="tokens of the largest step that runs as a CUDA graph [512: vLLM's own]",
+        help="tokens of the largest step that runs as a CUDA graph in both engines [512: what each has by default]",
     )
     parser.add_argument(
         "--together", type=int, default=1, help="engines that share the GPU's memory; one is timed at a time"

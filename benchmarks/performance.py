@@ -28,8 +28,6 @@ DOCUMENTS = (
     ROOT / "README.md",
 )
 _TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-#: From here on attention takes a share that 20 layers show as well as 64.
-_LONG_CONTEXT = 4096
 
 Row = Mapping[str, Any]
 #: As `benchmarks.envelope` writes it.
@@ -212,9 +210,16 @@ def mlp(result: Result) -> list[str]:
     return [*markdown(headings, lines), "", source(result), "", picture]
 
 
-def long_contexts(result: Result) -> list[str]:
-    """As `decode_rows`, of a run with few layers: of short contexts and large batches its host is the limit."""
-    return decode_rows({**result, "rows": [row for row in result["rows"] if row["context"] >= _LONG_CONTEXT]})
+def gpu_tests(result: Result) -> list[str]:
+    """How the tests ended that need a GPU, and what they recorded."""
+    lines = []
+    for file in dict.fromkeys(row["file"] for row in result["rows"]):
+        mine = [row for row in result["rows"] if row["file"] == file]
+        counts = [sum(row[ending] for row in mine) for ending in ("passed", "failed", "skipped")]
+        recorded = [f"{name}: {value}" for row in mine for name, value in row["recorded"].items()]
+        name = f"`{file.rpartition('.')[2]}.py`"
+        lines.append([name, *counts, f"{sum(row['seconds'] for row in mine):.0f}", "; ".join(recorded)])
+    return [*markdown(["tests", "passed", "failed", "skipped", "s", "recorded"], lines), "", source(result)]
 
 
 def prune(result: Result) -> list[str]:
@@ -333,18 +338,25 @@ RUNS: Mapping[str, tuple[str, str]] = {
 #: Table → result file, and what makes it.
 TABLES: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     "decode": ("decode_speed", decode),
-    "decode_sparsities": ("decode_speed-sparsities", long_contexts),
+    "decode_long": ("decode_speed-long", decode_rows),
+    "decode_kv_auto": ("decode_speed-kv-auto", decode_rows),
+    "decode_h200": ("decode_speed-h200", decode_rows),
+    "decode_llama": ("decode_speed-llama-3.1-8b", decode_rows),
     "prefill": ("decode_speed", prefill),
-    "prefill_captured": ("decode_speed-capture", prefill),
+    "prefill_h200": ("decode_speed-h200", prefill),
     "memory": ("decode_speed", memory),
     "errors": ("decode_speed", errors),
     "gemm": ("gemm_sweep", gemm),
     "paths": ("gemm_sweep", paths),
     "mlp": ("layer_breakdown", mlp),
+    "gpu_tests": ("gpu_tests", gpu_tests),
+    "gpu_tests_serving": ("gpu_tests-serving", gpu_tests),
     "readme": ("decode_speed", decode_rows),
     "prune": ("prune_time", prune),
     "prune_stages": ("prune_time", prune_stages),
     "prune_readme": ("prune_time", prune_sentence),
+    "prune_h100": ("prune_time-h100", prune),
+    "prune_real": ("prune_time-smollm2-135m", prune_real),
     "prune_shapes": ("prune_time-shapes", prune),
     "prune_gpus": ("prune_time-2gpus", prune),
     "prune_tuned": ("prune_time-tuned", prune),

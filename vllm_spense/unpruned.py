@@ -1,4 +1,4 @@
-"""Layers that nothing was pruned in: vLLM's own FP8 layers, with our kernel where it is faster."""
+"""Layers that nothing was pruned in: vLLM's own FP8 layers, with another kernel where it is faster."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import torch
 from compressed_tensors.quantization import QuantizationStrategy
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.kernels.linear.scaled_mm.cutlass import CutlassFP8ScaledMMLinearKernel
+from vllm.model_executor.kernels.linear.scaled_mm.pytorch import ChannelWiseTorchFP8ScaledMMLinearKernel
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Fp8
+from vllm.platforms import current_platform
 
 from vllm_spense import glue, ops
 from vllm_spense.activation import Quantized
+from vllm_spense.kernels.problem import sum_dtype
 from vllm_spense.norms import NormClaim
 
 
@@ -59,6 +62,42 @@ class WholeFp8(CompressedTensorsW8A8Fp8):
         if type(found) is CutlassFP8ScaledMMLinearKernel and params_dtype == torch.bfloat16:
             self.fp8_linear = WholeKernel(found.config, found.layer_param_names)
             self.fp8_linear.norm_claim = self.norm_claim
+        elif type(found) is ChannelWiseTorchFP8ScaledMMLinearKernel and current_platform.is_cpu():
+            self.fp8_linear = WholeOnCpu(found.config, found.layer_param_names)
+            self.fp8_linear.dtype = sum_dtype(params_dtype)
+
+
+class WholeOnCpu(ChannelWiseTorchFP8ScaledMMLinearKernel):
+    """vLLM's kernel, with weights in a type that a CPU multiplies, as pruned layers have them there.
+
+    torch's own product of FP8 matrices takes several hundred times as long on Intel CPUs with AMX.
+    """
+
+    dtype: torch.dtype
+
+    def get_output_padding(self) -> int | None:
+        """None: it is torch's own product that wants more rows."""
+        return None
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        super().process_weights_after_loading(layer)
+        weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+        layer.weight = torch.nn.Parameter(weight.data.to(self.dtype), requires_grad=False)
+
+    def apply_scaled_mm(
+        self,
+        *,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        out_dtype: torch.dtype,
+        As: torch.Tensor,
+        Bs: torch.Tensor,
+        bias: torch.Tensor | None,
+        output_shape: list[Any],
+    ) -> torch.Tensor:
+        out = (A.to(B.dtype) @ B) * As * Bs.t()
+        out = out if bias is None else out + bias
+        return out.to(out_dtype).view(*output_shape)
 
 
 class WholeKernel(CutlassFP8ScaledMMLinearKernel):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import performance
-from benchmarks.performance import DOCUMENTS, TABLES, errors, filled, long_contexts, prune_sentence
+from benchmarks.performance import DOCUMENTS, TABLES, errors, filled, gpu_tests, prune_sentence
 from vllm_spense import estimate as module
 from vllm_spense.estimate import GPUS, estimate, load
 
@@ -165,9 +165,12 @@ def test_the_sentence_on_pruning(results: Path) -> None:
 
 def test_some_tables_are_shorter(results: Path) -> None:
     assert "fp8" not in table("prefill", results)
-    rows = long_contexts({**ABOUT, "rows": DECODE})
-    assert rows[2].startswith("| auto | 4096 |")
-    assert not any("| 16 |" in row for row in rows)
+
+
+def test_gpu_tests_are_summed_up_by_file() -> None:
+    row = {"file": "tests.gpu.test_kernels", "test": "a", "passed": 3, "failed": 0, "skipped": 1, "seconds": 1.4}
+    rows = [row | {"recorded": {"GPU": "+0 MiB"}}, row | {"test": "b", "failed": 1, "recorded": {}}]
+    assert gpu_tests({**ABOUT, "rows": rows})[2] == "| `test_kernels.py` | 6 | 1 | 2 | 3 | GPU: +0 MiB |"
 
 
 def test_gemms_are_those_that_the_policy_takes(results: Path) -> None:

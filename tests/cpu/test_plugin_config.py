@@ -156,6 +156,25 @@ def test_whole_fp8_layers_get_our_scheme_and_others_keep_vllms(
         assert WholeFp8.instead_of(scheme, "model.layers.0.self_attn.o_proj") is scheme
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cpu_multiplies_whole_layers_in_a_type_it_has(
+    config: SpenseConfig, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(get_current_vllm_config(), "model_config", SimpleNamespace(dtype=dtype))
+    layer: Any = RowParallelLinear(
+        I, HIDDEN, bias=False, params_dtype=dtype, quant_config=config, prefix="model.layers.0.self_attn.o_proj"
+    )
+    weight, scale = torch.randn(HIDDEN, I).to(torch.float8_e4m3fn), torch.rand(HIDDEN, 1) + 0.5
+    load(layer, weight)
+    load(layer, scale, name="weight_scale")
+    layer.quant_method.process_weights_after_loading(layer)
+    assert layer.weight.dtype == dtype
+    x = torch.randn(2, 5, I, dtype=dtype)
+    expected = dequantized(x.float()) @ (weight.float() * scale).t()
+    found, _ = layer(x)
+    torch.testing.assert_close(found.float(), expected, rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=1e-1)
+
+
 def test_names_follow_vllms_twice(config: SpenseConfig) -> None:
     mapper = WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."})
     config.apply_vllm_mapper(mapper)

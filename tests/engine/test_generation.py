@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import rank_ordered
-from engines import ROUNDING, Completion, Run, generate, require_same_or_tied, spread
+from engines import Completion, Run, generate, require_same, require_same_or_tied, spread
 
 from vllm_spense.format import KEY
 
@@ -118,8 +118,3 @@ def test_two_ranks(one_rank: Answers, two_ranks: Answers, spense_checkpoint: Pat
     tolerance = 2 * spread(stock, one_rank[Run(spense_checkpoint, STOCK, compiled)])
     require_same_or_tied(ours, stock, tolerance)
     assert spread(ours, stock) <= tolerance
-
-
-def require_same(ours: list[Completion], theirs: list[Completion]) -> None:
-    require_same_or_tied(ours, theirs, ROUNDING)
-    assert spread(ours, theirs) <= ROUNDING
