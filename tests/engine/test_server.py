@@ -11,8 +11,9 @@ import pytest
 from engines import EXCEPTIONS, ROUNDING, VLLM, Run, generate, require_same_or_tied
 from openai import OpenAI
 
+from scripts.demo import QUESTION
 from scripts.server import HOST, serving
-from scripts.smollm2 import QUESTION, answer
+from scripts.smollm2 import answer
 
 pytestmark = pytest.mark.engine
 
