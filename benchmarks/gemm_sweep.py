@@ -2,7 +2,7 @@
 
     python benchmarks/gemm_sweep.py
 
-times the shapes of Qwen3-32B and writes benchmarks/results/gemm_sweep.json and .png. Inputs are random, weights take
+times shapes of two models and writes benchmarks/results/gemm_sweep.json and .png. Inputs are random, weights take
 turns so that none is in the cache when its turn comes, everything runs inside CUDA graphs; times are medians. For each
 number of tokens all kernels, dense and Spense's, take turns, because a GPU that gets warm gets slower.
 
@@ -41,7 +41,7 @@ LAYERS: dict[str, tuple[Split, int, int, int]] = {
     "llama-3.1-8b gate_up": ("output", 28672, 4096, 2),
     "llama-3.1-8b down": ("input", 4096, 14336, 1),
 }
-TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
 DENSE_RATIOS = (0.5, 0.25, 0.0)
 
 Row = dict[str, Any]
@@ -52,7 +52,7 @@ Plan = library.LibraryPlan | one_launch.OneLaunchPlan
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS)[:2])
+    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS))
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--dense-ratios", nargs="+", type=float, default=DENSE_RATIOS)
     parser.add_argument("--out", type=File, default=RESULTS / "gemm_sweep.json")
