@@ -12,6 +12,7 @@ from offline_prune.quantize import COMPENSATION_HEADROOM, channel_scales, least_
 from offline_prune.select import (
     mixed_groups,
     order_by_priority,
+    output_loss_priority,
     processing_order,
     sparsegpt_priority,
     spensegpt_plus_priority,
@@ -74,6 +75,9 @@ def file_order(
             pivots_in = inverse_factor(hessian_in, settings.damping, f"{layer}: gate and up").upper.diagonal()
             pivots_mid = inverse_factor(mid, settings.damping, f"{layer}: down").upper.diagonal()
             priority = sparsegpt_priority(gate, up, down, pivots_in, pivots_mid)
+        elif selection == "output-loss":
+            power = _row_power(gate.float(), hessian_in), _row_power(up.float(), hessian_in)
+            priority = output_loss_priority(gate, up, down, hessian_in.diagonal(), energy, power)
         else:
             priority = spensegpt_plus_priority(gate, up, down, hessian_in.diagonal(), energy)
         order = order_by_priority(priority, regions)

@@ -8,9 +8,9 @@ from typing import Literal, get_args
 import torch
 
 from offline_prune.wanda import wanda_scores
-from vllm_spense.format import GROUP, Regions
+from vllm_spense.format import GROUP, KEPT, Regions
 
-Selection = Literal["last", "spensegpt+", "sparsegpt-score", "random"]
+Selection = Literal["last", "spensegpt+", "sparsegpt-score", "output-loss", "random"]
 Layout = Literal["back", "front", "none"]
 Grouping = Literal["original", "mixed"]
 SELECTIONS: tuple[str, ...] = get_args(Selection)
@@ -54,9 +54,53 @@ def sparsegpt_priority(
     return spensegpt_plus_priority(gate, up, down, pivots_in.square().reciprocal(), pivots_mid.square().reciprocal())
 
 
+def output_loss_priority(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    energy_in: torch.Tensor,
+    energy_mid: torch.Tensor,
+    power: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """The squared error that an intermediate index adds to the MLP's output once it is 2:4, before any compensation.
+
+    Pruning row i of gate takes the share λ_gate[i] of the square of its output, that of up λ_up[i]; both errors reach
+    z_i = f(g_i)·u_i about as large, relative to it, and go on through down's column i. There 2:4 takes the share φ of
+    what columns carry, which depends on their neighbours and so is taken to be the same for all. Of independent errors
+    squares add up:
+
+    p[i] = s_down[i] · (λ_gate[i] + λ_up[i] + φ),  λ[i] = Σ S_ij of the two weakest of every four / power[i]
+
+    with S_ij = W_ij²·H_jj, and s_down[i] the sum of S over down's column i: the square of what z_i does to the output.
+
+    Args:
+        gate, up, down, energy_in, energy_mid: as of `spensegpt_plus_priority`.
+        power: w·H·wᵀ of gate's rows and of up's, float (I,) each.
+
+    Returns:
+        float32 (I,).
+    """
+    carried = wanda_scores(down, energy_mid)
+    shares = [
+        _weakest(wanda_scores(w, energy_in)).sum(1) / _positive(of_w) for w, of_w in zip((gate, up), power, strict=True)
+    ]
+    in_down = _weakest(carried).sum() / _positive(carried.sum())
+    return carried.sum(0) * (shares[0] + shares[1] + in_down)
+
+
+def _weakest(scores: torch.Tensor) -> torch.Tensor:
+    """The two smallest of every four in a row."""
+    return scores.unflatten(1, (-1, GROUP)).sort(-1).values[..., : GROUP - KEPT].flatten(1)
+
+
+def _positive(values: torch.Tensor) -> torch.Tensor:
+    # Of an all-zero projection 0 / 0 would turn every priority into NaN.
+    return values.clamp_min(torch.finfo(values.dtype).tiny)
+
+
 def _priority(*scores: torch.Tensor) -> torch.Tensor:
     # An all-zero projection has no say, rather than turning every priority into NaN.
-    return torch.stack([score / score.mean().clamp_min(torch.finfo(score.dtype).tiny) for score in scores]).sum(0)
+    return torch.stack([score / _positive(score.mean()) for score in scores]).sum(0)
 
 
 def order_by_priority(priority: torch.Tensor, regions: Regions) -> torch.Tensor:

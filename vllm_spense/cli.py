@@ -58,7 +58,8 @@ def prune(
     selection: Annotated[
         str | None,
         typer.Option(
-            help="Which indices stay dense: last | spensegpt+ | sparsegpt-score | random. [default: the method's]"
+            help="Which indices stay dense: last | spensegpt+ | sparsegpt-score | output-loss | random. [default: the "
+            "method's]"
         ),
     ] = None,
     grouping: Annotated[

@@ -17,6 +17,7 @@ from offline_prune.activations import Stream
 from offline_prune.evaluate import load_dense, perplexity
 from offline_prune.model import SourceModel
 from offline_prune.precision import fast_matmul
+from offline_prune.select import SELECTIONS
 from offline_prune.settings import METHODS
 from offline_prune.source import TensorFiles
 from offline_prune.verify import open_checkpoint, verify
@@ -144,7 +145,7 @@ def test_methods_and_sparsities(method: str, sparsity: float, llama: Path, tmp_p
             assert (part.damping is not None) == (METHODS[method].solver == "sparsegpt")
 
 
-@pytest.mark.parametrize("selection", ["last", "spensegpt+", "sparsegpt-score", "random"])
+@pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("layout", ["back", "front", "none"])
 def test_ablations(selection: Any, layout: Any, llama: Path, tmp_path: Path, text: Path) -> None:
     run(llama, tmp_path / "out", text, selection=selection, layout=layout)

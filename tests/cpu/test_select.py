@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from offline_prune.select import (
     mixed_groups,
     order_by_priority,
+    output_loss_priority,
     processing_order,
     selection_hash,
     sparsegpt_priority,
@@ -33,6 +35,32 @@ def test_sparsegpt_priority_divides_by_the_pivots() -> None:
     pivots = torch.tensor([1.0, 2.0, 4.0])
     found = sparsegpt_priority(weight, weight, weight, pivots, pivots)
     assert torch.allclose(found / found[0], torch.tensor([1.0, 1 / 4, 1 / 16]))
+
+
+def test_output_loss_is_what_the_output_loses() -> None:
+    """Of each index alone: what its rows of gate and up change in the output once their weakest weights are gone."""
+    torch.manual_seed(0)
+    x = torch.randn(4000, 32) * torch.rand(32) * 3
+    gate, up = (torch.randn(64, 32) * torch.rand(64, 1) for _ in range(2))
+    down = torch.randn(16, 64) * torch.rand(64)
+    energy = x.square().sum(0)
+
+    def pruned(weight: torch.Tensor) -> torch.Tensor:
+        every = torch.ones(len(weight), dtype=torch.bool), torch.ones(weight.shape[1], dtype=torch.bool)
+        return prune_by_score(weight, wanda_scores(weight, energy), sparse_rows=every[0], sparse_columns=every[1])
+
+    z = F.silu(x @ gate.T) * (x @ up.T)
+    changed = F.silu(x @ pruned(gate).T) * (x @ pruned(up).T)
+    true = (changed - z).square().sum(0) * down.square().sum(0)
+    power = tuple((x @ w.T).square().sum(0) for w in (gate, up))
+    found = output_loss_priority(gate, up, down, energy, z.square().sum(0), power)
+    papers = spensegpt_plus_priority(gate, up, down, energy, z.square().sum(0))
+    worst = set(true.argsort()[-16:].tolist())
+    hits = [len(worst & set(priority.argsort()[-16:].tolist())) for priority in (found, papers)]
+    assert hits[0] >= 13
+    assert hits[0] > hits[1]
+    assert torch.corrcoef(torch.stack([true.log(), found.log()]))[0, 1] > 0.9
+    assert output_loss_priority(gate * 0, up, down * 0, energy, z.square().sum(0), power).isfinite().all()
 
 
 def test_a_projection_of_zeros_has_no_say() -> None:
