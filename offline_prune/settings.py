@@ -39,7 +39,7 @@ class Method:
 
 
 METHODS = {
-    "spensegpt++": Method("sparsegpt", "spensegpt+", 0.375, tune_steps=128, rounding="everywhere", dense_first=True),
+    "spensegpt++": Method("sparsegpt", "output-loss", 0.375, tune_steps=128, rounding="everywhere", dense_first=True),
     "spensegpt+": Method("sparsegpt", "spensegpt+", 0.375),
     "spensegpt": Method("sparsegpt", "last", 0.375),
     "sparsegpt": Method("sparsegpt", "last", 0.5),
