@@ -100,15 +100,12 @@ def suffix(options: argparse.Namespace) -> str:
 
 def real_rows(options: argparse.Namespace) -> Iterator[Row]:
     """A whole model with each method, as a user would prune it."""
-    layers = json.loads((options.model / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
     with tempfile.TemporaryDirectory(dir=options.folder) as own:
         for method in options.methods:
-            settings = settings_for(
-                options.model, Path(ranks.from_first(lambda own=own: own)) / "pruned", method, options
-            )
-            report = prune(settings, say=say)
+            out = Path(ranks.from_first(lambda own=own: own)) / "pruned"
+            report = prune(settings_for(options.model, out, method, options.samples, options), say=say)
             yield {
-                **about(report, options.model.name, method, layers, report.blocks),
+                **about(report, options.model.name, method, len(report.blocks), report.blocks),
                 "projected_minutes": report.seconds / 60,
             }
 
@@ -160,13 +157,13 @@ def configure(folder: Path, shape: str, blocks: int) -> dict[str, dict[str, torc
     return files
 
 
-def settings_for(model: Path, out: Path, method: str, options: argparse.Namespace, share: int = 1) -> PruneSettings:
+def settings_for(model: Path, out: Path, method: str, samples: int, options: argparse.Namespace) -> PruneSettings:
     return PruneSettings(
         str(model),
         out,
         method=method,
         calibration="builtin",
-        samples=max(options.samples // share, parts.MOST),
+        samples=samples,
         length=options.length,
         device=options.device,
         overwrite=True,
@@ -180,7 +177,9 @@ def random_tokens(settings: PruneSettings) -> torch.Tensor:
 def warm_up(model: Path, shape: str, method: str, options: argparse.Namespace) -> float:
     """Prunes two blocks on an eighth of the text; the seconds that the first of them takes longer than the second."""
     ranks.from_first(partial(configure, model, shape, 2))
-    settings = settings_for(model, model.with_name("pruned"), method, options, share=8)
+    # As many as ranks can divide.
+    samples = min(options.samples, max(options.samples // 8 // parts.MOST, 1) * parts.MOST)
+    settings = settings_for(model, model.with_name("pruned"), method, samples, options)
     first, second = prune(settings, say=lambda _: None, tokens=random_tokens(settings)).blocks
     say(f"{method}: two blocks to warm up, {first.seconds:.1f} and {second.seconds:.1f} s")
     return max(first.seconds - second.seconds, 0.0)
@@ -189,7 +188,7 @@ def warm_up(model: Path, shape: str, method: str, options: argparse.Namespace) -
 def measure(model: Path, shape: str, method: str, profile: bool, once: float, options: argparse.Namespace) -> Row:
     """Prunes the model and returns a row of the result; `once` is the seconds that a process pays at its beginning."""
     device = pick_device(options.device)
-    settings = settings_for(model, model.with_name("pruned"), method, options)
+    settings = settings_for(model, model.with_name("pruned"), method, options.samples, options)
     kernels = Kernels(device if profile else None)
     before: dict[str, float] = {}
     aside = 0.0

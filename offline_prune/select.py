@@ -85,7 +85,8 @@ def output_loss_priority(
         _weakest(wanda_scores(w, energy_in)).sum(1) / _positive(of_w) for w, of_w in zip((gate, up), power, strict=True)
     ]
     in_down = _weakest(carried).sum() / _positive(carried.sum())
-    return carried.sum(0) * (shares[0] + shares[1] + in_down)
+    # A share of next to nothing may be infinite; a column that carries nothing is worth nothing all the same.
+    return (carried.sum(0) * (shares[0] + shares[1] + in_down)).nan_to_num()
 
 
 def _weakest(scores: torch.Tensor) -> torch.Tensor:

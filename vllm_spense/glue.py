@@ -100,12 +100,7 @@ def _add_norm_quant(
 
 
 def _add_norm_quant_fake(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    epsilon: float,
-    x_scale: torch.Tensor | None = None,
-    w_scale: torch.Tensor | None = None,
+    x: torch.Tensor, residual: torch.Tensor, *_: object
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return *_quantize_fake(x), residual.new_empty(x.shape)
 

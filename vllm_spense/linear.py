@@ -24,7 +24,7 @@ from vllm_spense.activation import Claim, Quantized, RawSums
 from vllm_spense.errors import FormatError
 from vllm_spense.format import Regions
 from vllm_spense.kernels.problem import Problem, Scales, Split, sum_dtype
-from vllm_spense.kernels.reference import by_projection
+from vllm_spense.kernels.reference import by_projection, scaled
 from vllm_spense.layout import Shard
 from vllm_spense.loaders import Loader
 from vllm_spense.norms import NormClaim, Unscaled, has_plain_norms, only_norms_read_layers
@@ -190,7 +190,7 @@ class RegionLinearMethod(LinearMethodBase):
 
     def scaled(self, layer: Layer, raw: torch.Tensor, x_scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Raw sums (M, N) → outputs (M, N) in the model's dtype."""
-        y = raw * x_scale * layer.weight_scale.t()
+        y = scaled(raw, x_scale, layer.weight_scale)
         if bias is not None:
             y = y + bias
         return y.to(self.dtype)

@@ -16,6 +16,7 @@ from vllm.platforms import current_platform
 from vllm_spense import glue, ops
 from vllm_spense.activation import Quantized
 from vllm_spense.kernels.problem import sum_dtype
+from vllm_spense.kernels.reference import scaled
 from vllm_spense.norms import NormClaim
 
 
@@ -95,7 +96,7 @@ class WholeOnCpu(ChannelWiseTorchFP8ScaledMMLinearKernel):
         bias: torch.Tensor | None,
         output_shape: list[Any],
     ) -> torch.Tensor:
-        out = (A.to(B.dtype) @ B) * As * Bs.t()
+        out = scaled(A.to(B.dtype) @ B, As, Bs)
         out = out if bias is None else out + bias
         return out.to(out_dtype).view(*output_shape)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.activation import SiluAndMul
-from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS
+from vllm_models import module_of
 
 from vllm_spense import glue
 from vllm_spense.activation import PLAIN_MLPS, Claim, FusedSiluAndMul, Quantized, RawSums
@@ -76,12 +75,7 @@ def test_raw_sums_become_fp8() -> None:
 
 @pytest.mark.parametrize("architecture", sorted(PLAIN_MLPS))
 def test_vllms_mlp_is_what_the_list_says(architecture: str) -> None:
-    # Some versions of vLLM have no model of their own for it.
-    file = _TEXT_GENERATION_MODELS.get(architecture, ("transformers", ""))[0]
-    if file == "transformers":
-        pytest.skip("run by way of transformers, whose layers claim nothing")
-    # Phi-3 is Llama with other names for its projections.
-    module = importlib.import_module(f"vllm.model_executor.models.{'llama' if file == 'phi3' else file}")
+    module = module_of(architecture)
     sources = [inspect.getsource(mlp.forward) for name, mlp in vars(module).items() if name.endswith("MLP")]
     assert sources
     plain = re.compile(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS
+from vllm_models import module_of
 
 from vllm_spense import glue
 from vllm_spense.activation import Quantized
@@ -118,12 +117,7 @@ def test_who_reads_what_a_decoder_layer_returns(pipeline: int, draft: object, al
 
 @pytest.mark.parametrize("architecture", sorted(PLAIN_NORMS))
 def test_vllms_decoder_layer_is_what_the_list_says(architecture: str) -> None:
-    # Some versions of vLLM have no model of their own for it.
-    file = _TEXT_GENERATION_MODELS.get(architecture, ("transformers", ""))[0]
-    if file == "transformers":
-        pytest.skip("run by way of transformers, whose norms have no residual stream beside them")
-    module = importlib.import_module(f"vllm.model_executor.models.{file}")
-    classes = [found for name, found in vars(module).items() if name.endswith("DecoderLayer")]
+    classes = [found for name, found in vars(module_of(architecture)).items() if name.endswith("DecoderLayer")]
     assert classes
     for layer in classes:
         built = re.findall(r"self\.(self_attn|mlp|input_layernorm|post_attention_layernorm) = ", source(layer.__init__))
@@ -140,13 +134,9 @@ def test_vllms_decoder_layer_is_what_the_list_says(architecture: str) -> None:
 @pytest.mark.parametrize("architecture", sorted(PLAIN_NORMS))
 def test_layers_hand_on_to_layers_and_the_last_to_a_norm(architecture: str) -> None:
     """Between them only layers of a draft model's interest are read, and the next process of a pipeline."""
-    file = _TEXT_GENERATION_MODELS.get(architecture, ("transformers", ""))[0]
-    if file == "transformers":
-        pytest.skip("run by way of transformers, whose norms have no residual stream beside them")
-    module = importlib.import_module(f"vllm.model_executor.models.{file}")
     (model,) = {
         base
-        for name, found in vars(module).items()
+        for name, found in vars(module_of(architecture)).items()
         if name.endswith("Model") and inspect.isclass(found)
         for base in found.__mro__
         if re.fullmatch(r"(Llama|Qwen2|SeedOss)Model", base.__name__)

@@ -61,6 +61,8 @@ def test_output_loss_is_what_the_output_loses() -> None:
     assert hits[0] > hits[1]
     assert torch.corrcoef(torch.stack([true.log(), found.log()]))[0, 1] > 0.9
     assert output_loss_priority(gate * 0, up, down * 0, energy, z.square().sum(0), power).isfinite().all()
+    nothing = torch.zeros(64), torch.zeros(64)
+    assert (output_loss_priority(gate, up, down * 0, energy, z.square().sum(0), nothing) == 0).all()
 
 
 def test_a_projection_of_zeros_has_no_say() -> None:
