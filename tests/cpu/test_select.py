@@ -65,6 +65,16 @@ def test_output_loss_is_what_the_output_loses() -> None:
     assert (output_loss_priority(gate, up, down * 0, energy, z.square().sum(0), nothing) == 0).all()
 
 
+def test_output_loss_takes_the_two_weakest_of_every_four() -> None:
+    gate, up = torch.tensor([[1.0, 2, 3, 4, 5, 0, 0, 0]]), torch.tensor([[2.0, 2, 1, 1, 3, 3, 3, 1]])
+    down = torch.tensor([[3.0, 1, 4, 2]]).expand(2, 4)
+    energy_in, energy_mid = torch.ones(8), torch.tensor([1.0, 2, 1, 1])
+    power = torch.full((4,), 100.0), torch.full((4,), 50.0)
+    found = output_loss_priority(gate.expand(4, 8), up.expand(4, 8), down, energy_in, energy_mid, power)
+    # What is lost: 1 + 4 of gate; 1 + 1 and 1 + 9 of up; of down's 9 + 2 + 16 + 4 in each row, 2 + 4.
+    torch.testing.assert_close(found, torch.tensor([18.0, 4, 32, 8]) * (5 / 100 + 12 / 50 + 6 / 31))
+
+
 def test_a_projection_of_zeros_has_no_say() -> None:
     found = spensegpt_plus_priority(torch.zeros(4, 2), torch.ones(4, 2), torch.ones(2, 4), torch.ones(2), torch.ones(4))
     assert torch.equal(found, torch.full((4,), 2.0))
