@@ -129,8 +129,8 @@ def memory_plan(model: SourceModel, settings: PruneSettings, device: torch.devic
 
 def _tuning(widest: int, hidden: int, batch: int, itemsize: int) -> int:
     """Bytes that tuning needs, as counted on a CPU, where its tensors are the same."""
-    # Master, start, gradient, two moments, average; whether it is kept; as it is served.
-    per_weight = 6 * 4 + 1 + itemsize
+    # Master, start, gradient, two moments, average; whether it is kept, and what is served, in the model's type.
+    per_weight = 6 * 4 + 2 * itemsize
     # Of each token four wide tensors that the gradients need, the gradients of two, and what is H wide.
     return 3 * widest * hidden * per_weight + 6 * batch * (widest + hidden) * itemsize
 

@@ -6,6 +6,7 @@ import torch
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
+FP8_SMALLEST_NORMAL = torch.finfo(FP8).smallest_normal
 #: Scales are stored, and therefore also computed, in this type: every reader then multiplies by the same number.
 SCALE_DTYPE = torch.bfloat16
 #: Compensation lets weights outgrow the largest original one. E4M3 is a floating-point format, so room for that
@@ -13,6 +14,8 @@ SCALE_DTYPE = torch.bfloat16
 COMPENSATION_HEADROOM = 1.5
 #: Scales that are tried in an octave, and weights that are rounded at once with them.
 _STEPS, _AT_ONCE = 16, 2**24
+#: The bits of a float32 that say which power of two it lies above.
+_EXPONENT = 0x7F800000
 
 
 def channel_scales(weight: torch.Tensor, headroom: float = 1.0) -> torch.Tensor:
@@ -77,4 +80,18 @@ def dequantize(quantized: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 def round_to_fp8(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """`weight` as FP8 would return it: float32, the shape of `weight`; `scales` broadcasts against it."""
-    return (weight / scales).clamp(-FP8_MAX, FP8_MAX).to(FP8).float() * scales
+    values = (weight / scales).clamp_(-FP8_MAX, FP8_MAX)
+    rounded = values.to(FP8).float() if values.is_cuda else _nearest_fp8(values)
+    return rounded.mul_(scales)
+
+
+def _nearest_fp8(values: torch.Tensor) -> torch.Tensor:
+    """Rounds float32 to E4M3 in place, without its type, which torch turns back into float32 slowly on CPUs.
+
+    E4M3's steps are 2⁻³ of a value's power of two, and float32's are 2⁻²³ of it: adding 1.5 · 2²⁰ times that power of
+    two and taking it away again rounds to the nearest, ties to even.
+    """
+    large = values.abs().clamp_min_(FP8_SMALLEST_NORMAL)
+    large.view(torch.int32).bitwise_and_(_EXPONENT)
+    large.mul_(1.5 * 2**20)
+    return values.add_(large).sub_(large)

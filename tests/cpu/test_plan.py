@@ -103,4 +103,4 @@ def test_tuning_fits_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     found = planned(tmp_path, "qwen3-32b", 78.0, monkeypatch, method="spensegpt++")
     assert found.place == "device"
     assert found.activations == 40 * GIB
-    assert found.on_device / GIB == pytest.approx(60.15, abs=0.1)
+    assert found.on_device / GIB == pytest.approx(60.51, abs=0.1)

@@ -53,6 +53,18 @@ def test_rounding_to_fp8_and_back_is_the_rounding_of_the_loop() -> None:
     assert ((rounded - weight).norm() / weight.norm()).item() < 2**-4
 
 
+def test_rounding_is_that_of_the_type() -> None:
+    """Every E4M3 value, halfway between each two, a little to either side of that, and what lies beyond."""
+    values = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    halfway = (values[1:] + values[:-1]) / 2
+    positive = torch.cat([values, halfway, halfway * (1 + 2**-20), halfway * (1 - 2**-20), torch.tensor([1e-9, 449, 1e9])])
+    expected = positive.clamp(max=448).to(torch.float8_e4m3fn).float()
+    one = torch.ones(1)
+    assert torch.equal(round_to_fp8(positive, one), expected)
+    assert torch.equal(round_to_fp8(-positive, one), -expected)
+    assert round_to_fp8(torch.tensor([torch.nan]), one).isnan().all()
+
+
 @pytest.mark.parametrize("weight", [-1e-9, -0.0])
 def test_there_is_no_negative_zero(weight: float) -> None:
     assert to_fp8(torch.tensor([[weight, 1.0]]), torch.tensor([[1.0]])).view(torch.uint8)[0, 0] == 0
