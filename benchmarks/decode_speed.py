@@ -261,7 +261,7 @@ def search_first(runs: Sequence[EngineRun]) -> None:
                 i = regions.intermediate
                 for problem in (
                     Problem(2 * i, hidden, regions, "output", parts=2).merged(),
-                    Problem(hidden, i, regions, "input"),
+                    Problem(hidden, i, regions, "input", apart=True),
                 ):
                     ops.prepare(problem, TOKEN_BUDGET, device)
             run.search_s = round(time.perf_counter() - start, 1)

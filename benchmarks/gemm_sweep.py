@@ -6,7 +6,8 @@ times shapes of two models and writes benchmarks/results/gemm_sweep.json and .pn
 turns so that none is in the cache when its turn comes, everything runs inside CUDA graphs; times are medians. For each
 number of tokens all kernels, dense and Spense's, take turns, because a GPU that gets warm gets slower.
 
-Spense's kernels return raw sums, as most dense ones do; vLLM's CUTLASS and torch's row-wise one apply scales. The
+Spense's kernels return raw sums, as most dense ones do; vLLM's CUTLASS and torch's row-wise one apply scales. Where
+down's two regions run side by side their sums stay apart, as in a model, whose norm adds them up as it reads them. The
 library path gets its activations in a multiple of 16 rows. `chosen` says which path the policy takes. `plan_s` is what
 finding the plan took: seconds at the first run, next to nothing once the plan cache is filled.
 """
@@ -93,8 +94,10 @@ def sweep(layer: str, ratios: Sequence[float], tokens: Sequence[int], device: to
             plans[problem] = plans_of(problem, m, device)
             plan_s[problem] = round(time.perf_counter() - start, 2)
             for path, plan in plans[problem].items():
-                rows = x if path is Path.LIBRARY else x[:m]
-                calls[problem, path] = [partial(plan.run, rows, one) for one in packed]
+                if isinstance(plan, library.LibraryPlan):
+                    calls[problem, path] = [partial(plan.sums, x, one) for one in packed]
+                else:
+                    calls[problem, path] = [partial(plan.run, x[:m], one) for one in packed]
         us = dict(zip(calls, (round(us, 2) for us in medians_us(list(calls.values()), replays=15)), strict=True))
         dense_us = {name: us[name] for name in dense}
         best = min(dense_us, key=dense_us.__getitem__)
@@ -126,7 +129,7 @@ def problem_of(layer: str, ratio: float) -> Problem:
     extent = n // parts if split == "output" else k
     dense_extent = round(extent * ratio / 128) * 128
     regions = Regions(extent - dense_extent, dense_extent)
-    return Problem(n, k, regions, split, parts=parts).merged()
+    return Problem(n, k, regions, split, parts=parts, apart=split == "input").merged()
 
 
 def plans_of(problem: Problem, tokens: int, device: torch.device) -> dict[Path, Plan]:

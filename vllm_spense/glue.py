@@ -1,16 +1,19 @@
-"""The custom ops between the GEMMs: `spense::silu_mul_quant`, `spense::add_norm_quant`, `spense::quantize`.
+"""The custom ops between the GEMMs: `spense::silu_mul_quant`, `spense::add_norm_quant`, `spense::quantize`, and
+`spense::gemm_add_norm_quant`, which is a GEMM of two regions together with what follows it.
 
-Each is a kernel that lets the GEMM behind it begin early. Elsewhere than on the GPUs that they are written for, traced
-torch is faster than an op that Inductor cannot fuse with anything.
+Each ends in a kernel that lets the GEMM behind it begin early. Elsewhere than on the GPUs that they are written for,
+traced torch is faster than an op that Inductor cannot fuse with anything.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from vllm_spense.kernels import reference
 from vllm_spense.kernels.problem import Problem, Scales
-from vllm_spense.ops import LIBRARY, describe, logger
+from vllm_spense.ops import LIBRARY, describe, logger, read, region_sums, spell
 from vllm_spense.policy import ONE_LAUNCH_CAPABILITY, Path, reason_against
 
 
@@ -37,10 +40,29 @@ def fuses_activation(problem: Problem, device: torch.device) -> bool:
 
 
 def add_norm_quant(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float, scales: Scales | None = None
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """RMS norm of x + residual in FP8: what `kernels.reference.add_norm_quant` computes, from and to the same."""
-    return torch.ops.spense.add_norm_quant(x, residual, weight, epsilon, *(scales or (None, None)))
+    return torch.ops.spense.add_norm_quant(x, residual, weight, epsilon)
+
+
+def gemm_add_norm_quant(
+    x: torch.Tensor,
+    packed: Mapping[str, torch.Tensor],
+    problem: Problem,
+    scales: Scales,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    epsilon: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same of X·Wᵀ · s_x · s_w + residual: together, because the regions' sums may then come in two outputs, whose
+    number depends on M, and the norm adds them up as it reads them.
+
+    Args:
+        x, packed: as `ops.region_gemm` takes them, of a problem that is not scaled.
+        scales: float32, of the M tokens and N rows.
+    """
+    return torch.ops.spense.gemm_add_norm_quant(x, *spell(packed, problem), *scales, residual, weight, epsilon)
 
 
 def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,21 +110,42 @@ def _add_norm_quant(
     residual: torch.Tensor,
     weight: torch.Tensor,
     epsilon: float,
-    x_scale: torch.Tensor | None = None,
-    w_scale: torch.Tensor | None = None,
+    scales: Scales | None = None,
+    addend: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    scales = None if x_scale is None or w_scale is None else (x_scale, w_scale)
     if x.device.type == "cpu":
-        return reference.add_norm_quant(x, residual, weight, epsilon, scales)
+        return reference.add_norm_quant(x, residual, weight, epsilon, scales, addend)
     from vllm_spense.kernels import norm_quant as fast
 
-    return fast.add_norm_quant(x.contiguous(), residual.contiguous(), weight, epsilon, scales)
+    return fast.add_norm_quant(x.contiguous(), residual.contiguous(), weight, epsilon, scales, addend)
 
 
 def _add_norm_quant_fake(
     x: torch.Tensor, residual: torch.Tensor, *_: object
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return *_quantize_fake(x), residual.new_empty(x.shape)
+
+
+def _gemm_add_norm_quant(
+    x: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    spelled: str,
+    x_scale: torch.Tensor,
+    w_scale: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    epsilon: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    raw, addend = region_sums(x, tensors, spelled)
+    return _add_norm_quant(raw, residual, weight, epsilon, (x_scale, w_scale), addend)
+
+
+def _gemm_add_norm_quant_fake(
+    x: torch.Tensor, tensors: Sequence[torch.Tensor], spelled: str, *others: torch.Tensor | float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    residual = others[2]
+    assert isinstance(residual, torch.Tensor)
+    return _add_norm_quant_fake(x.new_empty((x.shape[0], read(spelled)[0].n)), residual)
 
 
 def _quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,12 +163,15 @@ def _quantize_fake(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 LIBRARY.define("silu_mul_quant(Tensor raw, Tensor x_scale, Tensor w_scale, int boundary) -> (Tensor, Tensor)")
 LIBRARY.impl("silu_mul_quant", _silu_mul_quant, "CompositeExplicitAutograd")
 torch.library.register_fake("spense::silu_mul_quant", _silu_mul_quant_fake, lib=LIBRARY)
-LIBRARY.define(
-    "add_norm_quant(Tensor x, Tensor residual, Tensor weight, float epsilon, "
-    "Tensor? x_scale=None, Tensor? w_scale=None) -> (Tensor, Tensor, Tensor)"
-)
+LIBRARY.define("add_norm_quant(Tensor x, Tensor residual, Tensor weight, float epsilon) -> (Tensor, Tensor, Tensor)")
 LIBRARY.impl("add_norm_quant", _add_norm_quant, "CompositeExplicitAutograd")
 torch.library.register_fake("spense::add_norm_quant", _add_norm_quant_fake, lib=LIBRARY)
+LIBRARY.define(
+    "gemm_add_norm_quant(Tensor x, Tensor[] tensors, str spelled, Tensor x_scale, Tensor w_scale, Tensor residual, "
+    "Tensor weight, float epsilon) -> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.impl("gemm_add_norm_quant", _gemm_add_norm_quant, "CompositeExplicitAutograd")
+torch.library.register_fake("spense::gemm_add_norm_quant", _gemm_add_norm_quant_fake, lib=LIBRARY)
 LIBRARY.define("quantize(Tensor x) -> (Tensor, Tensor)")
 LIBRARY.impl("quantize", _quantize, "CompositeExplicitAutograd")
 torch.library.register_fake("spense::quantize", _quantize_fake, lib=LIBRARY)

@@ -27,7 +27,7 @@ from vllm_spense.kernels.problem import Problem, Scales, Split, sum_dtype
 from vllm_spense.kernels.reference import by_projection, scaled
 from vllm_spense.layout import Shard
 from vllm_spense.loaders import Loader
-from vllm_spense.norms import NormClaim, Unscaled, has_plain_norms, only_norms_read_layers
+from vllm_spense.norms import Deferred, NormClaim, has_plain_norms, only_norms_read_layers
 
 logger = init_logger("vllm.spense")
 
@@ -48,8 +48,8 @@ class RegionLinearMethod(LinearMethodBase):
     #: Of the weight as it is loaded, and of the one that runs.
     problem: Problem
     runs: Problem
-    #: Instead of outputs: what lies behind this layer does the rest.
-    hands_on_raw_sums = False
+    #: Something else than outputs: what lies behind this layer does the rest.
+    hands_on = False
 
     def __init__(self, regions: Regions, name: str) -> None:
         self.regions = regions
@@ -153,10 +153,13 @@ class RegionLinearMethod(LinearMethodBase):
                 expected="a positive number for each output channel",
             )
 
+    def packed(self, layer: Layer) -> dict[str, torch.Tensor]:
+        """The weight as it runs."""
+        return {name: getattr(layer, f"weight_{name}") for name in self.packed_names}
+
     def gemm(self, layer: Layer, x: torch.Tensor, scales: Scales | None = None) -> torch.Tensor:
         """(M, K) FP8 → raw sums (M, N), or outputs where the GEMM scales."""
-        packed = {name: getattr(layer, f"weight_{name}") for name in self.packed_names}
-        return ops.region_gemm(x, packed, self.runs, scales)
+        return ops.region_gemm(x, self.packed(layer), self.runs, scales)
 
     def apply(self, layer: Layer, x: Any, bias: torch.Tensor | None = None) -> Any:
         """Y = X·Wᵀ + b.
@@ -166,23 +169,22 @@ class RegionLinearMethod(LinearMethodBase):
             bias: (N,), in the order of the weight's rows.
 
         Returns:
-            (…, N) in the model's dtype; gate and up merged: [gate | up]. Or what `unfinished` returns.
+            (…, N) in the model's dtype; gate and up merged: [gate | up]. Or what `handed_on` returns.
         """
         fp8 = x if isinstance(x, Quantized) else Quantized(*self.quantize(x.reshape(-1, self.problem.k)))
         flat = fp8 is x or x.dim() == 2
         if self.runs.scaled:
             y = self.gemm(layer, fp8.values, (fp8.scale, layer.weight_scale))
             y = y if bias is None else y + bias
+        elif self.hands_on and flat and bias is None:
+            return self.handed_on(layer, fp8)
         else:
-            raw = self.gemm(layer, fp8.values)
-            if self.hands_on_raw_sums and flat and bias is None:
-                return self.unfinished(raw, fp8.scale, layer.weight_scale)
-            y = self.scaled(layer, self.in_order(raw), fp8.scale, bias)
+            y = self.scaled(layer, self.in_order(self.gemm(layer, fp8.values)), fp8.scale, bias)
         return y if flat else y.view(*x.shape[:-1], self.problem.n)
 
     @abstractmethod
-    def unfinished(self, raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor) -> RawSums | Unscaled:
-        """Raw sums for what lies behind this layer."""
+    def handed_on(self, layer: Layer, x: Quantized) -> RawSums | Deferred:
+        """What lies behind this layer goes on from here."""
 
     def in_order(self, raw: torch.Tensor) -> torch.Tensor:
         """Columns as they run → as the model wants them."""
@@ -211,18 +213,18 @@ class OutputSplitLinearMethod(RegionLinearMethod):
         """By region, where the activation behind takes raw sums: it can take them in any order."""
         device = weight.device
         merged = self.problem.parts == 2
-        self.hands_on_raw_sums = merged and self.claim.made and glue.fuses_activation(self.problem, device)
+        self.hands_on = merged and self.claim.made and glue.fuses_activation(self.problem, device)
         self.norm_claim.takes_fp8 = merged and glue.fuses_norm(self.problem.k, self.dtype, device)
-        if not self.hands_on_raw_sums:
+        if not self.hands_on:
             return super().arranged(weight)
         self.runs = self.problem.merged()
         return self.problem.by_region(weight)
 
-    def unfinished(self, raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor) -> RawSums:
-        return RawSums(raw, x_scale, w_scale, self.problem.regions.sparse)
+    def handed_on(self, layer: Layer, x: Quantized) -> RawSums:
+        return RawSums(self.gemm(layer, x.values), x.scale, layer.weight_scale, self.problem.regions.sparse)
 
     def in_order(self, raw: torch.Tensor) -> torch.Tensor:
-        return by_projection(raw, self.problem.regions.sparse) if self.hands_on_raw_sums else raw
+        return by_projection(raw, self.problem.regions.sparse) if self.hands_on else raw
 
     def make_loaders(self, layer: Layer, shard: Shard) -> tuple[Loader, Loader]:
         load_rows = loaders.rows_loader(self.name, self.regions.intermediate, shard, self.parts)
@@ -243,17 +245,17 @@ class InputSplitLinearMethod(RegionLinearMethod):
         self.before_norms_only = only_norms_read_layers(engine)
 
     def arranged(self, weight: torch.Tensor) -> torch.Tensor:
-        """Where the norm behind is a kernel of ours it takes the scales, or else the GEMM does: the compiler has no
-        kernel to fuse them with."""
+        """Where the norm behind is a kernel of ours it adds up the regions' sums and takes the scales, or else the GEMM
+        does: the compiler has no kernel to fuse that with."""
         own_norm = self.before_plain_norm and glue.fuses_norm(self.problem.n, self.dtype, weight.device)
         own_norm = own_norm and self.dtype == self.problem.out_dtype
         # Of several ranks each has scales of its own, and their outputs are added up before any norm.
-        self.hands_on_raw_sums = own_norm and self.before_norms_only and self.tp_size == 1
-        self.runs = replace(self.problem, scaled=own_norm and not self.hands_on_raw_sums)
+        self.hands_on = own_norm and self.before_norms_only and self.tp_size == 1
+        self.runs = replace(self.problem, scaled=own_norm and not self.hands_on, apart=self.hands_on)
         return weight
 
-    def unfinished(self, raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor) -> Unscaled:
-        return Unscaled(raw, x_scale, w_scale)
+    def handed_on(self, layer: Layer, x: Quantized) -> Deferred:
+        return Deferred(x, self.packed(layer), self.runs, layer.weight_scale)
 
     def make_loaders(self, layer: Layer, shard: Shard) -> tuple[Loader, Loader]:
         load_columns = loaders.columns_loader(self.name, self.regions.intermediate, shard)

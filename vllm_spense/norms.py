@@ -1,32 +1,35 @@
 """The norm before a linear layer together with that layer's quantization: one kernel that lets the GEMM begin early.
 
-The norm of a decoder layer hands FP8 to the linear layer behind it, and takes raw sums from down before it. Neither is
-a tensor, so only models are run like this whose decoder layers are plainly qkv(norm(x)) and gate_up(norm(x)).
+The norm of a decoder layer hands FP8 to the linear layer behind it, and runs down, before it, as well. Neither is a
+tensor, so only models are run like this whose decoder layers are plainly qkv(norm(x)) and gate_up(norm(x)).
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.layernorm import RMSNorm
 
-from vllm_spense import glue
+from vllm_spense import glue, ops
 from vllm_spense.activation import Quantized, may_stand_in
 from vllm_spense.kernels import reference
+from vllm_spense.kernels.problem import Problem
 
 #: Whose decoder layers build, in this order, qkv_proj, gate_up_proj, the norm before qkv_proj and the norm before
 #: gate_up_proj, and give each norm's output to that layer alone.
 PLAIN_NORMS = frozenset({"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SeedOssForCausalLM"})
 
 
-class Unscaled(NamedTuple):
-    """down's output (M, N) before its scales, and these: of the tokens (M, 1) and of the columns (N, 1)."""
+class Deferred(NamedTuple):
+    """down's input, its weight as `ops.pack` returned it, and the weight's scales (N, 1): for the norm behind it."""
 
-    raw: torch.Tensor
-    x_scale: torch.Tensor
+    x: Quantized
+    packed: Mapping[str, torch.Tensor]
+    problem: Problem
     w_scale: torch.Tensor
 
 
@@ -58,7 +61,7 @@ class NormClaim:
 
 
 class FusedRMSNorm(RMSNorm):
-    """vLLM's norm, which also takes `Unscaled`, and returns `Quantized` where the layer behind it takes that."""
+    """vLLM's norm, which also takes `Deferred`, and returns `Quantized` where the layer behind it takes that."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -67,16 +70,23 @@ class FusedRMSNorm(RMSNorm):
         self.plain = self.has_weight and self.variance_size_override is None
 
     def forward(
-        self, x: torch.Tensor | Unscaled, residual: torch.Tensor | None = None
+        self, x: torch.Tensor | Deferred, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor | Quantized, torch.Tensor]:
-        scales = None
-        if isinstance(x, Unscaled):
-            scales = x.x_scale, x.w_scale
-            x = x.raw
         if residual is None or not (self.plain and self.claim and self.claim.takes_fp8):
-            return super().forward(x if scales is None else reference.scaled(x, *scales).to(x.dtype), residual)
-        values, scale, total = glue.add_norm_quant(x, residual, self.weight.data, self.variance_epsilon, scales)
-        return Quantized(values, scale), total
+            return super().forward(finished(x) if isinstance(x, Deferred) else x, residual)
+        own = self.weight.data, self.variance_epsilon
+        if isinstance(x, Deferred):
+            scales = x.x.scale, x.w_scale
+            *fp8, total = glue.gemm_add_norm_quant(x.x.values, x.packed, x.problem, scales, residual, *own)
+        else:
+            *fp8, total = glue.add_norm_quant(x, residual, *own)
+        return Quantized(*fp8), total
+
+
+def finished(down: Deferred) -> torch.Tensor:
+    """down's output (M, N) for a norm that is not ours."""
+    raw = ops.region_gemm(down.x.values, down.packed, down.problem)
+    return reference.scaled(raw, down.x.scale, down.w_scale).to(raw.dtype)
 
 
 def has_plain_norms(engine: VllmConfig) -> bool:

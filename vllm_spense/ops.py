@@ -123,12 +123,16 @@ def region_gemm(
     Returns:
         (M, N) in the problem's out_dtype, columns in the order of W's rows.
     """
-    spelled = " ".join([problem.spelled, *packed])
-    return torch.ops.spense.region_gemm(x, list(packed.values()), spelled, *(scales or (None, None)))
+    return torch.ops.spense.region_gemm(x, *spell(packed, problem), *(scales or (None, None)))
+
+
+def spell(packed: Mapping[str, torch.Tensor], problem: Problem) -> tuple[list[torch.Tensor], str]:
+    """A problem and its weight as ops take them."""
+    return list(packed.values()), " ".join([problem.spelled, *packed])
 
 
 @cache
-def _read(spelled: str) -> tuple[Problem, list[str]]:
+def read(spelled: str) -> tuple[Problem, list[str]]:
     """The problem and the names of its packed tensors."""
     problem, *names = spelled.split(" ")
     return Problem.read(problem), names
@@ -141,12 +145,31 @@ def _region_gemm(
     x_scale: torch.Tensor | None = None,
     w_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    problem, names = _read(spelled)
-    # The number of tokens is symbolic in a compiled graph: only in here can it decide the path.
+    path, packed, problem = _decided(x, tensors, spelled)
+    scales = None if x_scale is None or w_scale is None else (x_scale, w_scale)
+    return kernel(path).run(x, packed, problem, scales)
+
+
+def region_sums(
+    x: torch.Tensor, tensors: Sequence[torch.Tensor], spelled: str
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`region_gemm` from inside of an op, of a problem whose sums may come apart: (M, N), and what is to be added."""
+    path, packed, problem = _decided(x, tensors, spelled)
+    if path is Path.LIBRARY:
+        from vllm_spense.kernels import library
+
+        return library.sums(x, packed, problem)
+    return kernel(path).run(x, packed, problem), None
+
+
+def _decided(
+    x: torch.Tensor, tensors: Sequence[torch.Tensor], spelled: str
+) -> tuple[Path, Mapping[str, torch.Tensor], Problem]:
+    problem, names = read(spelled)
+    # The number of tokens is symbolic in a compiled graph: only in an op can it decide the path.
     # By powers of two, so that it is decided once for each.
     path = _path(problem, 1 << (x.shape[0] - 1).bit_length(), x.device)
-    scales = None if x_scale is None or w_scale is None else (x_scale, w_scale)
-    return kernel(path).run(x, dict(zip(names, tensors, strict=True)), problem, scales)
+    return path, dict(zip(names, tensors, strict=True)), problem
 
 
 def _region_gemm_fake(
@@ -156,7 +179,7 @@ def _region_gemm_fake(
     x_scale: torch.Tensor | None = None,
     w_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    problem, _ = _read(spelled)
+    problem, _ = read(spelled)
     return x.new_empty((x.shape[0], problem.n), dtype=problem.out_dtype)
 
 

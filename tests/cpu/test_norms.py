@@ -8,14 +8,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm_models import module_of
 
-from vllm_spense import glue
+from vllm_spense import ops
 from vllm_spense.activation import Quantized
+from vllm_spense.format import Regions
 from vllm_spense.kernels import reference
-from vllm_spense.norms import PLAIN_NORMS, FusedRMSNorm, NormClaim, Unscaled, only_norms_read_layers
+from vllm_spense.kernels.problem import Problem
+from vllm_spense.kernels.synthetic import random_2of4, random_fp8
+from vllm_spense.norms import PLAIN_NORMS, Deferred, FusedRMSNorm, NormClaim, only_norms_read_layers
 
 FP8 = torch.float8_e4m3fn
 
@@ -91,15 +95,26 @@ def test_the_layer_behind_it_gets_fp8() -> None:
     assert isinstance(norm(x), torch.Tensor)
 
 
+#: Of a down layer, its first 64 columns 2:4.
+WEIGHT = torch.cat([random_2of4(64, 64, torch.device("cpu")), random_fp8(64, 32, torch.device("cpu"))], 1)
+
+
+def deferred() -> Deferred:
+    problem = Problem(64, 96, Regions(64, 32), "input", torch.float32, apart=True)
+    x = Quantized(random_fp8(5, 96, torch.device("cpu")), torch.rand(5, 1) / 1000)
+    return Deferred(x, ops.pack(WEIGHT, problem), problem, torch.rand(64, 1))
+
+
 @pytest.mark.parametrize("takes_fp8", [True, False], ids=["before a pruned layer", "at the model's end"])
-def test_raw_sums_are_scaled_by_the_norm(takes_fp8: bool) -> None:
+def test_the_norm_runs_down(takes_fp8: bool) -> None:
     claim = NormClaim.of_gate_up(engine())
     RMSNorm(64), (norm := RMSNorm(64))
     claim.takes_fp8 = takes_fp8
-    raw, residual, x_scale, w_scale = torch.randn(5, 64) * 1000, torch.randn(5, 64), torch.rand(5, 1), torch.rand(64, 1)
-    found, total = norm(Unscaled(raw, x_scale, w_scale), residual.clone())
-    expected, expected_total = norm(raw * x_scale * w_scale.t(), residual.clone())
-    torch.testing.assert_close(total, expected_total)
+    down, residual = deferred(), torch.randn(5, 64)
+    found, total = norm(down, residual.clone())
+    exact = (down.x.values.double() @ WEIGHT.double().t()) * down.x.scale * down.w_scale.t()
+    expected, expected_total = norm(exact.float(), residual.clone())
+    torch.testing.assert_close(total, expected_total, rtol=1e-4, atol=1e-4)
     assert isinstance(found, Quantized) == isinstance(expected, Quantized) == takes_fp8
     if takes_fp8:
         assert reference.fp8_difference(found, expected) is None
@@ -163,20 +178,21 @@ def source(function: object) -> str:
 
 def test_the_ops_and_their_fakes_agree() -> None:
     x, residual, weight = torch.randn(5, 64), torch.randn(5, 64), torch.rand(64)
-    scales = torch.rand(5, 1), torch.rand(64, 1)
-    for op, twin, arguments, given in (
-        (glue.add_norm_quant, reference.add_norm_quant, (x, residual, weight, 1e-6), None),
-        (glue.add_norm_quant, reference.add_norm_quant, (x, residual, weight, 1e-6), scales),
-        (glue.quantize, reference.quantize, (x,), None),
+    down = deferred()
+    scales = down.x.scale, down.w_scale
+    # opcheck compares inputs before and after, which torch cannot in FP8.
+    gemm = (down.x.values.float(), *ops.spell(down.packed, down.problem), *scales, residual, weight, 1e-6)
+    raw = ops.region_gemm(down.x.values, down.packed, down.problem)
+    for op, arguments, expected in (
+        ("add_norm_quant", (x, residual, weight, 1e-6), reference.add_norm_quant(x, residual, weight, 1e-6)),
+        ("gemm_add_norm_quant", gemm, reference.add_norm_quant(raw, residual, weight, 1e-6, scales)),
+        ("quantize", (x,), reference.quantize(x)),
     ):
-        more = {} if given is None else {"scales": given}
-        found, expected = op(*arguments, **more), twin(*arguments, **more)
-        raw = getattr(torch.ops.spense, op.__name__).default
-        torch.library.opcheck(raw, (*arguments, *(given or ())), test_utils=["test_schema"])
+        run = getattr(torch.ops.spense, op).default
+        found = run(*arguments)
+        torch.library.opcheck(run, arguments, test_utils=["test_schema"])
         with torch._subclasses.FakeTensorMode() as mode:
-            if given:
-                more = {"scales": tuple(map(mode.from_tensor, given))}
-            fakes = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments), **more)
+            fakes = run(*tree_map_only(torch.Tensor, mode.from_tensor, arguments))
         for tensor, same, fake in zip(found, expected, fakes, strict=True):
             assert torch.equal(tensor.float(), same.float())
             assert (fake.shape, fake.dtype) == (tensor.shape, tensor.dtype)

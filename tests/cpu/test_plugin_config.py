@@ -28,7 +28,7 @@ from vllm_spense.config import SpenseConfig
 from vllm_spense.errors import FormatError, SpenseError
 from vllm_spense.format import KEY, Annotation, Projections, Regions
 from vllm_spense.linear import InputSplitLinearMethod, OutputSplitLinearMethod
-from vllm_spense.norms import Unscaled
+from vllm_spense.norms import Deferred, finished
 from vllm_spense.ops import INDUCTOR_OPTIONS
 from vllm_spense.unpruned import WholeFp8
 
@@ -262,12 +262,12 @@ def test_who_applies_the_scales_of_down(
     load(layer, weight)
     load(layer, scale, name="weight_scale")
     layer.quant_method.process_weights_after_loading(layer)
-    assert layer.quant_method.runs.scaled == scaled
+    assert (layer.quant_method.runs.scaled, layer.quant_method.runs.apart) == (scaled, hands_on)
     x = torch.randn(5, I)
     found, _ = layer(x)
-    assert isinstance(found, Unscaled) == hands_on
+    assert isinstance(found, Deferred) == hands_on
     if hands_on:
-        found = found.raw * found.x_scale * found.w_scale.t()
+        found = finished(found)
     torch.testing.assert_close(found, dequantized(x) @ (weight.float() * scale).t(), rtol=1e-4, atol=1e-3)
 
 

@@ -82,8 +82,8 @@ def test_registration(split: Split) -> None:
 @pytest.mark.parametrize("out_dtype", OUT_DTYPES)
 @pytest.mark.parametrize(("split", "parts"), [("output", 2), ("input", 1)])
 def test_a_problem_is_read_as_it_is_spelled(split: Split, parts: int, out_dtype: torch.dtype) -> None:
-    for scaled in (False, True):
-        p = Problem(256, 256, Regions(96, 256 // parts - 96), split, out_dtype, parts, scaled)
+    for scaled, apart in ((False, False), (True, False), *([(False, True)] if split == "input" else [])):
+        p = Problem(256, 256, Regions(96, 256 // parts - 96), split, out_dtype, parts, scaled, apart)
         assert Problem.read(p.spelled) == p
 
 

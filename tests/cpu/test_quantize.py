@@ -57,7 +57,9 @@ def test_rounding_is_that_of_the_type() -> None:
     """Every E4M3 value, halfway between each two, a little to either side of that, and what lies beyond."""
     values = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     halfway = (values[1:] + values[:-1]) / 2
-    positive = torch.cat([values, halfway, halfway * (1 + 2**-20), halfway * (1 - 2**-20), torch.tensor([1e-9, 449, 1e9])])
+    positive = torch.cat(
+        [values, halfway, halfway * (1 + 2**-20), halfway * (1 - 2**-20), torch.tensor([1e-9, 449, 1e9])]
+    )
     expected = positive.clamp(max=448).to(torch.float8_e4m3fn).float()
     one = torch.ones(1)
     assert torch.equal(round_to_fp8(positive, one), expected)

@@ -30,8 +30,8 @@ def main() -> None:
     packed = library.pack(random_weight(problem, device), problem)
     for tokens in (1, 40, 530):
         x = random_fp8(tokens, problem.k, device)
-        for concurrent in (False, True):
-            choice = library.Choice(concurrent=concurrent)
+        for concurrent, sms in ((False, 0), (True, 0), (True, 52)):
+            choice = library.Choice(concurrent=concurrent, sms=sms)
             plan = library.LibraryPlan(problem, library.padded(tokens), device, choice)
             plan.run(x, packed, scales=unit_scales(problem, tokens, device))
     torch.cuda.synchronize()

@@ -67,9 +67,10 @@ def runners(problem: Problem, weight: torch.Tensor, tokens: int) -> dict[str, Ru
     runs: dict[str, Run] = {}
     libraries = library.pack(weight, problem)
     scales = scales_of(problem, tokens)
-    for concurrent in (False, True):
-        plan = library.LibraryPlan(problem, library.padded(tokens), DEVICE, library.Choice(concurrent=concurrent))
-        runs[f"library, concurrent={concurrent}"] = lambda x, out, plan=plan: plan.run(x, libraries, out, scales)
+    for concurrent, sms in ((False, 0), (True, 0), (True, 52)):
+        choice = library.Choice(concurrent=concurrent, sms=sms)
+        plan = library.LibraryPlan(problem, library.padded(tokens), DEVICE, choice)
+        runs[f"library, {concurrent=}, {sms=}"] = lambda x, out, plan=plan: plan.run(x, libraries, out, scales)
     for cut in CUTS:
         tiling = Tiling(one_launch.bucket(tokens), *cut)
         if one_launch.fits(tiling):
@@ -141,6 +142,40 @@ def test_a_captured_graph_follows_its_inputs(problem: Problem, tokens: int) -> N
             for weight, out in zip(weights, outs, strict=True):
                 exact = product_of(x, weight, problem)
                 assert error(out[:tokens], exact) <= tolerance(x, weight, problem.out_dtype), name
+
+
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+def test_sums_that_stay_apart_are_those_of_the_regions(out_dtype: torch.dtype) -> None:
+    problem = Problem(1024, 4096, Regions(2560, 1536), "input", out_dtype, apart=True)
+    weight = random_weight(problem, DEVICE)
+    packed = library.pack(weight, problem)
+    for tokens in (7, 100, 512):
+        x = random_fp8(tokens, problem.k, DEVICE)
+        in_turn, at_once = (
+            library.LibraryPlan(problem, library.padded(tokens), DEVICE, library.Choice(concurrent=concurrent))
+            for concurrent in (False, True)
+        )
+        whole, nothing = in_turn.sums(x, packed)
+        assert nothing is None
+        assert error(whole, x.double() @ weight.double().t()) <= tolerance(x, weight, out_dtype)
+        parts = at_once.sums(x, packed)
+        for found, columns in zip(parts, (slice(0, 2560), slice(2560, None)), strict=True):
+            exact = x[:, columns].double() @ weight[:, columns].double().t()
+            assert found is not None
+            assert found.shape == (tokens, problem.n)
+            assert error(found, exact) <= tolerance(x, weight, out_dtype)
+        assert torch.equal(at_once.run(x, packed), parts[0].add_(parts[1]))
+
+
+def test_a_search_tries_kernels_for_a_share_of_the_chip() -> None:
+    """At 256 tokens neither GEMM fills it, and both at once leave room for each other."""
+    problem = Problem(4096, 14336, Regions(10752, 3584), "input", apart=True)
+    found = library.search(problem, 256, DEVICE)
+    assert found.concurrent
+    assert 0 < found.sms < torch.cuda.get_device_properties(DEVICE).multi_processor_count
+    weight, x = random_weight(problem, DEVICE), random_fp8(256, problem.k, DEVICE)
+    out = library.LibraryPlan(problem, 256, DEVICE, found).run(x, library.pack(weight, problem))
+    assert error(out, x.double() @ weight.double().t()) <= tolerance(x, weight, torch.bfloat16)
 
 
 def test_two_layers_share_a_plan() -> None:

@@ -41,12 +41,15 @@ class DensePlan:
         shape: N and K multiples of 16.
         accumulate: add to `out` instead of writing it.
         algorithm: one of `algorithms` of an equal plan; None takes the library's first choice.
+        sms: multiprocessors that the library is to make do with, because something else runs meanwhile; 0 for all.
 
     Raises:
         Error: the library does not know the algorithm, or not for this shape.
     """
 
-    def __init__(self, shape: Shape, accumulate: bool = False, algorithm: Algorithm | None = None) -> None:
+    def __init__(
+        self, shape: Shape, accumulate: bool = False, algorithm: Algorithm | None = None, sms: int = 0
+    ) -> None:
         self.device = shape.device
         self._handle = _handle(shape.device.index)
         self._beta = ONE if accumulate else ZERO
@@ -58,6 +61,7 @@ class DensePlan:
                 (attributes.TRANSA, np.int32, _TRANSPOSE),
                 # The tensor cores' own precision, as vLLM's CUTLASS kernels have it.
                 (attributes.FAST_ACCUM, np.int8, 1),
+                (attributes.SM_COUNT_TARGET, np.int32, sms),
             ):
                 set_attribute(
                     cublasLt.matmul_desc_set_attribute, self._matmul, attribute=attribute, kind=kind, value=value

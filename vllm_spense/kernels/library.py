@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -29,6 +29,11 @@ _LARGEST_DECODE = 512
 _LARGEST_BUCKET = 2048
 #: Of each library's kernels, how many are tried together.
 _FINALISTS = 3
+#: Shares of the multiprocessors that the dense GEMM is tried with beside the sparse one, up to `_LARGEST_DECODE`
+#: tokens: there neither fills the chip, and kernels made for all of it get in each other's way.
+_SHARES = (0.3, 0.4, 0.5)
+#: Of the kernels for such a share, and of the sparse ones, how many are tried with it.
+_SHARE_DENSE, _SHARE_SPARSE = 2, 5
 #: What a second stream must gain where no CUDA graph is captured and the GPU waits for the host: it takes four calls.
 _WORTH_A_STREAM = 0.97
 
@@ -92,6 +97,11 @@ def run(x: torch.Tensor, packed: Packed, problem: Problem, scales: Scales | None
     return plan(problem, padded(x.shape[0]), x.device).run(x, packed, scales=scales)
 
 
+def sums(x: torch.Tensor, packed: Packed, problem: Problem) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As `LibraryPlan.sums`, likewise."""
+    return plan(problem, padded(x.shape[0]), x.device).sums(x, packed)
+
+
 @cache
 def plan(problem: Problem, tokens: int, device: torch.device) -> LibraryPlan:
     """The plan for M = `tokens`, a multiple of 16."""
@@ -101,7 +111,7 @@ def plan(problem: Problem, tokens: int, device: torch.device) -> LibraryPlan:
     except (cusparselt.Error, cublaslt.Error) as error:
         # A kernel that suits the bucket need not know every M in it.
         logger.warning("Spense: default kernels for %d tokens of %s: %s", tokens, problem, error)
-        return LibraryPlan(problem, tokens, device, replace(choice, sparse=None, dense=None))
+        return LibraryPlan(problem, tokens, device, replace(choice, sparse=None, dense=None, sms=0))
 
 
 @cache
@@ -125,12 +135,14 @@ class Choice:
         sparse, dense: the libraries' kernels; None for their default.
         concurrent: both GEMMs at once, on two streams. An input-split problem then needs a second output and an
             addition; in sequence the dense GEMM accumulates into the sparse one's output.
-        us: what one call took.
+        sms: multiprocessors that the dense kernel is made for; 0 for all.
+        us: what one call took, without an addition that is left to what follows.
     """
 
     sparse: cusparselt.Algorithm | None = None
     dense: cublaslt.Algorithm | None = None
     concurrent: bool = False
+    sms: int = 0
     us: float = 0
 
 
@@ -172,7 +184,7 @@ class LibraryPlan:
             self.sparse = cusparselt.SparsePlan(shape(*problem.sparse_shape), choice.sparse)
         if problem.regions.dense:
             accumulate = both and problem.split == "input" and not choice.concurrent
-            self.dense = cublaslt.DensePlan(shape(*problem.dense_shape), accumulate, choice.dense)
+            self.dense = cublaslt.DensePlan(shape(*problem.dense_shape), accumulate, choice.dense, choice.sms)
 
     def run(
         self, x: torch.Tensor, packed: Packed, out: torch.Tensor | None = None, scales: Scales | None = None
@@ -189,8 +201,23 @@ class LibraryPlan:
         Returns:
             (M, N), raw sums unless the problem is scaled.
         """
+        assert self.problem.scaled == (scales is not None), self.problem
+        out, addend = self.sums(x, packed, out)
+        if scales:
+            scale.run(out, addend, *scales)
+        elif addend is not None:
+            out += addend
+        return out
+
+    def sums(
+        self, x: torch.Tensor, packed: Packed, out: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `run`, but for what comes behind the libraries.
+
+        Returns:
+            (M, N) twice, to be added up; or the sums and None.
+        """
         problem, m = self.problem, x.shape[0]
-        assert problem.scaled == (scales is not None), problem
         if m < self.tokens:
             # Rows past M stay what they are: no row of the output depends on another row of x.
             x = torch.empty(self.tokens, problem.k, dtype=x.dtype, device=x.device)[:m].copy_(x)
@@ -201,7 +228,7 @@ class LibraryPlan:
             # First, because it accumulates nothing, while the dense GEMM may.
             self._run_sparse(x, packed, out, stream)
             self._run_dense(x, packed, out, stream)
-            return self._finished(out[:m], None, scales)
+            return out[:m], None
         addend = torch.empty_like(out) if problem.split == "input" else out
         self._fork.record(stream)
         self._fork.hold(self._side)
@@ -209,14 +236,7 @@ class LibraryPlan:
         self._run_dense(x, packed, addend, self._side)
         self._join.record(self._side)
         self._join.hold(stream)
-        return self._finished(out[:m], None if addend is out else addend[:m], scales)
-
-    def _finished(self, out: torch.Tensor, addend: torch.Tensor | None, scales: Scales | None) -> torch.Tensor:
-        if scales:
-            scale.run(out, addend, *scales)
-        elif addend is not None:
-            out += addend
-        return out
+        return out[:m], None if addend is out else addend[:m]
 
     def _run_sparse(self, x: torch.Tensor, packed: Packed, out: torch.Tensor, stream: int) -> None:
         if self.sparse is None:
@@ -267,7 +287,10 @@ def search(problem: Problem, tokens: int, device: torch.device) -> Choice:
     scales = unit_scales(problem, tokens, device)
 
     def run_both(plan: LibraryPlan, packed: Packed) -> None:
-        plan.run(x, packed, out, scales)
+        if problem.apart:
+            plan.sums(x, packed, out)
+        else:
+            plan.run(x, packed, out, scales)
 
     def fastest(choices: Iterable[Choice], call: Callable[[LibraryPlan, Packed], None]) -> list[Choice]:
         """The choices with their times, best first."""
@@ -279,6 +302,15 @@ def search(problem: Problem, tokens: int, device: torch.device) -> Choice:
         timed = [replace(plan.choice, us=round(us, 2)) for plan, us in zip(plans, times, strict=True)]
         return sorted(timed, key=lambda choice: choice.us)
 
+    def sharing() -> Iterator[Choice]:
+        """Both at once, the dense kernel made for a share of the chip."""
+        for share in _SHARES:
+            sms = round(share * torch.cuda.get_device_properties(device).multi_processor_count)
+            made = LibraryPlan(problem, tokens, device, Choice(concurrent=True, sms=sms))
+            assert made.dense is not None
+            for s, algorithm in product(sparse[:_SHARE_SPARSE], made.dense.algorithms()[:_SHARE_DENSE]):
+                yield Choice(s.sparse, algorithm, concurrent=True, sms=sms)
+
     sparse = dense = [Choice()]
     if default.sparse is not None:
         sparse = fastest((Choice(sparse=algorithm) for algorithm in default.sparse.algorithms()), run_sparse)
@@ -286,8 +318,12 @@ def search(problem: Problem, tokens: int, device: torch.device) -> Choice:
         dense = fastest((Choice(dense=algorithm) for algorithm in default.dense.algorithms()), run_dense)
     # Side by side, kernels that leave room for each other may beat those that are fastest alone.
     pairs = product(sparse[:_FINALISTS], dense[:_FINALISTS], (False, True))
-    found = fastest((Choice(s.sparse, d.dense, concurrent) for s, d, concurrent in pairs), run_both)
-    return host_aware(found, tokens)
+    finalists = [Choice(s.sparse, d.dense, concurrent) for s, d, concurrent in pairs]
+    if default.sparse is not None and default.dense is not None and tokens <= _LARGEST_DECODE:
+        # One at a time: so many plans have no room beside a model.
+        screened = [choice for candidate in sharing() for choice in fastest([candidate], run_both)]
+        finalists += sorted(screened, key=lambda choice: choice.us)[:_FINALISTS]
+    return host_aware(fastest(finalists, run_both), tokens)
 
 
 def host_aware(found: Sequence[Choice], tokens: int) -> Choice:

@@ -1,5 +1,5 @@
 // Into a linear layer's FP8 input with one scale for each token, in one launch: from its input as it is, or (NORM) from
-// the residual stream by way of x + residual and RMS normalization. x may be a GEMM's raw sums (SCALED).
+// the residual stream by way of x + residual and RMS normalization. x may be a GEMM's raw sums (SCALED), in two parts.
 //
 // A thread block takes a row. The next kernel may begin before this one has read anything: a GEMM then fetches its first
 // weights meanwhile, and waits only for its x.
@@ -11,6 +11,7 @@ constexpr int WARPS = THREADS / 32;
 
 struct Arguments {
     const bf16* x;            // (tokens, size)
+    const bf16* addend;       // (tokens, size), to raw sums; or null
     const bf16* residual;     // (tokens, size)
     const bf16* weight;       // (size), of the norm
     byte* out;                // (tokens, size)
@@ -49,6 +50,12 @@ extern "C" __global__ __launch_bounds__(THREADS) void norm_quant(const __grid_co
         float(&v)[WIDTH] = values[vector];
         load(arguments.x + row + at, v);
 #if SCALED
+        if (arguments.addend) {
+            float addend[WIDTH];
+            load(arguments.addend + row + at, addend);
+#pragma unroll
+            for (int i = 0; i < WIDTH; ++i) v[i] = __fadd_rn(v[i], addend[i]);
+        }
         const float x_scale = arguments.x_scale[blockIdx.x];
         float w_scale[WIDTH];
         load(arguments.w_scale + at, w_scale);

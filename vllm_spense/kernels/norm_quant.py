@@ -31,14 +31,19 @@ def fault(device: torch.device) -> str | None:
         # vLLM's default type while it loads a model is the model's.
         rand = partial(torch.rand, dtype=torch.float32, device=device, generator=generator)
         scales = rand(tokens, 1), rand(size, 1)
+        ways: tuple[tuple[Scales | None, torch.Tensor | None], ...] = (
+            (None, None),
+            (scales, None),
+            (scales, x.flip(0)),
+        )
         try:
-            found = [add_norm_quant(x, residual, weight, _EPSILON, given) for given in (None, scales)]
+            found = [add_norm_quant(x, residual, weight, _EPSILON, *way) for way in ways]
             plain = quantize(x)
         except RuntimeError as error:
             return f"its kernel failed when it was tried: {error}"
         reason = fp8_difference(plain, reference.quantize(x))
-        for (*fp8, total), given in zip(found, (None, scales), strict=True):
-            *expected, twin_total = reference.add_norm_quant(x, residual, weight, _EPSILON, given)
+        for (*fp8, total), way in zip(found, ways, strict=True):
+            *expected, twin_total = reference.add_norm_quant(x, residual, weight, _EPSILON, *way)
             reason = reason or fp8_difference(fp8, expected) or (None if torch.equal(total, twin_total) else "sums")
         if reason:
             return f"its kernel is wrong on this machine, {tokens} × {size}: {reason}"
@@ -46,7 +51,12 @@ def fault(device: torch.device) -> str | None:
 
 
 def add_norm_quant(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float, scales: Scales | None = None
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    epsilon: float,
+    scales: Scales | None = None,
+    addend: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As its twin in `reference`.
 
@@ -54,9 +64,11 @@ def add_norm_quant(
         x, residual: (M, K) bfloat16, contiguous. K is a multiple of `WIDTH`.
         weight: (K,) bfloat16.
         scales: of the tokens and columns of x, contiguous; None if x is no raw sums.
+        addend: as x, of raw sums.
     """
+    assert addend is None or scales is not None
     total = torch.empty_like(x)
-    return *_launch(x, residual, weight, total, epsilon, scales), total
+    return *_launch(x, residual, weight, total, epsilon, scales, addend), total
 
 
 def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,12 +89,13 @@ def _launch(
     total: torch.Tensor | None,
     epsilon: float,
     scales: Scales | None,
+    addend: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, size = x.shape
     out = torch.empty(tokens, size, dtype=FP8, device=x.device)
     scale = torch.empty(tokens, 1, dtype=torch.float32, device=x.device)
     if tokens:
-        tensors = (x, residual, weight, out, scale, total, *(scales or (None, None)))
+        tensors = (x, addend, residual, weight, out, scale, total, *(scales or (None, None)))
         addresses = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
         arguments = _Arguments(*addresses, size, epsilon)
         kernel = _kernel(size, weight is not None, scales is not None, x.device)
@@ -94,7 +107,8 @@ class _Arguments(ctypes.Structure):
     """`Arguments` of the kernel."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "residual", "weight", "out", "scale", "sum", "x_scale", "w_scale")),
+        *((name, ctypes.c_void_p) for name in ("x", "addend", "residual", "weight")),
+        *((name, ctypes.c_void_p) for name in ("out", "scale", "sum", "x_scale", "w_scale")),
         ("size", ctypes.c_int),
         ("epsilon", ctypes.c_float),
     )

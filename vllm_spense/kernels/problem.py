@@ -38,6 +38,7 @@ class Problem:
         parts: how many projections an output-split W merges. Its rows are those of one after the other, each
             [sparse | dense]: the order that the model wants the output's columns in.
         scaled: outputs are multiplied by the scales of tokens and rows; else they are raw sums.
+        apart: of input-split raw sums each region's may stay an output of its own: what follows adds them up.
         spelled: all of this in one word, for `read`.
     """
 
@@ -48,6 +49,7 @@ class Problem:
     out_dtype: torch.dtype = torch.bfloat16
     parts: int = 1
     scaled: bool = False
+    apart: bool = False
     spelled: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -57,6 +59,7 @@ class Problem:
         )
         assert self.split == "output" or self.parts == 1, "input-split weights are not merged"
         assert self.out_dtype in OUT_DTYPES, self.out_dtype
+        assert not self.apart or (self.split == "input" and not self.scaled), "only raw sums of input-split GEMMs"
         # Now, because the compiler cannot trace this.
         object.__setattr__(self, "spelled", "/".join(map(str, self.describe().values())))
 
@@ -111,6 +114,7 @@ class Problem:
             "split": self.split,
             "parts": self.parts,
             "scaled": self.scaled,
+            "apart": self.apart,
             **self.regions.to_dict(),
             "out_dtype": str(self.out_dtype).removeprefix("torch."),
         }
@@ -118,6 +122,7 @@ class Problem:
     @classmethod
     def read(cls, spelled: str) -> Problem:
         """The problem that is `spelled` so."""
-        n, k, split, parts, scaled, sparse, dense, dtype = spelled.split("/")
-        regions = Regions(int(sparse), int(dense))
-        return cls(int(n), int(k), regions, cast(Split, split), getattr(torch, dtype), int(parts), scaled == "True")
+        n, k, split, parts, scaled, apart, sparse, dense, dtype = spelled.split("/")
+        regions, yes = Regions(int(sparse), int(dense)), str(True)
+        out_dtype = getattr(torch, dtype)
+        return cls(int(n), int(k), regions, cast(Split, split), out_dtype, int(parts), scaled == yes, apart == yes)

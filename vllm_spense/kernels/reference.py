@@ -100,7 +100,12 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def add_norm_quant(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float, scales: Scales | None = None
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    epsilon: float,
+    scales: Scales | None = None,
+    addend: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """RMS norm of x + residual in FP8, everything before the quantization in float32.
 
@@ -110,11 +115,13 @@ def add_norm_quant(
         weight: (K,), of the norm.
         epsilon: added to the mean square.
         scales: that raw sums still have to be multiplied by, of the tokens and columns of x.
+        addend: (M, K), the other part of raw sums that came in two.
 
     Returns:
         float8_e4m3fn (M, K), its scales, float32 (M, 1), and x + residual in the model's dtype.
     """
-    total = (x.float() if scales is None else scaled(x, *scales)) + residual.float()
+    x = x.float() if addend is None else x.float() + addend.float()
+    total = (x if scales is None else scaled(x, *scales)) + residual.float()
     normed = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + epsilon) * weight.float()
     return *quantize(normed), total.to(residual.dtype)
 
