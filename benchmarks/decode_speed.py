@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -55,6 +55,7 @@ class Measured:
         search_s: that a search of kernels took before the engines began; None where the engine itself searched.
         saved_bytes: what the format says its regions save over dense weights.
         layer_kernels: how many kernels run in each layer in a decode step; None where nobody counted.
+        gpu_ms: by (batch, context), for how much of a step the GPU is busy, where that was asked for.
     """
 
     timings: Mapping[tuple[int, int], Timing]
@@ -64,6 +65,7 @@ class Measured:
     weight_bytes: int | None = None
     saved_bytes: int = 0
     layer_kernels: int | None = None
+    gpu_ms: Mapping[tuple[int, int], float] = field(default_factory=dict)
 
 
 def main() -> None:
@@ -101,6 +103,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--together", type=int, default=1, help="engines that share the GPU's memory; one is timed at a time"
     )
+    parser.add_argument("--gpu-time", action="store_true", help="find out, too, for how much of a step the GPU is busy")
     parser.add_argument("--work", type=Path, help="folder for configurations, logs and what engines measured")
     parser.add_argument("--url", help="of a server that runs Spense, …/v1")
     parser.add_argument("--dense-url", help="of the server to compare it with")
@@ -177,6 +180,7 @@ class EngineRun:
                 "eager": options.eager,
                 "capture": options.capture,
                 "engines": options.together,
+                "gpu_time": options.gpu_time,
             }
         )
         digest = sha256(f"{self.order}{options.layers}".encode()).hexdigest()[:8]
@@ -230,6 +234,7 @@ class EngineRun:
             found["weight_bytes"],
             saved_bytes(json.loads((self.folder / "config.json").read_text(encoding="utf-8"))),
             layer_kernels([kernel["runs"] for kernel in found.get("kernels", ())], self.layers),
+            {(batch, context): ms for batch, context, ms in found["gpu_ms"]},
         )
 
     def stop(self) -> None:
@@ -315,6 +320,9 @@ def compare(about: Row, dense: Measured, spense: Measured) -> list[Row]:
                 "prefill_dense_ms": theirs and theirs.prefill_ms,
                 "prefill_spense_ms": ours.prefill_ms,
                 "prefill_ratio": theirs and round(theirs.prefill_ms / ours.prefill_ms, 4),
+                "gpu_dense_ms": (theirs_gpu := dense.gpu_ms.get((batch, context))),
+                "gpu_spense_ms": (ours_gpu := spense.gpu_ms.get((batch, context))),
+                "gpu_ratio": round(theirs_gpu / ours_gpu, 4) if theirs_gpu and ours_gpu else None,
                 "dense_start_s": dense.start_s,
                 "spense_start_s": spense.start_s,
                 "spense_load_s": spense.load_s,

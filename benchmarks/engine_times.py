@@ -63,6 +63,7 @@ class Order:
         eager: neither compiled nor captured, for trying things out.
         capture: tokens of the largest step that is captured in a CUDA graph; 512 for what each engine has by default.
         engines: that share the GPU's memory.
+        gpu_time: whether to find out, too, for how much of a step the GPU is busy.
     """
 
     model: str
@@ -75,6 +76,7 @@ class Order:
     eager: bool = False
     capture: int = 512
     engines: int = 1
+    gpu_time: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Answer:
         weight_bytes: of all parameters, in the device's memory.
         kv_tokens: tokens that the KV cache has room for; batches that need more are left out.
         kernels: of a decode step of `PROFILED`; empty if that is not among what is timed, or not on a GPU.
+        gpu_ms: (batch, context, ms that the GPU is busy in a decode step), if ordered.
     """
 
     start_s: float
@@ -95,6 +98,7 @@ class Answer:
     kv_tokens: int
     timings: tuple[Timing, ...]
     kernels: tuple[Kernel, ...] = ()
+    gpu_ms: tuple[tuple[int, int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,7 @@ def run(order: Order) -> Answer:
         kernels = bench.kernels(*PROFILED)
         for kernel in kernels:
             print(f"decode_speed: {kernel}", flush=True)
+    gpu_ms = tuple((t.batch, t.context, bench.gpu_ms(t.batch, t.context)) for t in timings if order.gpu_time)
     return Answer(
         round(start_s, 1),
         watch and round(watch.seconds, 1),
@@ -146,6 +151,7 @@ def run(order: Order) -> Answer:
         bench.kv_tokens,
         tuple(timings),
         kernels,
+        gpu_ms,
     )
 
 
@@ -270,6 +276,27 @@ class Bench:
 
     def kernels(self, batch: int, context: int) -> tuple[Kernel, ...]:
         """What runs on the GPU in a decode step, most time first."""
+        runs: Counter[str] = Counter()
+        us: Counter[str] = Counter()
+        for event in self._profiled(batch, context):
+            # Some are templates spelled out over hundreds of characters.
+            name = event.name[:_NAME_LENGTH]
+            runs[name] += 1
+            us[name] += event.self_device_time_total
+        each = _PROFILED_STEPS
+        return tuple(Kernel(name, runs[name] / each, round(total / each, 2)) for name, total in us.most_common())
+
+    def gpu_ms(self, batch: int, context: int) -> float:
+        """Time of a decode step in which anything runs on the GPU: in the rest it waits for the host."""
+        busy, until = 0.0, 0.0
+        for event in sorted(self._profiled(batch, context), key=lambda event: event.time_range.start):
+            # Kernels overlap where one begins before the one before it has ended.
+            busy += max(event.time_range.end - max(event.time_range.start, until), 0)
+            until = max(until, event.time_range.end)
+        return round(busy / _PROFILED_STEPS / 1e3, 4)
+
+    def _profiled(self, batch: int, context: int) -> list[Any]:
+        """What ran on the GPU in `_PROFILED_STEPS` decode steps, as the profiler's events."""
         results = self._results(self._prompts(batch, context), output_tokens(batch, context, 2 * _PROFILED_STEPS))
         begun: set[str] = set()
         while len(begun) < batch:
@@ -281,16 +308,7 @@ class Bench:
             torch.cuda.synchronize()
         for _ in results:
             pass
-        runs: Counter[str] = Counter()
-        us: Counter[str] = Counter()
-        for event in profiler.events() or ():
-            if event.device_type == DeviceType.CUDA:
-                # Some are templates spelled out over hundreds of characters.
-                name = event.name[:_NAME_LENGTH]
-                runs[name] += 1
-                us[name] += event.self_device_time_total
-        each = _PROFILED_STEPS
-        return tuple(Kernel(name, runs[name] / each, round(total / each, 2)) for name, total in us.most_common())
+        return [event for event in profiler.events() or () if event.device_type == DeviceType.CUDA]
 
     def require_finite(self) -> None:
         """Runs one request, which also warms up, and looks at what the model makes of it.

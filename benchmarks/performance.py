@@ -84,6 +84,12 @@ def decode_rows(result: Result) -> list[str]:
     return [*speed_ups(result["rows"], "ms", "ratio"), "", source(result)]
 
 
+def decode_gpu(result: Result) -> list[str]:
+    """As `decode_rows`, and the same of the time of a step that the GPU is busy."""
+    busy = speed_ups(result["rows"], "gpu", "gpu_ratio")
+    return [*speed_ups(result["rows"], "ms", "ratio"), "", "While the GPU is busy:", "", *busy, "", source(result)]
+
+
 def prefill(result: Result) -> list[str]:
     """Speed-up of reading the prompts of a whole batch."""
     rows = [row for row in result["rows"] if row["kv_cache_dtype"] == result["rows"][0]["kv_cache_dtype"]]
@@ -341,7 +347,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     "decode_long": ("decode_speed-long", decode_rows),
     "decode_kv_auto": ("decode_speed-kv-auto", decode_rows),
     "decode_h200": ("decode_speed-h200", decode_rows),
-    "decode_llama": ("decode_speed-llama-3.1-8b", decode_rows),
+    "decode_llama": ("decode_speed-llama-3.1-8b", decode_gpu),
     "prefill": ("decode_speed", prefill),
     "prefill_h200": ("decode_speed-h200", prefill),
     "memory": ("decode_speed", memory),

@@ -105,7 +105,8 @@ def test_a_summary_is_in_milliseconds() -> None:
 
 
 def test_rows_hold_what_the_issue_names_and_null_for_what_dense_lacks() -> None:
-    dense = Measured({(1, 16): Timing(1, 16, 30.0, 1.0, 90.0)}, 100.0, weight_bytes=1000, layer_kernels=14)
+    timing = Timing(1, 16, 30.0, 1.0, 90.0)
+    dense = Measured({(1, 16): timing}, 100.0, weight_bytes=1000, layer_kernels=14, gpu_ms={(1, 16): 28.0})
     spense = Measured(
         {(1, 16): Timing(1, 16, 20.0, 2.0, 60.0), (8, 16): Timing(8, 16, 25.0, 2.0, 70.0)},
         120.0,
@@ -113,6 +114,7 @@ def test_rows_hold_what_the_issue_names_and_null_for_what_dense_lacks() -> None:
         search_s=15.0,
         weight_bytes=810,
         saved_bytes=200,
+        gpu_ms={(1, 16): 14.0, (8, 16): 21.0},
     )
     first, second = compare({"shape": "x", "layers": 2, "kv_cache_dtype": "fp8", "sparsity": 0.25}, dense, spense)
     assert first == {
@@ -130,6 +132,9 @@ def test_rows_hold_what_the_issue_names_and_null_for_what_dense_lacks() -> None:
         "prefill_dense_ms": 90.0,
         "prefill_spense_ms": 60.0,
         "prefill_ratio": 1.5,
+        "gpu_dense_ms": 28.0,
+        "gpu_spense_ms": 14.0,
+        "gpu_ratio": 2.0,
         "dense_start_s": 100.0,
         "spense_start_s": 120.0,
         "spense_load_s": 5.0,
@@ -141,7 +146,15 @@ def test_rows_hold_what_the_issue_names_and_null_for_what_dense_lacks() -> None:
         "spense_layer_kernels": None,
     }
     assert second["spense_ms"] == 25.0
-    assert second["ratio"] is second["dense_ms"] is second["prefill_ratio"] is None
+    assert second["ratio"] is second["dense_ms"] is second["prefill_ratio"] is second["gpu_ratio"] is None
+
+
+def test_the_gpu_is_busy_while_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that overlap, one inside of another, a gap; in ms of one of the steps."""
+    spans = [(0, 2000), (1000, 3000), (7000, 9000), (7500, 8000), (9000, 9800)]
+    events = [SimpleNamespace(time_range=SimpleNamespace(start=start, end=end)) for start, end in reversed(spans)]
+    monkeypatch.setattr(Bench, "_profiled", lambda *_: events)
+    assert Bench.__new__(Bench).gpu_ms(1, 16) == (3.0 + 2.8) / 8
 
 
 def test_a_layers_kernels_are_what_runs_once_for_each() -> None:
@@ -183,6 +196,7 @@ def fake_engines(monkeypatch: pytest.MonkeyPatch, code: int = 0) -> list[dict[st
                 "start_s": 1.0,
                 "plugin_load_s": 0.5,
                 "weight_bytes": 10**6,
+                "gpu_ms": [],
                 "timings": [vars(timing) for timing in found],
             }
             if not code:

@@ -67,8 +67,8 @@ def runners(problem: Problem, weight: torch.Tensor, tokens: int) -> dict[str, Ru
     runs: dict[str, Run] = {}
     libraries = library.pack(weight, problem)
     scales = scales_of(problem, tokens)
-    for concurrent, sms in ((False, 0), (True, 0), (True, 52)):
-        choice = library.Choice(concurrent=concurrent, sms=sms)
+    for concurrent, sms, first in ((False, 0, False), (True, 0, False), (True, 52, True)):
+        choice = library.Choice(concurrent=concurrent, sms=sms, dense_first=first)
         plan = library.LibraryPlan(problem, library.padded(tokens), DEVICE, choice)
         runs[f"library, {concurrent=}, {sms=}"] = lambda x, out, plan=plan: plan.run(x, libraries, out, scales)
     for cut in CUTS:

@@ -136,6 +136,7 @@ class Choice:
         concurrent: both GEMMs at once, on two streams. An input-split problem then needs a second output and an
             addition; in sequence the dense GEMM accumulates into the sparse one's output.
         sms: multiprocessors that the dense kernel is made for; 0 for all.
+        dense_first: of two that run at once the dense GEMM begins, and gets the multiprocessors that it wants.
         us: what one call took, without an addition that is left to what follows.
     """
 
@@ -143,6 +144,7 @@ class Choice:
     dense: cublaslt.Algorithm | None = None
     concurrent: bool = False
     sms: int = 0
+    dense_first: bool = False
     us: float = 0
 
 
@@ -232,8 +234,11 @@ class LibraryPlan:
         addend = torch.empty_like(out) if problem.split == "input" else out
         self._fork.record(stream)
         self._fork.hold(self._side)
+        if self.choice.dense_first:
+            self._run_dense(x, packed, addend, self._side)
         self._run_sparse(x, packed, out, stream)
-        self._run_dense(x, packed, addend, self._side)
+        if not self.choice.dense_first:
+            self._run_dense(x, packed, addend, self._side)
         self._join.record(self._side)
         self._join.hold(stream)
         return out[:m], None if addend is out else addend[:m]
@@ -308,8 +313,9 @@ def search(problem: Problem, tokens: int, device: torch.device) -> Choice:
             sms = round(share * torch.cuda.get_device_properties(device).multi_processor_count)
             made = LibraryPlan(problem, tokens, device, Choice(concurrent=True, sms=sms))
             assert made.dense is not None
-            for s, algorithm in product(sparse[:_SHARE_SPARSE], made.dense.algorithms()[:_SHARE_DENSE]):
-                yield Choice(s.sparse, algorithm, concurrent=True, sms=sms)
+            algorithms = made.dense.algorithms()[:_SHARE_DENSE]
+            for s, algorithm, first in product(sparse[:_SHARE_SPARSE], algorithms, (False, True)):
+                yield Choice(s.sparse, algorithm, concurrent=True, sms=sms, dense_first=first)
 
     sparse = dense = [Choice()]
     if default.sparse is not None:
@@ -317,8 +323,11 @@ def search(problem: Problem, tokens: int, device: torch.device) -> Choice:
     if default.dense is not None:
         dense = fastest((Choice(dense=algorithm) for algorithm in default.dense.algorithms()), run_dense)
     # Side by side, kernels that leave room for each other may beat those that are fastest alone.
-    pairs = product(sparse[:_FINALISTS], dense[:_FINALISTS], (False, True))
-    finalists = [Choice(s.sparse, d.dense, concurrent) for s, d, concurrent in pairs]
+    finalists = [
+        Choice(s.sparse, d.dense, concurrent, dense_first=first)
+        for s, d in product(sparse[:_FINALISTS], dense[:_FINALISTS])
+        for concurrent, first in ((False, False), (True, False), (True, True))
+    ]
     if default.sparse is not None and default.dense is not None and tokens <= _LARGEST_DECODE:
         # One at a time: so many plans have no room beside a model.
         screened = [choice for candidate in sharing() for choice in fastest([candidate], run_both)]
