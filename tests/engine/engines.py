@@ -57,6 +57,7 @@ class Run:
 
     Attributes:
         quantization: None leaves the choice to vLLM.
+        ranks, stages: tensor and pipeline parallel size.
         among_others: takes a small part of a GPU's memory instead of nearly all.
     """
 
@@ -64,6 +65,7 @@ class Run:
     quantization: str | None
     compiled: bool = False
     ranks: int = 1
+    stages: int = 1
     reload: bool = False
     load_format: str = "auto"
     dtype: str = "float32"

@@ -41,6 +41,7 @@ def _run(prompts: list[str], run: dict[str, Any]) -> list[dict[str, Any]]:
         quantization=run["quantization"],
         enforce_eager=not run["compiled"],
         tensor_parallel_size=run["ranks"],
+        pipeline_parallel_size=run["stages"],
         load_format=run["load_format"],
         dtype=run["dtype"],
         max_model_len=256,

@@ -65,6 +65,13 @@ class Engine:
     quantization: str = "spense"
     path: str = ""
     eager: bool = False
+    stages: int = 1
+
+    def complete(self, checkpoint: Path) -> list[Completion]:
+        run = Run(
+            checkpoint, self.quantization, not self.eager, stages=self.stages, dtype=self.dtype, among_others=True
+        )
+        return generate([run], {SWITCH: self.path})[run]
 
 
 PATHS = [path.value for path in ExecutionPath if path is not ExecutionPath.REFERENCE]
@@ -75,14 +82,9 @@ THEIRS = [Engine(dtype, STOCK, eager=eager) for dtype in ("bfloat16", "float16")
 @pytest.fixture(scope="module")
 def completions(checkpoint: Path) -> dict[Engine, list[Completion]]:
     """Of all engines, which start at once."""
-
-    def complete(engine: Engine) -> list[Completion]:
-        run = Run(checkpoint, engine.quantization, not engine.eager, dtype=engine.dtype, among_others=True)
-        return generate([run], {SWITCH: engine.path})[run]
-
     engines = [*OURS, *THEIRS]
     with ThreadPoolExecutor(len(engines)) as pool:
-        return dict(zip(engines, pool.map(complete, engines), strict=True))
+        return dict(zip(engines, pool.map(lambda engine: engine.complete(checkpoint), engines), strict=True))
 
 
 @pytest.mark.parametrize("engine", OURS, ids=lambda engine: f"{engine.dtype} {engine.path or 'auto'}")
@@ -95,11 +97,27 @@ def test_tokens_are_those_of_dense_execution(
     stock vLLM itself, as it goes from eager to compiled; by its mean, because the largest of so many differences varies
     by as much again from run to run.
     """
+    require_those_of_stock(f"{engine.dtype} {engine.path or 'auto'}", engine, completions, record_property)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tokens_of_a_pipeline(
+    checkpoint: Path, completions: dict[Engine, list[Completion]], record_property: Callable[[str, object], None]
+) -> None:
+    """Of two stages: what a layer returns is a tensor then."""
+    engine = Engine("bfloat16", stages=2)
+    found = {engine: engine.complete(checkpoint)}
+    require_those_of_stock("bfloat16, two stages", engine, completions | found, record_property)
+
+
+def require_those_of_stock(
+    name: str, engine: Engine, completions: dict[Engine, list[Completion]], record: Callable[[str, object], None]
+) -> None:
     ours = completions[engine]
     stock, eager = (completions[Engine(engine.dtype, STOCK, eager=eager)] for eager in (False, True))
     tolerance = 2 * mean(differences(stock, eager))
     found = mean(differences(ours, stock))
-    record_property(f"{engine.dtype} {engine.path or 'auto'}", f"{found:.4f} nats, tolerance {tolerance:.4f}")
+    record(name, f"{found:.4f} nats, tolerance {tolerance:.4f}")
     assert found <= tolerance
     require_same_or_tied(ours, stock, 2 * spread(stock, eager), EXCEPTIONS)
     # It is another execution, not the same one twice.
