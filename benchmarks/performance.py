@@ -316,12 +316,6 @@ def quality_rounding(result: Result) -> list[str]:
     return [*quality_tables.added_by_fp8(result["rows"]), "", source(result)]
 
 
-def quality_times(result: Result) -> list[str]:
-    """How long pruning took, of the rows that were measured later than the others, with nothing beside them."""
-    rows = [row for row in result["rows"] if "commit" in row]
-    return [*quality_tables.times(rows), "", source({**result, "commit": rows[0]["commit"]})]
-
-
 def fp8_scales(result: Result) -> list[str]:
     """What the rule for FP8 scales is worth."""
     return [*quality_tables.rounding_errors(result["rows"]), "", source(result)]
@@ -354,6 +348,8 @@ TABLES: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     "errors": ("decode_speed", errors),
     "gemm": ("gemm_sweep", gemm),
     "paths": ("gemm_sweep", paths),
+    "paths_side_by_side": ("gemm_sweep-side-by-side", paths),
+    "gemm_h200": ("gemm_sweep-h200", gemm),
     "mlp": ("layer_breakdown", mlp),
     "gpu_tests": ("gpu_tests", gpu_tests),
     "gpu_tests_serving": ("gpu_tests-serving", gpu_tests),
@@ -373,9 +369,8 @@ TABLES: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     "accuracy": ("accuracy-smollm2", quality),
     "ablations": ("accuracy-smollm2-ablations", quality),
     "accuracy_cpu": ("accuracy-smollm2-cpu", quality),
-    "accuracy_fifty": ("accuracy-smollm2-fifty", quality),
+    "options": ("accuracy-smollm2-options", quality),
     "gains_cpu": ("accuracy-smollm2-cpu", quality_gains),
-    "times_cpu": ("accuracy-smollm2-cpu", quality_times),
     "rounding": ("accuracy-smollm2-rounding", quality),
     "rounding_added": ("accuracy-smollm2-rounding", quality_rounding),
     "learned": ("learned-smollm2", quality),

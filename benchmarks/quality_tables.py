@@ -32,14 +32,18 @@ def markdown(rows: Sequence[Row]) -> list[str]:
 
 
 def gains(rows: Sequence[Row]) -> list[str]:
-    """What `BETTER` leaves of `BASE`'s losses: KL, and perplexity beyond the dense model's, each seed by itself."""
+    """What `BETTER` leaves of `BASE`'s losses: KL, and perplexity beyond the dense model's, each seed by itself.
+
+    Of the sparsities that both have: without indices to select `BASE` goes by another name.
+    """
     domains = list(dict.fromkeys(row["domain"] for row in rows))
     found = {
         (row["method"], row["sparsity"], row["seed"], row["domain"]): row for row in rows if row["format"] != "bf16"
     }
     dense = {row["domain"]: row["perplexity"] for row in rows if row["method"] == "dense" and row["format"] == "bf16"}
     lines = [f"| MLP sparsity | of `{BASE}`'s | {' | '.join(domains)} | mean |", "|" + "---|" * (3 + len(domains))]
-    for sparsity in sorted({key[1] for key in found if key[0] == BETTER}):
+    sparsities = [{key[1] for key in found if key[0] == method} for method in (BETTER, BASE)]
+    for sparsity in sorted(sparsities[0] & sparsities[1]):
         seeds = [key[2] for key in found if key[:2] == (BETTER, sparsity) and key[3] == domains[0]]
         for name, key in (("KL", "kl"), ("perplexity loss", "perplexity")):
             ratios = []
@@ -70,16 +74,6 @@ def added_by_fp8(rows: Sequence[Row]) -> list[str]:
             cells.append(mean([100 * (fp8["perplexity"] / bf16["perplexity"] - 1) for fp8, bf16 in pairs], 1))
             cells.append(mean([fp8["kl"] - bf16["kl"] for fp8, bf16 in pairs], 3))
         lines.append(f"| `{method}` | {' | '.join(cells)} |")
-    return lines
-
-
-def times(rows: Sequence[Row]) -> list[str]:
-    """Seconds of `BASE` and of `BETTER`, seed by seed, and how many times as long that is."""
-    seconds = {(row["method"], row["sparsity"], row["seed"]): row["prune_seconds"] for row in rows}
-    lines = [f"| MLP sparsity | seed | `{BASE}`, s | `{BETTER}`, s | times as long |", "|---|---|---|---|---|"]
-    for sparsity, seed in sorted({key[1:] for key in seconds if key[0] == BETTER}):
-        base, better = (seconds[method, sparsity, seed] for method in (BASE, BETTER))
-        lines.append(f"| {sparsity:.1%} | {seed} | {base:.0f} | {better:.0f} | {better / base:.1f} |")
     return lines
 
 
