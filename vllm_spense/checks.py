@@ -16,7 +16,7 @@ from vllm.config import VllmConfig
 from vllm_spense.errors import FormatError, SpenseError
 from vllm_spense.format import Annotation
 from vllm_spense.layout import shard
-from vllm_spense.policy import SWITCH, forced_path
+from vllm_spense.policy import GRANT, SWITCH, forced_path, granted_bytes
 
 #: Formats whose loader hands a checkpoint's tensors to the layers' own weight loaders; others restore what vLLM made
 #: of the tensors on some earlier run, or expect another checkpoint.
@@ -37,10 +37,12 @@ def check_engine(annotation: Annotation, engine: VllmConfig) -> None:
     """Refuses what the engine's settings and the regions cannot do together.
 
     Raises:
-        SpenseError: an unknown path in `SPENSE_PATH`, an unsupported load format, or LoRA with tensor parallelism.
+        SpenseError: an unknown path in `SPENSE_PATH`, no number in `SPENSE_DENSE_COPY_GIB`, an unsupported load format,
+            or LoRA with tensor parallelism.
         FormatError: the tensor parallel size does not divide a region.
     """
     forced_path(os.environ.get(SWITCH))
+    granted_bytes(os.environ.get(GRANT))
     load_format, size = str(engine.load_config.load_format), engine.parallel_config.tensor_parallel_size
     if load_format not in LOAD_FORMATS:
         raise SpenseError(

@@ -65,7 +65,7 @@ class Finding:
 def judge(machine: Machine) -> list[Finding]:
     """About ten lines; the last one says what will run pruned layers, and is good if that is fast."""
     findings = [*_hardware(machine), *_software(machine)]
-    fast = all(finding.good is not False for finding in findings) and machine.forced is not Path.REFERENCE
+    fast = all(finding.good is not False for finding in findings) and machine.forced not in (Path.REFERENCE, Path.DENSE)
     if machine.forced:
         path = f"{machine.forced}, because {SWITCH} says so"
     elif not fast:

@@ -23,7 +23,7 @@ from vllm_spense import glue, layout, loaders, ops
 from vllm_spense.activation import Claim, Quantized, RawSums
 from vllm_spense.errors import FormatError
 from vllm_spense.format import Regions
-from vllm_spense.kernels.problem import Problem, Scales, Split, sum_dtype
+from vllm_spense.kernels.problem import COPY, Problem, Scales, Split, sum_dtype
 from vllm_spense.kernels.reference import by_projection, scaled
 from vllm_spense.layout import Shard
 from vllm_spense.loaders import Loader
@@ -124,14 +124,14 @@ class RegionLinearMethod(LinearMethodBase):
             # Or torch would cut packed weights out of what loaded ones leave, and the remainders would be of no use to
             # anything as large as a KV cache.
             torch.cuda.empty_cache()
-        packed = ops.pack(weight, self.runs)
+        packed = ops.pack(weight, self.runs) | ops.dense_copy(weight, self.runs, self.max_tokens, self.name)
         for name, tensor in packed.items():
             layer.register_parameter(f"weight_{name}", Parameter(tensor, requires_grad=False))
         layer.weight_scale = Parameter(scale, requires_grad=False)
         self.packed_names = tuple(packed)
         # LoRA looks under this name for the layer's device.
         layer.weight_packed = getattr(layer, f"weight_{self.packed_names[0]}")
-        ops.prepare(self.runs, self.max_tokens, weight.device)
+        ops.prepare(self.runs, self.max_tokens, weight.device, COPY in packed)
 
     def arranged(self, weight: torch.Tensor) -> torch.Tensor:
         """W as it runs; sets `runs`."""

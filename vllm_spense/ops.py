@@ -13,8 +13,9 @@ from typing import Protocol, cast
 
 import torch
 
-from vllm_spense.kernels.problem import Problem, Scales
+from vllm_spense.kernels.problem import COPY, Problem, Scales
 from vllm_spense.policy import (
+    GRANT,
     ONE_LAUNCH_CAPABILITY,
     SWITCH,
     Device,
@@ -22,6 +23,7 @@ from vllm_spense.policy import (
     candidates,
     choose,
     forced_path,
+    granted_bytes,
     reason_against,
     tokens_of,
     turns,
@@ -30,6 +32,9 @@ from vllm_spense.policy import (
 #: For whatever compiles the scales with what follows. They add reads to SiLU·mul·quant, and beyond a number of reads
 #: Inductor would write its input out first, in a kernel of its own.
 INDUCTOR_OPTIONS = {"realize_reads_threshold": 16, "realize_opcount_threshold": 100}
+
+#: A dense GEMM must take at most this share of the time to be worth a copy of the weight.
+_WORTH_A_COPY = 0.98
 
 # A child of vLLM's logger: its handlers and level apply in every process that vLLM starts.
 logger = logging.getLogger("vllm.spense")
@@ -60,9 +65,13 @@ def kernel(path: Path) -> Kernel:
 
 
 @cache
-def prepare(problem: Problem, max_tokens: int, device: torch.device) -> None:
-    """Makes whatever is slow to make, for up to `max_tokens` rows of activations, and says which path runs when."""
-    paths = _paths(problem, device)
+def prepare(problem: Problem, max_tokens: int, device: torch.device, copied: bool = False) -> None:
+    """Makes whatever is slow to make, for up to `max_tokens` rows of activations, and says which path runs when.
+
+    Args:
+        copied: whether there is a `dense_copy` of the weight.
+    """
+    paths = _paths(problem, device, copied)
     for path in paths:
         if span := tokens_of(path, paths, max_tokens):
             kernel(path).prepare(problem, *span, device)
@@ -74,7 +83,7 @@ def prepare(problem: Problem, max_tokens: int, device: torch.device) -> None:
         problem.parts * problem.regions.sparse,
         problem.parts * problem.regions.dense,
         describe(device),
-        _turns(problem, max_tokens, device),
+        _turns(problem, max_tokens, device, copied),
     )
     if device.type == "cuda" and Path.REFERENCE in paths:
         logger.warning(
@@ -83,10 +92,14 @@ def prepare(problem: Problem, max_tokens: int, device: torch.device) -> None:
         )
 
 
-def _turns(problem: Problem, max_tokens: int, device: torch.device) -> str:
+def _turns(problem: Problem, max_tokens: int, device: torch.device, copied: bool = False) -> str:
     """In words, which path runs for how many tokens: "one-launch (to 128 tokens), then library"."""
-    buckets = [1 << power for power in range((max_tokens - 1).bit_length() + 1)]
-    return _in_words((_path(problem, tokens, device), tokens) for tokens in buckets)
+    return _in_words((_path(problem, tokens, device, copied), tokens) for tokens in _buckets(max_tokens))
+
+
+def _buckets(max_tokens: int) -> list[int]:
+    """Numbers of tokens for which a path is chosen."""
+    return [1 << power for power in range((max_tokens - 1).bit_length() + 1)]
 
 
 def _in_words(paths: Iterable[tuple[str, int]]) -> str:
@@ -108,6 +121,52 @@ def pack(weight: torch.Tensor, problem: Problem) -> dict[str, torch.Tensor]:
     for pack_for in dict.fromkeys(kernel(path).pack for path in _paths(problem, weight.device)):
         packed |= pack_for(weight, problem)
     return packed
+
+
+def dense_copy(weight: torch.Tensor, problem: Problem, max_tokens: int, layer: str) -> dict[str, torch.Tensor]:
+    """What to pack beside `pack(weight, problem)` for the dense path: the weight itself, or nothing.
+
+    A copy is kept where a dense GEMM is faster for some number of tokens up to `max_tokens`, as long as
+    `SPENSE_DENSE_COPY_GIB` has room for it. A layer that is loaded again has it again.
+
+    Args:
+        layer: its name.
+    """
+    granted, size = granted_bytes(os.environ.get(GRANT)), problem.n * problem.k
+    if not granted or _forced() or not _dense_wins(problem, max_tokens, weight.device):
+        return {}
+    others = sum(taken for name, taken in _copies.items() if name != layer)
+    if others + size > granted:
+        logger.info("Spense: no dense copy of %s: %s=%s is used up", layer, GRANT, os.environ[GRANT])
+        return {}
+    _copies[layer] = size
+    return {COPY: weight}
+
+
+#: Layer → bytes of its dense copy, in this process.
+_copies: dict[str, int] = {}
+
+
+@cache
+def _dense_wins(problem: Problem, max_tokens: int, device: torch.device) -> bool:
+    if Path.LIBRARY not in _paths(problem, device):
+        return False
+    dense = cast(Timed, kernel(Path.DENSE))
+
+    def gains(tokens: int) -> bool:
+        """Whether the dense path is clearly faster than what would run without it."""
+        if _path(problem, tokens, device, copied=True) is not Path.DENSE:
+            return False
+        without = cast(Timed, kernel(_path(problem, tokens, device)))
+        return dense.us(problem, tokens, device) <= _WORTH_A_COPY * without.us(problem, tokens, device)
+
+    won = [tokens for tokens in _buckets(max_tokens) if gains(tokens)]
+    if won:
+        logger.info(
+            "Spense: a dense copy of each %d × %d, %.0f MiB, is faster for up to %s tokens",
+            problem.n, problem.k, problem.n * problem.k / 2**20, ", ".join(map(str, won)),
+        )  # fmt: skip
+    return bool(won)
 
 
 def region_gemm(
@@ -168,7 +227,7 @@ def _decided(
     problem, names = read(spelled)
     # The number of tokens is symbolic in a compiled graph: only in an op can it decide the path.
     # By powers of two, so that it is decided once for each.
-    path = _path(problem, 1 << (x.shape[0] - 1).bit_length(), x.device)
+    path = _path(problem, 1 << (x.shape[0] - 1).bit_length(), x.device, COPY in names)
     return path, dict(zip(names, tensors, strict=True)), problem
 
 
@@ -232,13 +291,14 @@ def _whole_gemm_fake(
 
 
 @cache
-def _path(problem: Problem, tokens: int, device: torch.device) -> Path:
-    return choose(_paths(problem, device), tokens, lambda path: cast(Timed, kernel(path)).us(problem, tokens, device))
+def _path(problem: Problem, tokens: int, device: torch.device, copied: bool = False) -> Path:
+    paths = _paths(problem, device, copied)
+    return choose(paths, tokens, lambda path: cast(Timed, kernel(path)).us(problem, tokens, device))
 
 
 @cache
-def _paths(problem: Problem, device: torch.device) -> tuple[Path, ...]:
-    return candidates(problem, describe(device), _forced())
+def _paths(problem: Problem, device: torch.device, copied: bool = False) -> tuple[Path, ...]:
+    return candidates(problem, describe(device), _forced(), copied)
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -12,6 +13,8 @@ from vllm_spense.kernels.problem import WEIGHT_MULTIPLE, Problem
 
 #: Names a path to take whatever the policy says.
 SWITCH = "SPENSE_PATH"
+#: GiB of each GPU's memory that dense copies of pruned weights may take.
+GRANT = "SPENSE_DENSE_COPY_GIB"
 #: Compute capability that the library path was measured on; older GPUs have no FP8 in cuSPARSELt.
 LIBRARY_CAPABILITY = (9, 0)
 #: The one-launch path issues this GPU's own instructions.
@@ -27,6 +30,7 @@ class Path(StrEnum):
     REFERENCE = "reference"
     LIBRARY = "library"
     ONE_LAUNCH = "one-launch"
+    DENSE = "dense"
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,11 @@ class Device:
         return self.kind if self.capability is None else "{} {}.{}".format(self.kind, *self.capability)
 
 
-def candidates(problem: Problem, device: Device, forced: Path | None = None) -> tuple[Path, ...]:
+def candidates(problem: Problem, device: Device, forced: Path | None = None, copied: bool = False) -> tuple[Path, ...]:
     """Every path that `choose` returns for some number of tokens; a layer's weight is packed for each of them.
+
+    Args:
+        copied: whether there is a dense copy of the weight.
 
     Raises:
         SpenseError: the forced path cannot run this problem on this device.
@@ -59,15 +66,16 @@ def candidates(problem: Problem, device: Device, forced: Path | None = None) -> 
         if reason := reason_against(forced, problem, device):
             raise SpenseError(f"{SWITCH}={forced} cannot be followed: {reason}")
         return (forced,)
-    fast = tuple(path for path in (Path.ONE_LAUNCH, Path.LIBRARY) if not reason_against(path, problem, device))
+    paths = (Path.ONE_LAUNCH, Path.LIBRARY, *([Path.DENSE] if copied else []))
+    fast = tuple(path for path in paths if not reason_against(path, problem, device))
     return fast or (Path.REFERENCE,)
 
 
 def tokens_of(path: Path, paths: Sequence[Path], max_tokens: int) -> tuple[int, int] | None:
     """Smallest and largest number of tokens, up to `max_tokens`, for which `path` may be chosen among `paths`."""
-    both = len(paths) > 1
-    first = ALWAYS_ONE_LAUNCH + 1 if both and path is Path.LIBRARY else 1
-    last = min(max_tokens, NEVER_ONE_LAUNCH) if both and path is Path.ONE_LAUNCH else max_tokens
+    one_of_them = len(paths) > 1 and Path.ONE_LAUNCH in paths
+    first = ALWAYS_ONE_LAUNCH + 1 if one_of_them and path is not Path.ONE_LAUNCH else 1
+    last = min(max_tokens, NEVER_ONE_LAUNCH) if one_of_them and path is Path.ONE_LAUNCH else max_tokens
     return (first, last) if first <= last else None
 
 
@@ -76,13 +84,10 @@ def choose(paths: Sequence[Path], tokens: int, us: Callable[[Path], float]) -> P
 
     Args:
         paths: the candidates.
-        us: a path's measured time for these tokens; asked for only where neither path always wins.
+        us: a path's measured time for these tokens; asked for only where no path always wins.
     """
-    if len(paths) == 1:
-        return paths[0]
-    if tokens <= ALWAYS_ONE_LAUNCH:
-        return Path.ONE_LAUNCH
-    return Path.LIBRARY if tokens > NEVER_ONE_LAUNCH else min(paths, key=us)
+    rivals = [path for path in paths if (span := tokens_of(path, paths, tokens)) and span[1] == tokens]
+    return min(rivals, key=us) if len(rivals) > 1 else rivals[0]
 
 
 Name = TypeVar("Name", bound=str)
@@ -116,6 +121,21 @@ def reason_against(path: Path, problem: Problem, device: Device) -> str | None:
             return "it is written for compute capability {}.{}".format(*ONE_LAUNCH_CAPABILITY)
         return device.one_launch_fault
     return None
+
+
+def granted_bytes(switch: str | None) -> int:
+    """What a value of `SPENSE_DENSE_COPY_GIB` grants; None or nothing is none.
+
+    Raises:
+        SpenseError: it is no number, or less than 0.
+    """
+    try:
+        gib = float(switch or 0)
+    except ValueError:
+        gib = math.nan
+    if not 0 <= gib < math.inf:
+        raise SpenseError(f"{GRANT}: found {switch}, expected a number of GiB")
+    return int(gib * 2**30)
 
 
 def forced_path(switch: str | None) -> Path | None:

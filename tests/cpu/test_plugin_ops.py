@@ -1,7 +1,9 @@
 """`spense::region_gemm` against float64, eager and compiled, and its registration."""
 
 import logging
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +11,8 @@ import torch
 from vllm_spense import ops
 from vllm_spense.format import Regions
 from vllm_spense.kernels import reference
-from vllm_spense.kernels.problem import OUT_DTYPES, Problem, Split
-from vllm_spense.policy import Path
+from vllm_spense.kernels.problem import COPY, OUT_DTYPES, Problem, Split
+from vllm_spense.policy import GRANT, SWITCH, Device, Path
 
 FP8 = torch.float8_e4m3fn
 
@@ -138,9 +140,74 @@ def test_a_path_is_named_once_for_each_shape(caplog: pytest.LogCaptureFixture) -
 
 
 def test_the_turns_of_paths_are_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    def path(_problem: Problem, tokens: int, _device: torch.device) -> Path:
+    def path(_problem: Problem, tokens: int, _device: torch.device, _copied: bool) -> Path:
         return Path.ONE_LAUNCH if tokens <= 128 else Path.LIBRARY
 
     monkeypatch.setattr(ops, "_path", path)
     turns = ops._turns(problem("output", 64, 32), 8192, torch.device("cpu"))
     assert turns == "one-launch (to 128 tokens), then library"
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[Path, Callable[[int], float]]]:
+    """A GPU's policy without one: µs by path and tokens, to be filled in."""
+    times: dict[Path, Callable[[int], float]] = {}
+
+    def kernel(path: Path) -> SimpleNamespace:
+        return SimpleNamespace(us=lambda _problem, tokens, _device: times[path](tokens))
+
+    monkeypatch.setattr(ops, "describe", lambda _: Device("cuda", (9, 0), bindings=True))
+    monkeypatch.setattr(ops, "kernel", kernel)
+    monkeypatch.setattr(ops, "_copies", {})
+    monkeypatch.delenv(SWITCH, raising=False)
+    caches = (ops._path, ops._paths, ops._dense_wins)
+    for cached in caches:
+        cached.cache_clear()
+    yield times
+    for cached in caches:
+        cached.cache_clear()
+
+
+def test_a_dense_copy_is_kept_where_it_wins_and_there_is_room(
+    hopper: dict[Path, Callable[[int], float]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    p = problem("input", 1024, 1024)
+    weight = torch.zeros(p.n, p.k, dtype=FP8)
+    hopper |= {
+        Path.ONE_LAUNCH: lambda tokens: 40.0,
+        Path.LIBRARY: lambda tokens: 41.0,
+        Path.DENSE: lambda tokens: 38.0 if tokens == 256 else 42.0,
+    }
+    assert ops.dense_copy(weight, p, 8192, "a") == {}, "nothing is granted"
+    # Of two and a half copies.
+    monkeypatch.setenv(GRANT, str(2.5 * p.n * p.k / 2**30))
+    with caplog.at_level(logging.INFO, logger="vllm.spense"):
+        kept = [ops.dense_copy(weight, p, 8192, layer) for layer in ("a", "b", "c", "a")]
+    assert [list(copy) for copy in kept] == [[COPY], [COPY], [], [COPY]]
+    assert kept[0][COPY] is weight
+    said = [record.getMessage() for record in caplog.records]
+    assert said[0].endswith("is faster for up to 256 tokens")
+    assert f"no dense copy of c: {GRANT}" in said[1]
+    device = weight.device
+    for copied, paths in (
+        (True, {64: Path.ONE_LAUNCH, 128: Path.ONE_LAUNCH, 256: Path.DENSE, 512: Path.LIBRARY}),
+        (False, {64: Path.ONE_LAUNCH, 128: Path.ONE_LAUNCH, 256: Path.ONE_LAUNCH, 512: Path.LIBRARY}),
+    ):
+        assert {tokens: ops._path(p, tokens, device, copied) for tokens in paths} == paths
+
+
+@pytest.mark.parametrize("dense", [39.5, 45.0], ids=["by little", "never"])
+def test_no_dense_copy_for_nothing(
+    dense: float, hopper: dict[Path, Callable[[int], float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = problem("input", 1024, 1024)
+    hopper |= {path: lambda tokens: 40.0 for path in Path} | {Path.DENSE: lambda tokens: dense}
+    monkeypatch.setenv(GRANT, "8")
+    assert ops.dense_copy(torch.zeros(p.n, p.k, dtype=FP8), p, 8192, "a") == {}
+
+
+def test_no_dense_copy_where_nothing_would_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(GRANT, "8")
+    p = problem("input", 96, 32)
+    _, weight = make(p, 1)
+    assert ops.dense_copy(weight, p, 8192, "a") == {}

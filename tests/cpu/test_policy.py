@@ -13,6 +13,7 @@ from vllm_spense.policy import (
     candidates,
     choose,
     forced_path,
+    granted_bytes,
     reason_against,
     tokens_of,
 )
@@ -21,6 +22,7 @@ PROBLEM = Problem(128, 64, Regions(96, 32), "output")
 HOPPER = Device("cuda", (9, 0), bindings=True)
 BLACKWELL = Device("cuda", (10, 0), bindings=True)
 BOTH = (Path.ONE_LAUNCH, Path.LIBRARY)
+ALL = (*BOTH, Path.DENSE)
 
 
 def never(path: Path) -> float:
@@ -41,12 +43,26 @@ def test_between_them_the_clock_decides(tokens: int, faster: Path) -> None:
     assert choose(BOTH, tokens, lambda path: 10.0 if path is faster else 11.0) is faster
 
 
+def test_a_dense_copy_competes_with_both() -> None:
+    assert candidates(PROBLEM, HOPPER, copied=True) == ALL
+    for tokens, rivals in ((ALWAYS_ONE_LAUNCH, ()), (100, ALL), (1000, ALL[1:])):
+        times = dict.fromkeys(rivals, 2.0)
+        for faster in rivals:
+            # Of others a time would be a KeyError.
+            assert choose(ALL, tokens, (times | {faster: 1.0}).__getitem__) is faster
+    assert choose(ALL, ALWAYS_ONE_LAUNCH, never) is Path.ONE_LAUNCH
+    # Without the one-launch path the other two compete for any number of tokens.
+    assert choose(ALL[1:], 1, lambda path: path is not Path.DENSE) is Path.DENSE
+    assert candidates(PROBLEM, Device("cpu"), copied=True) == (Path.REFERENCE,)
+
+
+@pytest.mark.parametrize("paths", [BOTH, ALL, ALL[1:]], ids=len)
 @pytest.mark.parametrize("max_tokens", [1, 64, 65, 300, 8192])
-def test_whatever_may_be_chosen_is_prepared(max_tokens: int) -> None:
+def test_whatever_may_be_chosen_is_prepared(max_tokens: int, paths: tuple[Path, ...]) -> None:
     for tokens in range(1, max_tokens + 1):
-        for faster in BOTH:
-            chosen = choose(BOTH, tokens, lambda path, faster=faster: float(path is not faster))
-            span = tokens_of(chosen, BOTH, max_tokens)
+        for faster in paths:
+            chosen = choose(paths, tokens, lambda path, faster=faster: float(path is not faster))
+            span = tokens_of(chosen, paths, max_tokens)
             assert span is not None
             assert span[0] <= tokens <= span[1]
     assert tokens_of(Path.LIBRARY, BOTH, ALWAYS_ONE_LAUNCH) is None
@@ -96,5 +112,18 @@ def test_the_switch_wins() -> None:
 
 
 def test_a_typo_in_the_switch_is_an_error() -> None:
-    with pytest.raises(SpenseError, match=r"SPENSE_PATH: found libary, expected reference \| library \| one-launch"):
+    with pytest.raises(
+        SpenseError, match=r"SPENSE_PATH: found libary, expected reference \| library \| one-launch \| dense"
+    ):
         forced_path("libary")
+
+
+@pytest.mark.parametrize("switch", ["8 GiB", "-1", "nan", "inf"])
+def test_a_grant_that_is_no_size(switch: str) -> None:
+    with pytest.raises(SpenseError, match=f"SPENSE_DENSE_COPY_GIB: found {switch}, expected a number of GiB"):
+        granted_bytes(switch)
+
+
+def test_a_grant_is_in_gib() -> None:
+    assert granted_bytes("1.5") == 3 << 29
+    assert granted_bytes(None) == granted_bytes("") == 0

@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from vllm_spense.format import Regions
-from vllm_spense.kernels.problem import Problem, Scales
+from vllm_spense.kernels.problem import COPY, Problem, Scales, Split
+from vllm_spense.policy import Path
 
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 pytest.importorskip("nvmath", reason="needs nvmath-python")
 
 from vllm_spense import ops
-from vllm_spense.kernels import cusparselt, library, one_launch, packing, reference
+from vllm_spense.kernels import cusparselt, dense, library, one_launch, packing, reference
 from vllm_spense.kernels.schedule import Tiling
 from vllm_spense.kernels.synthetic import random_2of4, random_fp8, random_weight, unit_scales
 
@@ -247,6 +248,32 @@ def test_the_op_agrees_with_its_reference_twin(out_dtype: torch.dtype) -> None:
             allowed = tolerance(x, weight, out_dtype)
             assert error(ops.region_gemm(x, packed, problem), exact) <= allowed
             assert error(reference.run(x, twin, problem), exact) <= allowed
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(("split", "n", "k"), [("output", 1024, 512), ("input", 512, 1024)])
+def test_a_dense_copy_computes_the_same(split: Split, n: int, k: int, scaled: bool) -> None:
+    problem = Problem(n, k, Regions(512, 512), split, scaled=scaled, apart=split == "input" and not scaled)
+    weight = random_weight(problem, DEVICE)
+    dense.prepare(problem, 1, 512, DEVICE)
+    for tokens in (1, 40, 256, 512):
+        x = random_fp8(tokens, k, DEVICE)
+        out = dense.run(x, {COPY: weight}, problem, scales_of(problem, tokens))
+        assert error(out, product_of(x, weight, problem)) <= tolerance(x, weight, torch.bfloat16)
+
+
+def test_an_op_runs_the_copy_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(512, 1024, Regions(512, 512), "input", apart=True)
+    weight = random_weight(problem, DEVICE)
+    packed = ops.pack(weight, problem) | {COPY: weight}
+    x, ran = random_fp8(256, problem.k, DEVICE), []
+    monkeypatch.setattr(ops, "choose", lambda paths, tokens, us: Path.DENSE)
+    monkeypatch.setattr(dense, "run", lambda *arguments, run=dense.run: ran.append(1) or run(*arguments))
+    ops._path.cache_clear()
+    out = ops.region_gemm(x, packed, problem)
+    ops._path.cache_clear()
+    assert ran
+    assert error(out, x.double() @ weight.double().t()) <= tolerance(x, weight, torch.bfloat16)
 
 
 @pytest.mark.parametrize("path", [library, one_launch], ids=lambda path: path.__name__.rpartition(".")[2])

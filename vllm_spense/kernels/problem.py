@@ -19,6 +19,9 @@ Scales = tuple[torch.Tensor, torch.Tensor]
 #: cuSPARSELt takes FP8 weights whose sizes are multiples of this.
 WEIGHT_MULTIPLE = 32
 
+#: What a dense copy of a weight is called among its packed tensors: float8_e4m3fn (N, K), as it runs.
+COPY = "whole"
+
 #: Raw sums reach 448² · K: far beyond float16.
 OUT_DTYPES = (torch.bfloat16, torch.float32)
 
