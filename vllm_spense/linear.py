@@ -19,7 +19,7 @@ from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
 from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
 from vllm.model_executor.parameter import BasevLLMParameter
 
-from vllm_spense import glue, layout, loaders, ops
+from vllm_spense import compile_key, glue, layout, loaders, ops
 from vllm_spense.activation import Claim, Quantized, RawSums
 from vllm_spense.errors import FormatError
 from vllm_spense.format import Regions
@@ -55,7 +55,7 @@ class RegionLinearMethod(LinearMethodBase):
         self.regions = regions
         self.name = name
         self.quantize = QuantFP8(static=False, group_shape=GroupShape.PER_TOKEN)
-        engine = get_current_vllm_config()
+        self.engine = engine = get_current_vllm_config()
         self.dummy = engine.load_config.load_format == "dummy"
         self.max_tokens = engine.scheduler_config.max_num_batched_tokens
 
@@ -129,6 +129,7 @@ class RegionLinearMethod(LinearMethodBase):
             layer.register_parameter(f"weight_{name}", Parameter(tensor, requires_grad=False))
         layer.weight_scale = Parameter(scale, requires_grad=False)
         self.packed_names = tuple(packed)
+        compile_key.record(self.engine, self.name, *packed, *self.choices())
         # LoRA looks under this name for the layer's device.
         layer.weight_packed = getattr(layer, f"weight_{self.packed_names[0]}")
         ops.prepare(self.runs, self.max_tokens, weight.device, COPY in packed)
@@ -137,6 +138,10 @@ class RegionLinearMethod(LinearMethodBase):
         """W as it runs; sets `runs`."""
         self.runs = self.problem
         return weight
+
+    def choices(self) -> tuple[object, ...]:
+        """What was decided about this layer on this machine, and shows in how it is traced."""
+        return self.runs.spelled, self.hands_on
 
     def _require_sound(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
         if (weight.view(torch.uint8) & 0x7F == 0x7F).any():
@@ -219,6 +224,9 @@ class OutputSplitLinearMethod(RegionLinearMethod):
             return super().arranged(weight)
         self.runs = self.problem.merged()
         return self.problem.by_region(weight)
+
+    def choices(self) -> tuple[object, ...]:
+        return *super().choices(), self.norm_claim.takes_fp8
 
     def handed_on(self, layer: Layer, x: Quantized) -> RawSums:
         return RawSums(self.gemm(layer, x.values), x.scale, layer.weight_scale, self.problem.regions.sparse)

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationStrategy
-from vllm.config import get_current_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.kernels.linear.scaled_mm.cutlass import CutlassFP8ScaledMMLinearKernel
 from vllm.model_executor.kernels.linear.scaled_mm.pytorch import ChannelWiseTorchFP8ScaledMMLinearKernel
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Fp8
 from vllm.platforms import current_platform
 
-from vllm_spense import glue, ops
+from vllm_spense import compile_key, glue, ops
 from vllm_spense.activation import Quantized
 from vllm_spense.kernels.problem import sum_dtype
 from vllm_spense.kernels.reference import scaled
@@ -63,6 +63,7 @@ class WholeFp8(CompressedTensorsW8A8Fp8):
         if type(found) is CutlassFP8ScaledMMLinearKernel and params_dtype == torch.bfloat16:
             self.fp8_linear = WholeKernel(found.config, found.layer_param_names)
             self.fp8_linear.norm_claim = self.norm_claim
+            self.fp8_linear.engine = get_current_vllm_config()
         elif type(found) is ChannelWiseTorchFP8ScaledMMLinearKernel and current_platform.is_cpu():
             self.fp8_linear = WholeOnCpu(found.config, found.layer_param_names)
             self.fp8_linear.dtype = sum_dtype(params_dtype)
@@ -107,6 +108,7 @@ class WholeKernel(CutlassFP8ScaledMMLinearKernel):
     ours = False
     quantizes = False
     norm_claim: NormClaim | None = None
+    engine: VllmConfig
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         super().process_weights_after_loading(layer)
@@ -118,6 +120,7 @@ class WholeKernel(CutlassFP8ScaledMMLinearKernel):
         self.quantizes = self.ours and glue.fuses_norm(k, torch.bfloat16, weight.device)
         if self.norm_claim:
             self.norm_claim.takes_fp8 = self.quantizes
+        compile_key.record(self.engine, f"{n} × {k}", self.ours, self.quantizes)
 
     def apply_weights(self, layer: torch.nn.Module, x: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
         if not self.quantizes:

@@ -24,9 +24,11 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import C
 from vllm.model_executor.models.utils import WeightsMapper
 
 import vllm_spense
+from vllm_spense import ops
 from vllm_spense.config import SpenseConfig
 from vllm_spense.errors import FormatError, SpenseError
 from vllm_spense.format import KEY, Annotation, Projections, Regions
+from vllm_spense.kernels.problem import COPY
 from vllm_spense.linear import InputSplitLinearMethod, OutputSplitLinearMethod
 from vllm_spense.norms import Deferred, finished
 from vllm_spense.ops import INDUCTOR_OPTIONS
@@ -269,6 +271,28 @@ def test_who_applies_the_scales_of_down(
     if hands_on:
         found = finished(found)
     torch.testing.assert_close(found, dequantized(x) @ (weight.float() * scale).t(), rtol=1e-4, atol=1e-3)
+
+
+def test_compiled_graphs_are_kept_apart_by_what_layers_run_on(
+    config: SpenseConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM keeps them under its configuration's hash, which knows nothing of our switches and of the machine."""
+    engine = get_current_vllm_config()
+    monkeypatch.setattr(engine, "additional_config", {"others": 1})
+
+    def loaded() -> str:
+        layer: Any = RowParallelLinear(I, HIDDEN, bias=False, quant_config=config, prefix=f"{MLP}.down_proj")
+        load(layer, sparse_weight(HIDDEN, I, (slice(None), slice(0, 64))))
+        load(layer, torch.ones(HIDDEN, 1), name="weight_scale")
+        layer.quant_method.process_weights_after_loading(layer)
+        return engine.compute_hash()
+
+    untold = engine.compute_hash()
+    first = loaded()
+    assert untold != first == loaded()
+    monkeypatch.setattr(ops, "dense_copy", lambda weight, *_: {COPY: weight})
+    assert loaded() != first
+    assert engine.additional_config["others"] == 1
 
 
 @pytest.mark.parametrize(
