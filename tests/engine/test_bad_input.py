@@ -104,6 +104,18 @@ def test_load_format(spense_checkpoint: Path, load_format: str) -> None:
     assert f"key: --load-format; found: {load_format}; expected: auto" in message
 
 
+@pytest.mark.parametrize(
+    ("switch", "value", "said"),
+    [
+        ("SPENSE_PATH", "libary", "SPENSE_PATH: found libary, expected reference | library | one-launch | dense"),
+        ("SPENSE_DENSE_COPY_GIB", "8GB", "SPENSE_DENSE_COPY_GIB: found 8GB, expected a number of GiB"),
+    ],
+)
+def test_switches(switch: str, value: str, said: str, spense_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(switch, value)
+    assert said in refusal(spense_checkpoint)
+
+
 def test_lora_with_tensor_parallelism(spense_checkpoint: Path) -> None:
     assert "LoRA" in refusal(spense_checkpoint, enable_lora=True, tensor_parallel_size=2)
 
