@@ -141,10 +141,14 @@ def _gemm_add_norm_quant(
 
 
 def _gemm_add_norm_quant_fake(
-    x: torch.Tensor, tensors: Sequence[torch.Tensor], spelled: str, *others: torch.Tensor | float
+    x: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    spelled: str,
+    x_scale: torch.Tensor,
+    w_scale: torch.Tensor,
+    residual: torch.Tensor,
+    *_: object,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    residual = others[2]
-    assert isinstance(residual, torch.Tensor)
     return _add_norm_quant_fake(x.new_empty((x.shape[0], read(spelled)[0].n)), residual)
 
 
