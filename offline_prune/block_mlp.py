@@ -14,10 +14,19 @@ from offline_prune.checkpoint import Say
 from offline_prune.glu import Glu
 from offline_prune.hessian import Energy, Hessian
 from offline_prune.meter import stage
-from offline_prune.mlp import Pruned, file_order, prune_down, prune_gate_up
+from offline_prune.mlp import (
+    Pruned,
+    file_order,
+    prune_down,
+    prune_every_row,
+    prune_gate_up,
+    round_down,
+    round_gate_up,
+)
 from offline_prune.report import LayerReport, ProjectionReport, TuningReport, projection_report
 from offline_prune.select import selection_hash
 from offline_prune.settings import PruneSettings
+from offline_prune.sparsegpt import InverseFactor
 from offline_prune.stored import StoredBlock
 from offline_prune.tune import tune
 from vllm_spense.format import Regions
@@ -34,13 +43,12 @@ class _Solved:
     """What the column loops of one MLP went by.
 
     Attributes:
-        hessian: float32 (H, H) of the inputs of gate and up.
-        mid: float32 (I, I) of the inputs of down, in file order.
+        gate_up, down: factors of the Hessians; None for solvers without one.
         order: int64 (I,), position in the file → original index.
     """
 
-    hessian: torch.Tensor
-    mid: torch.Tensor
+    gate_up: InverseFactor | None
+    down: InverseFactor | None
     order: torch.Tensor
 
 
@@ -107,21 +115,26 @@ class BlockMlp:
             )
         hessian = hessian_in.matrix()
         mid = before.matrix() if isinstance(before, Hessian) else before.diagonal()
+        gate_up = torch.cat([layer.weight for layer in gate_up_layers])
+        every = None
+        if settings.wanted_selection == "output-loss" and regions.sparse and regions.dense:
+            with stage("prune"):
+                every = prune_every_row(gate_up, hessian, settings, f"{name}: gate and up")
         with stage("select"):
-            gate_up = torch.cat([layer.weight for layer in gate_up_layers])
             gate, up = gate_up.chunk(2)
-            order = file_order(gate, up, down_layer.weight, hessian, mid, regions, settings, name)
-
-        with stage("prune"):
+            order = file_order(gate, up, down_layer.weight, hessian, mid, regions, settings, name, every)
             both = torch.cat([order, order + mlp.intermediate])
-            pruned = prune_gate_up(gate_up[both], hessian, regions, settings, f"{name}: gate and up")
+            every = every and every.rows(both)
+        with stage("prune"):
+            pruned = prune_gate_up(gate_up[both], hessian, regions, settings, f"{name}: gate and up", every)
             down_layer.weight.copy_(down_layer.weight[:, order])
-        del gate_up, gate, up, hessian_in
+        del gate_up, gate, up, every, hessian_in, hessian
         with stage("quantize"):
-            self.stored.put_gate_up(name, mlp, pruned, gate_up_layers, both)
+            self.stored.put_gate_up(name, mlp, gate_up_layers, pruned.weight, pruned.scales, both)
         gate_report = self._report(f"{name}: gate", pruned, slice(0, mlp.intermediate))
         up_report = self._report(f"{name}: up", pruned, slice(mlp.intermediate, None))
         # Float32 copies of the weights make room for down's Hessian.
+        factor = pruned.factor
         del pruned
 
         if settings.true_sequential:
@@ -144,7 +157,7 @@ class BlockMlp:
             up=up_report,
             down=self._report(f"{name}: down", pruned),
         )
-        return layer, _Solved(hessian, mid, order)
+        return layer, _Solved(factor, pruned.factor, order)
 
     def _tune(self, original: dict[str, torch.Tensor], dense: Stream) -> TuningReport:
         """Tunes towards the dense model.
@@ -169,19 +182,19 @@ class BlockMlp:
         Where compensation makes more of a zero than tuning has left of a kept weight, the two change places. Tuning
         has changed the inputs of down, but not so much that their Hessian would have to be collected anew.
         """
+        assert solved.gate_up is not None
+        assert solved.down is not None
         gate_up_layers, down_layer = self.mlp.gate_up(self.module), self.mlp.down(self.module)
         with stage("prune"):
             gate_up = torch.cat([layer.weight for layer in gate_up_layers])
-            pruned = prune_gate_up(gate_up, solved.hessian, self.regions, self.settings, f"{self.name}: gate and up")
+            rounded = round_gate_up(gate_up, solved.gate_up, self.regions, self.settings)
         with stage("quantize"):
             as_it_is = torch.arange(len(gate_up), device=gate_up.device)
-            self.stored.put_gate_up(self.name, self.mlp, pruned, gate_up_layers, as_it_is)
+            self.stored.put_gate_up(self.name, self.mlp, gate_up_layers, *rounded, as_it_is)
         with stage("prune"):
-            name = f"{self.name}: down"
-            pruned = prune_down(down_layer.weight, solved.mid, solved.order, self.regions, self.settings, name)
+            rounded = round_down(down_layer.weight, solved.down, solved.order, self.regions, self.settings)
         with stage("quantize"):
-            down = f"{self.name}.{self.mlp.projections.down}"
-            self.stored.put(down, down_layer, pruned.weight, pruned.scales)
+            self.stored.put(f"{self.name}.{self.mlp.projections.down}", down_layer, *rounded)
 
     def _report(self, what: str, pruned: Pruned, rows: slice = slice(None)) -> ProjectionReport:
         if pruned.damping is not None and pruned.damping > self.settings.damping:

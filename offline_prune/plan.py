@@ -93,8 +93,9 @@ def memory_plan(model: SourceModel, settings: PruneSettings, device: torch.devic
     widest = max((mlp.intermediate for mlp in mlps), default=0)
     parameters = max(sum(p.numel() for p in model.module(block.name).parameters()) for block in model.blocks)
     written = _written_bytes(model, settings)
+    scored = 2 * 4 * 2 * widest * hidden if settings.wanted_selection == "output-loss" else 0
     streams, tunes = 2 if settings.follows_dense else 1, settings.wanted_tune_steps > 0
-    # A float32 weight of down, what becomes of it, its difference, and two products for the loss.
+    # A float32 weight of down, what becomes of it, its difference, and two products for the loss or copies for descent.
     weights = 5 * 4 * widest * hidden
     # A tree of sums keeps one of each level, and one that is exchanged.
     sums = max(len(parts.cut(settings.samples // ranks.size())).bit_length(), 2 if ranks.size() > 1 else 1)
@@ -102,10 +103,11 @@ def memory_plan(model: SourceModel, settings: PruneSettings, device: torch.devic
         # H of the parts of the text, and one batch: residual stream and its norms, the MLP's three wide tensors. What
         # layers that are only rounded see is narrower.
         "observe": sums * 4 * widest**2 + batch * (3 * widest + 6 * hidden) * dtype.itemsize,
-        # H and three matrices of its size to factorize it; weights twice as large, and once in the model's type.
-        "gate and up": 4 * 4 * hidden**2 + 2 * weights + 4 * widest * hidden * dtype.itemsize,
+        # H and three matrices of its size to factorize it; weights twice as large, and once in the model's type. Where
+        # every row is pruned to choose among them, the result in both orders.
+        "gate and up": 4 * 4 * hidden**2 + 2 * weights + 4 * widest * hidden * dtype.itemsize + scored,
         "tune": (_tuning(widest, hidden, batch, dtype.itemsize) if tunes else 0)
-        # Both Hessians wait for the rounding of what is tuned.
+        # Both Hessians' factors wait for the rounding of what is tuned.
         + (4 * (widest**2 + hidden**2) if settings.rounds_tuned else 0),
         "down": (5 if settings.layout != "back" else 4) * 4 * widest**2 + 4 * hidden**2 + weights,
     }

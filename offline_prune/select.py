@@ -55,38 +55,34 @@ def sparsegpt_priority(
 
 
 def output_loss_priority(
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    down: torch.Tensor,
-    energy_in: torch.Tensor,
-    energy_mid: torch.Tensor,
-    power: tuple[torch.Tensor, torch.Tensor],
+    down: torch.Tensor, energy_mid: torch.Tensor, error: torch.Tensor, power: torch.Tensor
 ) -> torch.Tensor:
-    """The squared error that an intermediate index adds to the MLP's output once it is 2:4, before any compensation.
+    """The squared error that an intermediate index adds to the MLP's output once it is 2:4.
 
     Pruning row i of gate takes the share λ_gate[i] of the square of its output, that of up λ_up[i]; both errors reach
     z_i = f(g_i)·u_i about as large, relative to it, and go on through down's column i. There 2:4 takes the share φ of
     what columns carry, which depends on their neighbours and so is taken to be the same for all. Of independent errors
     squares add up:
 
-    p[i] = s_down[i] · (λ_gate[i] + λ_up[i] + φ),  λ[i] = Σ S_ij of the two weakest of every four / power[i]
+    p[i] = s_down[i] · (λ_gate[i] + λ_up[i] + φ),  λ[i] = error[i] / power[i]
 
-    with S_ij = W_ij²·H_jj, and s_down[i] the sum of S over down's column i: the square of what z_i does to the output.
+    with s_down[i] = Σ_j W_ji²·H_ii over down's column i, the square of what z_i does to the output, and φ the share of
+    all s_down that is in the two weakest of every four columns.
 
     Args:
-        gate, up, down, energy_in, energy_mid: as of `spensegpt_plus_priority`.
-        power: w·H·wᵀ of gate's rows and of up's, float (I,) each.
+        down: float (H, I).
+        energy_mid: (I,), diagonal of the Hessian of the inputs of down.
+        error, power: (Δ·H·Δᵀ)_ii of gate's rows, pruned without exception, and then of up's, and (W·H·Wᵀ)_ii; float
+            (2·I,).
 
     Returns:
         float32 (I,).
     """
     carried = wanda_scores(down, energy_mid)
-    shares = [
-        _weakest(wanda_scores(w, energy_in)).sum(1) / _positive(of_w) for w, of_w in zip((gate, up), power, strict=True)
-    ]
+    in_gate, in_up = (error / _positive(power)).chunk(2)
     in_down = _weakest(carried).sum() / _positive(carried.sum())
     # A share of next to nothing may be infinite; a column that carries nothing is worth nothing all the same.
-    return (carried.sum(0) * (shares[0] + shares[1] + in_down)).nan_to_num()
+    return (carried.sum(0) * (in_gate + in_up + in_down)).nan_to_num()
 
 
 def _weakest(scores: torch.Tensor) -> torch.Tensor:

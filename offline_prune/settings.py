@@ -36,10 +36,13 @@ class Method:
     rounding: Rounding = "inside"
     grouping: Grouping = "original"
     dense_first: bool = False
+    descent_passes: int = 0
 
 
 METHODS = {
-    "spensegpt++": Method("sparsegpt", "output-loss", 0.375, tune_steps=128, rounding="everywhere", dense_first=True),
+    "spensegpt++": Method(
+        "sparsegpt", "output-loss", 0.375, tune_steps=128, rounding="everywhere", dense_first=True, descent_passes=1
+    ),
     "spensegpt+": Method("sparsegpt", "spensegpt+", 0.375),
     "spensegpt": Method("sparsegpt", "last", 0.375),
     "sparsegpt": Method("sparsegpt", "last", 0.5),
@@ -71,6 +74,7 @@ class PruneSettings:
             compensated too; `everywhere`: in a column loop for the other linear layers too, of tuned weights after
             tuning, and with scales by least squared error. None for the method's own.
         damping: λ / mean(diag H).
+        descent_passes: of coordinate descent behind the solver, which chooses masks anew; None for the method's own.
         true_sequential: collect down's Hessian through the pruned gate and up.
         tune_steps: steps of Adam on each block's kept weights after it is pruned, in all one pass over the calibration
             text; 0 for none, None for the method's own.
@@ -102,6 +106,7 @@ class PruneSettings:
     quantize: Quantize = "fp8"
     rounding: Rounding | None = None
     damping: float = 0.01
+    descent_passes: int | None = None
     true_sequential: bool = True
     tune_steps: int | None = None
     tune_rate: float = 0.016
@@ -133,8 +138,10 @@ class PruneSettings:
                 raise SpenseError(f"--{name.replace('_', '-')}: found {value}, expected at least 1")
         if not (math.isfinite(self.damping) and 0 <= self.damping <= 1):
             raise SpenseError(f"--damping: found {self.damping:g}, expected 0 to 1")
-        if self.tune_steps is not None and self.tune_steps < 0:
-            raise SpenseError(f"--tune-steps: found {self.tune_steps}, expected at least 0")
+        for name in ("descent_passes", "tune_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise SpenseError(f"--{name.replace('_', '-')}: found {value}, expected at least 0")
         if not 0 < self.tune_rate <= 1:
             raise SpenseError(f"--tune-rate: found {self.tune_rate:g}, expected more than 0 and at most 1")
         if self.alignment is not None and (self.alignment < MIN_ALIGNMENT or self.alignment & (self.alignment - 1)):
@@ -163,6 +170,10 @@ class PruneSettings:
         return self.grouping or METHODS[self.method].grouping
 
     @property
+    def wanted_descent_passes(self) -> int:
+        return METHODS[self.method].descent_passes if self.descent_passes is None else self.descent_passes
+
+    @property
     def wanted_tune_steps(self) -> int:
         return METHODS[self.method].tune_steps if self.tune_steps is None else self.tune_steps
 
@@ -172,8 +183,13 @@ class PruneSettings:
 
     @property
     def rounds_inside(self) -> bool:
-        """In the column loop that prunes."""
+        """In a column loop of what is pruned."""
         return self.quantize == "fp8" and self.wanted_rounding != "after" and self.solver == "sparsegpt"
+
+    @property
+    def prunes_unrounded(self) -> bool:
+        """Before anything is rounded, rather than in the same column loop."""
+        return not self.rounds_inside or self.wanted_descent_passes > 0
 
     @property
     def rounds_everywhere(self) -> bool:
@@ -202,6 +218,8 @@ class PruneSettings:
         }
         if self.solver == "sparsegpt":
             recorded["damping"] = self.damping
+        if self.wanted_descent_passes:
+            recorded["descent_passes"] = self.wanted_descent_passes
         if self.wanted_tune_steps:
             recorded |= {"tune_steps": self.wanted_tune_steps, "tune_rate": self.tune_rate}
         if self.quantize == "fp8":

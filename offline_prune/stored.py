@@ -7,7 +7,6 @@ from torch import nn
 
 from offline_prune.checkpoint import stored_form
 from offline_prune.glu import Glu
-from offline_prune.mlp import Pruned
 from offline_prune.source import TensorFiles
 
 
@@ -34,7 +33,13 @@ class StoredBlock:
         self.keep(name, weight, scales)
 
     def put_gate_up(
-        self, name: str, mlp: Glu, pruned: Pruned, layers: tuple[nn.Linear, ...], order: torch.Tensor
+        self,
+        name: str,
+        mlp: Glu,
+        layers: tuple[nn.Linear, ...],
+        weight: torch.Tensor,
+        scales: torch.Tensor | None,
+        order: torch.Tensor,
     ) -> None:
         """Puts the stacked weight, and the biases in its new row order, back into their layers."""
         biases: list[torch.Tensor] = [layer.bias for layer in layers if layer.bias is not None]
@@ -42,8 +47,7 @@ class StoredBlock:
         start = 0
         for projection, layer in zip(dict.fromkeys((mlp.projections.gate, mlp.projections.up)), layers, strict=True):
             rows = slice(start, start + layer.out_features)
-            scales = None if pruned.scales is None else pruned.scales[rows]
-            self.put(f"{name}.{projection}", layer, pruned.weight[rows], scales)
+            self.put(f"{name}.{projection}", layer, weight[rows], None if scales is None else scales[rows])
             if moved is not None:
                 bias = f"{name}.{projection}.bias"
                 layer.bias.copy_(moved[rows])

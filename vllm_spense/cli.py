@@ -90,6 +90,10 @@ def prune(
         ),
     ] = None,
     damping: Annotated[float, typer.Option(help="λ over the mean of the Hessian's diagonal.")] = 0.01,
+    descent_passes: Annotated[
+        int | None,
+        typer.Option(help="Passes of coordinate descent that choose masks anew. [default: 1 for spensegpt++, else 0]"),
+    ] = None,
     true_sequential: Annotated[
         bool, typer.Option(help="Calibrate down on the outputs of the pruned gate and up.")
     ] = True,
@@ -142,6 +146,7 @@ def prune(
         quantize=cast("Quantize", quantize),
         rounding=cast("Rounding | None", fp8_rounding),
         damping=damping,
+        descent_passes=descent_passes,
         true_sequential=true_sequential,
         tune_steps=tune_steps,
         tune_rate=tune_rate,

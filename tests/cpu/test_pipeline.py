@@ -154,6 +154,32 @@ def test_ablations(selection: Any, layout: Any, llama: Path, tmp_path: Path, tex
     assert (settings["selection"], settings["layout"]) == (selection, layout)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quantize": "none"},
+        {"quantize": "fp8"},
+        {"quantize": "fp8", "rounding": "after"},
+        {"layout": "none"},
+        {"method": "wanda", "sparsity": 0.375},
+    ],
+    ids=str,
+)
+def test_descent_makes_every_projection_lose_less(
+    options: dict[str, Any], llama: Path, tmp_path: Path, text: Path
+) -> None:
+    layers = []
+    for passes in (0, 2):
+        report = run(llama, tmp_path / str(passes), text, samples=32, descent_passes=passes, **options)
+        verify(tmp_path / str(passes))
+        assert open_checkpoint(tmp_path / str(passes)).annotation.settings.get("descent_passes", 0) == passes
+        layers.append(report.layers[0])
+    without, with_descent = layers
+    assert with_descent.dense_indices == without.dense_indices
+    for name in ("gate", "up", "down"):
+        assert getattr(with_descent, name).loss < 0.97 * getattr(without, name).loss, name
+
+
 def test_back_loses_less_than_front(llama: Path, tmp_path: Path, text: Path) -> None:
     losses = {}
     for layout in ("back", "front"):

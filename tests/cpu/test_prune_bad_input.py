@@ -75,6 +75,7 @@ def test_already_quantized(llama: Path, tmp_path: Path, text: Path) -> None:
         ({"samples": 0}, "--samples: found 0"),
         ({"damping": 2.0}, "--damping: found 2"),
         ({"tune_steps": -1}, "--tune-steps: found -1"),
+        ({"descent_passes": -1}, "--descent-passes: found -1"),
         ({"tune_rate": 0.0}, "--tune-rate: found 0, expected more than 0"),
         ({"alignment": 48}, "--alignment: found 48"),
         ({"alignment": 256}, "intermediate size 128 is not a multiple of the alignment 256; --alignment 128"),

@@ -52,26 +52,25 @@ def test_output_loss_is_what_the_output_loses() -> None:
     z = F.silu(x @ gate.T) * (x @ up.T)
     changed = F.silu(x @ pruned(gate).T) * (x @ pruned(up).T)
     true = (changed - z).square().sum(0) * down.square().sum(0)
-    power = tuple((x @ w.T).square().sum(0) for w in (gate, up))
-    found = output_loss_priority(gate, up, down, energy, z.square().sum(0), power)
+    error = torch.cat([(x @ (pruned(w) - w).T).square().sum(0) for w in (gate, up)])
+    power = torch.cat([(x @ w.T).square().sum(0) for w in (gate, up)])
+    found = output_loss_priority(down, z.square().sum(0), error, power)
     papers = spensegpt_plus_priority(gate, up, down, energy, z.square().sum(0))
     worst = set(true.argsort()[-16:].tolist())
     hits = [len(worst & set(priority.argsort()[-16:].tolist())) for priority in (found, papers)]
     assert hits[0] >= 13
     assert hits[0] > hits[1]
     assert torch.corrcoef(torch.stack([true.log(), found.log()]))[0, 1] > 0.9
-    assert output_loss_priority(gate * 0, up, down * 0, energy, z.square().sum(0), power).isfinite().all()
-    nothing = torch.zeros(64), torch.zeros(64)
-    assert (output_loss_priority(gate, up, down * 0, energy, z.square().sum(0), nothing) == 0).all()
+    nothing = torch.zeros(128)
+    assert output_loss_priority(down * 0, z.square().sum(0), error, power).isfinite().all()
+    assert (output_loss_priority(down * 0, z.square().sum(0), error, nothing) == 0).all()
 
 
-def test_output_loss_takes_the_two_weakest_of_every_four() -> None:
-    gate, up = torch.tensor([[1.0, 2, 3, 4, 5, 0, 0, 0]]), torch.tensor([[2.0, 2, 1, 1, 3, 3, 3, 1]])
+def test_output_loss_takes_the_two_weakest_of_every_four_of_down() -> None:
     down = torch.tensor([[3.0, 1, 4, 2]]).expand(2, 4)
-    energy_in, energy_mid = torch.ones(8), torch.tensor([1.0, 2, 1, 1])
-    power = torch.full((4,), 100.0), torch.full((4,), 50.0)
-    found = output_loss_priority(gate.expand(4, 8), up.expand(4, 8), down, energy_in, energy_mid, power)
-    # What is lost: 1 + 4 of gate; 1 + 1 and 1 + 9 of up; of down's 9 + 2 + 16 + 4 in each row, 2 + 4.
+    error, power = torch.tensor([5.0] * 4 + [12.0] * 4), torch.tensor([100.0] * 4 + [50.0] * 4)
+    found = output_loss_priority(down, torch.tensor([1.0, 2, 1, 1]), error, power)
+    # Of down's 9 + 2 + 16 + 4 in each row, 2 + 4 go.
     torch.testing.assert_close(found, torch.tensor([18.0, 4, 32, 8]) * (5 / 100 + 12 / 50 + 6 / 31))
 
 

@@ -21,10 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cpu"))
 
 import elementwise_parts
 from column_problems import compare, every_problem, ties
+from descent_problems import every_problem as every_problem_of_descent
 from test_resume import contents, cut_off
 from tiny_models import tiny_model
 
-from offline_prune import elementwise_kernels, sparsegpt
+from offline_prune import descent, descent_kernel, elementwise_kernels, sparsegpt
 from offline_prune.activations import Stream
 from offline_prune.column_kernel import solve_block
 from offline_prune.elementwise import TOLERANCE
@@ -45,6 +46,10 @@ def test_the_kernel_against_its_twin() -> None:
     for problem in every_problem(1000, DEVICE):
         compare(solve_block, problem)
     ties(solve_block, DEVICE)
+
+
+def test_the_descent_kernel_against_its_twin() -> None:
+    every_problem_of_descent(descent_kernel.solve_block, 1000, DEVICE)
 
 
 def correlated(tokens: int, width: int) -> torch.Tensor:
@@ -92,6 +97,28 @@ def test_the_whole_loop_against_the_plain_one(rounding: bool, monkeypatch: pytes
     masks = ((found == 0) == (expected == 0)).float().mean().item()
     print(f"masks {masks:.5%}, errors {errors[0]:.6g} and {errors[1]:.6g}")
     assert abs(errors[0] / errors[1] - 1) <= 1e-3
+    assert masks >= 0.999
+
+
+def test_descent_against_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = correlated(16384, 4096)
+    hessian = Hessian(4096, DEVICE)
+    hessian.add(inputs)
+    weight = 0.02 * torch.randn(2048, 4096, device=DEVICE)
+    matrix = hessian.matrix()
+    regions = {
+        "sparse_rows": torch.arange(2048, device=DEVICE) % 8 > 0,
+        "sparse_columns": torch.arange(4096, device=DEVICE) < 3072,
+    }
+    start = sparsegpt.sparsegpt(weight, sparsegpt.inverse_factor(matrix, 0.01, "layer"), **regions)
+    found = descent.descend(weight, start, matrix, 0.01, **regions, passes=2)
+    monkeypatch.setattr(descent, "_solver", lambda device: descent.solve_block)
+    expected = descent.descend(weight, start, matrix, 0.01, **regions, passes=2)
+    errors = [((result - weight) @ matrix * (result - weight)).sum().item() for result in (found, expected, start)]
+    masks = ((found == 0) == (expected == 0)).float().mean().item()
+    print(f"masks {masks:.5%}, errors {errors[0]:.6g} and {errors[1]:.6g}, {errors[2]:.6g} before")
+    assert abs(errors[0] / errors[1] - 1) <= 1e-3
+    assert errors[0] < 0.95 * errors[2]
     assert masks >= 0.999
 
 
