@@ -124,7 +124,8 @@ class BlockMlp:
             gate, up = gate_up.chunk(2)
             order = file_order(gate, up, down_layer.weight, hessian, mid, regions, settings, name, every)
             both = torch.cat([order, order + mlp.intermediate])
-            every = every and every.rows(both)
+            if every is not None:
+                every = every.rows(both)
         with stage("prune"):
             pruned = prune_gate_up(gate_up[both], hessian, regions, settings, f"{name}: gate and up", every)
             down_layer.weight.copy_(down_layer.weight[:, order])

@@ -27,8 +27,8 @@ _AVERAGED = 0.3
 #: How far the target is the dense model's output, and not what the dense block makes of the pruned model's input.
 #: All of the former would teach every block what the blocks before it get wrong on the calibration text alone.
 _INHERITED = 0.5
-#: The loss before and after is measured on this many tokens.
-_JUDGED_TOKENS = 4096
+#: The loss before and after is measured on this share of the text, but no more than so many tokens.
+_JUDGED_SHARE, _JUDGED_TOKENS = 1 / 16, 4096
 
 
 class _AsServed(torch.autograd.Function):
@@ -125,7 +125,7 @@ def tune(
 
     @torch.no_grad()
     def judge() -> float:
-        units = order[: max(1, _JUDGED_TOKENS // (length * ranks.size()))]
+        units = order[: max(1, min(int(_JUDGED_SHARE * len(order)), _JUDGED_TOKENS // (length * ranks.size())))]
         total = torch.stack([loss.detach() for loss in losses(units)]).sum() / ranks.size()
         ranks.add_up(total)
         return total.item()

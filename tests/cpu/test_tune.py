@@ -60,7 +60,8 @@ def test_every_family_is_tuned(name: str, tmp_path: Path, text: Path) -> None:
 def test_a_block_that_cannot_be_entered_behind_its_attention(
     llama: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such a block is tuned on whole sequences, through its attention: the same loss to begin with."""
+    """Such a block is tuned on whole sequences, through its attention: the same loss to begin with, of all text."""
+    monkeypatch.setattr("offline_prune.tune._JUDGED_SHARE", 1)
     split = run(llama, tmp_path / "split", text, method="spensegpt++", samples=16, length=256)
     monkeypatch.setattr("offline_prune.activations.find_split", lambda *_: None)
     whole = run(llama, tmp_path / "whole", text, method="spensegpt++", samples=16, length=256)
