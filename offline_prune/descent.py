@@ -167,7 +167,7 @@ def solve_block(weight: torch.Tensor, slope: torch.Tensor, corner: torch.Tensor,
         here, behind = slice(GROUP * i, GROUP * (i + 1)), slice(GROUP * (i + 1), None)
         free = torch.addmm(columns[here], inverse, slopes[here], alpha=-1)
         found = (of_pairs[i] @ free).view(len(PAIRS), GROUP + 2, -1)
-        cost = found[:, :2].square().sum(1, keepdim=True)
+        cost = found[:, :1].square().addcmul_(found[:, 1:2], found[:, 1:2])
         # The least of six, as a tournament: `argmin` takes several times as long.
         better = cost[half:] < cost[:half]
         cost, after = torch.minimum(cost[half:], cost[:half]), torch.where(better, found[half:, 2:], found[:half, 2:])

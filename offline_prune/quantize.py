@@ -12,8 +12,10 @@ SCALE_DTYPE = torch.bfloat16
 #: Compensation lets weights outgrow the largest original one. E4M3 is a floating-point format, so room for that
 #: costs next to nothing, while saturated weights cost more than all other rounding (docs/pruning.md).
 COMPENSATION_HEADROOM = 1.5
-#: Scales that are tried in an octave, and weights that are rounded at once with them.
-_STEPS, _AT_ONCE = 16, 2**24
+#: Scales that are tried in an octave.
+_STEPS = 16
+#: Weights that are rounded at once with them: what keeps a GPU busy, or stays in a CPU's cache.
+_AT_ONCE = {"cuda": 2**24, "cpu": 2**18}
 #: The bits of a float32 that say which power of two it lies above.
 _EXPONENT = 0x7F800000
 
@@ -28,7 +30,10 @@ def channel_scales(weight: torch.Tensor, headroom: float = 1.0) -> torch.Tensor:
     Returns:
         float32 (N, 1), positive, exactly representable in BF16; 1 for a row of zeros.
     """
-    largest = weight.abs().amax(dim=1, keepdim=True).float()
+    return _scales_for(weight.abs().amax(dim=1, keepdim=True).float(), headroom)
+
+
+def _scales_for(largest: torch.Tensor, headroom: float) -> torch.Tensor:
     scales = (headroom * largest / FP8_MAX).to(SCALE_DTYPE).float()
     return torch.where(scales > 0, scales, torch.ones_like(scales))
 
@@ -46,16 +51,18 @@ def least_squares_scales(weight: torch.Tensor, headroom: float = 1.0) -> torch.T
     Returns:
         As `channel_scales`.
     """
-    best = channel_scales(weight, headroom)
-    for rows in torch.arange(len(weight), device=weight.device).split(max(1, _AT_ONCE // weight.shape[1])):
-        part = weight[rows].float()
-        least = torch.full_like(best[rows], torch.inf)
+    found = []
+    for part in weight.split(max(1, _AT_ONCE[weight.device.type] // weight.shape[1])):
+        part = part.float()
+        largest = part.abs().amax(dim=1, keepdim=True)
+        best = least = torch.full_like(largest, torch.inf)
         for step in range(_STEPS):
-            scales = channel_scales(part, headroom * 2 ** (step / _STEPS))
+            scales = _scales_for(largest, headroom * 2 ** (step / _STEPS))
             error = (round_to_fp8(part, scales) - part).square_().sum(1, keepdim=True)
-            best[rows] = torch.where(error < least, scales, best[rows])
+            best = torch.where(error < least, scales, best)
             least = torch.minimum(least, error)
-    return best
+        found.append(best)
+    return torch.cat(found)
 
 
 def to_fp8(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -105,7 +105,7 @@ def tune(
                 f"{name}.weight": _AsServed.apply(w, kept[name], layers[name], linears[name].weight.dtype)
                 for name, w in weights.items()
             }
-            x, y = (source[part].to(stream.device) for source in (inputs, targets))
+            x, y = (source.index_select(0, part).to(stream.device) for source in (inputs, targets))
             with torch.no_grad():
                 target = torch.lerp(output(original, x), y.float(), _INHERITED)
             error, power = (output(served, x) - target).square().sum(-1), target.square().sum(-1)
@@ -118,8 +118,10 @@ def tune(
         """Takes a step's weights into their averages; after the last step they become the weights."""
         first = int(len(chosen) * (1 - _AVERAGED))
         for name, weight in weights.items():
-            if step >= first:
-                averages.setdefault(name, torch.zeros_like(weight)).lerp_(weight, 1 / (step - first + 1))
+            if step == first:
+                averages[name] = weight.detach().clone()
+            elif step > first:
+                averages[name].lerp_(weight, 1 / (step - first + 1))
             if step == len(chosen) - 1:
                 weight.copy_(averages[name])
 

@@ -25,7 +25,7 @@ def test_a_row_of_zeros_has_scale_one() -> None:
 
 @pytest.mark.parametrize("headroom", [1.0, 1.5])
 def test_scales_of_least_squared_error(headroom: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantize, "_AT_ONCE", 3 * 64)
+    monkeypatch.setitem(quantize._AT_ONCE, "cpu", 3 * 64)
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 2, 16)[:, None]
     weight[3] = 0
     best = least_squares_scales(weight, headroom)
