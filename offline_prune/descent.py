@@ -185,11 +185,15 @@ def solve_block(weight: torch.Tensor, slope: torch.Tensor, corner: torch.Tensor,
 def _of_pairs(groups: Groups) -> torch.Tensor:
     """(n, 36, 4), to be multiplied by v: of each pair two numbers whose squares add up to twice what it costs, then the
     group's new values, exact zeros at the pair."""
-    roots = torch.linalg.cholesky(groups.quadratic)
-    rows = roots.new_zeros(len(roots), len(PAIRS), GROUP + 2, GROUP)
+    quadratic = groups.quadratic
+    first = quadratic[..., 0, 0].sqrt()
+    both = quadratic[..., 0, 1] / first
+    second = (quadratic[..., 1, 1] - both.square()).clamp_min(0).sqrt()
+    rows = quadratic.new_zeros(len(quadratic), len(PAIRS), GROUP + 2, GROUP)
     for p, pair in enumerate(PAIRS):
         stay = [place for place in range(GROUP) if place not in pair]
-        rows[:, p, :2, pair] = roots[:, p].mT
+        rows[:, p, 0, pair] = torch.stack([first[:, p], both[:, p]], 1)
+        rows[:, p, 1, pair[1]] = second[:, p]
         for k, kept in enumerate(stay):
             rows[:, p, 2 + kept, kept] = 1
             rows[:, p, 2 + kept, pair] = -groups.follow[:, p, :, k]

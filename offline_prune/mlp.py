@@ -34,7 +34,7 @@ class Pruned:
         scales: float32 (N, 1) of its FP8 form, or None.
         error: tr(Δ·H·Δᵀ) of each row, float32 (N,): the squared error of that output over the calibration text.
         power: tr(W·H·Wᵀ) of each row, the square of the output itself.
-        factor: of H, its columns in the order in which they were processed; None for solvers without one.
+        factor: of H, its columns in the order in which they were processed; None where nothing asked for one.
     """
 
     weight: torch.Tensor
@@ -195,25 +195,27 @@ def _prune(
 ) -> Pruned:
     weight = weight.float()
     factor = every.factor if every else None
-    if settings.solver == "sparsegpt" and factor is None:
+    compensates, passes = settings.solver == "sparsegpt", settings.wanted_descent_passes
+    if factor is None and (compensates or passes):
         factor = inverse_factor(hessian, settings.damping, layer)
-    damping = factor.damping if factor else settings.damping
 
     def unrounded(rows: slice) -> torch.Tensor:
         part, sparse = weight[rows], sparse_rows[rows]
-        if factor:
+        if compensates and factor:
             result = sparsegpt(part, factor, sparse_rows=sparse, sparse_columns=sparse_columns, row_parts=_row_parts())
         else:
             scores = wanda_scores(part, hessian.diagonal()) if settings.solver == "wanda" else part.abs()
             result = prune_by_score(part, scores, sparse_rows=sparse, sparse_columns=sparse_columns)
+        if not factor:
+            return result
         return descend(
             part,
             result,
             hessian,
-            damping,
+            factor.damping,
             sparse_rows=sparse,
             sparse_columns=sparse_columns,
-            passes=settings.wanted_descent_passes,
+            passes=passes,
             row_parts=_row_parts(),
         )
 

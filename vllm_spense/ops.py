@@ -162,9 +162,10 @@ def _dense_wins(problem: Problem, max_tokens: int, device: torch.device) -> bool
 
     won = [tokens for tokens in _buckets(max_tokens) if gains(tokens)]
     if won:
+        ranges = ", ".join(f"{most // 2 + 1} to {most}" for most in won)
         logger.info(
-            "Spense: a dense copy of each %d × %d, %.0f MiB, is faster for up to %s tokens",
-            problem.n, problem.k, problem.n * problem.k / 2**20, ", ".join(map(str, won)),
+            "Spense: a dense copy of each %d × %d, %.0f MiB, is faster with %s tokens",
+            problem.n, problem.k, problem.n * problem.k / 2**20, ranges,
         )  # fmt: skip
     return bool(won)
 

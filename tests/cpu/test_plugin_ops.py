@@ -186,7 +186,7 @@ def test_a_dense_copy_is_kept_where_it_wins_and_there_is_room(
     assert [list(copy) for copy in kept] == [[COPY], [COPY], [], [COPY]]
     assert kept[0][COPY] is weight
     said = [record.getMessage() for record in caplog.records]
-    assert said[0].endswith("is faster for up to 256 tokens")
+    assert said[0].endswith("is faster with 129 to 256 tokens")
     assert f"no dense copy of c: {GRANT}" in said[1]
     device = weight.device
     for copied, paths in (
