@@ -12,7 +12,7 @@ from tiny_models import FAMILIES, tiny_model
 
 from offline_prune.quantize import channel_scales, round_to_fp8
 from offline_prune.source import TensorFiles
-from offline_prune.tune import _AsServed, _share
+from offline_prune.tune import _AsServed, _share, tune
 from offline_prune.verify import open_checkpoint, verify
 
 MLP = "model.layers.{}.mlp.{}_proj.weight"
@@ -119,3 +119,28 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert shares[peak:] == sorted(shares[peak:], reverse=True)
     assert shares[68] > 0.3
     assert shares[70:] == pytest.approx([0.3] * 30)
+
+
+def test_the_last_steps_are_averaged(llama: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 16 steps the last five, in the first block that is tuned."""
+    steps: list[list[torch.Tensor]] = []
+    tuned: list[dict[str, torch.Tensor]] = []
+
+    class Recorded(torch.optim.Adam):
+        def step(self, *args: Any) -> Any:
+            done = super().step(*args)
+            steps.append([group["params"][0].detach().clone() for group in self.param_groups])
+            return done
+
+    def record(*args: Any) -> Any:
+        found = tune(*args)
+        tuned.append(found[0])
+        return found
+
+    monkeypatch.setattr(torch.optim, "Adam", Recorded)
+    monkeypatch.setattr("offline_prune.block_mlp.tune", record)
+    run(llama, tmp_path / "out", text, method="spensegpt++", quantize="none", tune_steps=16, **MORE)
+    assert len(steps) == 16 * len(tuned)
+    for weights, kept in zip(zip(*steps[11:16], strict=True), tuned[0].values(), strict=True):
+        assert torch.allclose(torch.stack(weights).mean(0), kept, atol=1e-7)
+        assert not torch.allclose(weights[-1], kept, atol=1e-5)
