@@ -21,6 +21,8 @@ from vllm_spense.format import GROUP, KEPT
 
 #: Places in a group of four of the two that go, in the order in which the kernel knows them too.
 PAIRS = tuple(combinations(range(GROUP), GROUP - KEPT))
+#: Of the two that stay then.
+_STAYING = tuple(tuple(place for place in range(GROUP) if place not in pair) for pair in PAIRS)
 #: Dense columns that are solved for at once.
 _DENSE_BLOCK = 1024
 
@@ -119,8 +121,7 @@ def group_tables(hessian: torch.Tensor, added: float, sparse_columns: torch.Tens
     corners.diagonal(dim1=1, dim2=2).add_(added)
     inverse = torch.linalg.inv(corners)
     quadratic, follow = [], []
-    for pair in PAIRS:
-        stay = [place for place in range(GROUP) if place not in pair]
+    for pair, stay in zip(PAIRS, _STAYING, strict=True):
         of_pair = torch.linalg.inv(inverse[:, pair][:, :, pair])
         quadratic.append(of_pair)
         follow.append(of_pair @ inverse[:, pair][:, :, stay])
@@ -190,8 +191,7 @@ def _of_pairs(groups: Groups) -> torch.Tensor:
     both = quadratic[..., 0, 1] / first
     second = (quadratic[..., 1, 1] - both.square()).clamp_min(0).sqrt()
     rows = quadratic.new_zeros(len(quadratic), len(PAIRS), GROUP + 2, GROUP)
-    for p, pair in enumerate(PAIRS):
-        stay = [place for place in range(GROUP) if place not in pair]
+    for p, (pair, stay) in enumerate(zip(PAIRS, _STAYING, strict=True)):
         rows[:, p, 0, pair] = torch.stack([first[:, p], both[:, p]], 1)
         rows[:, p, 1, pair[1]] = second[:, p]
         for k, kept in enumerate(stay):
