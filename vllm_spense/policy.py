@@ -21,7 +21,7 @@ LIBRARY_CAPABILITY = (9, 0)
 ONE_LAUNCH_CAPABILITY = (9, 0)
 #: Up to the first number of tokens the one-launch path won on every shape that was measured, beyond the second the
 #: library path did (docs/kernels.md). Between them, both are timed on the machine that serves.
-ALWAYS_ONE_LAUNCH, NEVER_ONE_LAUNCH = 64, 256
+ALWAYS_ONE_LAUNCH, NEVER_ONE_LAUNCH = 64, 512
 
 
 class Path(StrEnum):

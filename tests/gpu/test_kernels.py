@@ -73,7 +73,7 @@ def runners(problem: Problem, weight: torch.Tensor, tokens: int) -> dict[str, Ru
         plan = library.LibraryPlan(problem, library.padded(tokens), DEVICE, choice)
         runs[f"library, {concurrent=}, {sms=}"] = lambda x, out, plan=plan: plan.run(x, libraries, out, scales)
     for cut in CUTS:
-        tiling = Tiling(one_launch.bucket(tokens), *cut)
+        tiling = Tiling(one_launch.tile_tokens(tokens), *cut)
         if one_launch.fits(tiling):
             launch = one_launch.OneLaunchPlan(problem, tokens, DEVICE, tiling)
             runs[str(tiling)] = lambda x, out, plan=launch: plan.run(x, libraries, out[: len(x)], scales)

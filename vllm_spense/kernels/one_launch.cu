@@ -4,10 +4,11 @@
 // right one. One thread copies tiles of both into a ring of shared memory, two groups of four warps multiply. What each
 // thread block computes stands in a table (schedule.py): segments, each a stretch of K of one output tile. A tile that
 // has several parts is summed in float32, always in the order of its parts: those of a cluster of thread blocks through
-// shared memory, others through global memory by whoever finishes last. Nobody waits for work that may not have begun.
+// shared memory, others through global memory by whoever finishes last. Nobody depends on work that may not have begun.
 //
 // Set by the compiler's caller (one_launch.py): TOKENS of a tile, SPARSE_K columns of a sparse step, CLUSTER thread blocks
-// that share a tile, STAGES of the ring, OUT_FLOAT, SCALED, and the functions sparse_mma and dense_mma.
+// that share a tile, SLICES that a tile's sums are added up in, STAGES of the ring, OUT_FLOAT, SCALED, and the functions
+// sparse_mma and dense_mma.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -39,7 +40,7 @@ struct Arguments {
     TensorMap x, values, metadata, dense;
     const struct Segment* segments;   // (thread blocks, segments_each)
     float* parts;                     // float32 sums of tiles that have several parts
-    u32* arrivals;                    // how many parts of each such tile are done; zero before and after
+    u64* arrivals;                    // how many parts of each such tile's slices are there; zero before and after
     void* out;                        // (tokens, n)
     const float *x_scale, *w_scale;   // (tokens), (n): if SCALED, sums are multiplied by them
     int segments_each;
@@ -142,7 +143,7 @@ struct Ring {
 };
 
 struct Shared {
-    u32 stages, full, empty, turn, last;   // addresses
+    u32 stages, full, empty, turn, arrived;   // addresses
     __device__ __forceinline__ u32 weight(int stage) const { return stages + stage * STAGE_BYTES; }
     __device__ __forceinline__ u32 x(int stage) const { return weight(stage) + WEIGHT_BYTES; }
     __device__ __forceinline__ u32 metadata(int stage) const { return x(stage) + X_BOX_BYTES * X_BOXES; }
@@ -298,65 +299,6 @@ struct Multiplier {
     }
 };
 
-// Leaves a part's sums for whoever sums the tile. True if that is this thread block; then `sums` are the tile's.
-__device__ __forceinline__ bool join(
-    Sums& sums, const Segment& segment, const Arguments& arguments, const Shared& shared) {
-    constexpr int THREADS = GROUPS * GROUP_THREADS, PART = QUADS * THREADS;
-    const int thread = threadIdx.x - GROUP_THREADS;
-    float4* tile = reinterpret_cast<float4*>(arguments.parts) + u64(segment.first_part) * PART + thread;
-    u32* arrivals = &arguments.arrivals[segment.tile];
-    const auto agree = [&](bool yes) {   // what the first thread says
-        if (thread == 0) asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared.last), "r"(int(yes)) : "memory");
-        synchronize_groups();
-        int agreed;
-        asm volatile("ld.shared.b32 %0, [%1];" : "=r"(agreed) : "r"(shared.last) : "memory");
-        synchronize_groups();
-        return agreed != 0;
-    };
-    // If all others are there already, this part need not go through memory.
-    u32 before = 0;
-    if (thread == 0) asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(before) : "l"(arrivals) : "memory");
-    if (!agree(before == segment.part_count - 1)) {
-#pragma unroll
-        for (int quad = 0; quad < QUADS; ++quad) {
-            const float* s = &sums[4 * quad];
-            __stcg(&tile[u64(segment.part) * PART + quad * THREADS], make_float4(s[0], s[1], s[2], s[3]));
-        }
-        __threadfence();
-        synchronize_groups();
-        if (thread == 0) before = atomicAdd(arrivals, 1);
-        if (!agree(before == segment.part_count - 1)) return false;
-    }
-    if (thread == 0) *arrivals = 0;
-    __threadfence();
-    constexpr int AT_ONCE = QUADS < 8 ? QUADS : 8;   // loads of a thread in flight: they come from far away
-#pragma unroll
-    for (int start = 0; start < QUADS; start += AT_ONCE) {
-        float4 total[AT_ONCE];
-        for (int index = 0; index < segment.part_count; ++index) {
-            const bool own = index == segment.part;
-            float4 part[AT_ONCE];
-#pragma unroll
-            for (int quad = 0; quad < AT_ONCE; ++quad) {
-                const float* s = &sums[4 * (start + quad)];
-                part[quad] = make_float4(s[0], s[1], s[2], s[3]);
-                if (!own) part[quad] = __ldcg(&tile[u64(index) * PART + (start + quad) * THREADS]);
-            }
-#pragma unroll
-            for (int quad = 0; quad < AT_ONCE; ++quad) {
-                float4 &t = total[quad], &s = part[quad];
-                t = index ? make_float4(t.x + s.x, t.y + s.y, t.z + s.z, t.w + s.w) : s;
-            }
-        }
-#pragma unroll
-        for (int quad = 0; quad < AT_ONCE; ++quad) {
-            float* s = &sums[4 * (start + quad)];
-            s[0] = total[quad].x, s[1] = total[quad].y, s[2] = total[quad].z, s[3] = total[quad].w;
-        }
-    }
-    return true;
-}
-
 #if OUT_FLOAT
 
 // WIDTH quads of sums: 16 rows from `row`, 8 · WIDTH tokens from `token`.
@@ -433,6 +375,106 @@ __device__ __forceinline__ void write_tile(
         write<WIDTH>(&sums[4 * quad], first_row(segment, me), segment.token + 8 * quad, segment, arguments, me);
 }
 
+// Adds up the parts of a tile and writes it, slice by slice: each slice is finished by the last that has a part of it.
+// Every part leaves the slices of others in memory first, and its own once those others had time to leave theirs: so
+// parts that end together share the work, and with one slice the first part asks whether the others are there. Nobody
+// waits longer than PATIENCE. A set of slices, or a count for each, is a number with a byte for each.
+struct Joint {
+    const Sums& sums;
+    const Segment& segment;
+    const Arguments& arguments;
+    const Multiplier& me;
+
+    static constexpr int THREADS = GROUPS * GROUP_THREADS, PART = QUADS * THREADS, SLICE_QUADS = QUADS / SLICES;
+    static constexpr int PATIENCE = SLICES > 1 ? 40 : 0;   // looks at the counter, most of a microsecond each
+    static constexpr u64 ALL = ~u64(0) / 255 >> 8 * (8 - SLICES);
+
+    __device__ __forceinline__ void add_up_and_write() const {
+        u64 own = 0;
+        for (int slice = segment.part; slice < SLICES; slice += segment.part_count) own |= u64(1) << 8 * slice;
+        u64 done = lacking_one(leave(ALL ^ own, own));
+        const u64 direct = done & own;   // these need not go through memory
+        if (const u64 late = own ^ direct) done |= lacking_one(leave(late, 0)) & late;
+        if (threadIdx.x == GROUP_THREADS && done) atomicAdd(counter(), direct - done * segment.part_count);
+#pragma unroll
+        for (int slice = 0; slice < SLICES; ++slice)
+            if (done >> 8 * slice & 1) finish(slice);
+    }
+
+    __device__ __forceinline__ u64* counter() const { return &arguments.arrivals[segment.tile]; }
+
+    __device__ __forceinline__ u64 lacking_one(u64 arrived) const {
+        u64 slices = 0;
+#pragma unroll
+        for (int slice = 0; slice < SLICES; ++slice)
+            if ((arrived >> 8 * slice & 255) == segment.part_count - 1) slices |= u64(1) << 8 * slice;
+        return slices;
+    }
+
+    __device__ __forceinline__ float4* place(int part, int quad) const {
+        float4* parts = reinterpret_cast<float4*>(arguments.parts);
+        return parts + u64(segment.first_part + part) * PART + quad * THREADS + threadIdx.x - GROUP_THREADS;
+    }
+
+    __device__ __forceinline__ float4 own_quad(int quad) const {
+        const float* s = &sums[4 * quad];
+        return make_float4(s[0], s[1], s[2], s[3]);
+    }
+
+    // Returns how many parts of each slice had been there; of `awaited` ones, some time later.
+    __device__ __forceinline__ u64 leave(u64 slices, u64 awaited) const {
+#pragma unroll
+        for (int quad = 0; quad < QUADS; ++quad)
+            if (slices >> 8 * (quad / SLICE_QUADS) & 1) __stcg(place(segment.part, quad), own_quad(quad));
+        synchronize_groups();
+        u64 arrived;
+        if (threadIdx.x == GROUP_THREADS) {
+            asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], %2;"
+                : "=l"(arrived) : "l"(counter()), "l"(slices) : "memory");
+            for (int look = 0; look < PATIENCE && awaited & ~lacking_one(arrived); ++look) {
+                u64 now;
+                asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(now) : "l"(counter()) : "memory");
+                arrived = now & awaited * 255 | arrived & ~(awaited * 255);
+            }
+            asm volatile("st.shared.b64 [%0], %1;" ::"r"(me.shared.arrived), "l"(arrived) : "memory");
+        }
+        synchronize_groups();
+        asm volatile("ld.shared.b64 %0, [%1];" : "=l"(arrived) : "r"(me.shared.arrived) : "memory");
+        return arrived;
+    }
+
+    __device__ __forceinline__ void finish(int slice) const {
+        // Loads of a thread in flight, of so many quads of so many parts: they come from far away.
+        constexpr int AT_ONCE = SLICE_QUADS < 4 ? SLICE_QUADS : 4, TOGETHER = 3;
+        constexpr int WIDTH = AT_ONCE < 2 ? 1 : 2;
+#pragma unroll
+        for (int start = slice * SLICE_QUADS; start < (slice + 1) * SLICE_QUADS; start += AT_ONCE) {
+            float4 total[AT_ONCE];
+            for (int first = 0; first < segment.part_count; first += TOGETHER) {
+                float4 quads[TOGETHER][AT_ONCE];
+#pragma unroll
+                for (int i = 0; i < TOGETHER * AT_ONCE; ++i) {
+                    const int part = first + i / AT_ONCE, quad = start + i % AT_ONCE;
+                    float4& q = quads[i / AT_ONCE][i % AT_ONCE];
+                    q = own_quad(quad);
+                    if (part != segment.part && part < segment.part_count) q = __ldcg(place(part, quad));
+                }
+#pragma unroll
+                for (int i = 0; i < TOGETHER * AT_ONCE; ++i) {
+                    const int part = first + i / AT_ONCE;
+                    float4 &t = total[i % AT_ONCE], &q = quads[i / AT_ONCE][i % AT_ONCE];
+                    if (part < segment.part_count)
+                        t = part ? make_float4(t.x + q.x, t.y + q.y, t.z + q.z, t.w + q.w) : q;
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i += WIDTH)
+                write<WIDTH>(
+                    &total[i].x, first_row(segment, me), segment.token + 8 * (start + i), segment, arguments, me);
+        }
+    }
+};
+
 // Each thread block of a cluster sums and writes some of the tile's tokens. The others send it theirs into its ring,
 // which nobody needs any more: a cluster computes one tile only.
 __device__ __forceinline__ void exchange_and_write(
@@ -476,7 +518,7 @@ void gemm(const __grid_constant__ Arguments arguments) {
     shared.turn = shared.stages + STAGES * STAGE_BYTES;
     shared.full = shared.turn + GROUPS * 4 * TURN_BYTES;
     shared.empty = shared.full + STAGES * 8;
-    shared.last = shared.empty + STAGES * 8;
+    shared.arrived = shared.empty + STAGES * 8;
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
             barrier_init(shared.full + 8 * stage, 1);
@@ -504,8 +546,8 @@ void gemm(const __grid_constant__ Arguments arguments) {
             last = segment.last;
             multiplier.multiply(sums, segment);
             if (CLUSTER > 1) exchange_and_write(sums, segment, arguments, multiplier);
-            else if (segment.part_count == 1 || join(sums, segment, arguments, shared))
-                write_tile(sums, segment, arguments, multiplier);
+            else if (segment.part_count > 1) Joint{sums, segment, arguments, multiplier}.add_up_and_write();
+            else write_tile(sums, segment, arguments, multiplier);
         }
     }
 }

@@ -25,8 +25,10 @@ from vllm_spense.kernels.timing import cold_copies, medians_us
 
 Packed = Mapping[str, torch.Tensor]
 
-#: Tokens of a tile. More than the largest read the weights again for each tile, and the libraries win.
+#: Tokens of a tile.
 MIN_TILE_TOKENS, MAX_TILE_TOKENS = 8, 256
+#: The largest M that is searched for. Every further tile reads the weights again, and the libraries win.
+MAX_TOKENS = 512
 _THREADS = 384
 #: Of shared memory, per thread block on Hopper; and what it takes for alignment, the output's turn and barriers.
 _SHARED_BYTES, _FIXED_SHARED_BYTES = 227 * 1024, 1024 + 8 * 16 * 48 + 256
@@ -37,7 +39,13 @@ _TRIALS = (
     Problem(160, 1216, Regions(704, 512), "input"),
     Problem.whole(416, 1056),
 )
-_TRIAL_TILINGS = (Tiling(32, 256), Tiling(128, 128), Tiling(32, 256, 2, cluster=True), Tiling(32, 128, 3))
+_TRIAL_TILINGS = (
+    Tiling(32, 256),
+    Tiling(128, 128),
+    Tiling(32, 256, 2, cluster=True),
+    Tiling(32, 128, 3),
+    Tiling(128, 128, 3),
+)
 _TRIAL_ERROR = 0.005
 #: Counters that are made at once.
 _ARRIVALS = 1 << 20
@@ -83,8 +91,13 @@ def _error(problem: Problem, tiling: Tiling, device: torch.device) -> float:
 
 
 def bucket(tokens: int) -> int:
-    """The tile that serves M = `tokens`: the next power of two."""
-    return min(max(MIN_TILE_TOKENS, 1 << (tokens - 1).bit_length()), MAX_TILE_TOKENS)
+    """Ways to cut are searched for by powers of two."""
+    return min(max(MIN_TILE_TOKENS, 1 << (tokens - 1).bit_length()), MAX_TOKENS)
+
+
+def tile_tokens(tokens: int) -> int:
+    """Of the tiles that serve M = `tokens`."""
+    return min(bucket(tokens), MAX_TILE_TOKENS)
 
 
 def prepare(problem: Problem, min_tokens: int, max_tokens: int, device: torch.device) -> None:
@@ -94,7 +107,7 @@ def prepare(problem: Problem, min_tokens: int, max_tokens: int, device: torch.de
 
 
 def us(problem: Problem, tokens: int, device: torch.device) -> float:
-    """What the search measured for M = `tokens`, at most 256."""
+    """What the search measured for M = `tokens`, at most `MAX_TOKENS`."""
     return _found(problem, bucket(tokens), device).us
 
 
@@ -111,15 +124,19 @@ def run(x: torch.Tensor, packed: Packed, problem: Problem, scales: Scales | None
     Raises:
         RuntimeError: a search would be needed while a CUDA graph is being captured.
     """
-    tiles_of_tokens = -(-len(x) // MAX_TILE_TOKENS)
-    tokens = bucket(len(x)) if tiles_of_tokens == 1 else tiles_of_tokens * MAX_TILE_TOKENS
-    return plan(problem, tokens, x.device).run(x, packed, scales=scales)
+    tokens = len(x)
+    most = bucket(tokens) if tokens <= MAX_TOKENS else -(-tokens // MAX_TILE_TOKENS) * MAX_TILE_TOKENS
+    return plan(problem, most, x.device).run(x, packed, scales=scales)
 
 
 @cache
 def plan(problem: Problem, tokens: int, device: torch.device) -> OneLaunchPlan:
     """The plan for M up to `tokens`, a power of two or a multiple of 256."""
-    return OneLaunchPlan(problem, tokens, device, _found(problem, bucket(tokens), device).tiling)
+    tiling = _found(problem, bucket(tokens), device).tiling
+    if tokens > MAX_TOKENS:
+        # So many tiles need not be cut to occupy every multiprocessor.
+        tiling = replace(tiling, parts=0, cluster=False)
+    return OneLaunchPlan(problem, tokens, device, tiling)
 
 
 @dataclass(frozen=True)
@@ -172,7 +189,7 @@ def search(problem: Problem, tokens: int, device: torch.device) -> Found:
 
 def candidates(problem: Problem, tokens: int, multiprocessors: int) -> Iterator[Tiling]:
     """Ways to cut a GEMM that are worth timing."""
-    tile = bucket(tokens)
+    tile = tile_tokens(tokens)
     for sparse_k in (128, 256):
         if not fits(Tiling(tile, sparse_k)):
             continue
@@ -211,6 +228,7 @@ def _machine_code(out_dtype: torch.dtype, scaled: bool, tiling: Tiling) -> bytes
         "TOKENS": tiling.tokens,
         "SPARSE_K": tiling.sparse_k,
         "CLUSTER": tiling.cluster_size,
+        "SLICES": tiling.slices,
         "STAGES": _stages(tiling)[0],
         "OUT_FLOAT": int(out_dtype == torch.float32),
         "SCALED": int(scaled),
@@ -263,7 +281,7 @@ class _Arrivals:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.free = torch.empty(0, dtype=torch.int32)
+        self.free = torch.empty(0, dtype=torch.int64)
         self.of_stream: dict[tuple[int, int], torch.Tensor] = {}
 
     def take(self, count: int, stream: int) -> torch.Tensor:
@@ -276,7 +294,7 @@ class _Arrivals:
 
     def _new(self, count: int) -> torch.Tensor:
         if len(self.free) < count:
-            self.free = torch.zeros(_ARRIVALS, dtype=torch.int32, device=self.device)
+            self.free = torch.zeros(_ARRIVALS, dtype=torch.int64, device=self.device)
         new, self.free = self.free[:count], self.free[count:]
         return new
 

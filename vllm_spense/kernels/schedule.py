@@ -6,8 +6,8 @@ first, then dense ones. There are two ways to occupy the multiprocessors:
 - tiles go whole to the thread blocks as far as that comes out even, and the rest is cut so that it does (many tiles);
 - every tile is cut into the same number of parts (few tiles), which may form a cluster.
 
-Parts are summed by whichever thread block of the tile finishes last, or by all of a cluster's. Nobody waits for work
-that may not have begun, so that launches of several streams never block each other.
+Parts are summed by all thread blocks of a cluster, or by whichever of the tile's finish last. Nobody depends on work that
+may not have begun, so that launches of several streams never block each other.
 """
 
 from __future__ import annotations
@@ -54,6 +54,12 @@ class Tiling:
     @property
     def cluster_size(self) -> int:
         return self.parts if self.cluster else 1
+
+    @property
+    def slices(self) -> int:
+        """That a tile's sums are added up in, each by another of its parts: worth it for large tiles whose parts end
+        together."""
+        return 4 if self.parts and not self.cluster and self.tokens >= 128 else 1
 
     @property
     def sparse_cost(self) -> float:
@@ -232,6 +238,7 @@ def _cut(cut: Sequence[Tile], tiling: Tiling, room: np.ndarray) -> list[list[Pie
 
 def _tables(division: Division) -> Schedule:
     counts = Counter(piece.tile for mine in division.pieces for piece in mine)
+    assert max(counts.values(), default=0) < 256, "the kernel counts parts in bytes"
     shared = [tile for tile, count in sorted(counts.items()) if count > 1]
     counter = {tile: index for index, tile in enumerate(shared)}
     starts = np.cumsum([0, *(counts[tile] for tile in shared)])
