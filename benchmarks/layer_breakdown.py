@@ -3,9 +3,9 @@
     python benchmarks/layer_breakdown.py
 
 times the MLP of Qwen3-32B and writes benchmarks/results/layer_breakdown.json and .png. `total_us` is the whole MLP,
-from the addition before its norm to the norm of the next layer, inside a CUDA graph, weights cold; `gemm_us` is its two
-GEMMs alone, timed the same way; `other_us` is the difference: what the rest adds, overlap taken into account. `kernels`
-is how many a profiler saw.
+from the addition before its norm to the FP8 input of the next layer, inside a CUDA graph, weights cold; `gemm_us` is
+its two GEMMs alone, timed the same way; `other_us` is the difference: what the rest adds, overlap taken into account.
+`kernels` is how many a profiler saw.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""One MLP between its two norms, run three ways: stock FP8, Spense's regions, and SlideSparse's expanded 6:8.
+"""One MLP and the norms around it, run three ways: stock FP8, Spense's regions, and SlideSparse's expanded 6:8.
 
 What surrounds the GEMMs is ordinary torch, for Inductor to fuse, as vLLM compiles it; in Spense it is the plugin's own
-kernels: add · norm · quantize → gate_up → SiLU · mul · quantize → down → add · norm.
+ops: add · norm · quantize → gate_up → SiLU · mul · quantize → down → add · norm · quantize.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -104,28 +104,36 @@ class Stock:
         gate, up = self.gate_and_up(self.scaled("gate_up", y, x_scale))
         return quantize(self.lift(F.silu(gate) * up))
 
-    def leave(self, y: torch.Tensor, x_scale: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """What down's GEMM left → what the next layer normalizes."""
-        return rms_norm(self.scaled("down", y, x_scale) + residual, self.norm)
+    def leave(
+        self, y: torch.Tensor, x_scale: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What down's GEMM left → FP8 input of the next layer, its scales."""
+        return quantize(rms_norm(self.scaled("down", y, x_scale) + residual, self.norm))
 
     @cached_property
     def compiled(self) -> tuple[Any, Any, Any]:
         return tuple(compiled(function, self.options) for function in (self.enter, self.between, self.leave))
 
-    def run(self, x: torch.Tensor, residual: torch.Tensor, weights: Weights) -> torch.Tensor:
+    def run(self, x: torch.Tensor, residual: torch.Tensor, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
         """The whole MLP with compiled glue.
 
         Args:
             x, residual: (M, hidden) bfloat16.
 
         Returns:
-            (M, hidden) bfloat16.
+            (M, hidden) FP8 and its scales, float32 (M, 1).
         """
-        enter, between, leave = self.compiled
+        enter, between, _ = self.compiled
         quantized, scale, residual = enter(x, residual)
         y = self.gemm("gate_up", quantized, scale, weights)
-        quantized, scale = between(y, scale)
-        return leave(self.gemm("down", quantized, scale, weights), scale, residual)
+        return self.down_and_leave(*between(y, scale), residual, weights)
+
+    def down_and_leave(
+        self, x: torch.Tensor, x_scale: torch.Tensor, residual: torch.Tensor, weights: Weights
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Input of down's GEMM and its scales → as `leave`."""
+        _, _, leave = self.compiled
+        return leave(self.gemm("down", x, x_scale, weights), x_scale, residual)
 
     def run_gemms(self, inputs: Mapping[Part, torch.Tensor], scale: torch.Tensor, weights: Weights) -> None:
         """Both GEMMs and nothing else, on the inputs that `gemm_inputs` made."""
@@ -160,6 +168,7 @@ class Spense(Stock):
         )
         if self.fuses:
             self.problems["gate_up"] = self.problems["gate_up"].merged()
+            self.problems["down"] = replace(self.problems["down"], apart=True)
 
     @property
     def sparsity(self) -> float:
@@ -190,6 +199,22 @@ class Spense(Stock):
             return glue.silu_mul_quant(y, x_scale, self.scales["gate_up"], self.regions.sparse)
         return super().between(y, x_scale)
 
+    def down_and_leave(
+        self, x: torch.Tensor, x_scale: torch.Tensor, residual: torch.Tensor, weights: Weights
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.fuses:
+            return super().down_and_leave(x, x_scale, residual, weights)
+        scales = x_scale, self.scales["down"]
+        quantized, scale, _ = glue.gemm_add_norm_quant(
+            x, weights["down"], self.problems["down"], scales, residual, self.norm, _EPSILON
+        )
+        return quantized, scale
+
+    def run_gemms(self, inputs: Mapping[Part, torch.Tensor], scale: torch.Tensor, weights: Weights) -> None:
+        # As they run before a norm that adds up what comes apart.
+        for part, x in inputs.items():
+            ops.region_sums(x, *ops.spell(weights[part], self.problems[part]))
+
     def scaled(self, part: Part, y: torch.Tensor, x_scale: torch.Tensor) -> torch.Tensor:
         return (y * x_scale * self.scales[part].t()).to(torch.bfloat16)
 
@@ -211,6 +236,8 @@ class SlideSparse(Spense):
             self.problems[part] = Problem(n, expanded, Regions(n if split == "output" else expanded, 0), split)
         # Its expansion is the compiler's to fuse.
         self.fuses = False
+
+    run_gemms = Stock.run_gemms
 
     @property
     def sparsity(self) -> float:

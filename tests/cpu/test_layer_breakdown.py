@@ -37,11 +37,12 @@ def run(scheme: Stock, weights: Any) -> torch.Tensor:
     """Without a compiler, on the same activations for every scheme."""
     scheme.__dict__["compiled"] = (scheme.enter, scheme.between, scheme.leave)
     x, residual = torch.randn(2, TOKENS, scheme.sizes.hidden, generator=torch.Generator().manual_seed(0))
-    return scheme.run(x.bfloat16(), residual.bfloat16(), weights).float()
+    values, scale = scheme.run(x.bfloat16(), residual.bfloat16(), weights)
+    return values.float() * scale
 
 
 def test_every_scheme_computes_the_mlp() -> None:
-    """Within what two sums in bfloat16 instead of one add: the error of the activations' own FP8 is far larger."""
+    """Within what two sums in bfloat16 instead of one add, and what FP8 makes of that."""
     torch.manual_seed(0)
     stock, slide, *spenses = schemes("tiny", (0.25, 0.375, 0.5), CPU)
     assert [type(scheme) for scheme in spenses] == [Spense] * 3
@@ -55,7 +56,7 @@ def test_every_scheme_computes_the_mlp() -> None:
             # It runs region by region.
             dense["gate_up"] = by_projection(dense["gate_up"].t(), scheme.regions.sparse).t().contiguous()
         found, expected = run(scheme, weights), run(stock, dense)
-        assert (found - expected).norm() <= 0.02 * expected.norm(), scheme.name
+        assert (found - expected).norm() <= 0.03 * expected.norm(), scheme.name
         assert (run(stock, stock.weights()) - expected).norm() > 0.2 * expected.norm()
 
 

@@ -106,19 +106,20 @@ def test_every_path_computes_the_product(problem: Problem) -> None:
             assert found <= allowed, f"{name}, {tokens} tokens: error {found:.2e}, allowed {allowed:.2e}"
 
 
+@pytest.mark.parametrize("tokens", [48, 320])
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_every_path_repeats_itself_to_the_bit(problem: Problem) -> None:
+def test_every_path_repeats_itself_to_the_bit(problem: Problem, tokens: int) -> None:
     weight = random_weight(problem, DEVICE)
-    x = random_fp8(48, problem.k, DEVICE)
-    for name, run in runners(problem, weight, 48).items():
-        first, again = (torch.empty(48, problem.n, dtype=problem.out_dtype, device=DEVICE) for _ in range(2))
+    x = random_fp8(tokens, problem.k, DEVICE)
+    for name, run in runners(problem, weight, tokens).items():
+        first, again = (torch.empty(tokens, problem.n, dtype=problem.out_dtype, device=DEVICE) for _ in range(2))
         run(x, first)
         for _ in range(20):
             run(x, again)
             assert torch.equal(first, again), name
 
 
-@pytest.mark.parametrize("tokens", [7, 32])
+@pytest.mark.parametrize("tokens", [7, 32, 200])
 @pytest.mark.parametrize("problem", [problem for problem in PROBLEMS if problem.regions.dense_ratio == 0.5], ids=str)
 def test_a_captured_graph_follows_its_inputs(problem: Problem, tokens: int) -> None:
     """One plan serves two layers in the graph, as in a model."""
@@ -204,14 +205,18 @@ def test_two_layers_share_a_plan() -> None:
             assert error(out, exact) <= tolerance(x, weight, problem.out_dtype)
 
 
-def test_launches_of_two_streams_do_not_disturb_each_other() -> None:
+@pytest.mark.parametrize("tokens", [32, 128, 600])
+def test_launches_of_two_streams_do_not_disturb_each_other(tokens: int) -> None:
+    """Nor do they wait for each other, where both together have more thread blocks than there is room for."""
     problem = Problem(1024, 8192, Regions(4096, 4096), "input")
     weight = random_weight(problem, DEVICE)
     packed = library.pack(weight, problem)
-    xs = [random_fp8(32, problem.k, DEVICE) for _ in range(2)]
+    xs = [random_fp8(tokens, problem.k, DEVICE) for _ in range(2)]
     streams = [torch.cuda.Stream() for _ in xs]
-    for cut in CUTS:
-        plan = one_launch.OneLaunchPlan(problem, 32, DEVICE, Tiling(32, *cut))
+    for tiling in (Tiling(one_launch.tile_tokens(tokens), *cut) for cut in CUTS):
+        if not one_launch.fits(tiling):
+            continue
+        plan = one_launch.OneLaunchPlan(problem, tokens, DEVICE, tiling)
         alone = [plan.run(x, packed) for x in xs]
         torch.cuda.synchronize()
         outs: list[list[torch.Tensor]] = [[], []]
@@ -221,7 +226,7 @@ def test_launches_of_two_streams_do_not_disturb_each_other() -> None:
                     found.append(plan.run(x, packed))
         torch.cuda.synchronize()
         for expected, found in zip(alone, outs, strict=True):
-            assert all(torch.equal(out, expected) for out in found), cut
+            assert all(torch.equal(out, expected) for out in found), tiling
 
 
 @pytest.mark.parametrize(("n", "k"), [(32, 32), (64, 64), (160, 96), (96, 352), (1024, 512)])
@@ -242,7 +247,7 @@ def test_the_op_agrees_with_its_reference_twin(out_dtype: torch.dtype) -> None:
         packed = ops.pack(weight, problem)
         twin = reference.pack(weight, problem)
         ops.prepare(problem, 2048, DEVICE)
-        for tokens in (1, 8, 64, 65, 128, 256, 257, 1000, 2048):
+        for tokens in (1, 8, 64, 65, 128, 256, 257, 512, 513, 1000, 2048):
             x = random_fp8(tokens, problem.k, DEVICE)
             exact = x.double() @ weight.double().t()
             allowed = tolerance(x, weight, out_dtype)
