@@ -6,8 +6,8 @@ first, then dense ones. There are two ways to occupy the multiprocessors:
 - tiles go whole to the thread blocks as far as that comes out even, and the rest is cut so that it does (many tiles);
 - every tile is cut into the same number of parts (few tiles), which may form a cluster.
 
-Parts are summed by all thread blocks of a cluster, or by whichever of the tile's finish last. Nobody depends on work that
-may not have begun, so that launches of several streams never block each other.
+Parts are summed by all thread blocks of a cluster, or by whichever of the tile's finish last. Nobody depends on work
+that may not have begun, so that launches of several streams never block each other.
 """
 
 from __future__ import annotations
