@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import nn
 
+import vllm_spense
 from offline_prune import parts, ranks
 from offline_prune.activations import Stream
 from offline_prune.block_mlp import BlockMlp
@@ -151,7 +152,7 @@ class _Run:
 
     def _identity(self, tokens: torch.Tensor) -> dict[str, object]:
         """Whatever decides the result, by name: what a run that is resumed must have in common with this one."""
-        settings = {key: value for key, value in asdict(self.settings).items() if key not in _WHERE_AND_HOW}
+        settings = {key: value for key, value in self.settings.resolved().items() if key not in _WHERE_AND_HOW}
         return {
             **settings,
             "batch_tokens": batch_tokens(self.settings, self.device),
@@ -160,6 +161,7 @@ class _Run:
             "calibration tokens": hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()[:16],
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "precision": str(self.dtype),
+            "spense": vllm_spense.__version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }

@@ -206,6 +206,11 @@ class PruneSettings:
         """Takes the calibration text through the dense model beside the pruned one."""
         return self.rounds_everywhere or self.wanted_tune_steps > 0
 
+    def resolved(self) -> dict[str, object]:
+        """All settings by name; those that are left to the method as the method has them."""
+        wanted = {name: getattr(self, f"wanted_{name}", value) for name, value in vars(self).items()}
+        return {**wanted, "solver": self.solver}
+
     def recorded(self) -> dict[str, Scalar]:
         """The settings that an annotation keeps."""
         recorded: dict[str, Scalar] = {

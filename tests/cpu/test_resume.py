@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tiny_models import tiny_model
 from offline_prune import checkpoint, pipeline
 from offline_prune.checkpoint import Unfinished
 from offline_prune.journal import FILE, Journal, Part
-from offline_prune.settings import PruneSettings
+from offline_prune.settings import METHODS, PruneSettings
 from vllm_spense.errors import SpenseError
 
 LAYERS = 4
@@ -84,7 +85,7 @@ def test_blocks_of_experts_are_resumed_too(tmp_path: Path, text: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"sparsity": 0.25}, "sparsity: found None, expected 0.25"),
+        ({"sparsity": 0.25}, "sparsity: found 0.375, expected 0.25"),
         ({"seed": 1}, "seed: found 0, expected 1"),
         ({"samples": 4}, "samples: found 8, expected 4.*calibration tokens: found"),
         ({"batch_tokens": 64}, "batch_tokens: found 2048, expected 64"),
@@ -97,6 +98,23 @@ def test_other_settings_are_refused_by_name(
     with pytest.raises(SpenseError, match=words):
         run(deep, tmp_path / "out", text, resume=True, **options)
     assert len(list(tmp_path.glob(".out.partial-*"))) == 1, "the work that was done is gone"
+
+
+def test_a_method_that_means_something_else_is_refused(
+    deep: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a run that an older version began."""
+    cut_off(deep, tmp_path / "out", text, 2)
+    changed = replace(METHODS["spensegpt+"], selection="output-loss", descent_passes=1)
+    monkeypatch.setitem(METHODS, "spensegpt+", changed)
+    words = r"selection: found spensegpt\+, expected output-loss; descent_passes: found 0, expected 1"
+    with pytest.raises(SpenseError, match=words):
+        run(deep, tmp_path / "out", text, resume=True)
+
+
+def test_spelling_out_what_the_method_does_anyway_is_no_change(deep: Path, tmp_path: Path, text: Path) -> None:
+    cut_off(deep, tmp_path / "out", text, 2)
+    assert len(run(deep, tmp_path / "out", text, resume=True, sparsity=0.375, tune_steps=0).layers) == LAYERS
 
 
 def test_another_precision_is_refused(deep: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
