@@ -103,7 +103,7 @@ def sweep(layer: str, ratios: Sequence[float], tokens: Sequence[int], device: to
         best = min(dense_us, key=dense_us.__getitem__)
         for problem in packs:
             times = {path: us[problem, path] for path in plans[problem]}
-            chosen = choose((Path.ONE_LAUNCH, Path.LIBRARY), m, times.__getitem__)
+            chosen = choose((Path.ONE_LAUNCH, Path.LIBRARY), m, lambda _, times=times: times)
             for path, plan in plans[problem].items():
                 yield {
                     "layer": layer,

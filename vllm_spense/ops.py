@@ -8,7 +8,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Protocol, cast
 
 import torch
@@ -52,10 +52,10 @@ class Kernel(Protocol):
     ) -> torch.Tensor: ...
 
 
-class Timed(Kernel, Protocol):
+class Rival(Kernel, Protocol):
     """A kernel that competes with another."""
 
-    def us(self, problem: Problem, tokens: int, device: torch.device) -> float: ...
+    def found(self, problem: Problem, tokens: int, device: torch.device) -> dict[str, object]: ...
 
 
 @cache
@@ -116,9 +116,13 @@ def pack(weight: torch.Tensor, problem: Problem) -> dict[str, torch.Tensor]:
     Returns:
         Named tensors for `region_gemm`; none shares memory with `weight`.
     """
+    return _packed(_paths(problem, weight.device), weight, problem)
+
+
+def _packed(paths: Iterable[Path], weight: torch.Tensor, problem: Problem) -> dict[str, torch.Tensor]:
     packed: dict[str, torch.Tensor] = {}
     # Paths that share their bytes share the function.
-    for pack_for in dict.fromkeys(kernel(path).pack for path in _paths(problem, weight.device)):
+    for pack_for in dict.fromkeys(kernel(path).pack for path in paths):
         packed |= pack_for(weight, problem)
     return packed
 
@@ -151,14 +155,14 @@ _copies: dict[str, int] = {}
 def _dense_wins(problem: Problem, max_tokens: int, device: torch.device) -> bool:
     if Path.LIBRARY not in _paths(problem, device):
         return False
-    dense = cast(Timed, kernel(Path.DENSE))
 
     def gains(tokens: int) -> bool:
         """Whether the dense path is clearly faster than what would run without it."""
         if _path(problem, tokens, device, copied=True) is not Path.DENSE:
             return False
-        without = cast(Timed, kernel(_path(problem, tokens, device)))
-        return dense.us(problem, tokens, device) <= _WORTH_A_COPY * without.us(problem, tokens, device)
+        without = _path(problem, tokens, device)
+        times = _times((without, Path.DENSE), problem, tokens, device)
+        return times[Path.DENSE] <= _WORTH_A_COPY * times[without]
 
     won = [tokens for tokens in _buckets(max_tokens) if gains(tokens)]
     if won:
@@ -215,11 +219,17 @@ def region_sums(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`region_gemm` from inside of an op, of a problem whose sums may come apart: (M, N), and what is to be added."""
     path, packed, problem = _decided(x, tensors, spelled)
-    if path is Path.LIBRARY:
+    return _sums(path, x, packed, problem)
+
+
+def _sums(
+    path: Path, x: torch.Tensor, packed: Mapping[str, torch.Tensor], problem: Problem, scales: Scales | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if path is Path.LIBRARY and problem.apart:
         from vllm_spense.kernels import library
 
         return library.sums(x, packed, problem)
-    return kernel(path).run(x, packed, problem), None
+    return kernel(path).run(x, packed, problem, scales), None
 
 
 def _decided(
@@ -293,8 +303,24 @@ def _whole_gemm_fake(
 
 @cache
 def _path(problem: Problem, tokens: int, device: torch.device, copied: bool = False) -> Path:
-    paths = _paths(problem, device, copied)
-    return choose(paths, tokens, lambda path: cast(Timed, kernel(path)).us(problem, tokens, device))
+    return choose(_paths(problem, device, copied), tokens, lambda rivals: _times(rivals, problem, tokens, device))
+
+
+@cache
+def _times(paths: tuple[Path, ...], problem: Problem, tokens: int, device: torch.device) -> Mapping[str, float]:
+    """µs of each path."""
+    from vllm_spense.kernels import rivals
+    from vllm_spense.kernels.synthetic import random_fp8, random_weight, unit_scales
+    from vllm_spense.kernels.timing import cold_copies
+
+    def calls() -> rivals.Rivals:
+        weight = random_weight(problem, device)
+        packs = [_packed(paths, weight, problem) for _ in range(cold_copies(problem.weight_bytes, device))]
+        x, scales = random_fp8(tokens, problem.k, device), unit_scales(problem, tokens, device)
+        return {path: [partial(_sums, path, x, packed, problem, scales) for packed in packs] for path in paths}
+
+    found = {path: cast(Rival, kernel(path)).found(problem, tokens, device) for path in paths}
+    return rivals.times({**problem.describe(), "tokens": tokens, "rivals": found}, device, calls)
 
 
 @cache

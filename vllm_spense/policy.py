@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeVar
@@ -79,15 +79,15 @@ def tokens_of(path: Path, paths: Sequence[Path], max_tokens: int) -> tuple[int, 
     return (first, last) if first <= last else None
 
 
-def choose(paths: Sequence[Path], tokens: int, us: Callable[[Path], float]) -> Path:
+def choose(paths: Sequence[Path], tokens: int, times: Callable[[tuple[Path, ...]], Mapping[str, float]]) -> Path:
     """The path for `tokens` rows of activations.
 
     Args:
         paths: the candidates.
-        us: a path's measured time for these tokens; asked for only where no path always wins.
+        times: measures rivals for these tokens; asked for only where no path always wins.
     """
-    rivals = [path for path in paths if (span := tokens_of(path, paths, tokens)) and span[1] == tokens]
-    return min(rivals, key=us) if len(rivals) > 1 else rivals[0]
+    rivals = tuple(path for path in paths if (span := tokens_of(path, paths, tokens)) and span[1] == tokens)
+    return min(rivals, key=times(rivals).__getitem__) if len(rivals) > 1 else rivals[0]
 
 
 Name = TypeVar("Name", bound=str)

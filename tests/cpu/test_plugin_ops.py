@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,11 +152,11 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[Path, Callable[[int
     """A GPU's policy without one: µs by path and tokens, to be filled in."""
     times: dict[Path, Callable[[int], float]] = {}
 
-    def kernel(path: Path) -> SimpleNamespace:
-        return SimpleNamespace(us=lambda _problem, tokens, _device: times[path](tokens))
+    def measured(paths: tuple[Path, ...], _: Problem, tokens: int, __: torch.device) -> dict[Path, float]:
+        return {path: times[path](tokens) for path in paths}
 
     monkeypatch.setattr(ops, "describe", lambda _: Device("cuda", (9, 0), bindings=True))
-    monkeypatch.setattr(ops, "kernel", kernel)
+    monkeypatch.setattr(ops, "_times", measured)
     monkeypatch.setattr(ops, "_copies", {})
     monkeypatch.delenv(SWITCH, raising=False)
     caches = (ops._path, ops._paths, ops._dense_wins)
@@ -190,8 +189,8 @@ def test_a_dense_copy_is_kept_where_it_wins_and_there_is_room(
     assert f"no dense copy of c: {GRANT}" in said[1]
     device = weight.device
     for copied, paths in (
-        (True, {64: Path.ONE_LAUNCH, 128: Path.ONE_LAUNCH, 256: Path.DENSE, 512: Path.LIBRARY}),
-        (False, {64: Path.ONE_LAUNCH, 128: Path.ONE_LAUNCH, 256: Path.ONE_LAUNCH, 512: Path.LIBRARY}),
+        (True, {128: Path.ONE_LAUNCH, 256: Path.DENSE, 512: Path.ONE_LAUNCH, 1024: Path.LIBRARY}),
+        (False, {128: Path.ONE_LAUNCH, 256: Path.ONE_LAUNCH, 512: Path.ONE_LAUNCH, 1024: Path.LIBRARY}),
     ):
         assert {tokens: ops._path(p, tokens, device, copied) for tokens in paths} == paths
 

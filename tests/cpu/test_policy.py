@@ -1,5 +1,7 @@
 """Which path is taken where; no device is needed to ask."""
 
+from collections.abc import Callable
+
 import pytest
 
 from vllm_spense.errors import SpenseError
@@ -25,8 +27,13 @@ BOTH = (Path.ONE_LAUNCH, Path.LIBRARY)
 ALL = (*BOTH, Path.DENSE)
 
 
-def never(path: Path) -> float:
+def never(rivals: tuple[Path, ...]) -> dict[str, float]:
     raise AssertionError("measured where nothing is in doubt")
+
+
+def won_by(faster: Path) -> Callable[[tuple[Path, ...]], dict[str, float]]:
+    """Times of whatever is asked for."""
+    return lambda rivals: {path: 10.0 if path is faster else 11.0 for path in rivals}
 
 
 def test_a_hopper_with_the_bindings_has_both_fast_paths() -> None:
@@ -40,19 +47,24 @@ def test_a_hopper_with_the_bindings_has_both_fast_paths() -> None:
 @pytest.mark.parametrize("faster", BOTH)
 @pytest.mark.parametrize("tokens", [ALWAYS_ONE_LAUNCH + 1, NEVER_ONE_LAUNCH])
 def test_between_them_the_clock_decides(tokens: int, faster: Path) -> None:
-    assert choose(BOTH, tokens, lambda path: 10.0 if path is faster else 11.0) is faster
+    assert choose(BOTH, tokens, won_by(faster)) is faster
 
 
 def test_a_dense_copy_competes_with_both() -> None:
     assert candidates(PROBLEM, HOPPER, copied=True) == ALL
     for tokens, rivals in ((ALWAYS_ONE_LAUNCH, ()), (100, ALL), (1000, ALL[1:])):
-        times = dict.fromkeys(rivals, 2.0)
         for faster in rivals:
-            # Of others a time would be a KeyError.
-            assert choose(ALL, tokens, (times | {faster: 1.0}).__getitem__) is faster
+            asked = []
+
+            def times(of: tuple[Path, ...], asked=asked, faster=faster) -> dict[str, float]:
+                asked.append(of)
+                return won_by(faster)(of)
+
+            assert choose(ALL, tokens, times) is faster
+            assert asked == [rivals]
     assert choose(ALL, ALWAYS_ONE_LAUNCH, never) is Path.ONE_LAUNCH
     # Without the one-launch path the other two compete for any number of tokens.
-    assert choose(ALL[1:], 1, lambda path: path is not Path.DENSE) is Path.DENSE
+    assert choose(ALL[1:], 1, won_by(Path.DENSE)) is Path.DENSE
     assert candidates(PROBLEM, Device("cpu"), copied=True) == (Path.REFERENCE,)
 
 
@@ -61,7 +73,7 @@ def test_a_dense_copy_competes_with_both() -> None:
 def test_whatever_may_be_chosen_is_prepared(max_tokens: int, paths: tuple[Path, ...]) -> None:
     for tokens in range(1, max_tokens + 1):
         for faster in paths:
-            chosen = choose(paths, tokens, lambda path, faster=faster: float(path is not faster))
+            chosen = choose(paths, tokens, won_by(faster))
             span = tokens_of(chosen, paths, max_tokens)
             assert span is not None
             assert span[0] <= tokens <= span[1]

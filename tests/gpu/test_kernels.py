@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("nvmath", reason="needs nvmath-python")
 
 from vllm_spense import ops
-from vllm_spense.kernels import cusparselt, dense, library, one_launch, packing, reference
+from vllm_spense.kernels import cusparselt, dense, library, one_launch, packing, reference, rivals
 from vllm_spense.kernels.schedule import Tiling
 from vllm_spense.kernels.synthetic import random_2of4, random_fp8, random_weight, unit_scales
 
@@ -279,6 +279,24 @@ def test_an_op_runs_the_copy_that_it_was_given(monkeypatch: pytest.MonkeyPatch) 
     ops._path.cache_clear()
     assert ran
     assert error(out, x.double() @ weight.double().t()) <= tolerance(x, weight, torch.bfloat16)
+
+
+def test_paths_are_timed_against_each_other_once(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPENSE_CACHE_DIR", str(tmp_path))
+    problem = Problem(768, 2048, Regions(1024, 1024), "input", apart=True)
+    paths = (Path.ONE_LAUNCH, Path.LIBRARY, Path.DENSE)
+    times = ops._times(paths, problem, 256, DEVICE)
+    assert set(times) == set(paths)
+    assert all(us > 0 for us in times.values())
+
+    monkeypatch.setattr(rivals, "medians_us", lambda *_: pytest.fail("timed again"))
+    ops._times.cache_clear()
+    assert ops._times(paths, problem, 256, DEVICE) == times
+    # But not where a search has found something else, or the kernel is another.
+    monkeypatch.setattr(one_launch, "found", lambda *_: {"source": "of tomorrow"})
+    ops._times.cache_clear()
+    with pytest.raises(pytest.fail.Exception, match="timed again"):
+        ops._times(paths, problem, 256, DEVICE)
 
 
 @pytest.mark.parametrize("path", [library, one_launch], ids=lambda path: path.__name__.rpartition(".")[2])

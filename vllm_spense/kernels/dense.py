@@ -28,9 +28,9 @@ def prepare(problem: Problem, min_tokens: int, max_tokens: int, device: torch.de
     library.prepare(whole(problem), min_tokens, max_tokens, device)
 
 
-def us(problem: Problem, tokens: int, device: torch.device) -> float:
-    """As `library.us`."""
-    return library.us(whole(problem), tokens, device)
+def found(problem: Problem, tokens: int, device: torch.device) -> dict[str, object]:
+    """As `library.found`."""
+    return library.found(whole(problem), tokens, device)
 
 
 def run(

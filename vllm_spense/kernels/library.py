@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from itertools import product
 
@@ -80,9 +80,10 @@ def prepare(problem: Problem, min_tokens: int, max_tokens: int, device: torch.de
         tokens *= 2
 
 
-def us(problem: Problem, tokens: int, device: torch.device) -> float:
-    """What the search measured for M = `tokens`."""
-    return _choice(problem, bucket(tokens), device).us
+def found(problem: Problem, tokens: int, device: torch.device) -> dict[str, object]:
+    """What runs M = `tokens`, as JSON."""
+    versions = {"cublaslt": cublaslt.version(), "cusparselt": cusparselt.version(device)}
+    return {**versions, **asdict(_choice(problem, bucket(tokens), device))}
 
 
 def bucket(tokens: int) -> int:

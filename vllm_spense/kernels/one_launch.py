@@ -106,9 +106,9 @@ def prepare(problem: Problem, min_tokens: int, max_tokens: int, device: torch.de
         plan(problem, tokens, device)
 
 
-def us(problem: Problem, tokens: int, device: torch.device) -> float:
-    """What the search measured for M = `tokens`, at most `MAX_TOKENS`."""
-    return _found(problem, bucket(tokens), device).us
+def found(problem: Problem, tokens: int, device: torch.device) -> dict[str, object]:
+    """What runs M = `tokens`, as JSON."""
+    return {"source": _digest(), **asdict(_found(problem, bucket(tokens), device))}
 
 
 def _buckets(min_tokens: int, max_tokens: int) -> Iterator[int]:

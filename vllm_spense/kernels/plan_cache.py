@@ -55,7 +55,7 @@ def load_or_find(key: Mapping[str, Any], kind: type[Found], find: Callable[[], F
 
     Args:
         key: everything the result depends on, as JSON.
-        kind: the result's dataclass, its fields JSON scalars.
+        kind: the result's dataclass, its fields JSON.
     """
     file = folder() / f"{digest(json.dumps(key, sort_keys=True))}.json"
     found = _load(file, key, kind)

@@ -7,29 +7,20 @@ M, if it is faster there than the kernel that vLLM would run.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache, partial
+from importlib.metadata import version
 
 import torch
 
-from vllm_spense.kernels import one_launch
-from vllm_spense.kernels.plan_cache import environment, load_or_find
+from vllm_spense.kernels import one_launch, rivals
 from vllm_spense.kernels.problem import Problem
 from vllm_spense.kernels.synthetic import random_fp8, unit_scales
-from vllm_spense.kernels.timing import cold_copies, median_us
+from vllm_spense.kernels.timing import cold_copies
 
 #: x (M, K), W (N, K), scales of tokens (M, 1) and rows (N, 1) → (M, N) bfloat16.
 Gemm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 #: Beyond this, tensor cores limit a dense GEMM more than memory does.
 MOST_TOKENS = 128
-
-
-@dataclass(frozen=True)
-class Times:
-    """Of one call, in µs."""
-
-    one_launch: float
-    other: float
 
 
 def prepare(n: int, k: int, device: torch.device, other: Gemm) -> dict[int, bool]:
@@ -41,8 +32,6 @@ def prepare(n: int, k: int, device: torch.device, other: Gemm) -> dict[int, bool
     tokens, faster = one_launch.MIN_TILE_TOKENS, {}
     while tokens <= MOST_TOKENS:
         faster[tokens] = _faster(_problem(n, k), tokens, device, other)
-        if faster[tokens]:
-            one_launch.plan(_problem(n, k), tokens, device)
         tokens *= 2
     return faster
 
@@ -66,7 +55,11 @@ def run(
     if m > MOST_TOKENS or not _faster(problem, tokens, x.device, other):
         return other(x, weight, x_scale, w_scale)
     plan = one_launch.plan(problem, tokens, x.device)
-    return plan.run(x, {"compressed": weight[:0], "dense": weight}, scales=(x_scale, w_scale))
+    return plan.run(x, _packed(weight), scales=(x_scale, w_scale))
+
+
+def _packed(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"compressed": weight[:0], "dense": weight}
 
 
 @cache
@@ -76,21 +69,17 @@ def _problem(n: int, k: int) -> Problem:
 
 @cache
 def _faster(problem: Problem, tokens: int, device: torch.device, other: Gemm) -> bool:
-    times = _times(problem, tokens, device, other)
-    return times.one_launch < times.other
+    plan = one_launch.plan(problem, tokens, device)
 
+    def calls() -> rivals.Rivals:
+        x, scales = random_fp8(tokens, problem.k, device), unit_scales(problem, tokens, device)
+        assert scales
+        weights = [random_fp8(problem.n, problem.k, device) for _ in range(cold_copies(problem.weight_bytes, device))]
+        return {
+            "one-launch": [partial(plan.run, x, _packed(weight), scales=scales) for weight in weights],
+            "other": [partial(other, x, weight, *scales) for weight in weights],
+        }
 
-def _times(problem: Problem, tokens: int, device: torch.device, other: Gemm) -> Times:
-    one_launch_us = one_launch.us(problem, tokens, device)
-    key = {"path": "whole", **environment(device), **problem.describe(), "tokens": tokens}
-    return load_or_find(key, Times, lambda: Times(one_launch_us, _time(problem, tokens, device, other)))
-
-
-def _time(problem: Problem, tokens: int, device: torch.device, other: Gemm) -> float:
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(f"a GEMM of {tokens} tokens was captured before it ran once: {problem}")
-    x = random_fp8(tokens, problem.k, device)
-    scales = unit_scales(problem, tokens, device)
-    assert scales
-    weights = [random_fp8(problem.n, problem.k, device) for _ in range(cold_copies(problem.weight_bytes, device))]
-    return round(median_us([partial(other, x, weight, *scales) for weight in weights]), 2)
+    found = {"one-launch": one_launch.found(problem, tokens, device), "other": version("vllm")}
+    times = rivals.times({**problem.describe(), "tokens": tokens, "rivals": found}, device, calls)
+    return times["one-launch"] < times["other"]

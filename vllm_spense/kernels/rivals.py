@@ -1,0 +1,46 @@
+"""Several ways to run one GEMM, timed against each other.
+
+The times that searches keep are the best of many, measured one search after the other on a GPU that gets warm: good
+enough to find a kernel, too rough to choose between two paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm_spense.kernels.plan_cache import environment, load_or_find
+from vllm_spense.kernels.timing import medians_us
+
+#: By name, the same call on several weights, see `timing.median_us`.
+Rivals = Mapping[str, Sequence[Callable[[], object]]]
+
+
+@dataclass(frozen=True)
+class Medians:
+    """Of one call, in µs, by name."""
+
+    us: dict[str, float]
+
+
+def times(key: Mapping[str, object], device: torch.device, rivals: Callable[[], Rivals]) -> dict[str, float]:
+    """Median time of one call of each rival in µs; all of them take turns. Measured once, then kept beside the plans.
+
+    Args:
+        key: everything that the times depend on but the machine, as JSON.
+        rivals: makes their calls.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured.
+    """
+
+    def measured() -> Medians:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"a GEMM was captured before it ran once: {key}")
+        calls = rivals()
+        medians = medians_us(list(calls.values()))
+        return Medians({name: round(us, 2) for name, us in zip(calls, medians, strict=True)})
+
+    return load_or_find({"path": "rivals", **environment(device), **key}, Medians, measured).us
