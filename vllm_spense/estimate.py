@@ -279,19 +279,26 @@ def calibration(cache: Sequence[Timed], gpu: Gpu, gemm: Gemm, tokens: int) -> fl
 
 
 def read_cache(folder: Path) -> list[Timed]:
-    """Every time in a plan cache. Files that are about something else, or hold none, are passed over."""
-    found = []
+    """Every time in a plan cache; where paths were timed against each other, that rather than what their searches kept.
+
+    Files that are about something else, or hold no time, are passed over.
+    """
+    searched: dict[tuple[str, Gemm, int, str], float] = {}
+    compared: dict[tuple[str, Gemm, int, str], float] = {}
     for file in sorted(folder.glob("*.json")):
         try:
             entry = json.loads(file.read_text(encoding="utf-8"))
             key, result = entry["key"], entry["found"]
             regions = (key["parts"] * key[name] for name in ("sparse", "dense"))
             gemm = Gemm(key["n"], key["k"], key["split"], *regions)
-            path = key.get("path") or result["path"]
-            found.append(Timed(key["gpu"], gemm, int(key["tokens"]), path, float(result["us"])))
+            gpu, tokens, us = key["gpu"], int(key["tokens"]), result["us"]
+            if isinstance(us, dict):
+                compared |= {(gpu, gemm, tokens, path): float(of_one) for path, of_one in us.items()}
+            else:
+                searched[gpu, gemm, tokens, key["path"]] = float(us)
         except (OSError, ValueError, KeyError, TypeError):
             continue
-    return [timed for timed in found if timed.us > 0]
+    return [Timed(*place, us) for place, us in (searched | compared).items() if us > 0]
 
 
 def load(model: str, sparsity: float | None) -> tuple[Model, list[Regions]]:

@@ -1,9 +1,10 @@
 """Every kernel of ours, on sizes that end within tiles, for NVIDIA's sanitizer:
 
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --report-api-errors no --error-exitcode 1 python tests/gpu/sanitize.py
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --report-api-errors no --error-exitcode 1 \\
+        python tests/gpu/sanitize.py
 
-Without torch's cache every tensor is an allocation of its own, so that what lies beyond it is nobody's. Errors of the API
-are those of CUDA's bindings for Python, which ask for functions that this driver need not have.
+Without torch's cache every tensor is an allocation of its own, so that what lies beyond it is nobody's. Errors of the
+API are those of CUDA's bindings for Python, which ask for functions that a driver need not have.
 """
 
 from __future__ import annotations

@@ -77,9 +77,9 @@ def _faster(problem: Problem, tokens: int, device: torch.device, other: Gemm) ->
         weights = [random_fp8(problem.n, problem.k, device) for _ in range(cold_copies(problem.weight_bytes, device))]
         return {
             "one-launch": [partial(plan.run, x, _packed(weight), scales=scales) for weight in weights],
-            "other": [partial(other, x, weight, *scales) for weight in weights],
+            "stock": [partial(other, x, weight, *scales) for weight in weights],
         }
 
-    found = {"one-launch": one_launch.found(problem, tokens, device), "other": version("vllm")}
+    found = {"one-launch": one_launch.found(problem, tokens, device), "stock": version("vllm")}
     times = rivals.times({**problem.describe(), "tokens": tokens, "rivals": found}, device, calls)
-    return times["one-launch"] < times["other"]
+    return times["one-launch"] < times["stock"]
