@@ -291,14 +291,14 @@ def read_cache(folder: Path) -> list[Timed]:
             key, result = entry["key"], entry["found"]
             regions = (key["parts"] * key[name] for name in ("sparse", "dense"))
             gemm = Gemm(key["n"], key["k"], key["split"], *regions)
-            gpu, tokens, us = key["gpu"], int(key["tokens"]), result["us"]
-            if isinstance(us, dict):
-                compared |= {(gpu, gemm, tokens, path): float(of_one) for path, of_one in us.items()}
-            else:
-                searched[gpu, gemm, tokens, key["path"]] = float(us)
+            together = isinstance(result["us"], dict)
+            for path, us in (result["us"] if together else {key["path"]: result["us"]}).items():
+                if us > 0:
+                    place = key["gpu"], gemm, int(key["tokens"]), path
+                    (compared if together else searched)[place] = float(us)
         except (OSError, ValueError, KeyError, TypeError):
             continue
-    return [Timed(*place, us) for place, us in (searched | compared).items() if us > 0]
+    return [Timed(*place, us) for place, us in (searched | compared).items()]
 
 
 def load(model: str, sparsity: float | None) -> tuple[Model, list[Regions]]:
