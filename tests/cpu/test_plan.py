@@ -18,6 +18,7 @@ from offline_prune.place import pinned_bytes
 from offline_prune.plan import GIB, MemoryPlan
 from offline_prune.settings import PruneSettings
 from vllm_spense.errors import SpenseError
+from vllm_spense.shapes import SHAPES
 
 GPU = torch.device("cuda", 0)
 
@@ -39,7 +40,7 @@ def test_pinned_memory_comes_in_powers_of_two(size: int, taken: int) -> None:
 
 def hollow_model(folder: Path, shape: str) -> SourceModel:
     """Two blocks of a published shape in files that take no room: holes where the weights would be."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for file, shapes in configure(folder, shape, 2).items():
         header, end = {}, 0
         for name, size in shapes.items():
@@ -104,3 +105,22 @@ def test_tuning_fits_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert found.place == "device"
     assert found.activations == 40 * GIB
     assert found.on_device / GIB == pytest.approx(60.51, abs=0.1)
+
+
+def test_rows_pruned_to_choose_among_them_have_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gate and up in float32, in two orders: shown where these need most, in an MLP no wider than its input."""
+    monkeypatch.setitem(SHAPES, "square", {**SHAPES["tiny"], "hidden_size": 512, "intermediate_size": 512})
+    plain, scored = (
+        planned(
+            tmp_path / selection,
+            "square",
+            78.0,
+            monkeypatch,
+            selection=selection,
+            samples=4,
+            length=64,
+            batch_tokens=64,
+        )
+        for selection in ("spensegpt+", "output-loss")
+    )
+    assert scored.work - plain.work == 2 * 2 * 4 * 512 * 512
