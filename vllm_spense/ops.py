@@ -25,6 +25,7 @@ from vllm_spense.policy import (
     forced_path,
     granted_bytes,
     reason_against,
+    rivals_for,
     tokens_of,
     turns,
 )
@@ -158,11 +159,11 @@ def _dense_wins(problem: Problem, max_tokens: int, device: torch.device) -> bool
 
     def gains(tokens: int) -> bool:
         """Whether the dense path is clearly faster than what would run without it."""
-        if _path(problem, tokens, device, copied=True) is not Path.DENSE:
+        rivals = rivals_for(tokens, _paths(problem, device, copied=True))
+        if Path.DENSE not in rivals:
             return False
-        without = _path(problem, tokens, device)
-        times = _times((without, Path.DENSE), problem, tokens, device)
-        return times[Path.DENSE] <= _WORTH_A_COPY * times[without]
+        times = _times(rivals, problem, tokens, device)
+        return times[Path.DENSE] <= _WORTH_A_COPY * min(times[path] for path in rivals if path is not Path.DENSE)
 
     won = [tokens for tokens in _buckets(max_tokens) if gains(tokens)]
     if won:
@@ -319,8 +320,8 @@ def _times(paths: tuple[Path, ...], problem: Problem, tokens: int, device: torch
         x, scales = random_fp8(tokens, problem.k, device), unit_scales(problem, tokens, device)
         return {path: [partial(_sums, path, x, packed, problem, scales) for packed in packs] for path in paths}
 
-    found = {path: cast(Rival, kernel(path)).found(problem, tokens, device) for path in paths}
-    return rivals.times({**problem.describe(), "tokens": tokens, "rivals": found}, device, calls)
+    found: dict[str, object] = {path: cast(Rival, kernel(path)).found(problem, tokens, device) for path in paths}
+    return rivals.times(problem, tokens, device, found, calls)
 
 
 @cache

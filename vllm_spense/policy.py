@@ -79,6 +79,11 @@ def tokens_of(path: Path, paths: Sequence[Path], max_tokens: int) -> tuple[int, 
     return (first, last) if first <= last else None
 
 
+def rivals_for(tokens: int, paths: Sequence[Path]) -> tuple[Path, ...]:
+    """Those of the candidates `paths` that may be the fastest for `tokens` rows of activations."""
+    return tuple(path for path in paths if (span := tokens_of(path, paths, tokens)) and span[1] == tokens)
+
+
 def choose(paths: Sequence[Path], tokens: int, times: Callable[[tuple[Path, ...]], Mapping[str, float]]) -> Path:
     """The path for `tokens` rows of activations.
 
@@ -86,7 +91,7 @@ def choose(paths: Sequence[Path], tokens: int, times: Callable[[tuple[Path, ...]
         paths: the candidates.
         times: measures rivals for these tokens; asked for only where no path always wins.
     """
-    rivals = tuple(path for path in paths if (span := tokens_of(path, paths, tokens)) and span[1] == tokens)
+    rivals = rivals_for(tokens, paths)
     return min(rivals, key=times(rivals).__getitem__) if len(rivals) > 1 else rivals[0]
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_spense.kernels.plan_cache import environment, load_or_find
+from vllm_spense.kernels.problem import Problem
 from vllm_spense.kernels.timing import medians_us
 
 #: By name, the same call on several weights, see `timing.median_us`.
@@ -25,11 +26,13 @@ class Medians:
     us: dict[str, float]
 
 
-def times(key: Mapping[str, object], device: torch.device, rivals: Callable[[], Rivals]) -> dict[str, float]:
+def times(
+    problem: Problem, tokens: int, device: torch.device, found: Mapping[str, object], rivals: Callable[[], Rivals]
+) -> dict[str, float]:
     """Median time of one call of each rival in µs; all of them take turns. Measured once, then kept beside the plans.
 
     Args:
-        key: everything that the times depend on but the machine, as JSON.
+        found: by name, what runs, as JSON: they are measured again when it is another.
         rivals: makes their calls.
 
     Raises:
@@ -38,9 +41,10 @@ def times(key: Mapping[str, object], device: torch.device, rivals: Callable[[], 
 
     def measured() -> Medians:
         if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"a GEMM was captured before it ran once: {key}")
+            raise RuntimeError(f"a GEMM of {tokens} tokens was captured before it ran once: {problem}")
         calls = rivals()
         medians = medians_us(list(calls.values()))
         return Medians({name: round(us, 2) for name, us in zip(calls, medians, strict=True)})
 
-    return load_or_find({"path": "rivals", **environment(device), **key}, Medians, measured).us
+    key = {"path": "rivals", **environment(device), **problem.describe(), "tokens": tokens, "rivals": found}
+    return load_or_find(key, Medians, measured).us

@@ -32,6 +32,8 @@ def prepare(n: int, k: int, device: torch.device, other: Gemm) -> dict[int, bool
     tokens, faster = one_launch.MIN_TILE_TOKENS, {}
     while tokens <= MOST_TOKENS:
         faster[tokens] = _faster(_problem(n, k), tokens, device, other)
+        if faster[tokens]:
+            one_launch.plan(_problem(n, k), tokens, device)
         tokens *= 2
     return faster
 
@@ -69,9 +71,8 @@ def _problem(n: int, k: int) -> Problem:
 
 @cache
 def _faster(problem: Problem, tokens: int, device: torch.device, other: Gemm) -> bool:
-    plan = one_launch.plan(problem, tokens, device)
-
     def calls() -> rivals.Rivals:
+        plan = one_launch.plan(problem, tokens, device)
         x, scales = random_fp8(tokens, problem.k, device), unit_scales(problem, tokens, device)
         assert scales
         weights = [random_fp8(problem.n, problem.k, device) for _ in range(cold_copies(problem.weight_bytes, device))]
@@ -81,5 +82,5 @@ def _faster(problem: Problem, tokens: int, device: torch.device, other: Gemm) ->
         }
 
     found = {"one-launch": one_launch.found(problem, tokens, device), "stock": version("vllm")}
-    times = rivals.times({**problem.describe(), "tokens": tokens, "rivals": found}, device, calls)
+    times = rivals.times(problem, tokens, device, found, calls)
     return times["one-launch"] < times["stock"]
