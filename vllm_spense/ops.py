@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, partial
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 
@@ -29,6 +29,9 @@ from vllm_spense.policy import (
     tokens_of,
     turns,
 )
+
+if TYPE_CHECKING:
+    from vllm_spense.kernels.whole import Stock
 
 #: For whatever compiles the scales with what follows. They add reads to SiLU·mul·quant, and beyond a number of reads
 #: Inductor would write its input out first, in a kernel of its own.
@@ -276,11 +279,20 @@ def prepare_whole(n: int, k: int, device: torch.device) -> bool:
         return False
     from vllm_spense.kernels import whole
 
-    faster = whole.prepare(n, k, device, _cutlass)
+    faster = whole.prepare(n, k, device, _stock())
     by_tokens = [("one-launch" if wins else "stock", tokens) for tokens, wins in faster.items()]
     beyond = ("stock", whole.MOST_TOKENS + 1)
     logger.info("Spense: not pruned %d × %d: %s", n, k, _in_words([*by_tokens, beyond]))
     return any(faster.values())
+
+
+@cache
+def _stock() -> Stock:
+    from vllm import __version__
+
+    from vllm_spense.kernels.whole import Stock
+
+    return Stock(_cutlass, __version__)
 
 
 def _cutlass(x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
@@ -293,7 +305,7 @@ def _cutlass(x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, w_sca
 def _whole_gemm(x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
     from vllm_spense.kernels import whole
 
-    return whole.run(x, weight, x_scale, w_scale, _cutlass)
+    return whole.run(x, weight, x_scale, w_scale, _stock())
 
 
 def _whole_gemm_fake(

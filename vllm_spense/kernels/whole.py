@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from importlib.metadata import version
+from typing import NamedTuple
 
 import torch
 
@@ -23,15 +23,22 @@ Gemm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.
 MOST_TOKENS = 128
 
 
-def prepare(n: int, k: int, device: torch.device, other: Gemm) -> dict[int, bool]:
-    """Compares the kernel with `other`, for every number of tokens it may serve.
+class Stock(NamedTuple):
+    """The kernel that vLLM would run, and what says that it is another: vLLM's version."""
+
+    gemm: Gemm
+    version: str
+
+
+def prepare(n: int, k: int, device: torch.device, stock: Stock) -> dict[int, bool]:
+    """Compares the kernel with vLLM's, for every number of tokens it may serve.
 
     Returns:
         Whether it is faster, by the largest M of each of its plans.
     """
     tokens, faster = one_launch.MIN_TILE_TOKENS, {}
     while tokens <= MOST_TOKENS:
-        faster[tokens] = _faster(_problem(n, k), tokens, device, other)
+        faster[tokens] = _faster(_problem(n, k), tokens, device, stock)
         if faster[tokens]:
             one_launch.plan(_problem(n, k), tokens, device)
         tokens *= 2
@@ -39,7 +46,7 @@ def prepare(n: int, k: int, device: torch.device, other: Gemm) -> dict[int, bool
 
 
 def run(
-    x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor, other: Gemm
+    x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor, stock: Stock
 ) -> torch.Tensor:
     """x · Wᵀ · s_x · s_w by the faster of both kernels.
 
@@ -47,15 +54,15 @@ def run(
         x: (M, K) float8_e4m3fn.
         weight: (N, K) float8_e4m3fn, contiguous.
         x_scale, w_scale: float32 (M, 1) and (N, 1).
-        other: what runs where the one-launch kernel does not.
+        stock: what runs where the one-launch kernel does not.
 
     Returns:
         (M, N) bfloat16.
     """
     (n, k), m = weight.shape, len(x)
     problem, tokens = _problem(n, k), one_launch.bucket(m)
-    if m > MOST_TOKENS or not _faster(problem, tokens, x.device, other):
-        return other(x, weight, x_scale, w_scale)
+    if m > MOST_TOKENS or not _faster(problem, tokens, x.device, stock):
+        return stock.gemm(x, weight, x_scale, w_scale)
     plan = one_launch.plan(problem, tokens, x.device)
     return plan.run(x, _packed(weight), scales=(x_scale, w_scale))
 
@@ -70,7 +77,7 @@ def _problem(n: int, k: int) -> Problem:
 
 
 @cache
-def _faster(problem: Problem, tokens: int, device: torch.device, other: Gemm) -> bool:
+def _faster(problem: Problem, tokens: int, device: torch.device, stock: Stock) -> bool:
     def calls() -> rivals.Rivals:
         plan = one_launch.plan(problem, tokens, device)
         x, scales = random_fp8(tokens, problem.k, device), unit_scales(problem, tokens, device)
@@ -78,9 +85,9 @@ def _faster(problem: Problem, tokens: int, device: torch.device, other: Gemm) ->
         weights = [random_fp8(problem.n, problem.k, device) for _ in range(cold_copies(problem.weight_bytes, device))]
         return {
             "one-launch": [partial(plan.run, x, _packed(weight), scales=scales) for weight in weights],
-            "stock": [partial(other, x, weight, *scales) for weight in weights],
+            "stock": [partial(stock.gemm, x, weight, *scales) for weight in weights],
         }
 
-    found = {"one-launch": one_launch.found(problem, tokens, device), "stock": version("vllm")}
+    found = {"one-launch": one_launch.found(problem, tokens, device), "stock": stock.version}
     times = rivals.times(problem, tokens, device, found, calls)
     return times["one-launch"] < times["stock"]
