@@ -205,6 +205,19 @@ def test_no_dense_copy_for_nothing(
     assert ops.dense_copy(torch.zeros(p.n, p.k, dtype=FP8), p, 8192, "a") == {}
 
 
+def test_no_dense_copy_that_beats_the_slower_path_only(
+    hopper: dict[Path, Callable[[int], float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = problem("input", 1024, 1024)
+    hopper |= {
+        Path.ONE_LAUNCH: lambda tokens: 40.0,
+        Path.LIBRARY: lambda tokens: 60.0 if tokens <= 512 else 40.0,
+        Path.DENSE: lambda tokens: 39.5,
+    }
+    monkeypatch.setenv(GRANT, "8")
+    assert ops.dense_copy(torch.zeros(p.n, p.k, dtype=FP8), p, 8192, "a") == {}
+
+
 def test_no_dense_copy_where_nothing_would_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(GRANT, "8")
     p = problem("input", 96, 32)

@@ -112,6 +112,13 @@ def test_a_method_that_means_something_else_is_refused(
         run(deep, tmp_path / "out", text, resume=True)
 
 
+def test_another_version_is_refused(deep: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_off(deep, tmp_path / "out", text, 2)
+    monkeypatch.setattr(pipeline.vllm_spense, "__version__", "99")
+    with pytest.raises(SpenseError, match=r"spense: found [0-9.]+, expected 99"):
+        run(deep, tmp_path / "out", text, resume=True)
+
+
 def test_spelling_out_what_the_method_does_anyway_is_no_change(deep: Path, tmp_path: Path, text: Path) -> None:
     cut_off(deep, tmp_path / "out", text, 2)
     assert len(run(deep, tmp_path / "out", text, resume=True, sparsity=0.375, tune_steps=0).layers) == LAYERS
