@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -49,6 +50,20 @@ def test_whatever_is_another_is_measured_again(measured: list[int]) -> None:
     times(tokens=256)
     times(problem=Problem(128, 64, Regions(64, 64), "output"))
     assert measured == [2] * 4
+
+
+@pytest.mark.parametrize("damaged", [5, None, {"library": "fast", "one-launch": 11.0}, []], ids=str)
+def test_a_damaged_file_is_measured_again(
+    damaged: object, measured: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    times()
+    (file,) = tmp_path.glob("*.json")
+    entry = json.loads(file.read_text())
+    file.write_text(json.dumps(entry | {"found": {"us": damaged}}))
+    assert times() == {"library": 10.0, "one-launch": 11.0}
+    assert measured == [2, 2]
+    assert "are no times by name" in caplog.text
+    assert json.loads(file.read_text()) == entry
 
 
 def test_nothing_is_measured_while_a_graph_is_captured(measured: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

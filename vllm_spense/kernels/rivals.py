@@ -25,6 +25,11 @@ class Medians:
 
     us: dict[str, float]
 
+    def __post_init__(self) -> None:
+        # A damaged file of the plan cache may hold anything.
+        if not isinstance(self.us, dict) or not all(isinstance(us, float) for us in self.us.values()):
+            raise TypeError(f"{self.us} are no times by name")
+
 
 def times(
     problem: Problem, tokens: int, device: torch.device, found: Mapping[str, object], rivals: Callable[[], Rivals]
