@@ -47,6 +47,6 @@ setup(
     },
     entry_points={
         "vllm.general_plugins": ["spense = vllm_spense:register"],
-        "console_scripts": ["spense = vllm_spense.cli:main"],
+        "console_scripts": ["spense = offline_prune.cli:main"],
     },
 )

@@ -28,10 +28,10 @@ from transformers import PreTrainedModel
 from benchmarks.envelope import RESULTS, envelope, write_result
 from benchmarks.quality_tables import markdown
 from benchmarks.texts import CALIBRATION, DOMAINS, heldout
-from offline_prune.calibrate import BUILTIN
-from offline_prune.device import pick_device
-from offline_prune.evaluate import agreement, load_dense
+from offline_prune.calibration.data import BUILTIN
+from offline_prune.checkpoint.evaluate import agreement, load_dense
 from offline_prune.pipeline import prune
+from offline_prune.runtime.device import pick_device
 from offline_prune.settings import METHODS, PruneSettings
 from scripts.pruned import CACHE
 from scripts.smollm2 import smollm2

@@ -247,8 +247,8 @@ def search_first(runs: Sequence[EngineRun]) -> None:
     import torch
     import vllm._custom_ops  # noqa: F401 - the kernels that ours compete with
 
-    from vllm_spense import ops
-    from vllm_spense.kernels.problem import Problem
+    from vllm_spense.kernels.region_gemm.problem import Problem
+    from vllm_spense.ops import gemm
 
     if not torch.cuda.is_available():
         return
@@ -259,8 +259,8 @@ def search_first(runs: Sequence[EngineRun]) -> None:
             start = time.perf_counter()
             hidden, heads = config["hidden_size"], config["num_attention_heads"] * config["head_dim"]
             keys_and_values = 2 * config["num_key_value_heads"] * config["head_dim"]
-            ops.prepare_whole(heads + keys_and_values, hidden, device)
-            ops.prepare_whole(hidden, heads, device)
+            gemm.prepare_whole(heads + keys_and_values, hidden, device)
+            gemm.prepare_whole(hidden, heads, device)
             annotation = Annotation.from_dict(config["quantization_config"][KEY])
             for regions in {annotation.regions(module) for module in annotation.modules}:
                 i = regions.intermediate
@@ -268,7 +268,7 @@ def search_first(runs: Sequence[EngineRun]) -> None:
                     Problem(2 * i, hidden, regions, "output", parts=2).merged(),
                     Problem(hidden, i, regions, "input", apart=True),
                 ):
-                    ops.prepare(problem, TOKEN_BUDGET, device)
+                    gemm.prepare(problem, TOKEN_BUDGET, device)
             run.search_s = round(time.perf_counter() - start, 1)
     torch.cuda.empty_cache()
 

@@ -33,8 +33,8 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from benchmarks.random_weights import fill_random, weight_bytes
 from benchmarks.timings import READY, TOKEN_BUDGET, Timing, output_tokens, summarize, time_steps
-from vllm_spense.capture import beyond
 from vllm_spense.errors import SpenseError
+from vllm_spense.plugin.cudagraph_sizes import beyond
 
 #: Batches whose prompts have no more tokens than this are timed several times.
 REPEATED_TOKENS = 16384
@@ -178,9 +178,9 @@ class Watch:
 
 def plugin_watch() -> Watch:
     """On everything that the plugin does to loaded weights, but for filling them with dummy values."""
-    from vllm_spense import loaders
-    from vllm_spense.linear import RegionLinearMethod
-    from vllm_spense.unpruned import WholeKernel
+    from vllm_spense.plugin import loaders
+    from vllm_spense.plugin.linear import RegionLinearMethod
+    from vllm_spense.plugin.unpruned_linear import WholeKernel
 
     watch = Watch()
     watch.on(RegionLinearMethod, "process_weights_after_loading")

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from vllm_spense.policy import GRANT, SWITCH
+from vllm_spense.ops.dispatch import GRANT, SWITCH
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"

@@ -18,9 +18,9 @@ from benchmarks.accuracy import Row, measured
 from benchmarks.envelope import RESULTS, write_result
 from benchmarks.quality_tables import rounding_errors
 from benchmarks.texts import DOMAINS, heldout
-from offline_prune.evaluate import load_dense
-from offline_prune.model import SourceModel
-from offline_prune.quantize import COMPENSATION_HEADROOM, channel_scales, least_squares_scales, round_to_fp8
+from offline_prune.checkpoint.evaluate import load_dense
+from offline_prune.methods.fp8 import COMPENSATION_HEADROOM, channel_scales, least_squares_scales, round_to_fp8
+from offline_prune.model.loading import SourceModel
 from scripts.pruned import CACHE
 from scripts.smollm2 import smollm2
 

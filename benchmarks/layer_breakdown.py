@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.envelope import RESULTS, write_result
 from benchmarks.make_shape import annotation
 from benchmarks.mlp_schemes import Sizes, SlideSparse, Spense, Stock
-from vllm_spense.kernels.timing import cold_copies, median_us
+from vllm_spense.kernels.tuning.timing import cold_copies, median_us
 from vllm_spense.shapes import SHAPES
 
 TOKENS = (1, 16, 32, 64, 128, 256, 2048)

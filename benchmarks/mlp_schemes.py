@@ -14,13 +14,13 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from vllm_spense import glue, ops
 from vllm_spense.format import GROUP, KEPT, Regions
-from vllm_spense.kernels.problem import Problem
-from vllm_spense.kernels.reference import quantize
-from vllm_spense.kernels.synthetic import random_fp8, random_weight
-from vllm_spense.loaders import dummy_scale
-from vllm_spense.policy import Path
+from vllm_spense.kernels.region_gemm.problem import Problem
+from vllm_spense.kernels.region_gemm.reference import quantize
+from vllm_spense.kernels.tuning.synthetic import random_fp8, random_weight
+from vllm_spense.ops import elementwise_ops, gemm
+from vllm_spense.ops.dispatch import Path
+from vllm_spense.plugin.loaders import dummy_scale
 
 FP8 = torch.float8_e4m3fn
 _EPSILON = 1e-6
@@ -153,7 +153,7 @@ class Spense(Stock):
     """A 2:4 and a dense region, through the plugin's own ops."""
 
     name = "spense"
-    options = ops.INDUCTOR_OPTIONS
+    options = gemm.INDUCTOR_OPTIONS
 
     def __init__(self, sizes: Sizes, device: torch.device, regions: Regions) -> None:
         super().__init__(sizes, device)
@@ -163,7 +163,7 @@ class Spense(Stock):
             "down": Problem(*sizes.shape("down"), regions, "input"),
         }
         #: Whether kernels of our own stand around the GEMMs.
-        self.fuses = glue.fuses_activation(self.problems["gate_up"], device) and glue.fuses_norm(
+        self.fuses = elementwise_ops.fuses_activation(self.problems["gate_up"], device) and elementwise_ops.fuses_norm(
             sizes.hidden, torch.bfloat16, device
         )
         if self.fuses:
@@ -181,22 +181,24 @@ class Spense(Stock):
     def prepare(self, tokens: int) -> None:
         """Searches for kernels, as the plugin does while a model loads."""
         for problem in self.problems.values():
-            ops.prepare(problem, tokens, self.device)
+            gemm.prepare(problem, tokens, self.device)
 
     def weights(self) -> Weights:
-        return {part: ops.pack(random_weight(problem, self.device), problem) for part, problem in self.problems.items()}
+        return {
+            part: gemm.pack(random_weight(problem, self.device), problem) for part, problem in self.problems.items()
+        }
 
     def gemm(self, part: Part, x: torch.Tensor, x_scale: torch.Tensor, weights: Weights) -> torch.Tensor:
-        return ops.region_gemm(x, weights[part], self.problems[part])
+        return gemm.region_gemm(x, weights[part], self.problems[part])
 
     def enter(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if self.fuses:
-            return glue.add_norm_quant(x, residual, self.norm, _EPSILON)
+            return elementwise_ops.add_norm_quant(x, residual, self.norm, _EPSILON)
         return super().enter(x, residual)
 
     def between(self, y: torch.Tensor, x_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.fuses:
-            return glue.silu_mul_quant(y, x_scale, self.scales["gate_up"], self.regions.sparse)
+            return elementwise_ops.silu_mul_quant(y, x_scale, self.scales["gate_up"], self.regions.sparse)
         return super().between(y, x_scale)
 
     def down_and_leave(
@@ -205,7 +207,7 @@ class Spense(Stock):
         if not self.fuses:
             return super().down_and_leave(x, x_scale, residual, weights)
         scales = x_scale, self.scales["down"]
-        quantized, scale, _ = glue.gemm_add_norm_quant(
+        quantized, scale, _ = elementwise_ops.gemm_add_norm_quant(
             x, weights["down"], self.problems["down"], scales, residual, self.norm, _EPSILON
         )
         return quantized, scale
@@ -213,7 +215,7 @@ class Spense(Stock):
     def run_gemms(self, inputs: Mapping[Part, torch.Tensor], scale: torch.Tensor, weights: Weights) -> None:
         # As they run before a norm that adds up what comes apart.
         for part, x in inputs.items():
-            ops.region_sums(x, *ops.spell(weights[part], self.problems[part]))
+            gemm.region_sums(x, *gemm.spell(weights[part], self.problems[part]))
 
     def scaled(self, part: Part, y: torch.Tensor, x_scale: torch.Tensor) -> torch.Tensor:
         return (y * x_scale * self.scales[part].t()).to(torch.bfloat16)
@@ -246,7 +248,7 @@ class SlideSparse(Spense):
     def padded(self, tokens: int) -> int:
         if self.device.type != "cuda":
             return tokens
-        from vllm_spense.kernels.library import padded
+        from vllm_spense.kernels.region_gemm.library import padded
 
         return padded(tokens)
 
@@ -263,9 +265,9 @@ class SlideSparse(Spense):
         return self._kernel.pack(expanded, self.problems[part])
 
     @cached_property
-    def _kernel(self) -> ops.Kernel:
+    def _kernel(self) -> gemm.Kernel:
         # Its own choice of library, whatever the policy makes of these shapes.
-        return ops.kernel(Path.LIBRARY if self.device.type == "cuda" else Path.REFERENCE)
+        return gemm.kernel(Path.LIBRARY if self.device.type == "cuda" else Path.REFERENCE)
 
     def gemm(self, part: Part, x: torch.Tensor, x_scale: torch.Tensor, weights: Weights) -> torch.Tensor:
         return self._kernel.run(x, weights[part], self.problems[part])

@@ -29,13 +29,13 @@ from benchmarks.baselines import hyperprune, proxsparse
 from benchmarks.envelope import RESULTS, ROOT, write_result
 from benchmarks.quality_tables import markdown
 from benchmarks.texts import DOMAINS, heldout
-from offline_prune.calibrate import calibration_tokens
-from offline_prune.device import pick_device
-from offline_prune.evaluate import load_dense
-from offline_prune.glu import Glu
-from offline_prune.model import SourceModel
+from offline_prune.calibration.data import calibration_tokens
+from offline_prune.checkpoint.evaluate import load_dense
+from offline_prune.model.gated_mlp import Glu
+from offline_prune.model.loading import SourceModel
 from offline_prune.pipeline import prune
-from offline_prune.precision import fast_matmul
+from offline_prune.runtime.device import pick_device
+from offline_prune.runtime.matmul_precision import fast_matmul
 from offline_prune.settings import PruneSettings
 from scripts.pruned import CACHE
 from scripts.smollm2 import smollm2

@@ -15,8 +15,8 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.envelope import RESULTS, write_result
-from offline_prune.calibrate import heldout_tokens
-from offline_prune.evaluate import load_dense, perplexity
+from offline_prune.calibration.data import heldout_tokens
+from offline_prune.checkpoint.evaluate import load_dense, perplexity
 from scripts.pruned import CACHE, Pruning, pruned
 from scripts.smollm2 import smollm2
 

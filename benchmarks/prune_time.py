@@ -43,15 +43,15 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.envelope import RESULTS, write_result
-from offline_prune import parts, ranks
-from offline_prune.device import pick_device
-from offline_prune.meter import spent
-from offline_prune.model import empty_model
+from offline_prune.memory_plan import GIB
+from offline_prune.model.loading import empty_model
+from offline_prune.model.safetensors_reader import INDEX_NAME
 from offline_prune.pipeline import prune
-from offline_prune.plan import GIB
 from offline_prune.report import BlockTime, Report
+from offline_prune.runtime import deterministic_reduce, distributed
+from offline_prune.runtime.device import pick_device
+from offline_prune.runtime.profiler import spent
 from offline_prune.settings import METHODS, PruneSettings
-from offline_prune.source import INDEX_NAME
 from vllm_spense.shapes import SHAPES
 
 #: Minutes for the whole model on a B200 with 128 × 16384 tokens, as the paper's Table 8 has them.
@@ -81,28 +81,30 @@ def main() -> None:
     options = parser.parse_args()
 
     device = pick_device(options.device)
-    with ranks.joined(device):
+    with distributed.joined(device):
         file = options.out or RESULTS / f"prune_time{suffix(options)}.json"
         rows: list[Row] = []
         for row in real_rows(options) if options.model else shape_rows(options, device):
             rows.append(row)
-            if ranks.first():
+            if distributed.first():
                 print(json.dumps(row, indent=2), flush=True)
                 write_result(file, "prune_time", rows)
-        if ranks.first():
+        if distributed.first():
             draw(rows, file.with_suffix(".png"))
 
 
 def suffix(options: argparse.Namespace) -> str:
     """Of the result file's name."""
-    return (f"-{options.model.name}" if options.model else "") + (f"-{ranks.size()}gpus" if ranks.size() > 1 else "")
+    return (f"-{options.model.name}" if options.model else "") + (
+        f"-{distributed.size()}gpus" if distributed.size() > 1 else ""
+    )
 
 
 def real_rows(options: argparse.Namespace) -> Iterator[Row]:
     """A whole model with each method, as a user would prune it."""
     with tempfile.TemporaryDirectory(dir=options.folder) as own:
         for method in options.methods:
-            out = Path(ranks.from_first(lambda own=own: own)) / "pruned"
+            out = Path(distributed.from_first(lambda own=own: own)) / "pruned"
             report = prune(settings_for(options.model, out, method, options.samples, options), say=say)
             yield {
                 **about(report, options.model.name, method, len(report.blocks), report.blocks),
@@ -116,11 +118,11 @@ def shape_rows(options: argparse.Namespace, device: torch.device) -> Iterator[Ro
         with tempfile.TemporaryDirectory(dir=options.folder) as own:
             # All ranks read the first one's.
             blocks = options.blocks + 1 + options.profile
-            model = ranks.from_first(partial(write_model, Path(own) / shape, shape, blocks, device))
+            model = distributed.from_first(partial(write_model, Path(own) / shape, shape, blocks, device))
             once = max(warm_up(model, shape, method, options) for method in options.methods)
             for method in options.methods:
                 profile = options.profile and method == options.methods[0]
-                ranks.from_first(partial(configure, model, shape, options.blocks + 1 + profile))
+                distributed.from_first(partial(configure, model, shape, options.blocks + 1 + profile))
                 yield measure(model, shape, method, profile, once, options)
 
 
@@ -176,9 +178,11 @@ def random_tokens(settings: PruneSettings) -> torch.Tensor:
 
 def warm_up(model: Path, shape: str, method: str, options: argparse.Namespace) -> float:
     """Prunes two blocks on an eighth of the text; the seconds that the first of them takes longer than the second."""
-    ranks.from_first(partial(configure, model, shape, 2))
+    distributed.from_first(partial(configure, model, shape, 2))
     # As many as ranks can divide.
-    samples = min(options.samples, max(options.samples // 8 // parts.MOST, 1) * parts.MOST)
+    samples = min(
+        options.samples, max(options.samples // 8 // deterministic_reduce.MOST, 1) * deterministic_reduce.MOST
+    )
     settings = settings_for(model, model.with_name("pruned"), method, samples, options)
     first, second = prune(settings, say=lambda _: None, tokens=random_tokens(settings)).blocks
     say(f"{method}: two blocks to warm up, {first.seconds:.1f} and {second.seconds:.1f} s")
@@ -230,7 +234,7 @@ def about(report: Report, shape: str, method: str, layers: int, measured: list[B
         "shape": shape,
         "layers": layers,
         "method": method,
-        "gpus": ranks.size() if torch.cuda.is_available() else 0,
+        "gpus": distributed.size() if torch.cuda.is_available() else 0,
         "samples": report.settings["samples"],
         "length": report.settings["length"],
         "blocks_measured": len(measured),

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.attention.attention import set_default_quant_scales
 
-from vllm_spense.kernels.synthetic import random_fp8
-from vllm_spense.linear import FP8, RegionLinearMethod
-from vllm_spense.loaders import dummy_scale
+from vllm_spense.kernels.tuning.synthetic import random_fp8
+from vllm_spense.plugin.linear import FP8, RegionLinearMethod
+from vllm_spense.plugin.loaders import dummy_scale
 
 #: Rows made at once: the KV cache has left little memory.
 _CHUNK = 256

@@ -19,13 +19,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.envelope import RESULTS, write_result
-from offline_prune.activations import Stream
-from offline_prune.calibrate import calibration_tokens
-from offline_prune.device import pick_device
-from offline_prune.glu import Glu
-from offline_prune.hessian import Energy
-from offline_prune.model import SourceModel
-from offline_prune.select import order_by_priority, spensegpt_plus_priority
+from offline_prune.calibration.data import calibration_tokens
+from offline_prune.calibration.hessian import Energy
+from offline_prune.calibration.hidden_states import Stream
+from offline_prune.methods.dense_selection import order_by_priority, spensegpt_plus_priority
+from offline_prune.model.gated_mlp import Glu
+from offline_prune.model.loading import SourceModel
+from offline_prune.runtime.device import pick_device
 from offline_prune.settings import fit_regions
 
 

@@ -22,7 +22,7 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from offline_prune.calibrate import BUILTIN_PACKAGES, HELDOUT_PACKAGES, docstrings, pack
+from offline_prune.calibration.data import BUILTIN_PACKAGES, HELDOUT_PACKAGES, docstrings, pack
 from vllm_spense.errors import SpenseError
 
 #: No calibration text comes from these parts of the standard library.

@@ -29,8 +29,8 @@ import torch
 from benchmarks.envelope import RESULTS, write_result
 from benchmarks.quality_tables import zero_shot
 from benchmarks.texts import DOMAINS, documents
-from offline_prune.device import pick_device
-from offline_prune.evaluate import load_dense
+from offline_prune.checkpoint.evaluate import load_dense
+from offline_prune.runtime.device import pick_device
 from vllm_spense.errors import SpenseError
 
 #: Small tasks that many papers report.

@@ -2,6 +2,6 @@
 
 import sys
 
-from vllm_spense.cli import main
+from offline_prune.cli import main
 
 main(["prune", *sys.argv[1:]])

@@ -16,22 +16,22 @@ import transformers
 from torch import nn
 
 import vllm_spense
-from offline_prune import parts, ranks
-from offline_prune.activations import Stream
-from offline_prune.block_mlp import BlockMlp
-from offline_prune.calibrate import calibration_tokens
-from offline_prune.checkpoint import CheckpointWriter, Say, refuse_filled, restored
-from offline_prune.device import compute_dtype, pick_device
-from offline_prune.glu import Glu, Unsupported
-from offline_prune.journal import Journal
-from offline_prune.meter import Meter
-from offline_prune.model import Block, SourceModel
-from offline_prune.plan import GIB, MemoryPlan, batch_tokens, memory_plan
-from offline_prune.regions import mean_sparsity, model_regions
+from offline_prune.block_pruning import BlockMlp
+from offline_prune.calibration.data import calibration_tokens
+from offline_prune.calibration.hidden_states import Stream
+from offline_prune.checkpoint.journal import Journal
+from offline_prune.checkpoint.writer import CheckpointWriter, Say, refuse_filled, restored
+from offline_prune.memory_plan import GIB, MemoryPlan, batch_tokens, memory_plan
+from offline_prune.methods.regions import mean_sparsity, model_regions
+from offline_prune.methods.unpruned_fp8 import InputHessians, compensated, nearest
+from offline_prune.model.block_state_dict import StoredBlock
+from offline_prune.model.gated_mlp import Glu, Unsupported
+from offline_prune.model.loading import Block, SourceModel
 from offline_prune.report import FILE, PICTURE, BlockTime, LayerReport, Report
+from offline_prune.runtime import deterministic_reduce, distributed
+from offline_prune.runtime.device import compute_dtype, pick_device
+from offline_prune.runtime.profiler import Meter
 from offline_prune.settings import PruneSettings
-from offline_prune.stored import StoredBlock
-from offline_prune.unpruned import InputHessians, compensated, nearest
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import Annotation, Calibration
 
@@ -65,19 +65,21 @@ def prune(
         SpenseError: bad input of any kind; nothing is left behind in `settings.out`.
     """
     device = pick_device(settings.device)
-    with ranks.joined(device):
+    with distributed.joined(device):
         _check_ranks(settings.samples)
-        ranks.from_first(lambda: refuse_filled(settings.out, settings.overwrite))
-        if not ranks.first():
+        distributed.from_first(lambda: refuse_filled(settings.out, settings.overwrite))
+        if not distributed.first():
             progress, say = (lambda *_: None), (lambda _: None)
         return _Run(SourceModel(settings.model), settings, device, compute_dtype(device), progress, say).run(tokens)
 
 
 def _check_ranks(samples: int) -> None:
     """Raises SpenseError where the calibration text does not divide evenly among the ranks."""
-    size = ranks.size()
-    if size & (size - 1) or size > parts.MOST:
-        raise SpenseError(f"--nproc-per-node: found {size}, expected a power of two of at most {parts.MOST}")
+    size = distributed.size()
+    if size & (size - 1) or size > deterministic_reduce.MOST:
+        raise SpenseError(
+            f"--nproc-per-node: found {size}, expected a power of two of at most {deterministic_reduce.MOST}"
+        )
     if samples % size:
         raise SpenseError(f"--samples: found {samples}, expected a multiple of the number of processes, {size}")
 
@@ -115,13 +117,13 @@ class _Run:
     def run(self, tokens: torch.Tensor | None) -> Report:
         start = time.perf_counter()
         with self.meter.running(), ExitStack() as context:
-            plan = ranks.from_first(lambda: memory_plan(self.model, self.settings, self.device, self.dtype))
+            plan = distributed.from_first(lambda: memory_plan(self.model, self.settings, self.device, self.dtype))
             for line in plan.lines():
                 self.say(line)
             with self.meter.stage("calibration text"):
-                tokens = ranks.from_first(lambda: self._tokens() if tokens is None else tokens)
-            journal = ranks.from_first(lambda: self._open(self._identity(tokens), context))
-            self._blocks(ranks.share(tokens), plan, journal)
+                tokens = distributed.from_first(lambda: self._tokens() if tokens is None else tokens)
+            journal = distributed.from_first(lambda: self._open(self._identity(tokens), context))
+            self._blocks(distributed.share(tokens), plan, journal)
             if self.writer:
                 self._close(self.writer, plan, start)
         return self.report
@@ -156,7 +158,7 @@ class _Run:
         return {
             **settings,
             "batch_tokens": batch_tokens(self.settings, self.device),
-            "processes": ranks.size(),
+            "processes": distributed.size(),
             "model": self.model.tensors.fingerprint(),
             "calibration tokens": hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()[:16],
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",

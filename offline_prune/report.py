@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from offline_prune.mlp import Pruned
+from offline_prune.methods.prune_mlp import Pruned
 from vllm_spense.format import Regions
 
 FILE = "report.json"

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from offline_prune.calibrate import DEFAULT_SOURCE
-from offline_prune.place import PLACES, Place
-from offline_prune.select import GROUPINGS, LAYOUTS, SELECTIONS, Grouping, Layout, Selection
+from offline_prune.calibration.data import DEFAULT_SOURCE
+from offline_prune.methods.dense_selection import GROUPINGS, LAYOUTS, SELECTIONS, Grouping, Layout, Selection
+from offline_prune.runtime.activation_store import PLACES, Place
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import MIN_ALIGNMENT, Regions, Scalar
 

@@ -59,8 +59,8 @@ def heading(text: str) -> None:
 
 
 def show_perplexities(model: Path, checkpoints: dict[str, Path]) -> None:
-    from offline_prune.calibrate import heldout_tokens
-    from offline_prune.evaluate import load_dense, perplexity
+    from offline_prune.calibration.data import heldout_tokens
+    from offline_prune.checkpoint.evaluate import load_dense, perplexity
 
     table = Table("method", "MLP sparsity", "perplexity")
     for title, folder in {"dense": model, **checkpoints}.items():

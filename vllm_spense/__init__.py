@@ -10,8 +10,8 @@ __version__ = "0.1.0"
 
 def register() -> None:
     """vLLM plugin entry point (`vllm.general_plugins`): makes `--quantization spense` known. Idempotent."""
-    from vllm_spense.capture import register_capture
-    from vllm_spense.config import register_config
+    from vllm_spense.plugin.config import register_config
+    from vllm_spense.plugin.cudagraph_sizes import register_capture
 
     register_config()
     register_capture()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from vllm_spense.estimate import Gemm, Timed, read_cache
-from vllm_spense.policy import LIBRARY_CAPABILITY, ONE_LAUNCH_CAPABILITY, SWITCH, Path, forced_path, turns
+from vllm_spense.ops.dispatch import LIBRARY_CAPABILITY, ONE_LAUNCH_CAPABILITY, SWITCH, Path, forced_path, turns
 
 INSTALL = "pip install 'vllm-spense[cuda]'"
 #: By torch's major version of CUDA. Brings cuda-bindings, cuSPARSELt, cuBLASLt and NVRTC.
@@ -139,7 +139,7 @@ def examine() -> Machine:
     cuda = torch.version.cuda
     if not torch.cuda.is_available() or cuda is None:
         return Machine(None, None, None, cuda, packages, {}, plugin, forced=forced)
-    from vllm_spense.kernels.plan_cache import environment, folder
+    from vllm_spense.kernels.tuning.plan_cache import environment, folder
 
     device = torch.device("cuda", torch.cuda.current_device())
     about = environment(device)
@@ -148,7 +148,7 @@ def examine() -> Machine:
     missing = any(isinstance(answer, Exception) for answer in libraries.values())
     fault = None
     if capability == ONE_LAUNCH_CAPABILITY and not missing:
-        fault = importlib.import_module("vllm_spense.kernels.one_launch").fault(device)
+        fault = importlib.import_module("vllm_spense.kernels.region_gemm.one_launch").fault(device)
     cache = [timed for timed in read_cache(folder()) if timed.gpu == about["gpu"]]
     return Machine(about["gpu"], about["driver"], capability, cuda, packages, libraries, plugin, fault, forced, cache)
 
@@ -168,11 +168,11 @@ def _ask(ask: Callable[[object], object], device: object) -> str | Exception:
 
 
 def _cusparselt(device: object) -> object:
-    return dotted(importlib.import_module("vllm_spense.kernels.cusparselt").version(device), 1000)
+    return dotted(importlib.import_module("vllm_spense.kernels.region_gemm.cusparselt").version(device), 1000)
 
 
 def _cublaslt(device: object) -> object:
-    return dotted(importlib.import_module("vllm_spense.kernels.cublaslt").version(), 10000)
+    return dotted(importlib.import_module("vllm_spense.kernels.region_gemm.cublaslt").version(), 10000)
 
 
 def dotted(version: int, major: int) -> str:

@@ -14,8 +14,8 @@ from itertools import combinations
 import torch
 from torch import nn
 
-from offline_prune.precision import fast_matmul
-from offline_prune.wanda import wanda_scores
+from offline_prune.methods.wanda import wanda_scores
+from offline_prune.runtime.matmul_precision import fast_matmul
 from vllm_spense.format import GROUP, KEPT
 
 #: Which of a group's weights stay: bool (6, 4).

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from offline_prune.precision import fast_matmul
+from offline_prune.runtime.matmul_precision import fast_matmul
 from vllm_spense.format import GROUP, KEPT
 from vllm_spense.layout import keep_mask_2of4
 

@@ -17,9 +17,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from vllm_spense.format import Regions
-from vllm_spense.kernels import library, norm_quant, one_launch, silu_mul_quant
-from vllm_spense.kernels.problem import Problem
-from vllm_spense.kernels.synthetic import random_fp8, random_weight, unit_scales
+from vllm_spense.kernels.elementwise import norm_quant, silu_mul_quant
+from vllm_spense.kernels.region_gemm import library, one_launch
+from vllm_spense.kernels.region_gemm.problem import Problem
+from vllm_spense.kernels.tuning.synthetic import random_fp8, random_weight, unit_scales
 
 
 def main() -> None:

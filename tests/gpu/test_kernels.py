@@ -10,17 +10,18 @@ import pytest
 import torch
 
 from vllm_spense.format import Regions
-from vllm_spense.kernels.problem import COPY, Problem, Scales, Split
-from vllm_spense.policy import Path
+from vllm_spense.kernels.region_gemm.problem import COPY, Problem, Scales, Split
+from vllm_spense.ops.dispatch import Path
 
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 pytest.importorskip("nvmath", reason="needs nvmath-python")
 
-from vllm_spense import ops
-from vllm_spense.kernels import cusparselt, dense, library, one_launch, packing, reference, rivals
-from vllm_spense.kernels.schedule import Tiling
-from vllm_spense.kernels.synthetic import random_2of4, random_fp8, random_weight, unit_scales
+from vllm_spense.kernels.region_gemm import cusparselt, dense, library, one_launch, packing, reference
+from vllm_spense.kernels.region_gemm.schedule import Tiling
+from vllm_spense.kernels.tuning import autotune
+from vllm_spense.kernels.tuning.synthetic import random_2of4, random_fp8, random_weight, unit_scales
+from vllm_spense.ops import gemm
 
 pytestmark = pytest.mark.gpu
 
@@ -244,14 +245,14 @@ def test_the_op_agrees_with_its_reference_twin(out_dtype: torch.dtype) -> None:
     for split in ("output", "input"):
         problem = Problem(512, 512, Regions(256, 256), split, out_dtype)
         weight = random_weight(problem, DEVICE)
-        packed = ops.pack(weight, problem)
+        packed = gemm.pack(weight, problem)
         twin = reference.pack(weight, problem)
-        ops.prepare(problem, 2048, DEVICE)
+        gemm.prepare(problem, 2048, DEVICE)
         for tokens in (1, 8, 64, 65, 128, 256, 257, 512, 513, 1000, 2048):
             x = random_fp8(tokens, problem.k, DEVICE)
             exact = x.double() @ weight.double().t()
             allowed = tolerance(x, weight, out_dtype)
-            assert error(ops.region_gemm(x, packed, problem), exact) <= allowed
+            assert error(gemm.region_gemm(x, packed, problem), exact) <= allowed
             assert error(reference.run(x, twin, problem), exact) <= allowed
 
 
@@ -270,13 +271,13 @@ def test_a_dense_copy_computes_the_same(split: Split, n: int, k: int, scaled: bo
 def test_an_op_runs_the_copy_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem(512, 1024, Regions(512, 512), "input", apart=True)
     weight = random_weight(problem, DEVICE)
-    packed = ops.pack(weight, problem) | {COPY: weight}
+    packed = gemm.pack(weight, problem) | {COPY: weight}
     x, ran = random_fp8(256, problem.k, DEVICE), []
-    monkeypatch.setattr(ops, "choose", lambda paths, tokens, us: Path.DENSE)
+    monkeypatch.setattr(gemm, "choose", lambda paths, tokens, us: Path.DENSE)
     monkeypatch.setattr(dense, "run", lambda *arguments, run=dense.run: ran.append(1) or run(*arguments))
-    ops._path.cache_clear()
-    out = ops.region_gemm(x, packed, problem)
-    ops._path.cache_clear()
+    gemm._path.cache_clear()
+    out = gemm.region_gemm(x, packed, problem)
+    gemm._path.cache_clear()
     assert ran
     assert error(out, x.double() @ weight.double().t()) <= tolerance(x, weight, torch.bfloat16)
 
@@ -285,18 +286,18 @@ def test_paths_are_timed_against_each_other_once(tmp_path, monkeypatch: pytest.M
     monkeypatch.setenv("SPENSE_CACHE_DIR", str(tmp_path))
     problem = Problem(768, 2048, Regions(1024, 1024), "input", apart=True)
     paths = (Path.ONE_LAUNCH, Path.LIBRARY, Path.DENSE)
-    times = ops._times(paths, problem, 256, DEVICE)
+    times = gemm._times(paths, problem, 256, DEVICE)
     assert set(times) == set(paths)
     assert all(us > 0 for us in times.values())
 
-    monkeypatch.setattr(rivals, "medians_us", lambda *_: pytest.fail("timed again"))
-    ops._times.cache_clear()
-    assert ops._times(paths, problem, 256, DEVICE) == times
+    monkeypatch.setattr(autotune, "medians_us", lambda *_: pytest.fail("timed again"))
+    gemm._times.cache_clear()
+    assert gemm._times(paths, problem, 256, DEVICE) == times
     # But not where a search has found something else, or the kernel is another.
     monkeypatch.setattr(one_launch, "found", lambda *_: {"source": "of tomorrow"})
-    ops._times.cache_clear()
+    gemm._times.cache_clear()
     with pytest.raises(pytest.fail.Exception, match="timed again"):
-        ops._times(paths, problem, 256, DEVICE)
+        gemm._times(paths, problem, 256, DEVICE)
 
 
 @pytest.mark.parametrize("path", [library, one_launch], ids=lambda path: path.__name__.rpartition(".")[2])

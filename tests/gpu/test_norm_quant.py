@@ -11,11 +11,12 @@ if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 pytest.importorskip("nvmath", reason="needs nvmath-python")
 
-from vllm_spense import glue, ops
 from vllm_spense.format import Regions
-from vllm_spense.kernels import norm_quant, one_launch, reference, silu_mul_quant
-from vllm_spense.kernels.problem import Problem
-from vllm_spense.kernels.synthetic import random_weight
+from vllm_spense.kernels.elementwise import norm_quant, silu_mul_quant
+from vllm_spense.kernels.region_gemm import one_launch, reference
+from vllm_spense.kernels.region_gemm.problem import Problem
+from vllm_spense.kernels.tuning.synthetic import random_weight
+from vllm_spense.ops import elementwise_ops, gemm
 
 pytestmark = pytest.mark.gpu
 
@@ -71,20 +72,20 @@ def test_captured_launches_that_overlap_follow_their_inputs(tokens: int) -> None
     up = Problem(8192, hidden, regions, "output", parts=2)
     down = Problem(hidden, 4096, regions, "input", apart=True)
     weights = {problem: random_weight(problem, DEVICE) for problem in (up, down)}
-    packed = {problem: ops.pack(weight, problem) for problem, weight in weights.items()}
+    packed = {problem: gemm.pack(weight, problem) for problem, weight in weights.items()}
     for problem in (up, down):
-        ops.prepare(problem, 512, DEVICE)
+        gemm.prepare(problem, 512, DEVICE)
     z, residual, weight = torch.randn(tokens, 4096, device=DEVICE).bfloat16(), *inputs(tokens, hidden)[1:]
     w_scale = torch.rand(hidden, 1, device=DEVICE) / 64
 
     def layers() -> list[tuple[torch.Tensor, ...]]:
         steps, stream, x = [], residual, z
         for _ in range(2):
-            quantized, x_scale = glue.quantize(x)
-            values, scale, stream = glue.gemm_add_norm_quant(
+            quantized, x_scale = elementwise_ops.quantize(x)
+            values, scale, stream = elementwise_ops.gemm_add_norm_quant(
                 quantized, packed[down], down, (x_scale, w_scale), stream, weight, EPSILON
             )
-            raw = ops.region_gemm(values, packed[up], up)
+            raw = gemm.region_gemm(values, packed[up], up)
             x = raw[:, :4096].contiguous()
             steps.append((x_scale, values, scale, stream, raw))
         return steps

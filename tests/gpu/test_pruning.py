@@ -25,17 +25,18 @@ from descent_problems import every_problem as every_problem_of_descent
 from test_resume import contents, cut_off
 from tiny_models import tiny_model
 
-from offline_prune import descent, descent_kernel, elementwise_kernels, sparsegpt
-from offline_prune.activations import Stream
-from offline_prune.column_kernel import solve_block
-from offline_prune.elementwise import TOLERANCE
-from offline_prune.hessian import Energy, Hessian
+from offline_prune.calibration.hessian import Energy, Hessian
+from offline_prune.calibration.hidden_states import Stream
+from offline_prune.checkpoint.verify import verify
+from offline_prune.methods import coordinate_descent, coordinate_descent_triton, sparsegpt
+from offline_prune.methods.fp8 import channel_scales
+from offline_prune.methods.sparsegpt_triton import solve_block
+from offline_prune.model import fused_ops_triton
+from offline_prune.model.fused_ops import TOLERANCE
 from offline_prune.pipeline import prune
-from offline_prune.place import Outbox
-from offline_prune.quantize import channel_scales
 from offline_prune.report import Report
+from offline_prune.runtime.activation_store import Outbox
 from offline_prune.settings import PruneSettings
-from offline_prune.verify import verify
 
 pytestmark = pytest.mark.gpu
 
@@ -49,7 +50,7 @@ def test_the_kernel_against_its_twin() -> None:
 
 
 def test_the_descent_kernel_against_its_twin() -> None:
-    every_problem_of_descent(descent_kernel.solve_block, 1000, DEVICE)
+    every_problem_of_descent(coordinate_descent_triton.solve_block, 1000, DEVICE)
 
 
 def correlated(tokens: int, width: int) -> torch.Tensor:
@@ -111,9 +112,9 @@ def test_descent_against_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
         "sparse_columns": torch.arange(4096, device=DEVICE) < 3072,
     }
     start = sparsegpt.sparsegpt(weight, sparsegpt.inverse_factor(matrix, 0.01, "layer"), **regions)
-    found = descent.descend(weight, start, matrix, 0.01, **regions, passes=2)
-    monkeypatch.setattr(descent, "_solver", lambda device: descent.solve_block)
-    expected = descent.descend(weight, start, matrix, 0.01, **regions, passes=2)
+    found = coordinate_descent.descend(weight, start, matrix, 0.01, **regions, passes=2)
+    monkeypatch.setattr(coordinate_descent, "_solver", lambda device: coordinate_descent.solve_block)
+    expected = coordinate_descent.descend(weight, start, matrix, 0.01, **regions, passes=2)
     errors = [((result - weight) @ matrix * (result - weight)).sum().item() for result in (found, expected, start)]
     masks = ((found == 0) == (expected == 0)).float().mean().item()
     print(f"masks {masks:.5%}, errors {errors[0]:.6g} and {errors[1]:.6g}, {errors[2]:.6g} before")
@@ -170,7 +171,7 @@ def test_a_run_with_the_kernels_is_one_without_them(
     calls: Counter[str] = Counter()
 
     def counted(name: str) -> Callable[..., torch.Tensor]:
-        kernel = getattr(elementwise_kernels, name)
+        kernel = getattr(fused_ops_triton, name)
 
         def call(*arguments: Any) -> torch.Tensor:
             calls[name] += 1
@@ -179,7 +180,7 @@ def test_a_run_with_the_kernels_is_one_without_them(
         return call
 
     for name in ("rms_norm", "silu_mul", "rotate"):
-        monkeypatch.setattr(elementwise_kernels, name, counted(name))
+        monkeypatch.setattr(fused_ops_triton, name, counted(name))
     with_kernels = on_gpu(model, tmp_path / "with", text)
     # Eight batches go through four blocks' attention, and at least once through all the rest.
     assert all(calls[name] >= 4 * 8 for name in ("rms_norm", "silu_mul", "rotate")), calls

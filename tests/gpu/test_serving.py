@@ -36,8 +36,8 @@ from soak import host_bytes, soak
 from scripts.pruned import CACHE, Pruning, pruned
 from scripts.server import HOST, serving
 from scripts.smollm2 import smollm2
-from vllm_spense.policy import SWITCH
-from vllm_spense.policy import Path as ExecutionPath
+from vllm_spense.ops.dispatch import SWITCH
+from vllm_spense.ops.dispatch import Path as ExecutionPath
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
 

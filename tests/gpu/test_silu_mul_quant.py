@@ -9,11 +9,12 @@ if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 pytest.importorskip("nvmath", reason="needs nvmath-python")
 
-from vllm_spense import glue, ops
 from vllm_spense.format import Regions
-from vllm_spense.kernels import reference, silu_mul_quant
-from vllm_spense.kernels.problem import Problem
-from vllm_spense.kernels.synthetic import random_fp8, random_weight
+from vllm_spense.kernels.elementwise import silu_mul_quant
+from vllm_spense.kernels.region_gemm import reference
+from vllm_spense.kernels.region_gemm.problem import Problem
+from vllm_spense.kernels.tuning.synthetic import random_fp8, random_weight
+from vllm_spense.ops import elementwise_ops, gemm
 
 pytestmark = pytest.mark.gpu
 
@@ -55,15 +56,15 @@ def test_a_captured_mlp_follows_its_inputs(tokens: int) -> None:
     hidden, regions = 1024, Regions(3072, 1024)
     up, down = Problem(8192, hidden, regions, "output", parts=2).merged(), Problem(hidden, 4096, regions, "input")
     weights = {problem: random_weight(problem, DEVICE) for problem in (up, down)}
-    packed = {problem: ops.pack(weight, problem) for problem, weight in weights.items()}
+    packed = {problem: gemm.pack(weight, problem) for problem, weight in weights.items()}
     x, (_, x_scale, w_scale) = random_fp8(tokens, hidden, DEVICE), inputs(tokens, 4096, torch.bfloat16)
     for problem in (up, down):
-        ops.prepare(problem, 256, DEVICE)
+        gemm.prepare(problem, 256, DEVICE)
 
     def mlp() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        raw = ops.region_gemm(x, packed[up], up)
-        values, scale = glue.silu_mul_quant(raw, x_scale, w_scale, regions.sparse)
-        return raw, values, scale, ops.region_gemm(values, packed[down], down)
+        raw = gemm.region_gemm(x, packed[up], up)
+        values, scale = elementwise_ops.silu_mul_quant(raw, x_scale, w_scale, regions.sparse)
+        return raw, values, scale, gemm.region_gemm(values, packed[down], down)
 
     mlp()
     graph = torch.cuda.CUDAGraph()

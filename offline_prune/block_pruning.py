@@ -1,0 +1,203 @@
+"""One block's MLP on its way through pruning, tuning and rounding."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import nn
+
+from offline_prune.calibration.hessian import Energy, Hessian
+from offline_prune.calibration.hidden_states import Stream
+from offline_prune.checkpoint.writer import Say
+from offline_prune.methods.block_finetune import tune
+from offline_prune.methods.dense_selection import selection_hash
+from offline_prune.methods.prune_mlp import (
+    Pruned,
+    file_order,
+    prune_down,
+    prune_every_row,
+    prune_gate_up,
+    round_down,
+    round_gate_up,
+)
+from offline_prune.methods.sparsegpt import InverseFactor
+from offline_prune.model.block_state_dict import StoredBlock
+from offline_prune.model.gated_mlp import Glu
+from offline_prune.report import LayerReport, ProjectionReport, TuningReport, projection_report
+from offline_prune.runtime.profiler import stage
+from offline_prune.settings import PruneSettings
+from vllm_spense.format import Regions
+
+#: Tokens from which SpenseGPT+ takes the diagonal of down's Hessian. All of a long text would cost one more pass
+#: through gate and up, and choose nearly the same indices: docs/pruning-at-scale.md has by how much.
+ENERGY_TOKENS = 2**18
+#: Selections that do not look at what reaches down.
+_BLIND = ("last", "random")
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """What the column loops of one MLP went by.
+
+    Attributes:
+        gate_up, down: factors of the Hessians; None for solvers without one.
+        order: int64 (I,), position in the file → original index.
+    """
+
+    gate_up: InverseFactor | None
+    down: InverseFactor | None
+    order: torch.Tensor
+
+
+@dataclass(frozen=True)
+class BlockMlp:
+    """One block's MLP and all that decides what becomes of it.
+
+    Attributes:
+        index, block: number and name of the decoder block.
+        mlp: where its MLP is.
+        module: the block, with its weights loaded.
+        stream: the pruned model's hidden states in front of the block.
+        stored: takes the results.
+        say: told about Hessians that needed more damping.
+    """
+
+    index: int
+    block: str
+    mlp: Glu
+    module: nn.Module
+    stream: Stream
+    stored: StoredBlock
+    regions: Regions
+    settings: PruneSettings
+    say: Say
+
+    @property
+    def name(self) -> str:
+        return f"{self.block}.{self.mlp.path}"
+
+    def process(self, dense: Stream | None) -> LayerReport:
+        """Prunes, and if asked to tunes and then rounds.
+
+        Args:
+            dense: the dense model's hidden states behind this block, where it is tuned.
+        """
+        start = time.perf_counter()
+        if not (dense and self.settings.wanted_tune_steps):
+            return replace(self._prune(self.settings)[0], seconds=time.perf_counter() - start)
+        parameters = self.module.get_submodule(self.mlp.path).named_parameters(prefix=self.mlp.path)
+        original = {name: parameter.detach().clone() for name, parameter in parameters}
+        last = self.settings.rounds_tuned
+        layer, solved = self._prune(replace(self.settings, quantize="none") if last else self.settings)
+        layer = replace(layer, tuning=self._tune(original, dense))
+        if last:
+            self._round(solved)
+        return replace(layer, seconds=time.perf_counter() - start)
+
+    @torch.inference_mode()
+    def _prune(self, settings: PruneSettings) -> tuple[LayerReport, _Solved]:
+        """Selects and prunes."""
+        mlp, name, regions = self.mlp, self.name, self.regions
+        gate_up_layers, down_layer = mlp.gate_up(self.module), mlp.down(self.module)
+        device = self.stream.device
+
+        hessian_in = Hessian(mlp.hidden, device)
+        whole_mid = settings.wanted_selection == "sparsegpt-score" or not settings.true_sequential
+        before: Hessian | Energy = (Hessian if whole_mid else Energy)(mlp.intermediate, device)
+        looks = settings.wanted_selection not in _BLIND or settings.wanted_grouping == "mixed"
+        on_mid = before.add if whole_mid or looks else None
+        with stage("forward"):
+            self.stream.attend(
+                self.index, self.module, mlp, hessian_in.add, on_mid, None if whole_mid else ENERGY_TOKENS
+            )
+        hessian = hessian_in.matrix()
+        mid = before.matrix() if isinstance(before, Hessian) else before.diagonal()
+        gate_up = torch.cat([layer.weight for layer in gate_up_layers])
+        every = None
+        if settings.wanted_selection == "output-loss" and regions.sparse and regions.dense:
+            with stage("prune"):
+                every = prune_every_row(gate_up, hessian, settings, f"{name}: gate and up")
+        with stage("select"):
+            gate, up = gate_up.chunk(2)
+            order = file_order(gate, up, down_layer.weight, hessian, mid, regions, settings, name, every)
+            both = torch.cat([order, order + mlp.intermediate])
+            if every is not None:
+                every = every.rows(both)
+        with stage("prune"):
+            pruned = prune_gate_up(gate_up[both], hessian, regions, settings, f"{name}: gate and up", every)
+            down_layer.weight.copy_(down_layer.weight[:, order])
+        del gate_up, gate, up, every, hessian_in, hessian
+        with stage("quantize"):
+            self.stored.put_gate_up(name, mlp, gate_up_layers, pruned.weight, pruned.scales, both)
+        gate_report = self._report(f"{name}: gate", pruned, slice(0, mlp.intermediate))
+        up_report = self._report(f"{name}: up", pruned, slice(mlp.intermediate, None))
+        # Float32 copies of the weights make room for down's Hessian.
+        factor = pruned.factor
+        del pruned
+
+        if settings.true_sequential:
+            after = Hessian(mlp.intermediate, device)
+            with stage("forward"):
+                self.stream.observe(self.index, self.module, mlp, after.add)
+            mid = after.matrix()
+        else:
+            mid = mid[order][:, order]
+        with stage("prune"):
+            pruned = prune_down(down_layer.weight, mid, order, regions, settings, f"{name}: down")
+        with stage("quantize"):
+            self.stored.put(f"{name}.{mlp.projections.down}", down_layer, pruned.weight, pruned.scales)
+        layer = LayerReport(
+            name=name,
+            regions=regions,
+            dense_indices=selection_hash(order, regions),
+            seconds=0.0,
+            gate=gate_report,
+            up=up_report,
+            down=self._report(f"{name}: down", pruned),
+        )
+        return layer, _Solved(factor, pruned.factor, order)
+
+    def _tune(self, original: dict[str, torch.Tensor], dense: Stream) -> TuningReport:
+        """Tunes towards the dense model.
+
+        Args:
+            original: copies of the dense MLP's parameters, by name inside the block.
+        """
+        layers = [f"{self.mlp.path}.{projection}" for projection in self.mlp.projections.to_dict().values()]
+        scales = {name: self.stored.scales(f"{self.block}.{name}", self.stream.device) for name in layers}
+        with stage("tune"):
+            weights, report = tune(self.module, scales, original, self.index, self.stream, dense, self.settings)
+            with torch.inference_mode():
+                for name, weight in weights.items():
+                    linear = cast(nn.Linear, self.module.get_submodule(name))
+                    self.stored.put(f"{self.block}.{name}", linear, weight, scales[name])
+        return report
+
+    @torch.inference_mode()
+    def _round(self, solved: _Solved) -> None:
+        """Sends the tuned weights through the column loops once more, for their rounding.
+
+        Where compensation makes more of a zero than tuning has left of a kept weight, the two change places. Tuning
+        has changed the inputs of down, but not so much that their Hessian would have to be collected anew.
+        """
+        assert solved.gate_up is not None
+        assert solved.down is not None
+        gate_up_layers, down_layer = self.mlp.gate_up(self.module), self.mlp.down(self.module)
+        with stage("prune"):
+            gate_up = torch.cat([layer.weight for layer in gate_up_layers])
+            rounded = round_gate_up(gate_up, solved.gate_up, self.regions, self.settings)
+        with stage("quantize"):
+            as_it_is = torch.arange(len(gate_up), device=gate_up.device)
+            self.stored.put_gate_up(self.name, self.mlp, gate_up_layers, *rounded, as_it_is)
+        with stage("prune"):
+            rounded = round_down(down_layer.weight, solved.down, solved.order, self.regions, self.settings)
+        with stage("quantize"):
+            self.stored.put(f"{self.name}.{self.mlp.projections.down}", down_layer, *rounded)
+
+    def _report(self, what: str, pruned: Pruned, rows: slice = slice(None)) -> ProjectionReport:
+        if pruned.damping is not None and pruned.damping > self.settings.damping:
+            self.say(f"{what}: the Hessian needed a damping of {pruned.damping:g} to be factorized")
+        return projection_report(pruned, rows)

@@ -1,0 +1,63 @@
+"""Statistics of what a linear layer sees on all ranks: H = Σ x·xᵀ, or only its diagonal."""
+
+from __future__ import annotations
+
+import torch
+
+from offline_prune.runtime.deterministic_reduce import PartSums
+from offline_prune.runtime.profiler import stage
+
+
+class Hessian:
+    """H = Σ x·xᵀ of one linear layer's inputs, float32 (K, K).
+
+    Only panels from the diagonal rightwards are accumulated; the rest follows by symmetry.
+    """
+
+    #: Narrower panels save more of the half that is not needed, wider ones multiply faster.
+    _PANELS = 8
+    _NARROWEST = 512
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._sums = PartSums((size, size), device)
+        width = max(self._NARROWEST, -(-size // self._PANELS))
+        self._panels = [(start, min(start + width, size)) for start in range(0, size, width)]
+
+    def add(self, inputs: torch.Tensor, part: int = 0) -> None:
+        """Adds (tokens, K), any float type, of a part of the text. Products of BF16 values are exact in FP32."""
+        with stage("Hessian"):
+            whole = self._sums.of(part)
+            native = inputs.is_cuda and inputs.dtype in (torch.bfloat16, torch.float16)
+            x = inputs if native else inputs.float()
+            for start, stop in self._panels:
+                total, left, right = whole[start:stop, start:], x[:, start:stop].T, x[:, start:]
+                if native:
+                    torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+                else:
+                    total.addmm_(left, right)
+
+    def matrix(self) -> torch.Tensor:
+        """float32 (K, K), symmetric. Nothing can be added after this, and it cannot be asked for twice."""
+        with stage("Hessian"):
+            whole = self._sums.total()
+            for start, stop in self._panels:
+                corner = whole[start:stop, start:stop]
+                corner.copy_(corner.triu() + corner.triu(1).T)
+                whole[stop:, start:stop] = whole[start:stop, stop:].T
+            return whole
+
+
+class Energy:
+    """diag(H) = Σ x_j² of one linear layer's inputs, float32 (K,)."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._sums = PartSums((size,), device)
+
+    def add(self, inputs: torch.Tensor, part: int = 0) -> None:
+        """Adds (tokens, K), any float type, of a part of the text."""
+        with stage("Hessian"):
+            self._sums.of(part).add_(torch.linalg.vector_norm(inputs, dim=0, dtype=torch.float32).square_())
+
+    def diagonal(self) -> torch.Tensor:
+        """float32 (K,). Nothing can be added after this, and it cannot be asked for twice."""
+        return self._sums.total()

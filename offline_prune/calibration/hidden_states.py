@@ -1,0 +1,225 @@
+"""The hidden states of the calibration text, between two blocks and behind a block's attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from offline_prune.model.block_forward import Observer, Split, find_split, watch
+from offline_prune.model.fused_ops import Elementwise, find_elementwise
+from offline_prune.model.gated_mlp import Glu
+from offline_prune.model.loading import SourceModel
+from offline_prune.runtime import deterministic_reduce, distributed
+from offline_prune.runtime.activation_store import Place, allocate
+from offline_prune.runtime.profiler import stage
+from vllm_spense.errors import SpenseError
+
+#: Is shown inputs (tokens, K) and which of this rank's parts of the text they are of.
+PartObserver = Callable[[torch.Tensor, int], None]
+
+
+class Stream:
+    """The hidden states of this rank's calibration sequences, and how to call the blocks.
+
+    One buffer holds them and is overwritten as they move on: while a block is worked on, its input becomes the
+    residual stream behind the block's attention, and that becomes its output.
+
+    Args:
+        model: its embeddings are loaded for the duration of the call.
+        tokens: int64 (samples, length).
+        dtype: of the hidden states.
+        batch_tokens: about how many tokens go through a block at once.
+        place: where the buffer is.
+        folder: for the file, if there is one; the file has no name any more once this returns.
+    """
+
+    def __init__(
+        self,
+        model: SourceModel,
+        tokens: torch.Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_tokens: int,
+        place: Place = "device",
+        folder: Path | None = None,
+    ) -> None:
+        self.device = device
+        self.kwargs: list[dict[str, Any]] = []
+        samples, length = tokens.shape
+        at_once = max(1, batch_tokens // length)
+        self._parts = [_batches(part, at_once) for part in deterministic_reduce.cut(samples)]
+        self._batches = [batch for part in self._parts for batch in part]
+        self._mlps = [block.mlp for block in model.blocks]
+        self._splits: dict[type[nn.Module], Split | None] = {}
+        self._elementwise: dict[int, Elementwise] = {}
+        self._split: Split | None = None
+        width = model.skeleton.config.get_text_config().hidden_size
+        self.hidden = allocate((samples, length, width), dtype, device, place, folder)
+        with stage("forward"), _recording(model, device, dtype) as recorders:
+            for batch in self._batches:
+                model.skeleton.base_model(input_ids=tokens[batch].to(device), use_cache=False)
+                self._put(batch, recorders[0].hidden)
+            # No padding and no cache: all batches share their masks and positions, but for the batch size.
+            model.skeleton.base_model(input_ids=tokens[:1].to(device), use_cache=False)
+            self.kwargs = [recorder.kwargs for recorder in recorders]
+
+    def attend(
+        self,
+        index: int,
+        block: nn.Module,
+        mlp: Glu,
+        on_input: PartObserver | None = None,
+        on_mid: PartObserver | None = None,
+        mid_tokens: int | None = None,
+    ) -> None:
+        """Takes the hidden states through a block's attention, once.
+
+        Args:
+            on_input: is shown the inputs of the block's MLP, (tokens, H).
+            on_mid: is shown the intermediate activations, (tokens, I).
+            mid_tokens: of about this many tokens of all ranks only, evenly spread; None for all.
+        """
+        with self._with_kernels(index, block):
+            if type(block) not in self._splits:
+                self._splits[type(block)] = find_split(block, mlp, self._get(self._batches[0]), self.kwargs[index])
+            self._split = self._splits[type(block)]
+            entrance, exit_ = f"{mlp.path}.{mlp.projections.gate}", f"{mlp.path}.{mlp.projections.down}"
+            for part, batches in enumerate(self._parts):
+                shown = self._spread(batches, mid_tokens) if on_mid else []
+                for batch in batches:
+                    observers: dict[str, Observer] = {entrance: _flat(on_input, part)} if on_input else {}
+                    if on_mid and batch in shown:
+                        observers[exit_] = _flat(on_mid, part)
+                    arrived: list[torch.Tensor] = []
+                    if self._split:
+                        observers[self._split.point] = arrived.append
+                    watch(block, self._get(batch), self.kwargs[index], observers, exit_ if batch in shown else entrance)
+                    if self._split:
+                        self._put(batch, arrived[0])
+
+    def observe(self, index: int, block: nn.Module, mlp: Glu, on_mid: PartObserver) -> None:
+        """Shows an observer the intermediate activations, (tokens, I), of a block that `attend` has been called for."""
+        exit_ = f"{mlp.path}.{mlp.projections.down}"
+        with self._with_kernels(index, block), self.entered(block):
+            for part, batches in enumerate(self._parts):
+                for batch in batches:
+                    watch(block, self._get(batch), self.kwargs[index], {exit_: _flat(on_mid, part)}, exit_)
+
+    def advance(
+        self, index: int, block: nn.Module, name: str, observers: Mapping[str, PartObserver] = MappingProxyType({})
+    ) -> None:
+        """Replaces the hidden states by the block's outputs, from behind its attention if `attend` went there.
+
+        Args:
+            name: the block's, for errors.
+            observers: submodule → is shown its inputs, (tokens, K).
+
+        Raises:
+            SpenseError: an output is not finite.
+        """
+        broken = torch.zeros((), dtype=torch.int32, device=self.device)
+        with self._with_kernels(index, block), self.entered(block):
+            for part, batches in enumerate(self._parts):
+                flat = {submodule: _flat(observer, part) for submodule, observer in observers.items()}
+                for batch in batches:
+                    output = watch(block, self._get(batch), self.kwargs[index], flat, None)
+                    assert output is not None
+                    # Whatever is not finite makes the sum so, and that is read once.
+                    broken += ~torch.isfinite(output.sum(dtype=torch.float32))
+                    self._put(batch, output)
+        self._split = None
+        distributed.add_up(broken)
+        if broken.item():
+            raise SpenseError(f"{name}: its output on the calibration text is not finite")
+
+    def _with_kernels(self, index: int, block: nn.Module) -> AbstractContextManager[None]:
+        """On a GPU the block runs inside with one kernel for each elementwise part that is found to be the same."""
+        if self.device.type != "cuda":
+            return nullcontext()
+        if index not in self._elementwise:
+            self._elementwise[index] = find_elementwise(block, self._mlps[index])
+        return self._elementwise[index].replaced(block)
+
+    @contextmanager
+    def entered(self, block: nn.Module) -> Iterator[None]:
+        """Inside, the block is entered where the hidden states are: behind its attention if `attend` was there."""
+        if self._split is None:
+            yield
+        else:
+            with self._split.skipping(block):
+                yield
+
+    def units(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states (samples, length, H) in parts that the block as it is entered now can take each on its own.
+
+        Returns:
+            A view: (tokens, 1, H) behind the attention, else the sequences as they are.
+        """
+        return hidden if self._split is None else hidden.flatten(0, 1).unsqueeze(1)
+
+    def _get(self, batch: slice) -> torch.Tensor:
+        return self.hidden[batch].to(self.device, non_blocking=True)
+
+    def _put(self, batch: slice, hidden: torch.Tensor) -> None:
+        self.hidden[batch].copy_(hidden, non_blocking=True)
+
+    def _spread(self, batches: list[slice], tokens: int | None) -> list[slice]:
+        """Of a part's batches so many, evenly spread, that all parts together show about so many tokens."""
+        if tokens is None:
+            return batches
+        samples, length = self.hidden.shape[:2]
+        wanted = math.ceil(len(batches) * min(1.0, tokens / (distributed.size() * samples * length)))
+        return [batches[i * len(batches) // wanted] for i in range(wanted)]
+
+
+def _batches(part: range, at_once: int) -> list[slice]:
+    return [slice(start, min(start + at_once, part.stop)) for start in part[::at_once]]
+
+
+def _flat(observer: PartObserver, part: int) -> Observer:
+    return lambda inputs: observer(inputs.flatten(0, -2), part)
+
+
+class _Recorder(nn.Module):
+    """Stands for a decoder block while the model's own code prepares masks and positions."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self._block = (block,)  # In a tuple, so that it does not become a submodule.
+        self.kwargs: dict[str, Any] = {}
+        self.hidden = torch.empty(0)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._block[0], name)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self.hidden, self.kwargs = hidden_states, kwargs
+        return hidden_states
+
+
+@contextmanager
+def _recording(model: SourceModel, device: torch.device, dtype: torch.dtype) -> Iterator[list[_Recorder]]:
+    """The model with its embeddings loaded and a recorder in place of every block."""
+    names = [block.name for block in model.blocks]
+    parent = model.module(names[0].rpartition(".")[0])
+    assert isinstance(parent, nn.ModuleList)
+    originals = list(parent)
+    recorders = [_Recorder(block) for block in originals]
+    with model.outside_blocks(device, dtype), torch.inference_mode():
+        for i, recorder in enumerate(recorders):
+            parent[i] = recorder
+        try:
+            yield recorders
+        finally:
+            for i, block in enumerate(originals):
+                parent[i] = block

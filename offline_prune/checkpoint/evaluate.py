@@ -1,0 +1,111 @@
+"""Opening any checkpoint as a dense model, and its perplexity."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from offline_prune.methods.fp8 import dequantize
+from offline_prune.model.loading import empty_model, load_tokenizer
+from offline_prune.model.safetensors_reader import TensorFiles
+from offline_prune.runtime.matmul_precision import exact_matmul, fast_matmul
+from vllm_spense.errors import SpenseError
+
+
+def load_dense(
+    folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A plain or a Spense checkpoint as an ordinary dense model; FP8 weights are multiplied by their scales.
+
+    Activations are not quantized. To run the files exactly as a server does, serve them.
+
+    Raises:
+        SpenseError: no such folder, or a tensor of the model is not in it.
+    """
+    folder = Path(folder)
+    files = TensorFiles(folder)
+    model = empty_model(folder)
+    for name, _ in list(model.named_parameters(remove_duplicate=False)):
+        if name not in files:
+            if _is_tied_head(model, name):
+                continue
+            raise SpenseError(f"{folder}: no tensor {name}")
+        weight = files.read(name)
+        scale = f"{name}_scale"
+        weight = dequantize(weight, files.read(scale)) if scale in files else weight
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(weight.to(device, dtype), requires_grad=False))
+    model.tie_weights()
+    for buffer_name, buffer in list(model.named_buffers()):
+        owner, _, leaf = buffer_name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffer.to(device))
+    for module_name, module in model.named_modules():
+        if module_name.endswith("rotary_emb"):
+            # Angles of hundreds of radians, which some versions of transformers compute as a product of matrices.
+            module.forward = exact_matmul()(module.forward)
+    return model.eval(), load_tokenizer(folder)
+
+
+def _is_tied_head(model: PreTrainedModel, name: str) -> bool:
+    head = model.get_output_embeddings()
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return owner is head and bool(model.config.get_text_config().tie_word_embeddings)
+
+
+@torch.inference_mode()
+def perplexity(model: PreTrainedModel, tokens: torch.Tensor) -> float:
+    """exp of the mean negative log-likelihood of each next token, every sequence on its own.
+
+    Args:
+        tokens: int64 (n, length).
+    """
+    total, count = 0.0, 0
+    with fast_matmul():
+        for sequence in tokens.to(model.device).split(1):
+            logits = model(input_ids=sequence, use_cache=False).logits[0, :-1].float()
+            total += nn.functional.cross_entropy(logits, sequence[0, 1:], reduction="sum").item()
+            count += sequence.shape[1] - 1
+    return math.exp(total / count)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How a model predicts a text's next tokens, and how far from a reference model's predictions that is.
+
+    Attributes:
+        perplexity: as `perplexity`.
+        kl: mean over the positions of KL(reference ‖ model), in nats.
+        top1_agreement: share of the positions where both find the same token most likely.
+    """
+
+    perplexity: float
+    kl: float
+    top1_agreement: float
+
+
+@torch.inference_mode()
+def agreement(model: PreTrainedModel, reference: PreTrainedModel, tokens: torch.Tensor) -> Agreement:
+    """Compares two models of one vocabulary, every sequence on its own.
+
+    Args:
+        tokens: int64 (n, length).
+    """
+    totals, count = torch.zeros(3, dtype=torch.float64), 0
+    with fast_matmul():
+        for sequence in tokens.to(model.device).split(1):
+            found, expected = (
+                each(input_ids=sequence, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+                for each in (model, reference)
+            )
+            loss = nn.functional.nll_loss(found, sequence[0, 1:], reduction="sum")
+            kl = nn.functional.kl_div(found, expected, reduction="sum", log_target=True)
+            same = (found.argmax(-1) == expected.argmax(-1)).sum()
+            totals += torch.stack([loss, kl, same.float()]).double().cpu()
+            count += sequence.shape[1] - 1
+    loss, kl, same = (totals / count).tolist()
+    return Agreement(math.exp(loss), kl, same)

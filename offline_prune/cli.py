@@ -1,0 +1,324 @@
+"""The `spense` command. Every command imports what it needs when it runs, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vllm_spense.errors import SpenseError
+
+if TYPE_CHECKING:
+    from offline_prune.methods.dense_selection import Grouping, Layout, Selection
+    from offline_prune.report import Report
+    from offline_prune.runtime.activation_store import Place
+    from offline_prune.settings import Quantize, Rounding
+
+#: Exit code after Ctrl-C or SIGTERM, as typer has it.
+INTERRUPTED = 130
+app = typer.Typer(
+    name="spense",
+    help="Prune LLMs to 2:4 sparse + dense regions in FP8, and look at the result.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console(stderr=True)
+
+
+@app.callback()
+def _spense() -> None:
+    """Keeps `prune` a subcommand, however many there are."""
+
+
+@app.command()
+def prune(
+    model: Annotated[str, typer.Argument(help="Folder of a Hugging Face causal LM, or its hub name.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must not be there yet.")],
+    method: Annotated[
+        str, typer.Option(help="spensegpt++ | spensegpt+ | spensegpt | sparsegpt | wanda | magnitude")
+    ] = "spensegpt+",
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Share of zeros in the MLP weights, 0 to 0.5. [default: 0.375; 0.5 for the last three]"),
+    ] = None,
+    dense_first: Annotated[
+        bool | None,
+        typer.Option(
+            help="Keep the first MLP dense; the others take over its sparsity. [default: the method's, in models of "
+            "more than ten blocks]"
+        ),
+    ] = None,
+    selection: Annotated[
+        str | None,
+        typer.Option(
+            help="Which indices stay dense: last | spensegpt+ | sparsegpt-score | output-loss | random. [default: the "
+            "method's]"
+        ),
+    ] = None,
+    grouping: Annotated[
+        str | None,
+        typer.Option(
+            help="Which sparse indices share a group of four in down: original (neighbours) | mixed (two strong, two "
+            "weak). [default: the method's]"
+        ),
+    ] = None,
+    layout: Annotated[
+        str, typer.Option(help="Where dense columns stand while down is pruned: back | front | none")
+    ] = "back",
+    alignment: Annotated[
+        int | None, typer.Option(help="Region sizes are multiples of this. [default: largest of 256 … 32 that fits]")
+    ] = None,
+    calibration: Annotated[
+        str, typer.Option(help="Hugging Face data set, .jsonl/.txt/.parquet file, or `builtin` (no download).")
+    ] = "simplescaling/s1K-1.1",
+    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
+    length: Annotated[int, typer.Option(help="Tokens in each.")] = 16384,
+    seed: Annotated[int, typer.Option(help="Seed of the calibration text's order.")] = 0,
+    quantize: Annotated[str, typer.Option(help="fp8 | none (the model's own type, same zeros, for research)")] = "fp8",
+    fp8_rounding: Annotated[
+        str | None,
+        typer.Option(
+            help="Round after pruning | inside the column loop that prunes | in column loops everywhere: "
+            "after | inside | everywhere. [default: everywhere for spensegpt++, else inside]"
+        ),
+    ] = None,
+    damping: Annotated[float, typer.Option(help="λ over the mean of the Hessian's diagonal.")] = 0.01,
+    descent_passes: Annotated[
+        int | None,
+        typer.Option(help="Passes of coordinate descent that choose masks anew. [default: 1 for spensegpt++, else 0]"),
+    ] = None,
+    true_sequential: Annotated[
+        bool, typer.Option(help="Calibrate down on the outputs of the pruned gate and up.")
+    ] = True,
+    tune_steps: Annotated[
+        int | None,
+        typer.Option(help="Steps of tuning each block after it is pruned. [default: 128 for spensegpt++, else 0]"),
+    ] = None,
+    tune_rate: Annotated[float, typer.Option(help="Of those steps, relative to the weights.")] = 0.016,
+    skip_unsupported: Annotated[
+        bool, typer.Option(help="Leave blocks without a gated MLP (experts, plain MLPs) as they are.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto | cpu | cuda | cuda:N")] = "auto",
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens that pass through a block at once. [default: 2048 on a CPU, 16384]")
+    ] = None,
+    activations: Annotated[
+        str, typer.Option(help="Where hidden states are kept: auto (the first with room) | device | host | disk")
+    ] = "auto",
+    overwrite: Annotated[bool, typer.Option(help="Replace the checkpoint, or the unfinished one, in OUT.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on with an unfinished run to OUT, if there is one.")] = False,
+) -> None:
+    """Prune MODEL in one shot and write a checkpoint that vLLM serves."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from offline_prune.pipeline import prune as run
+    from offline_prune.runtime import distributed
+    from offline_prune.settings import PruneSettings
+
+    settings = PruneSettings(
+        model=model,
+        out=out,
+        method=method,
+        sparsity=sparsity,
+        dense_first=dense_first,
+        selection=cast("Selection | None", selection),
+        grouping=cast("Grouping | None", grouping),
+        layout=cast("Layout", layout),
+        alignment=alignment,
+        calibration=calibration,
+        samples=samples,
+        length=length,
+        seed=seed,
+        quantize=cast("Quantize", quantize),
+        rounding=cast("Rounding | None", fp8_rounding),
+        damping=damping,
+        descent_passes=descent_passes,
+        true_sequential=true_sequential,
+        tune_steps=tune_steps,
+        tune_rate=tune_rate,
+        skip_unsupported=skip_unsupported,
+        device=device,
+        batch_tokens=batch_tokens,
+        activations=cast("Place", activations),
+        overwrite=overwrite,
+        resume=resume,
+    )
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not distributed.first()) as bar:
+        task = bar.add_task("preparing", total=None)
+
+        def progress(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, description=f"pruned {name}")
+
+        report = run(settings, progress, bar.console.print)
+    if distributed.first():
+        _print_report(report, out)
+
+
+def _print_report(report: Report, out: Path) -> None:
+    table = Table(title=f"{out}: MLP sparsity {report.mlp_sparsity:.2%} in {report.seconds:.0f} s")
+    for heading in ("projection", "zeros", "loss, median", "loss, largest"):
+        table.add_column(heading, justify="left" if heading == "projection" else "right")
+    for name in ("gate", "up", "down"):
+        parts = [getattr(layer, name) for layer in report.layers]
+        losses = sorted(part.loss for part in parts)
+        zeros = sum(part.zeros for part in parts) / len(parts)
+        table.add_row(name, f"{zeros:.2%}", f"{losses[len(losses) // 2]:.4f}", f"{losses[-1]:.4f}")
+    Console().print(table)
+    for name, found in report.skipped.items():
+        console.print(f"left as it was: {name}: {found}")
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="A Spense checkpoint.")]) -> None:
+    """Prove that FOLDER holds what its annotation says: 2:4, dense regions, shapes, scales."""
+    from offline_prune.checkpoint.verify import verify as run
+
+    result = run(folder)
+    Console().print(
+        f"{folder}: good. {result.tensors} tensors; {result.mlps} MLPs: sparse regions 2:4 "
+        f"({result.sparse_zeros:.1%} zeros), dense regions dense ({result.dense_zeros:.2%} zeros)",
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def inspect(folder: Annotated[Path, typer.Argument(help="A Spense checkpoint.")]) -> None:
+    """Show what FOLDER is: method, regions, calibration, size."""
+    from offline_prune.checkpoint.verify import open_checkpoint
+    from offline_prune.methods.regions import mean_sparsity
+
+    checkpoint = open_checkpoint(folder)
+    annotation = checkpoint.annotation
+    calibration = annotation.calibration
+    default = annotation.default
+    sparsity = mean_sparsity(map(annotation.regions, annotation.modules))
+    rows = {
+        "weights": "FP8 E4M3, one scale per output channel" if checkpoint.fp8 else "unquantized (research only)",
+        "method": annotation.method,
+        "settings": ", ".join(f"{key}={value}" for key, value in annotation.settings.items()),
+        "calibration": "none"
+        if calibration is None
+        else f"{calibration.source}, {calibration.samples} × {calibration.length} tokens, seed {calibration.seed}",
+        "MLPs": f"{len(annotation.modules)}, {annotation.modules[0]} … {annotation.modules[-1]}",
+        "regions": f"sparse {default.sparse} + dense {default.dense} = {default.intermediate}",
+        "MLP sparsity": f"{sparsity:.2%} (dense ratio {1 - 2 * sparsity:.3g})",
+        "alignment": str(annotation.alignment),
+        "size": f"{sum(checkpoint.tensors.nbytes(name) for name in checkpoint.tensors) / 2**30:.2f} GiB",
+    }
+    if annotation.overrides:
+        rows["other regions"] = "; ".join(
+            f"{name}: {regions.sparse} + {regions.dense}" for name, regions in annotation.overrides.items()
+        )
+    table = Table(title=str(folder), show_header=False)
+    for key, value in rows.items():
+        table.add_row(key, value)
+    Console().print(table)
+
+
+@app.command()
+def doctor() -> None:
+    """Say whether this machine runs pruned layers fast, and what is missing. Exit code 1 if it does not."""
+    from vllm_spense.doctor import examine, judge
+
+    findings = judge(examine())
+    table = Table(show_header=False)
+    marks = {True: "[green]✓[/]", False: "[red]✗[/]", None: ""}
+    for finding in findings:
+        remedy = f"\n[bold]needs:[/] {_escape(finding.remedy)}" if finding.remedy else ""
+        table.add_row(marks[finding.good], finding.subject, _escape(finding.found) + remedy)
+    Console().print(table)
+    if not findings[-1].good:
+        raise typer.Exit(1)
+
+
+@app.command()
+def estimate(
+    model: Annotated[str, typer.Argument(help="Folder with a config.json, or a published shape, such as qwen3-32b.")],
+    sparsity: Annotated[
+        float | None, typer.Option(help="Of the MLPs, 0 to 0.5. [default: the checkpoint's, or 0.375]")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="h100 | h200 | b200")] = "h100",
+    batch: Annotated[int, typer.Option(min=1, help="Requests that are decoded at once.")] = 32,
+    context: Annotated[int, typer.Option(min=0, help="Tokens that each of them has in the KV cache.")] = 4096,
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto (BF16) | fp8")] = "auto",
+) -> None:
+    """Say what sparsity would be worth on one GPU, before anything is pruned."""
+    from vllm_spense.estimate import GPUS, KV_BYTES, load, read_cache
+    from vllm_spense.estimate import estimate as run
+
+    for option, value, known in (("--gpu", gpu, GPUS), ("--kv-cache-dtype", kv_cache_dtype, KV_BYTES)):
+        if value not in known:
+            raise SpenseError(f"{option}: found {value}, expected {' | '.join(known)}")
+    sizes, layers = load(model, sparsity)
+    # Loads torch, for which a mistake above need not wait.
+    from vllm_spense.kernels.tuning.plan_cache import folder
+
+    found = run(sizes, layers, GPUS[gpu], batch, context, kv_cache_dtype, read_cache(folder()))
+    zeros = sum(regions.mlp_sparsity for regions in layers) / sizes.num_hidden_layers
+    table = Table(title=f"{model} on one {GPUS[gpu].name}: batch {batch}, context {context}, KV cache {kv_cache_dtype}")
+    for heading in ("", "dense FP8", f"Spense {zeros:.1%}"):
+        table.add_column(heading, justify="right" if heading else "left")
+    weights = (found.dense_weight_bytes, found.spense_weight_bytes)
+    table.add_row("ms per output token", f"{found.dense_ms:.2f}", f"{found.spense_ms:.2f}")
+    table.add_row("speed-up", "1", f"{found.speed_up:.2f}")
+    table.add_row("weights, GiB", *(f"{size / 2**30:.1f}" for size in weights))
+    table.add_row("KV cache, GiB", *2 * [f"{found.kv_bytes / 2**30:.1f}"])
+    table.add_row("fits the GPU", *(("no", "yes")[size + found.kv_bytes < GPUS[gpu].memory_bytes] for size in weights))
+    output = Console()
+    output.print(table)
+    source = "times in this machine's plan cache" if found.calibrated else "what was measured on an H100"
+    output.print(f"A roofline, calibrated on {source}.")
+
+
+_received: list[int] = []
+
+
+def _interrupted(number: int, frame: FrameType | None) -> None:
+    _received.append(number)
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: problems a user can act on end in one message and exit code 1, never in a traceback."""
+    # A terminated run cleans up like an interrupted one.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupted)
+    try:
+        app(arguments)
+    except SpenseError as error:
+        console.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(1)
+    except Exception:
+        # What a signal raises in the midst of C code may come out as an error of that code's own.
+        if not _received:
+            raise
+        sys.exit(INTERRUPTED)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

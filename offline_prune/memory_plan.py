@@ -1,0 +1,199 @@
+"""What a run will need, worked out from shapes before it starts."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from offline_prune.model.gated_mlp import Glu
+from offline_prune.model.loading import SourceModel
+from offline_prune.runtime import deterministic_reduce, distributed
+from offline_prune.runtime.activation_store import Place, pinned_bytes
+from offline_prune.settings import PruneSettings
+from vllm_spense.errors import SpenseError
+
+GIB = 2**30
+#: Share of the memory that is free which a plan may count on.
+USABLE = 0.9
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that one rank needs, by what they are for.
+
+    Attributes:
+        activations: hidden states of its calibration sequences.
+        pinned_activations: what they take if they are in host memory that a GPU reads.
+        block: one decoder block on the compute device: its weights, and with a GPU also its part of the checkpoint.
+        work: the largest of what its passes and its pruning need beside them, on the compute device.
+        staging: blocks on their way in or out, in host memory; with a GPU all of it is pinned.
+        disk: the checkpoint.
+        device: that computes.
+        place: of the activations.
+        ranks: how many there are.
+    """
+
+    activations: int
+    pinned_activations: int
+    block: int
+    work: int
+    staging: int
+    disk: int
+    device: torch.device
+    place: Place
+    ranks: int = 1
+
+    @property
+    def on_device(self) -> int:
+        return self.block + self.work + (self.activations if self.place == "device" else 0)
+
+    @property
+    def host(self) -> int:
+        on_device = self.on_device if self.device.type == "cpu" else 0
+        activations = self.activations if self.device.type == "cpu" else self.pinned_activations
+        return self.staging + on_device + (activations if self.place == "host" else 0)
+
+    @property
+    def on_disk(self) -> int:
+        """Of all ranks together."""
+        return self.disk + (self.ranks * self.activations if self.place == "disk" else 0)
+
+    def lines(self) -> list[str]:
+        """For people, one item a line."""
+
+        def gib(size: int) -> str:
+            return f"{size / GIB:.2f} GiB"
+
+        places = {"device": f"memory of {self.device}", "host": "host memory", "disk": "a file"}
+        return [
+            *([f"{self.ranks} processes; memory of each:"] if self.ranks > 1 else []),
+            f"calibration activations in {places[self.place]}: {gib(self.activations)}",
+            f"one block and the work on it in memory of {self.device}: {gib(self.block + self.work)}",
+            f"memory of {self.device} in all: {gib(self.on_device)}",
+            f"host memory in all: {gib(self.host)}, beyond Python, its libraries and the mapped model",
+            f"disk in all: {gib(self.on_disk)}, of it {gib(self.disk)} for the checkpoint",
+        ]
+
+
+def memory_plan(model: SourceModel, settings: PruneSettings, device: torch.device, dtype: torch.dtype) -> MemoryPlan:
+    """Works out what the largest block needs, and picks the first place with room for the activations.
+
+    Raises:
+        SpenseError: the device has too little memory for one block, or no place has room.
+    """
+    tokens = settings.samples * settings.length // distributed.size()
+    batch = max(settings.length, batch_tokens(settings, device))
+    hidden = model.skeleton.config.get_text_config().hidden_size
+    mlps = [block.mlp for block in model.blocks if isinstance(block.mlp, Glu)]
+    widest = max((mlp.intermediate for mlp in mlps), default=0)
+    parameters = max(sum(p.numel() for p in model.module(block.name).parameters()) for block in model.blocks)
+    written = _written_bytes(model, settings)
+    scored = 2 * 4 * 2 * widest * hidden if settings.wanted_selection == "output-loss" else 0
+    streams, tunes = 2 if settings.follows_dense else 1, settings.wanted_tune_steps > 0
+    # A float32 weight of down, what becomes of it, its difference, and two products for the loss or copies for descent.
+    weights = 5 * 4 * widest * hidden
+    # A tree of sums keeps one of each level, and one that is exchanged.
+    sums = max(
+        len(deterministic_reduce.cut(settings.samples // distributed.size())).bit_length(),
+        2 if distributed.size() > 1 else 1,
+    )
+    phases = {
+        # H of the parts of the text, and one batch: residual stream and its norms, the MLP's three wide tensors. What
+        # layers that are only rounded see is narrower.
+        "observe": sums * 4 * widest**2 + batch * (3 * widest + 6 * hidden) * dtype.itemsize,
+        # H and three matrices of its size to factorize it; weights twice as large, and once in the model's type. Where
+        # every row is pruned to choose among them, the result in both orders.
+        "gate and up": 4 * 4 * hidden**2 + 2 * weights + 4 * widest * hidden * dtype.itemsize + scored,
+        "tune": (_tuning(widest, hidden, batch, dtype.itemsize) if tunes else 0)
+        # Both Hessians' factors wait for the rounding of what is tuned.
+        + (4 * (widest**2 + hidden**2) if settings.rounds_tuned else 0),
+        "down": (5 if settings.layout != "back" else 4) * 4 * widest**2 + 4 * hidden**2 + weights,
+    }
+    # Tuning keeps a copy of the dense MLP.
+    weights_here = (parameters + (3 * widest * hidden if tunes else 0)) * dtype.itemsize
+    kept = max(sum(_of_block(block.name, written)) for block in model.blocks)
+    one_stream = tokens * hidden * dtype.itemsize
+    needs = MemoryPlan(
+        activations=streams * one_stream,
+        pinned_activations=streams * pinned_bytes(one_stream),
+        block=weights_here + (kept if device.type == "cuda" else 0),
+        work=max(phases.values()),
+        staging=_pinned_staging(model, written) if device.type == "cuda" else 2 * kept,
+        disk=sum(written.values()),
+        device=device,
+        place="device",
+        ranks=distributed.size(),
+    )
+    return _placed(needs, settings)
+
+
+def _tuning(widest: int, hidden: int, batch: int, itemsize: int) -> int:
+    """Bytes that tuning needs, as counted on a CPU, where its tensors are the same."""
+    # Master, start, gradient, two moments, average; whether it is kept, and what is served, in the model's type.
+    per_weight = 6 * 4 + 2 * itemsize
+    # Of each token four wide tensors that the gradients need, the gradients of two, and what is H wide.
+    return 3 * widest * hidden * per_weight + 6 * batch * (widest + hidden) * itemsize
+
+
+def batch_tokens(settings: PruneSettings, device: torch.device) -> int:
+    """Tokens that pass through a block at once: enough to keep the device busy."""
+    return settings.batch_tokens or BATCH_TOKENS[device.type]
+
+
+def _written_bytes(model: SourceModel, settings: PruneSettings) -> dict[str, int]:
+    """Tensor of the model → its bytes in the checkpoint."""
+    fp8 = {f"{name}.weight" for name in model.linears()} if settings.quantize == "fp8" else set()
+    sizes = {name: model.tensors.nbytes(name) for name in model.tensors}
+    return {name: size // model.tensors.dtype(name).itemsize if name in fp8 else size for name, size in sizes.items()}
+
+
+def _of_block(block: str, sizes: dict[str, int]) -> list[int]:
+    return [size for name, size in sizes.items() if name.startswith(f"{block}.")]
+
+
+def _pinned_staging(model: SourceModel, written: dict[str, int]) -> int:
+    """The largest block on its way to a GPU and on its way to the disk: each tensor has its own memory."""
+    read = {name: model.tensors.nbytes(name) for name in model.tensors}
+    return sum(
+        max(sum(map(pinned_bytes, _of_block(block.name, sizes))) for block in model.blocks) for sizes in (read, written)
+    )
+
+
+def _placed(needs: MemoryPlan, settings: PruneSettings) -> MemoryPlan:
+    device, out = needs.device, settings.out
+    host = int(psutil.virtual_memory().available * USABLE) // distributed.on_this_machine()
+    room = host if device.type == "cpu" else int(_free(device) * USABLE)
+    if room < needs.block + needs.work:
+        raise SpenseError(
+            f"{device}: {room / GIB:.2f} GiB of memory usable, one block needs {(needs.block + needs.work) / GIB:.2f} "
+            "GiB; smaller --batch-tokens or --length may help"
+        )
+    places: list[Place] = ["device", "host", "disk"] if settings.activations == "auto" else [settings.activations]
+    for place in places:
+        plan = MemoryPlan(**{**vars(needs), "place": place})
+        fits = plan.on_device <= room and (device.type == "cpu" or plan.host <= host)
+        if place == "disk" or fits or settings.activations != "auto":
+            break
+    require_disk_space(out, plan)
+    return plan
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of a GPU that nobody uses. What an earlier run of this process left in torch's cache counts as free."""
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
+def require_disk_space(out: Path, plan: MemoryPlan) -> None:
+    """Raises SpenseError when the checkpoint, and a file of activations, will not fit where they should go."""
+    place = out.absolute().parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < plan.on_disk:
+        raise SpenseError(f"{place}: {free / GIB:.2f} GiB free, the run needs {plan.on_disk / GIB:.2f} GiB")

@@ -1,0 +1,158 @@
+"""Block-wise tuning: the weights that a pruned MLP keeps, against what the dense model's block puts out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from offline_prune.calibration.hidden_states import Stream
+from offline_prune.memory_plan import batch_tokens
+from offline_prune.methods.fp8 import round_to_fp8
+from offline_prune.report import TuningReport
+from offline_prune.runtime import distributed
+from offline_prune.runtime.matmul_precision import fast_matmul
+from offline_prune.settings import PruneSettings
+
+#: Fewer tokens than this make a step's gradient mostly noise; a short calibration text gets fewer steps instead.
+MIN_STEP_TOKENS = 128
+#: Share of the steps in which the learning rate rises.
+_WARM_UP = 0.05
+#: It then falls linearly to this share of the largest and stays there for the same share of the steps. What these
+#: make of the weights is averaged, which serves unseen text better than a rate that falls to zero: docs/quality.md.
+_AVERAGED = 0.3
+#: How far the target is the dense model's output, and not what the dense block makes of the pruned model's input.
+#: All of the former would teach every block what the blocks before it get wrong on the calibration text alone.
+_INHERITED = 0.5
+#: The loss before and after is measured on this share of the text, but no more than so many tokens.
+_JUDGED_SHARE, _JUDGED_TOKENS = 1 / 16, 4096
+
+
+class _AsServed(torch.autograd.Function):
+    """The weight that inference multiplies with; its gradient goes to the kept weights as if nothing were rounded."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: torch.Tensor, kept: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        ctx.save_for_backward(kept)
+        return (weight if scales is None else round_to_fp8(weight, scales)).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (kept,) = ctx.saved_tensors
+        return (gradients[0] * kept).float(), None, None, None
+
+
+def tune(
+    block: nn.Module,
+    layers: Mapping[str, torch.Tensor | None],
+    original: dict[str, torch.Tensor],
+    index: int,
+    stream: Stream,
+    dense: Stream,
+    settings: PruneSettings,
+) -> tuple[dict[str, torch.Tensor], TuningReport]:
+    """Adam on the non-zero weights of some linear layers, zeros fixed.
+
+    It minimizes the mean over the tokens of ‖f(x̃) − t‖² / ‖t‖², t = ½·(y + f₀(x̃)), with f the pruned block behind its
+    attention, f₀ the same with the dense MLP, x̃ the residual stream there *of the pruned model* and y the block's
+    output *in the dense model*. So it undoes, as far as this MLP can, what pruning and rounding did here and half of
+    what they did before. The division weighs tokens as the norm at the next layer's entrance will. Where a layer has
+    scales, rounding takes part: the loss is that of the rounded weights, the gradient goes straight through.
+
+    Args:
+        block: the pruned block, its weights in place. Left unchanged.
+        layers: names inside the block of the linear layers to tune → their FP8 scales, or None for unrounded.
+        original: the dense MLP's parameters, by name inside the block.
+        index: of the block.
+        stream: the pruned model's hidden states; `attend` has been called for this block.
+        dense: the dense model's hidden states behind this block.
+        settings: `tune_steps` make one pass over the calibration text, in an order drawn from `seed`; `tune_rate` is
+            Adam's largest learning rate relative to the root mean square of each layer's kept weights.
+
+    Returns:
+        float32 (N, K) of each layer, the values that inference will multiply with, and the loss on a fixed part of the
+        calibration text before and after. Should that not have fallen, the weights are what they were.
+    """
+    linears = {name: cast(nn.Linear, block.get_submodule(name)) for name in layers}
+    weights = {name: layer.weight.detach().float().clone().requires_grad_() for name, layer in linears.items()}
+    # In the gradients' dtype: a product of theirs with another type takes ten times as long on a CPU.
+    kept = {name: (weight.detach() != 0).to(linears[name].weight.dtype) for name, weight in weights.items()}
+    start = {name: weight.detach().clone() for name, weight in weights.items()}
+    sizes = {name: weight[weight != 0].square().mean().sqrt().item() for name, weight in start.items()}
+    rates = [{"params": [weight], "lr": settings.tune_rate * sizes[name]} for name, weight in weights.items()]
+    optimizer = torch.optim.Adam(rates, fused=True)
+    inputs, targets = stream.units(stream.hidden), stream.units(dense.hidden)
+    length = inputs.shape[1]
+    at_once = max(1, batch_tokens(settings, stream.device) // length)
+    in_step = max(len(inputs) // settings.wanted_tune_steps, -(-MIN_STEP_TOKENS // (length * distributed.size())))
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(settings.seed)).to(inputs.device)
+    chosen = order[: max(1, len(order) // in_step) * in_step].split(in_step)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, len(chosen)))
+
+    def output(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        found = functional_call(block, parameters, (x,), stream.kwargs[index])
+        return (found[0] if isinstance(found, tuple) else found).float()
+
+    def losses(units: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Their sum is the loss; each is as much of it as goes through the block at once."""
+        for part in units.split(at_once):
+            served = {
+                f"{name}.weight": _AsServed.apply(w, kept[name], layers[name], linears[name].weight.dtype)
+                for name, w in weights.items()
+            }
+            x, y = (source.index_select(0, part).to(stream.device) for source in (inputs, targets))
+            with torch.no_grad():
+                target = torch.lerp(output(original, x), y.float(), _INHERITED)
+            error, power = (output(served, x) - target).square().sum(-1), target.square().sum(-1)
+            yield (error / power).mean() * (len(part) / len(units))
+
+    averages: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def average(step: int) -> None:
+        """Takes a step's weights into their averages; after the last step they become the weights."""
+        first = int(len(chosen) * (1 - _AVERAGED))
+        for name, weight in weights.items():
+            if step == first:
+                averages[name] = weight.detach().clone()
+            elif step > first:
+                averages[name].lerp_(weight, 1 / (step - first + 1))
+            if step == len(chosen) - 1:
+                weight.copy_(averages[name])
+
+    @torch.no_grad()
+    def judge() -> float:
+        units = order[: max(1, min(int(_JUDGED_SHARE * len(order)), _JUDGED_TOKENS // (length * distributed.size())))]
+        total = torch.stack([loss.detach() for loss in losses(units)]).sum() / distributed.size()
+        distributed.add_up(total)
+        return total.item()
+
+    with stream.entered(block), fast_matmul():
+        before = judge()
+        for step, units in enumerate(chosen):
+            optimizer.zero_grad()
+            for loss in losses(units):
+                (loss / distributed.size()).backward()
+            for weight in weights.values():
+                assert weight.grad is not None
+                distributed.add_up(weight.grad)
+            optimizer.step()
+            schedule.step()
+            average(step)
+        after = judge()
+    best = {name: weight.detach() for name, weight in weights.items()} if after < before else start
+    rounded = {
+        name: weight if (scales := layers[name]) is None else round_to_fp8(weight, scales)
+        for name, weight in best.items()
+    }
+    return rounded, TuningReport(before, min(before, after))
+
+
+def _share(step: int, steps: int) -> float:
+    """Of the largest learning rate."""
+    return min((step + 1) / (_WARM_UP * steps + 1), 1.0) * max(1 - step / steps, _AVERAGED)

@@ -1,0 +1,271 @@
+"""Pruning one gated MLP: the mathematics between its Hessians and its final weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from offline_prune.methods.coordinate_descent import descend
+from offline_prune.methods.dense_selection import (
+    mixed_groups,
+    order_by_priority,
+    output_loss_priority,
+    processing_order,
+    sparsegpt_priority,
+    spensegpt_plus_priority,
+)
+from offline_prune.methods.fp8 import COMPENSATION_HEADROOM, channel_scales, least_squares_scales, round_to_fp8
+from offline_prune.methods.sparsegpt import InverseFactor, inverse_factor, sparsegpt
+from offline_prune.methods.wanda import prune_by_score, wanda_scores
+from offline_prune.runtime import deterministic_reduce, distributed
+from offline_prune.runtime.matmul_precision import fast_matmul
+from offline_prune.settings import PruneSettings
+from vllm_spense.format import Regions
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned weight.
+
+    Attributes:
+        weight: float32 (N, K), the values that inference will multiply with.
+        scales: float32 (N, 1) of its FP8 form, or None.
+        error: tr(Δ·H·Δᵀ) of each row, float32 (N,): the squared error of that output over the calibration text.
+        power: tr(W·H·Wᵀ) of each row, the square of the output itself.
+        factor: of H, its columns in the order in which they were processed; None where nothing asked for one.
+    """
+
+    weight: torch.Tensor
+    scales: torch.Tensor | None
+    error: torch.Tensor
+    power: torch.Tensor
+    factor: InverseFactor | None
+
+    @property
+    def damping(self) -> float | None:
+        """λ / mean(diag H) that the factorization needed."""
+        return self.factor.damping if self.factor else None
+
+    def rows(self, order: torch.Tensor) -> Pruned:
+        """Some rows, or all in another order."""
+        scales = None if self.scales is None else self.scales[order]
+        return Pruned(self.weight[order], scales, self.error[order], self.power[order], self.factor)
+
+
+def file_order(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    hessian_in: torch.Tensor,
+    mid: torch.Tensor,
+    regions: Regions,
+    settings: PruneSettings,
+    layer: str,
+    every: Pruned | None = None,
+) -> torch.Tensor:
+    """Chooses the dense indices, and which of the others share a group of four.
+
+    Args:
+        gate, up: float (I, H).
+        down: float (H, I).
+        hessian_in: (H, H).
+        mid: H of down's inputs, (I, I), or its diagonal (I,); `sparsegpt-score` needs the whole.
+        layer: the MLP's name, for errors and for the seed of `random`.
+        every: what `prune_every_row` made of gate and up, for `output-loss`.
+
+    Returns:
+        int64 (I,): position in the file → original index.
+    """
+    energy = mid if mid.ndim == 1 else mid.diagonal()
+    order = torch.arange(regions.intermediate, device=gate.device)
+    selection = settings.wanted_selection
+    if selection != "last" and regions.sparse and regions.dense:
+        if selection == "random":
+            seed = sum(layer.encode()) * 1_000_003 + settings.seed
+            priority = torch.rand(regions.intermediate, generator=torch.Generator().manual_seed(seed)).to(gate.device)
+        elif selection == "sparsegpt-score":
+            pivots_in = inverse_factor(hessian_in, settings.damping, f"{layer}: gate and up").upper.diagonal()
+            pivots_mid = inverse_factor(mid, settings.damping, f"{layer}: down").upper.diagonal()
+            priority = sparsegpt_priority(gate, up, down, pivots_in, pivots_mid)
+        elif selection == "output-loss":
+            assert every is not None, "the selection by output loss looks at pruned rows"
+            priority = output_loss_priority(down, energy, every.error, every.power)
+        else:
+            priority = spensegpt_plus_priority(gate, up, down, hessian_in.diagonal(), energy)
+        order = order_by_priority(priority, regions)
+    if settings.wanted_grouping == "mixed":
+        return mixed_groups(order, wanda_scores(down, energy).sum(0), regions)
+    return order
+
+
+def prune_every_row(gate_up: torch.Tensor, hessian: torch.Tensor, settings: PruneSettings, layer: str) -> Pruned:
+    """Prunes gate and up as if no row stayed dense, without rounding.
+
+    Args:
+        gate_up: float (2·I, H), gate's rows first.
+        hessian: float32 (H, H).
+    """
+    rows, columns = (torch.ones(size, dtype=torch.bool, device=gate_up.device) for size in gate_up.shape)
+    return _prune(gate_up, hessian, rows, columns, replace(settings, quantize="none"), layer)
+
+
+def prune_gate_up(
+    gate_up: torch.Tensor,
+    hessian: torch.Tensor,
+    regions: Regions,
+    settings: PruneSettings,
+    layer: str,
+    every: Pruned | None = None,
+) -> Pruned:
+    """Prunes gate and up together, which share their inputs.
+
+    Args:
+        gate_up: float (2·I, H), gate's rows first, both in file order.
+        hessian: float32 (H, H).
+        every: what `prune_every_row` made of these rows, in file order too: what it has is not done again.
+    """
+    return _prune(gate_up, hessian, *_gate_up_regions(gate_up, regions), settings, layer, every)
+
+
+def round_gate_up(
+    gate_up: torch.Tensor, factor: InverseFactor, regions: Regions, settings: PruneSettings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sends gate and up, 2:4 in their sparse rows, through the column loop for their rounding.
+
+    Args:
+        gate_up: float (2·I, H), as `prune_gate_up` takes it.
+        factor: `Pruned.factor` of what that returned.
+
+    Returns:
+        float32 (2·I, H), FP8's values, and their scales (2·I, 1).
+    """
+    return _rounded(gate_up.float(), factor, *_gate_up_regions(gate_up, regions), settings)
+
+
+def _gate_up_regions(gate_up: torch.Tensor, regions: Regions) -> tuple[torch.Tensor, torch.Tensor]:
+    """bool (2·I,) and (H,): which rows and columns are 2:4."""
+    rows = torch.arange(regions.intermediate, device=gate_up.device) < regions.sparse
+    return rows.repeat(2), torch.ones(gate_up.shape[1], dtype=torch.bool, device=gate_up.device)
+
+
+def prune_down(
+    down: torch.Tensor,
+    hessian: torch.Tensor,
+    order: torch.Tensor,
+    regions: Regions,
+    settings: PruneSettings,
+    layer: str,
+) -> Pruned:
+    """Prunes the first S columns of down.
+
+    Args:
+        down: float (H, I), columns in file order.
+        hessian: float32 (I, I), in file order.
+        order: (I,), position in the file → original index; decides the processing order of layout `none`.
+    """
+    steps = processing_order(order, regions, settings.layout)
+    rows = torch.ones(len(down), dtype=torch.bool, device=down.device)
+    if settings.layout == "back":
+        # Nothing moves, and another Hessian would need as much memory as the first.
+        return _prune(down, hessian, rows, steps < regions.sparse, settings, layer)
+    pruned = _prune(down[:, steps], hessian[steps][:, steps], rows, steps < regions.sparse, settings, layer)
+    return replace(pruned, weight=pruned.weight[:, steps.argsort()].contiguous())
+
+
+def round_down(
+    down: torch.Tensor, factor: InverseFactor, order: torch.Tensor, regions: Regions, settings: PruneSettings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `round_gate_up`, for down (H, I) as `prune_down` takes it."""
+    steps = processing_order(order, regions, settings.layout)
+    rows = torch.ones(len(down), dtype=torch.bool, device=down.device)
+    weight, scales = _rounded(down[:, steps].float(), factor, rows, steps < regions.sparse, settings)
+    return weight[:, steps.argsort()].contiguous(), scales
+
+
+def _prune(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    sparse_rows: torch.Tensor,
+    sparse_columns: torch.Tensor,
+    settings: PruneSettings,
+    layer: str,
+    every: Pruned | None = None,
+) -> Pruned:
+    weight = weight.float()
+    factor = every.factor if every else None
+    compensates, passes = settings.solver == "sparsegpt", settings.wanted_descent_passes
+    if factor is None and (compensates or passes):
+        factor = inverse_factor(hessian, settings.damping, layer)
+
+    def unrounded(rows: slice) -> torch.Tensor:
+        part, sparse = weight[rows], sparse_rows[rows]
+        if compensates and factor:
+            result = sparsegpt(part, factor, sparse_rows=sparse, sparse_columns=sparse_columns, row_parts=_row_parts())
+        else:
+            scores = wanda_scores(part, hessian.diagonal()) if settings.solver == "wanda" else part.abs()
+            result = prune_by_score(part, scores, sparse_rows=sparse, sparse_columns=sparse_columns)
+        if not factor:
+            return result
+        return descend(
+            part,
+            result,
+            hessian,
+            factor.damping,
+            sparse_rows=sparse,
+            sparse_columns=sparse_columns,
+            passes=passes,
+            row_parts=_row_parts(),
+        )
+
+    result, scales = weight, None
+    if settings.prunes_unrounded:
+        if every is None:
+            result = distributed.divided(len(weight), unrounded)
+        else:
+            result = torch.where(sparse_rows[:, None], every.weight, weight)
+    if settings.rounds_inside:
+        assert factor is not None
+        result, scales = _rounded(result, factor, sparse_rows, sparse_columns, settings)
+    elif settings.quantize == "fp8":
+        scales = _scale_rule(settings)(result)
+        result = round_to_fp8(result, scales)
+    return Pruned(result, scales, _row_power(result - weight, hessian), _row_power(weight, hessian), factor)
+
+
+def _rounded(
+    weight: torch.Tensor,
+    factor: InverseFactor,
+    sparse_rows: torch.Tensor,
+    sparse_columns: torch.Tensor,
+    settings: PruneSettings,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight out of the column loop that rounds to FP8, and prunes what is not yet 2:4; and its scales."""
+    scales = _scale_rule(settings)(weight, COMPENSATION_HEADROOM)
+
+    def rounded(rows: slice) -> torch.Tensor:
+        return sparsegpt(
+            weight[rows],
+            factor,
+            sparse_rows=sparse_rows[rows],
+            sparse_columns=sparse_columns,
+            scales=scales[rows],
+            row_parts=_row_parts(),
+        )
+
+    return distributed.divided(len(weight), rounded), scales
+
+
+def _row_parts() -> int:
+    """Of this rank's rows, so that all ranks' make the same products however many ranks there are."""
+    return deterministic_reduce.MOST // distributed.size()
+
+
+def _scale_rule(settings: PruneSettings) -> Callable[..., torch.Tensor]:
+    return least_squares_scales if settings.rounds_everywhere else channel_scales
+
+
+def _row_power(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    with fast_matmul():
+        return ((weight @ hessian) * weight).sum(1)

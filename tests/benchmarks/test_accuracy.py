@@ -1,0 +1,206 @@
+"""The accuracy benchmark: what it measures, and on which texts."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from benchmarks import accuracy, peers, quality_tables, texts
+from offline_prune.checkpoint.evaluate import agreement, load_dense, perplexity
+from vllm_spense.errors import SpenseError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("texts")
+    for name in (texts.CALIBRATION, *texts.DOMAINS):
+        lines = [json.dumps({"text": f"{name} {i}: {i * i % 97} sheep"}) for i in range(100)]
+        (path / f"{name}.jsonl").write_text("\n".join(lines))
+    return path
+
+
+def test_agreement_is_what_its_definition_says(llama: Path, tmp_path: Path) -> None:
+    model, reference = load_dense(llama)[0], load_dense(tiny_model("llama", tmp_path / "other", vocab_size=258))[0]
+    with torch.no_grad():
+        head = model.lm_head.weight
+        head += 0.05 * torch.randn(head.shape, generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, 256, (2, 32), generator=torch.Generator().manual_seed(0))
+    found = agreement(model, reference, tokens)
+    with torch.inference_mode():
+        p, q = (each(input_ids=tokens).logits[:, :-1].double().softmax(-1) for each in (reference, model))
+    assert found.perplexity == pytest.approx(perplexity(model, tokens), rel=1e-3)
+    assert found.kl == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=2e-2)
+    assert found.kl > 0.01
+    assert found.top1_agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item(), abs=0.05)
+    assert found.top1_agreement < 1
+
+
+def test_a_model_agrees_with_itself(llama: Path) -> None:
+    model, _ = load_dense(llama)
+    found = agreement(model, model, torch.randint(0, 256, (2, 32), generator=torch.Generator().manual_seed(0)))
+    assert (found.kl, found.top1_agreement) == (0, 1)
+
+
+def test_rotary_angles_are_exact(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others than the products of the layers, which may be quick."""
+    seen: dict[str, set[str]] = {"angles": set(), "layers": set()}
+    matmul = torch.backends.mkldnn.matmul
+    angles = LlamaRotaryEmbedding.forward
+
+    def forward(*args: object, **settings: object) -> object:
+        seen["angles"].add(matmul.fp32_precision)
+        return angles(*args, **settings)
+
+    monkeypatch.setattr(LlamaRotaryEmbedding, "forward", forward)
+    model, _ = load_dense(llama)
+    model.model.layers[0].register_forward_pre_hook(lambda *_: seen["layers"].add(matmul.fp32_precision))
+    for _ in range(2):
+        perplexity(model, torch.arange(64).view(2, 32))
+    assert seen == {"angles": {"ieee"}, "layers": {"bf16"}}
+
+
+def test_the_table_from_a_folder_of_texts(
+    llama: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "accuracy.json"
+    sizes = "--samples 8 --length 64 --heldout 2 --seeds 0 1 --sparsities 0.375 0.5"
+    command = f"accuracy --model {llama} --methods dense spensegpt++ spensegpt {sizes} --device cpu --texts {folder}"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--out", str(out)])
+    accuracy.main()
+    result = json.loads(out.read_text())
+    assert result["benchmark"] == "accuracy"
+    rows = result["rows"]
+    # Dense, rounded in two ways, ++ at both sparsities and SpenseGPT at one, with two seeds: on three domains.
+    assert len(rows) == 3 * (3 + 2 * 3)
+    assert list(rows[0]) == [
+        *("model", "method", "sparsity", "format", "seed", "domain"),
+        *("perplexity", "kl", "top1_agreement", "prune_seconds"),
+    ]
+    dense, nearest, compensated, *pruned = rows[::3]
+    assert (dense["kl"], dense["top1_agreement"], dense["prune_seconds"]) == (0, 1, None)
+    assert 0 < compensated["kl"] < nearest["kl"] < min(row["kl"] for row in pruned)
+    assert len({row["kl"] for row in pruned}) == len(pruned)
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    table = capsys.readouterr().out
+    assert "\n".join(quality_tables.markdown(rows)) in table
+    assert table.count("±") == 3 * 2 * 3
+    assert "| `spensegpt` | 37.5% | FP8 |" in table
+    assert "| `spensegpt` | 50.0% |" not in table
+
+    def no_more(*_: object) -> None:
+        raise AssertionError("pruned again")
+
+    monkeypatch.setattr(accuracy, "prune", no_more)
+    accuracy.main()
+    assert json.loads(out.read_text())["rows"] == rows
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--heldout", "3"])
+    monkeypatch.setattr(sys, "orig_argv", [*sys.orig_argv, "--heldout", "3"])
+    with pytest.raises(AssertionError, match="pruned again"):
+        accuracy.main()
+
+
+def test_peers_are_measured_as_our_methods_are(
+    llama: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    shared = f"--model {llama} --samples 8 --length 64 --heldout 2 --seeds 0 --device cpu --texts {folder}"
+    for command in (
+        f"accuracy {shared} --methods magnitude --sparsities 0.5 --formats bf16",
+        f"peers {shared} --methods magnitude hyperprune",
+    ):
+        name = command.split()[0]
+        monkeypatch.setattr(sys, "argv", [*command.split(), "--out", str(tmp_path / f"{name}.json")])
+        (accuracy if name == "accuracy" else peers).main()
+        rows = json.loads((tmp_path / f"{name}.json").read_text())["rows"]
+        found[name] = {(row["method"], row["domain"]): row["kl"] for row in rows if row["method"] != "dense"}
+    assert len(found["peers"]) == 2 * len(texts.DOMAINS)
+    assert len(set(found["peers"].values())) == 2 * len(texts.DOMAINS)
+    assert found["accuracy"].items() <= found["peers"].items()
+
+
+def test_variants_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = (
+        "accuracy --methods spensegpt+ --sparsities 0.5 --formats bf16 --seeds 7 --variants layout=front,tune_steps=9"
+    )
+    monkeypatch.setattr(sys, "argv", given.split())
+    (case,) = accuracy.cases(accuracy.parse())
+    assert case == {"method": "spensegpt+ layout=front,tune_steps=9", "sparsity": 0.5, "format": "bf16", "seed": 7}
+    assert accuracy.changes("layout=front,tune_steps=9,tune_rate=0.1,true_sequential=false") == {
+        "layout": "front",
+        "true_sequential": False,
+        "tune_steps": 9,
+        "tune_rate": 0.1,
+    }
+    with pytest.raises(argparse.ArgumentTypeError, match="found layouts, expected one of activations, alignment"):
+        accuracy.variant("layouts=front")
+
+
+def test_mean_and_standard_error() -> None:
+    assert quality_tables.mean([1.0, 2.0, 3.0], 3) == "2.000 ± 0.577"
+
+
+def test_gains_are_ratios_of_losses_seed_by_seed() -> None:
+    def row(method: str, form: str, seed: int, domain: str, perplexity: float, kl: float) -> accuracy.Row:
+        sparsity = 0.0 if method == "dense" else 0.375
+        return {"method": method, "sparsity": sparsity, "format": form, "seed": seed, "domain": domain} | {
+            "perplexity": perplexity,
+            "kl": kl,
+        }
+
+    rows = [row("dense", "bf16", 0, "a", 10, 0), row("dense", "bf16", 0, "b", 20, 0)]
+    rows += [row("dense", "fp8", 0, "a", 10.5, 0.01), row("dense", "fp8", 0, "b", 20.5, 0.01)]
+    for seed in (0, 1):
+        rows += [row("spensegpt+", "fp8", seed, "a", 14, 0.4), row("spensegpt+", "fp8", seed, "b", 30, 0.5)]
+        rows += [row("spensegpt++", "fp8", seed, "a", 12 + seed, 0.2), row("spensegpt++", "fp8", seed, "b", 24, 0.4)]
+    # What nothing compares with is left out.
+    rows.append(row("spensegpt++", "fp8", 0, "a", 99, 0.9) | {"sparsity": 0.5})
+    *_, kl, perplexity = quality_tables.gains(rows)
+    assert kl == "| 37.5% | KL | 0.500 ± 0.000 | 0.800 ± 0.000 | 0.650 ± 0.000 |"
+    assert perplexity == "| 37.5% | perplexity loss | 0.625 ± 0.125 | 0.400 ± 0.000 | 0.512 ± 0.062 |"
+
+
+def test_what_fp8_adds_is_of_the_same_seed() -> None:
+    def row(method: str, form: str, seed: int, perplexity: float, kl: float) -> accuracy.Row:
+        return {"method": method, "format": form, "seed": seed, "domain": "a", "perplexity": perplexity, "kl": kl}
+
+    rows = [row("dense", "bf16", 0, 8, 0.0)]
+    for seed, bf16 in ((0, 10.0), (1, 20.0)):
+        rows += [row("spensegpt+", "bf16", seed, bf16, 0.3), row("spensegpt+", "fp8", seed, 1.01 * bf16, 0.31)]
+        rows.append(row("spensegpt+ rounding=after", "fp8", seed, (1.02 + 0.02 * seed) * bf16, 0.33))
+    assert quality_tables.added_by_fp8(rows) == [
+        "| method | a: perplexity, % | KL |",
+        "|---|---|---|",
+        "| `spensegpt+` | 1.0 ± 0.0 | 0.010 ± 0.000 |",
+        "| `spensegpt+ rounding=after` | 3.0 ± 1.0 | 0.030 ± 0.000 |",
+    ]
+
+
+def test_a_folder_written_here_is_read_as_what_is_installed(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {name: list(islice(texts.documents(name), 3)) for name in (texts.CALIBRATION, *texts.DOMAINS)}
+    monkeypatch.setattr(texts, "documents", lambda name: iter(few[name]))
+    texts.write(tmp_path)
+    assert sorted(file.stem for file in tmp_path.iterdir()) == sorted(few)
+    tokenizer = load_dense(llama)[1]
+    for domain in texts.DOMAINS:
+        here, there = (texts.heldout(domain, tokenizer, 2, 64, folder) for folder in (None, tmp_path))
+        assert torch.equal(here, there)
+    with pytest.raises(SpenseError, match=r"prose.jsonl: no such file; `python -m benchmarks.texts"):
+        texts.heldout("prose", tokenizer, 2, 64, tmp_path / "nowhere")
+
+
+def test_code_is_code_and_prose_is_not() -> None:
+    for text in islice(texts.documents("code"), 5):
+        assert ast.get_docstring(ast.parse(text)) is None
+    with pytest.raises(SyntaxError):
+        ast.parse(next(texts.documents("prose")))

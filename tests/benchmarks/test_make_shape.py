@@ -1,0 +1,74 @@
+"""Configurations of published models, dense and Spense."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from benchmarks import make_shape as module
+from benchmarks.make_shape import make_shape
+from offline_prune.checkpoint.writer import fp8_config
+from vllm_spense.errors import SpenseError
+from vllm_spense.format import KEY, Annotation
+from vllm_spense.shapes import SHAPES
+
+#: Billions of parameters, as published.
+PARAMETERS = {"qwen3-32b": 32.8, "qwen3-14b": 14.8, "seed-oss-36b": 36.2, "llama-3.1-8b": 8.03, "llama-3.3-70b": 70.6}
+
+
+def parameters(shape: str) -> float:
+    config = SHAPES[shape]
+    hidden, heads = config["hidden_size"], config["num_attention_heads"] + config["num_key_value_heads"]
+    attention = 2 * hidden * heads * config["head_dim"]
+    mlp = 3 * hidden * config["intermediate_size"]
+    return config["num_hidden_layers"] * (attention + mlp) + 2 * config["vocab_size"] * hidden
+
+
+@pytest.mark.parametrize("shape", PARAMETERS)
+def test_shapes_have_as_many_parameters_as_published(shape: str) -> None:
+    assert parameters(shape) / 1e9 == pytest.approx(PARAMETERS[shape], rel=0.005)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("sparsity", [0.25, 0.375, 0.5])
+def test_a_spense_shape_is_a_checkpoint_without_weights(shape: str, sparsity: float, tmp_path: Path) -> None:
+    config = json.loads((make_shape(shape, tmp_path, sparsity) / "config.json").read_text())
+    annotation = Annotation.from_dict(config["quantization_config"].pop(KEY))
+    assert annotation.default.intermediate == config["intermediate_size"]
+    assert annotation.default.mlp_sparsity == sparsity
+    assert len(annotation.modules) == config["num_hidden_layers"]
+    assert config["quantization_config"] == fp8_config(["lm_head"])
+
+
+def test_dense_is_the_same_without_regions(tmp_path: Path) -> None:
+    configs = [
+        json.loads((make_shape("qwen3-14b", tmp_path / str(sparsity), sparsity, 3) / "config.json").read_text())
+        for sparsity in (None, 0.25)
+    ]
+    assert configs[1]["quantization_config"].pop(KEY)["modules"] == [f"model.layers.{i}.mlp" for i in range(3)]
+    assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_transformers_reads_them(shape: str, tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(make_shape(shape, tmp_path, None))
+    assert config.intermediate_size == SHAPES[shape]["intermediate_size"]
+    assert config.rope_parameters["rope_theta"] == SHAPES[shape]["rope_theta"]
+    assert config.head_dim == SHAPES[shape]["head_dim"]
+
+
+def test_a_sparsity_that_does_not_fit_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(module.SHAPES, "tiny", {**SHAPES["tiny"], "intermediate_size": 64})
+    with pytest.raises(SpenseError, match=r"sparsity 0\.2 does not fit intermediate size 64 with alignment 32"):
+        make_shape("tiny", tmp_path / "out", 0.2)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(sys, "argv", ["make_shape.py", "tiny", str(tmp_path / "out"), "--sparsity", "much"])
+    with pytest.raises(SystemExit):
+        module.main()
+    assert "could not convert string to float: 'much'" in capsys.readouterr().err

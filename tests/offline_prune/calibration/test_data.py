@@ -1,0 +1,141 @@
+"""Calibration text from every kind of source."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from tiny_models import _byte_tokenizer
+
+from offline_prune.calibration import data
+from offline_prune.calibration.data import calibration_tokens, heldout_tokens
+from vllm_spense.errors import SpenseError
+
+TOKENIZER = _byte_tokenizer()
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+def tokens(source: object, samples: int = 2, length: int = 8, seed: int = 0) -> str:
+    found = calibration_tokens(str(source), TOKENIZER, samples, length, seed)
+    assert found.shape == (samples, length)
+    assert found.dtype == torch.int64
+    return str(TOKENIZER.decode(found.flatten()))
+
+
+def jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def test_text_file(tmp_path: Path) -> None:
+    path = tmp_path / "t.txt"
+    path.write_text("the quick brown fox")
+    assert tokens(path) == "the quick brown "
+
+
+def test_documents_are_separated(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "t.jsonl", [{"text": "abc"}] * 9)
+    assert tokens(path) == "abc<eos>" * 4
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["abc"] * 9}), tmp_path / "t.parquet")
+    assert tokens(tmp_path / "t.parquet") == "abc<eos>" * 4
+
+
+def test_the_seed_orders_the_documents(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "t.jsonl", [{"text": f"{i:07d}"} for i in range(40)])
+    assert tokens(path, seed=1) == tokens(path, seed=1)
+    assert tokens(path, seed=1) != tokens(path, seed=2)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {
+            "messages": [
+                {"role": "user", "content": "hi"},
+                {"role": "assistant", "content": "<think>\nt\n</think>\n\na"},
+            ]
+        },
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "<think>\nt\n</think>\n\na"}]},
+        {"question": "hi", "deepseek_thinking_trajectory": "t", "deepseek_attempt": "a", "solution": "no"},
+    ],
+)
+def test_chats_go_through_the_chat_template(
+    row: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TOKENIZER, "chat_template", CHAT)
+    path = jsonl(tmp_path / "t.jsonl", [row])
+    expected = "<user>hi<assistant><think>\nt\n</think>\n\na"
+    assert tokens(path, 1, len(expected)) == expected
+
+
+def test_chats_without_a_template_become_plain_text(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "t.jsonl", [{"question": "hi", "answer": "there"}])
+    assert tokens(path, 1, 9) == "hi\n\nthere"
+
+
+def test_a_hub_data_set_is_loaded_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(name: str, split: str) -> list[dict[str, str]]:
+        asked.append((name, split))
+        return [{"text": "abc"}] * 9
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert tokens(data.DEFAULT_SOURCE) == "abc<eos>" * 4
+    assert asked == [("simplescaling/s1K-1.1", "train")]
+
+
+def test_an_unreachable_data_set_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(name: str, split: str) -> list[Any]:
+        raise ConnectionError("no route\nto the hub")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(SpenseError, match=r"some/data: .*no route\n.*--calibration builtin"):
+        tokens("some/data")
+
+
+def test_builtin_text_is_prose_and_depends_on_the_seed_alone() -> None:
+    first = tokens("builtin", 4, 512)
+    assert first == tokens("builtin", 4, 512)
+    assert first != tokens("builtin", 4, 512, seed=1)
+    assert first.count(" the ") > 5
+
+
+def test_heldout_text_is_not_the_calibration_text() -> None:
+    assert not set(data.BUILTIN_PACKAGES) & set(data.HELDOUT_PACKAGES)
+    heldout = heldout_tokens(TOKENIZER, 4, 512)
+    assert heldout.shape == (4, 512)
+    sentences = {line for line in str(TOKENIZER.decode(heldout.flatten())).splitlines() if len(line) > 40}
+    assert sentences
+    assert not sentences & set(tokens("builtin", 64, 512).splitlines())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.txt", "", "found 1 tokens, expected at least 16"),
+        ("short.txt", "abc", "found 4 tokens"),
+        ("bad.jsonl", '{"text": "a"}\n{"text"', "bad.jsonl, line 2: not valid JSON"),
+        ("odd.jsonl", '{"body": "a"}', "odd.jsonl, row 0: found body; expected a column text, messages"),
+        ("odd.jsonl", "[1]", "found list"),
+        ("odd.jsonl", '{"messages": [{"who": "me"}]}', "expected one with role and content"),
+        ("bad.parquet", "PAR2", "not a parquet file"),
+        ("latin.txt", b"\xff\xfe\xfa", "not UTF-8"),
+        ("text.docx", "abc", "found a .docx file, expected .jsonl, .txt, .parquet"),
+    ],
+)
+def test_bad_files_are_explained(name: str, content: str | bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SpenseError, match=words):
+        tokens(tmp_path / name)
+
+
+def test_a_missing_file_is_not_looked_up_on_the_hub(tmp_path: Path) -> None:
+    with pytest.raises(SpenseError, match="no such file"):
+        tokens(tmp_path / "none.jsonl")

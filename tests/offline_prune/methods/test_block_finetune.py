@@ -1,0 +1,146 @@
+"""Block-wise tuning: what it lowers, and what it leaves alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import logits, run
+from tiny_models import FAMILIES, tiny_model
+
+from offline_prune.checkpoint.verify import open_checkpoint, verify
+from offline_prune.methods.block_finetune import _AsServed, _share, tune
+from offline_prune.methods.fp8 import channel_scales, round_to_fp8
+from offline_prune.model.safetensors_reader import TensorFiles
+
+MLP = "model.layers.{}.mlp.{}_proj.weight"
+MORE = {"samples": 64, "length": 64}
+
+
+@pytest.mark.parametrize("quantize", ["fp8", "none"])
+def test_it_brings_the_model_closer_to_the_dense_one(quantize: Any, llama: Path, tmp_path: Path, text: Path) -> None:
+    errors = []
+    for method in ("spensegpt+", "spensegpt++"):
+        report = run(llama, tmp_path / method, text, method=method, quantize=quantize, **MORE)
+        errors.append((logits(tmp_path / method) - logits(llama)).square().mean().item())
+    verify(tmp_path / "spensegpt++")
+    for layer in report.layers:
+        assert layer.tuning is not None
+        assert layer.tuning.after < 0.9 * layer.tuning.before
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_zeros_stay_where_they_are(llama: Path, tmp_path: Path, text: Path) -> None:
+    for method in ("spensegpt+", "spensegpt++"):
+        run(llama, tmp_path / method, text, method=method, selection="spensegpt+", rounding="inside", descent_passes=0)
+    before, after = TensorFiles(tmp_path / "spensegpt+"), TensorFiles(tmp_path / "spensegpt++")
+    for name in ("gate", "up", "down"):
+        # In the first layer, tuning is the only difference between the two.
+        old, new = (files.read(MLP.format(0, name)).float() for files in (before, after))
+        assert not torch.equal(old, new)
+        assert (new[old == 0] == 0).all()
+
+
+def test_a_block_that_nothing_was_done_to_is_left_alone(llama: Path, tmp_path: Path, text: Path) -> None:
+    report = run(llama, tmp_path / "out", text, method="spensegpt++", sparsity=0.0, quantize="none")
+    before, after = TensorFiles(llama), TensorFiles(tmp_path / "out")
+    assert all(torch.equal(after.read(name), before.read(name)) for name in before)
+    assert [layer.tuning.after for layer in report.layers if layer.tuning] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_tuned(name: str, tmp_path: Path, text: Path) -> None:
+    report = run(tiny_model(name, tmp_path / "model"), tmp_path / "out", text, method="spensegpt++", **MORE)
+    verify(tmp_path / "out")
+    assert all(layer.tuning and layer.tuning.after < layer.tuning.before for layer in report.layers)
+
+
+def test_a_block_that_cannot_be_entered_behind_its_attention(
+    llama: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a block is tuned on whole sequences, through its attention: the same loss to begin with, of all text."""
+    monkeypatch.setattr("offline_prune.methods.block_finetune._JUDGED_SHARE", 1)
+    split = run(llama, tmp_path / "split", text, method="spensegpt++", samples=16, length=256)
+    monkeypatch.setattr("offline_prune.calibration.hidden_states.find_split", lambda *_: None)
+    whole = run(llama, tmp_path / "whole", text, method="spensegpt++", samples=16, length=256)
+    first, second = split.layers[0].tuning, whole.layers[0].tuning
+    assert first
+    assert second
+    assert second.before == pytest.approx(first.before, rel=1e-2)
+    assert second.after < second.before
+
+
+def test_steps_that_do_not_fit_in_a_batch_sum_up(llama: Path, tmp_path: Path, text: Path) -> None:
+    reports = [
+        run(llama, tmp_path / str(batch), text, method="spensegpt++", tune_steps=2, batch_tokens=batch, **MORE)
+        for batch in (4096, 512)
+    ]
+    found = [[layer.tuning.after for layer in report.layers if layer.tuning] for report in reports]
+    assert found[0] == pytest.approx(found[1], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "recorded"),
+    [
+        ({"method": "spensegpt++"}, {"tune_steps": 128, "tune_rate": 0.016}),
+        ({"method": "spensegpt++", "tune_steps": 0}, {}),
+        ({"method": "wanda", "tune_steps": 3, "tune_rate": 0.01}, {"tune_steps": 3, "tune_rate": 0.01}),
+    ],
+    ids=str,
+)
+def test_every_method_may_be_tuned(
+    options: dict[str, Any], recorded: dict[str, Any], llama: Path, tmp_path: Path, text: Path
+) -> None:
+    report = run(llama, tmp_path / "out", text, **options)
+    settings = open_checkpoint(tmp_path / "out").annotation.settings
+    assert {key: value for key, value in settings.items() if key.startswith("tune")} == recorded
+    assert all((layer.tuning is not None) == bool(recorded) for layer in report.layers)
+
+
+def test_gradients_go_straight_through_the_rounding_to_the_kept_weights() -> None:
+    weight = torch.randn(8, 16)
+    weight[:, ::2] = 0
+    scales = channel_scales(weight)
+    master = weight.clone().requires_grad_()
+    served = _AsServed.apply(master, weight != 0, scales, torch.bfloat16)
+    assert torch.equal(served, round_to_fp8(weight, scales).bfloat16())
+    served.backward(torch.ones_like(served))
+    assert torch.equal(master.grad, (weight != 0).float())
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    shares = [_share(step, 100) for step in range(100)]
+    peak = shares.index(max(shares))
+    assert 2 <= peak <= 6
+    assert shares[0] < 0.2
+    assert shares[:peak] == sorted(shares[:peak])
+    assert shares[peak:] == sorted(shares[peak:], reverse=True)
+    assert shares[68] > 0.3
+    assert shares[70:] == pytest.approx([0.3] * 30)
+
+
+def test_the_last_steps_are_averaged(llama: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 16 steps the last five, in the first block that is tuned."""
+    steps: list[list[torch.Tensor]] = []
+    tuned: list[dict[str, torch.Tensor]] = []
+
+    class Recorded(torch.optim.Adam):
+        def step(self, *args: Any) -> Any:
+            done = super().step(*args)
+            steps.append([group["params"][0].detach().clone() for group in self.param_groups])
+            return done
+
+    def record(*args: Any) -> Any:
+        found = tune(*args)
+        tuned.append(found[0])
+        return found
+
+    monkeypatch.setattr(torch.optim, "Adam", Recorded)
+    monkeypatch.setattr("offline_prune.block_pruning.tune", record)
+    run(llama, tmp_path / "out", text, method="spensegpt++", quantize="none", tune_steps=16, **MORE)
+    assert len(steps) == 16 * len(tuned)
+    for weights, kept in zip(zip(*steps[11:16], strict=True), tuned[0].values(), strict=True):
+        assert torch.allclose(torch.stack(weights).mean(0), kept, atol=1e-7)
+        assert not torch.allclose(weights[-1], kept, atol=1e-5)

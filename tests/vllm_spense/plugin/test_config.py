@@ -1,0 +1,342 @@
+"""vLLM's layers under SpenseConfig, without an engine."""
+
+import copy
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+from safetensors.torch import save_file
+from vllm.config import VllmConfig, get_current_vllm_config, set_current_vllm_config
+from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Fp8
+from vllm.model_executor.models.utils import WeightsMapper
+
+import vllm_spense
+from vllm_spense.errors import FormatError, SpenseError
+from vllm_spense.format import KEY, Annotation, Projections, Regions
+from vllm_spense.kernels.region_gemm.problem import COPY
+from vllm_spense.ops import gemm
+from vllm_spense.ops.gemm import INDUCTOR_OPTIONS
+from vllm_spense.plugin.config import SpenseConfig
+from vllm_spense.plugin.linear import InputSplitLinearMethod, OutputSplitLinearMethod
+from vllm_spense.plugin.norms import Deferred, finished
+from vllm_spense.plugin.unpruned_linear import WholeFp8
+
+HIDDEN, REGIONS = 64, Regions(64, 32)
+I = REGIONS.intermediate  # noqa: E741
+MLP = "model.layers.0.mlp"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _world_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with set_current_vllm_config(VllmConfig()):
+        file = tmp_path_factory.mktemp("world") / "store"
+        init_distributed_environment(1, 0, f"file://{file}", 0, "gloo")
+        initialize_model_parallel()
+        yield
+    cleanup_dist_env_and_memory()
+
+
+def quantization_config(**changes: Any) -> dict[str, Any]:
+    fp8 = {"num_bits": 8, "type": "float"}
+    scheme = QuantizationScheme(
+        targets=["Linear"],
+        weights=QuantizationArgs(**fp8, strategy="channel"),
+        input_activations=QuantizationArgs(**fp8, strategy="token", dynamic=True),
+    )
+    config = QuantizationConfig(config_groups={"group_0": scheme}, format="float-quantized", ignore=["lm_head"])
+    annotation = Annotation(
+        method="magnitude",
+        settings={},
+        calibration=None,
+        alignment=32,
+        projections=Projections("gate_proj", "up_proj", "down_proj"),
+        modules=(MLP,),
+        default=REGIONS,
+    )
+    return config.to_dict() | {KEY: annotation.to_dict() | changes}
+
+
+@pytest.fixture
+def config() -> SpenseConfig:
+    made = SpenseConfig.from_config(quantization_config())
+    made.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
+    return made
+
+
+def gate_up(config: SpenseConfig, prefix: str = f"{MLP}.gate_up_proj", bias: bool = False) -> Any:
+    return MergedColumnParallelLinear(HIDDEN, [I, I], bias=bias, quant_config=config, prefix=prefix)
+
+
+def load(layer: Any, *arguments: Any, name: str = "weight") -> None:
+    parameter = getattr(layer, name)
+    parameter.weight_loader(parameter, *arguments)
+
+
+def sparse_weight(rows: int, columns: int, sparse: tuple[slice, slice]) -> torch.Tensor:
+    weight = torch.randn(rows, columns)
+    weight[sparse].unflatten(-1, (-1, 4))[..., 2:] = 0
+    return weight.to(torch.float8_e4m3fn)
+
+
+def test_registration_is_idempotent() -> None:
+    vllm_spense.register()
+    vllm_spense.register()
+    assert get_quantization_config("spense") is SpenseConfig
+
+
+def test_whose_checkpoint_it_is() -> None:
+    ask = SpenseConfig.override_quantization_method
+    ours, other = quantization_config(), {"quant_method": "gptq", "bits": 4}
+    assert ask(ours, None) == ask(ours, "spense") == "spense"
+    assert ask(ours, "compressed-tensors") is None
+    assert ask(other, None) is ask(other, "gptq") is ask(None, None) is ask(None, "spense") is None
+    with pytest.raises(FormatError, match=r"file: /m/config\.json; key: quantization_config\.spense; found: nothing"):
+        ask(other, "spense", hf_config=SimpleNamespace(_name_or_path="/m"))
+
+
+def test_a_broken_annotation_does_not_pass_unseen() -> None:
+    with pytest.raises(FormatError, match=r"file: /m/config\.json; key: version; found: 9"):
+        SpenseConfig.override_quantization_method(
+            quantization_config(version=9), None, SimpleNamespace(_name_or_path="/m")
+        )
+
+
+def test_research_checkpoint() -> None:
+    assert SpenseConfig.get_config_filenames() == ["spense.json"]
+    with pytest.raises(SpenseError, match="pruned but not quantized"):
+        SpenseConfig.from_config(quantization_config()[KEY])
+
+
+def test_travels_to_other_processes(config: SpenseConfig) -> None:
+    for copied in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config)):
+        assert copied.annotation == config.annotation
+        assert copied.layers == config.layers
+
+
+def test_scales_may_be_inlined_unless_the_user_says_otherwise(config: SpenseConfig) -> None:
+    options = get_current_vllm_config().compilation_config.inductor_compile_config
+    first, *others = INDUCTOR_OPTIONS
+    options[first] = 1
+    gate_up(config)
+    assert options[first] == 1
+    assert others
+    assert all(options[name] == INDUCTOR_OPTIONS[name] for name in others)
+
+
+def test_only_pruned_layers_are_ours(config: SpenseConfig) -> None:
+    assert isinstance(gate_up(config).quant_method, OutputSplitLinearMethod)
+    down = RowParallelLinear(I, HIDDEN, bias=False, quant_config=config, prefix=f"{MLP}.down_proj")
+    assert isinstance(down.quant_method, InputSplitLinearMethod)
+    config.ignore.append("re:.*layers.1.*")
+    other = gate_up(config, "model.layers.1.mlp.gate_up_proj")
+    assert isinstance(other.quant_method, UnquantizedLinearMethod)
+
+
+def test_whole_fp8_layers_get_our_scheme_and_others_keep_vllms(
+    config: SpenseConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(get_current_vllm_config(), "model_config", SimpleNamespace(dtype=torch.float32))
+    layer = torch.nn.Linear(HIDDEN, HIDDEN)
+    whole = config.get_scheme(layer, "model.layers.0.self_attn.o_proj")
+    assert type(whole) is WholeFp8
+    static = CompressedTensorsW8A8Fp8(whole.weight_quant, is_static_input_scheme=True)
+    per_tensor = CompressedTensorsW8A8Fp8(QuantizationArgs(num_bits=8, type="float", strategy="tensor"), False)
+    for scheme in (static, per_tensor, None):
+        assert WholeFp8.instead_of(scheme, "model.layers.0.self_attn.o_proj") is scheme
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cpu_multiplies_whole_layers_in_a_type_it_has(
+    config: SpenseConfig, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(get_current_vllm_config(), "model_config", SimpleNamespace(dtype=dtype))
+    layer: Any = RowParallelLinear(
+        I, HIDDEN, bias=False, params_dtype=dtype, quant_config=config, prefix="model.layers.0.self_attn.o_proj"
+    )
+    weight, scale = torch.randn(HIDDEN, I).to(torch.float8_e4m3fn), torch.rand(HIDDEN, 1) + 0.5
+    load(layer, weight)
+    load(layer, scale, name="weight_scale")
+    layer.quant_method.process_weights_after_loading(layer)
+    assert layer.weight.dtype == dtype
+    x = torch.randn(2, 5, I, dtype=dtype)
+    expected = dequantized(x.float()) @ (weight.float() * scale).t()
+    found, _ = layer(x)
+    torch.testing.assert_close(found.float(), expected, rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=1e-1)
+
+
+def test_names_follow_vllms_twice(config: SpenseConfig) -> None:
+    mapper = WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."})
+    config.apply_vllm_mapper(mapper)
+    config.apply_vllm_mapper(mapper)
+    assert set(config.layers) == {f"language_model.{MLP}.{name}_proj" for name in ("gate", "up", "down")}
+
+
+def test_no_layer_of_a_pruned_module_is_left_dense(config: SpenseConfig) -> None:
+    said = r"not one of its projections \(layer: {}; key: projections; found: {}; expected: .*gate_proj \| "
+    with pytest.raises(FormatError, match=said.format(f"{MLP}.w13", "w13")):
+        gate_up(config, f"{MLP}.w13")
+    del config.layers[f"{MLP}.up_proj"]
+    with pytest.raises(FormatError, match=said.format(f"{MLP}.gate_up_proj", "gate_up_proj")):
+        gate_up(config)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda scheme: scheme.update(input_activations=None),
+        lambda scheme: scheme["weights"].update(strategy="tensor"),
+        lambda scheme: scheme["weights"].update(type="int"),
+    ],
+)
+def test_wrong_quantization(change: Any) -> None:
+    data = quantization_config()
+    change(data["config_groups"]["group_0"])
+    with pytest.raises(FormatError, match=rf"wrong quantization \(layer: {MLP}\.down_proj; key: quantization_config"):
+        RowParallelLinear(I, HIDDEN, bias=False, quant_config=SpenseConfig.from_config(data), prefix=f"{MLP}.down_proj")
+
+
+def test_wrong_intermediate_size(config: SpenseConfig) -> None:
+    with pytest.raises(FormatError, match=r"layer: .*down_proj; key: regions; found: 64 \+ 32; expected: 128"):
+        RowParallelLinear(128, HIDDEN, bias=False, quant_config=config, prefix=f"{MLP}.down_proj")
+
+
+def dequantized(x: torch.Tensor) -> torch.Tensor:
+    """x rounded to FP8 per token, as the layers do."""
+    scale = x.abs().amax(-1, keepdim=True) / 448
+    return (x / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+def test_gate_and_up_with_biases(config: SpenseConfig) -> None:
+    layer = gate_up(config, bias=True)
+    weights = [sparse_weight(I, HIDDEN, (slice(0, 64), slice(None))) for _ in range(2)]
+    scales, biases = torch.rand(2, I, 1) + 0.5, torch.randn(2, I)
+    for part in range(2):
+        load(layer, weights[part], part)
+        load(layer, scales[part], part, name="weight_scale")
+        load(layer, biases[part], part, name="bias")
+    layer.quant_method.process_weights_after_loading(layer)
+    assert {"weight_sparse", "weight_dense", "weight_scale", "bias"} <= dict(layer.named_parameters()).keys()
+
+    x = torch.randn(2, 5, HIDDEN)
+    found, _ = layer(x)
+    expected = [dequantized(x) @ (w.float() * s).t() + b for w, s, b in zip(weights, scales, biases, strict=True)]
+    torch.testing.assert_close(found, torch.cat(expected, -1), rtol=1e-4, atol=1e-3)
+
+
+def test_a_gate_that_vllm_does_not_merge(config: SpenseConfig) -> None:
+    layer = ColumnParallelLinear(HIDDEN, I, bias=False, quant_config=config, prefix=f"{MLP}.gate_proj")
+    weight = sparse_weight(I, HIDDEN, (slice(0, 64), slice(None)))
+    load(layer, weight)
+    load(layer, torch.ones(I, 1), name="weight_scale")
+    layer.quant_method.process_weights_after_loading(layer)
+    x = torch.randn(3, HIDDEN)
+    torch.testing.assert_close(layer(x)[0], dequantized(x) @ weight.float().t(), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "draft", "hands_on", "scaled"),
+    [(1, None, True, False), (2, None, False, True), (1, object(), False, True)],
+    ids=["plain", "two ranks", "a draft model"],
+)
+def test_who_applies_the_scales_of_down(
+    config: SpenseConfig, monkeypatch: pytest.MonkeyPatch, ranks: int, draft: object, hands_on: bool, scaled: bool
+) -> None:
+    """The norm behind it, if down's output goes there and nowhere else; the GEMM where something comes between."""
+    engine = get_current_vllm_config()
+    monkeypatch.setattr(engine, "model_config", SimpleNamespace(architectures=["LlamaForCausalLM"]))
+    monkeypatch.setattr(engine, "speculative_config", draft)
+    layer: Any = RowParallelLinear(I, HIDDEN, bias=False, quant_config=config, prefix=f"{MLP}.down_proj")
+    layer.quant_method.tp_size = ranks
+    weight, scale = sparse_weight(HIDDEN, I, (slice(None), slice(0, 64))), torch.rand(HIDDEN, 1) + 0.5
+    load(layer, weight)
+    load(layer, scale, name="weight_scale")
+    layer.quant_method.process_weights_after_loading(layer)
+    assert (layer.quant_method.runs.scaled, layer.quant_method.runs.apart) == (scaled, hands_on)
+    x = torch.randn(5, I)
+    found, _ = layer(x)
+    assert isinstance(found, Deferred) == hands_on
+    if hands_on:
+        found = finished(found)
+    torch.testing.assert_close(found, dequantized(x) @ (weight.float() * scale).t(), rtol=1e-4, atol=1e-3)
+
+
+def test_compiled_graphs_are_kept_apart_by_what_layers_run_on(
+    config: SpenseConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM keeps them under its configuration's hash, which knows nothing of our switches and of the machine."""
+    engine = get_current_vllm_config()
+    monkeypatch.setattr(engine, "additional_config", {"others": 1})
+
+    def loaded() -> str:
+        layer: Any = RowParallelLinear(I, HIDDEN, bias=False, quant_config=config, prefix=f"{MLP}.down_proj")
+        load(layer, sparse_weight(HIDDEN, I, (slice(None), slice(0, 64))))
+        load(layer, torch.ones(HIDDEN, 1), name="weight_scale")
+        layer.quant_method.process_weights_after_loading(layer)
+        return engine.compute_hash()
+
+    untold = engine.compute_hash()
+    first = loaded()
+    assert untold != first == loaded()
+    monkeypatch.setattr(gemm, "dense_copy", lambda weight, *_: {COPY: weight})
+    assert loaded() != first
+    assert engine.additional_config["others"] == 1
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale", "said"),
+    [
+        (None, 1.0, r"the weight is missing or holds NaN \(layer: .*down_proj; key: weight\)"),
+        (0.0, None, r"a weight scale is missing or wrong \(layer: .*down_proj; key: weight_scale; found: nan"),
+        (0.0, -1.0, r"key: weight_scale; found: -1.0; expected: a positive number"),
+        (1.0, 1.0, r"are not 2:4; .* \(layer: .*down_proj; found: \[1.0, 1.0, 1.0, 1.0\]"),
+    ],
+)
+def test_unsound_weights(config: SpenseConfig, weight: float | None, scale: float | None, said: str) -> None:
+    layer: Any = RowParallelLinear(I, HIDDEN, bias=False, quant_config=config, prefix=f"{MLP}.down_proj")
+    if weight is not None:
+        load(layer, torch.full((HIDDEN, I), weight).to(torch.float8_e4m3fn))
+    if scale is not None:
+        load(layer, torch.full((HIDDEN, 1), scale), name="weight_scale")
+    with pytest.raises(FormatError, match=said):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "said"),
+    [
+        (
+            "up_proj.weight",
+            torch.zeros(I, HIDDEN),
+            r"not FP8 \(file: .*\.safetensors; layer: .*up_proj\.weight; found: F32",
+        ),
+        ("up_proj.weight_scale", torch.ones(I), r"layer: .*up_proj\.weight_scale; found: \(96,\); expected: \(96, 1\)"),
+        ("down_proj.weight_scale", None, r"missing \(file: .*; layer: .*down_proj\.weight_scale; key: modules"),
+    ],
+)
+def test_files_against_the_annotation(
+    config: SpenseConfig, tmp_path: Path, name: str, tensor: torch.Tensor | None, said: str
+) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    for layer, shape in {"gate_proj": (I, HIDDEN), "up_proj": (I, HIDDEN), "down_proj": (HIDDEN, I)}.items():
+        tensors[f"{MLP}.{layer}.weight"] = torch.zeros(shape).to(torch.float8_e4m3fn)
+        tensors[f"{MLP}.{layer}.weight_scale"] = torch.ones(shape[0], 1)
+    save_file(tensors, tmp_path / "model.safetensors")
+    config.maybe_update_config(str(tmp_path))
+
+    del tensors[f"{MLP}.{name}"]
+    save_file(tensors | ({} if tensor is None else {f"{MLP}.{name}": tensor}), tmp_path / "model.safetensors")
+    with pytest.raises(FormatError, match=said):
+        config.maybe_update_config(str(tmp_path))

@@ -1,0 +1,198 @@
+"""A decoder layer's norms hand FP8 to the linear layers behind them, where and only where vLLM's model lets them."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._pytree import tree_map_only
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm_models import module_of
+
+from vllm_spense.format import Regions
+from vllm_spense.kernels.region_gemm import reference
+from vllm_spense.kernels.region_gemm.problem import Problem
+from vllm_spense.kernels.tuning.synthetic import random_2of4, random_fp8
+from vllm_spense.ops import gemm
+from vllm_spense.plugin.activation import Quantized
+from vllm_spense.plugin.norms import PLAIN_NORMS, Deferred, FusedRMSNorm, NormClaim, only_norms_read_layers
+
+FP8 = torch.float8_e4m3fn
+
+
+@pytest.fixture(autouse=True)
+def _settings() -> None:
+    with set_current_vllm_config(VllmConfig()):
+        yield
+    NormClaim.of_attention, NormClaim.waiting = None, []
+
+
+def engine(architecture: str = "LlamaForCausalLM", lora: object = None) -> SimpleNamespace:
+    return SimpleNamespace(model_config=SimpleNamespace(architectures=[architecture]), lora_config=lora)
+
+
+def decoder_layer(settings: SimpleNamespace, attention: bool = True) -> list[NormClaim | None]:
+    """Claims of a layer's linears, then what its norms found: of the heads, before attention, before the MLP."""
+    qkv = NormClaim.of_qkv(settings) if attention else None
+    heads = RMSNorm(16)
+    gate_up = NormClaim.of_gate_up(settings)
+    norms = [heads, RMSNorm(64), RMSNorm(64)]
+    return [qkv, gate_up, *(norm.claim for norm in norms)]
+
+
+def test_the_norms_before_attention_and_mlp_answer_their_claims_and_no_other() -> None:
+    for _ in range(2):
+        qkv, gate_up, heads, first, second = decoder_layer(engine())
+        assert (heads, first, second) == (None, qkv, gate_up)
+    assert type(final := RMSNorm(64)) is FusedRMSNorm
+    assert final.claim is None
+
+
+def test_attention_of_another_kind_leaves_its_norm_alone() -> None:
+    decoder_layer(engine())
+    _, gate_up, heads, first, second = decoder_layer(engine(), attention=False)
+    assert (heads, first, second) == (None, None, gate_up)
+
+
+@pytest.mark.parametrize("other", [engine("Gemma3ForCausalLM"), engine(lora=object())], ids=["architecture", "lora"])
+def test_no_claim_where_something_might_come_between(other: SimpleNamespace) -> None:
+    assert decoder_layer(other)[2:] == [None, None, None]
+
+
+def test_it_goes_on_to_be_vllms_norm() -> None:
+    decoder_layer(engine())
+    norm, x, residual = RMSNorm(64), torch.randn(3, 64), torch.randn(3, 64)
+    assert norm.name == RMSNorm.name == "rms_norm"
+    exact = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+    torch.testing.assert_close(norm(x), exact)
+    NormClaim.of_gate_up(engine())
+    # Nobody takes FP8 from it yet, and what has no residual stream beside it stays a tensor.
+    waiting = RMSNorm(64)
+    assert isinstance(waiting(x, residual.clone())[0], torch.Tensor)
+    assert isinstance(norm(x), torch.Tensor)
+
+
+def test_the_layer_behind_it_gets_fp8() -> None:
+    claim = NormClaim.of_gate_up(engine())
+    RMSNorm(64), (norm := RMSNorm(64))
+    claim.takes_fp8 = True
+    norm.weight.data.uniform_(0.5, 2)
+    x, residual = torch.randn(2, 5, 64, dtype=torch.float32)
+    x[3] = residual[3] = 0
+    found, total = norm(x, residual)
+    assert isinstance(found, Quantized)
+    assert found.values.dtype == FP8
+    torch.testing.assert_close(total, x + residual)
+    plain = super(FusedRMSNorm, norm).forward(x.clone(), residual.clone())[0].double()
+    error = (found.values.double() * found.scale.double() - plain).abs()
+    # Half a step of E4M3: 2⁻⁴ of a value, or 2⁻¹⁰ of the row's scale.
+    assert (error <= 2**-4 * 1.001 * plain.abs() + 2**-10 * found.scale).all()
+    assert (found.values.float().abs().amax(-1)[[0, 1, 2, 4]] == 448).all()
+    assert isinstance(norm(x), torch.Tensor)
+
+
+#: Of a down layer, its first 64 columns 2:4.
+WEIGHT = torch.cat([random_2of4(64, 64, torch.device("cpu")), random_fp8(64, 32, torch.device("cpu"))], 1)
+
+
+def deferred() -> Deferred:
+    problem = Problem(64, 96, Regions(64, 32), "input", torch.float32, apart=True)
+    x = Quantized(random_fp8(5, 96, torch.device("cpu")), torch.rand(5, 1) / 1000)
+    return Deferred(x, gemm.pack(WEIGHT, problem), problem, torch.rand(64, 1))
+
+
+@pytest.mark.parametrize("takes_fp8", [True, False], ids=["before a pruned layer", "at the model's end"])
+def test_the_norm_runs_down(takes_fp8: bool) -> None:
+    claim = NormClaim.of_gate_up(engine())
+    RMSNorm(64), (norm := RMSNorm(64))
+    claim.takes_fp8 = takes_fp8
+    down, residual = deferred(), torch.randn(5, 64)
+    found, total = norm(down, residual.clone())
+    exact = (down.x.values.double() @ WEIGHT.double().t()) * down.x.scale * down.w_scale.t()
+    expected, expected_total = norm(exact.float(), residual.clone())
+    torch.testing.assert_close(total, expected_total, rtol=1e-4, atol=1e-4)
+    assert isinstance(found, Quantized) == isinstance(expected, Quantized) == takes_fp8
+    if takes_fp8:
+        assert reference.fp8_difference(found, expected) is None
+    else:
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "draft", "alone"), [(1, None, True), (2, None, False), (1, object(), False)], ids=str
+)
+def test_who_reads_what_a_decoder_layer_returns(pipeline: int, draft: object, alone: bool) -> None:
+    parallel = SimpleNamespace(pipeline_parallel_size=pipeline)
+    assert only_norms_read_layers(SimpleNamespace(parallel_config=parallel, speculative_config=draft)) == alone
+
+
+@pytest.mark.parametrize("architecture", sorted(PLAIN_NORMS))
+def test_vllms_decoder_layer_is_what_the_list_says(architecture: str) -> None:
+    classes = [found for name, found in vars(module_of(architecture)).items() if name.endswith("DecoderLayer")]
+    assert classes
+    for layer in classes:
+        built = re.findall(r"self\.(self_attn|mlp|input_layernorm|post_attention_layernorm) = ", source(layer.__init__))
+        assert built == ["self_attn", "mlp", "input_layernorm", "post_attention_layernorm"]
+        plain = (
+            r"hidden_states, residual = self\.input_layernorm\(hidden_states, residual\)\s+"
+            r"hidden_states = self\.self_attn\(\s*positions=positions,\s*hidden_states=hidden_states,?\s*\)\s+(#.*\s+)?"
+            r"hidden_states, residual = self\.post_attention_layernorm\(hidden_states, residual\)\s+"
+            r"hidden_states = self\.mlp\(hidden_states\)\s+return hidden_states, residual"
+        )
+        assert re.search(plain, source(layer.forward)), source(layer.forward)
+
+
+@pytest.mark.parametrize("architecture", sorted(PLAIN_NORMS))
+def test_layers_hand_on_to_layers_and_the_last_to_a_norm(architecture: str) -> None:
+    """Between them only layers of a draft model's interest are read, and the next process of a pipeline."""
+    (model,) = {
+        base
+        for name, found in vars(module_of(architecture)).items()
+        if name.endswith("Model") and inspect.isclass(found)
+        for base in found.__mro__
+        if re.fullmatch(r"(Llama|Qwen2|SeedOss)Model", base.__name__)
+    }
+    lines = source(model.forward).splitlines()
+    reads = [line.strip() for line in lines if re.search(r"\bhidden_states\b", line)]
+    known = (
+        r"hidden_states = (inputs_embeds|self\.embed_input_ids\(input_ids\)|intermediate_tensors\[\"hidden_states\"\])"
+        r"|(aux_hidden_states, (idx \+ 1|self\.start_layer)|\[\], 0), hidden_states, residual\)?"
+        r"|aux_hidden_states = self\._maybe_add_hidden_state\(\[\], 0, hidden_states, residual\)"
+        r"|hidden_states, residual = layer\((positions, hidden_states, residual(, \*\*extra_layer_kwargs)?\))?"
+        r"|positions, hidden_states, residual(, \*\*extra_layer_kwargs)?"
+        r"|(return IntermediateTensors\()?\{?\"hidden_states\": hidden_states,?( \"residual\": residual\}?\)?)?"
+        r"|hidden_states, _ = self\.norm\(hidden_states, residual\)"
+        r"|return hidden_states(, aux_hidden_states)?"
+    )
+    assert "hidden_states, _ = self.norm(hidden_states, residual)" in reads
+    assert [line for line in reads if not re.fullmatch(known, line)] == []
+
+
+def source(function: object) -> str:
+    return inspect.getsource(function)  # type: ignore[arg-type]
+
+
+def test_the_ops_and_their_fakes_agree() -> None:
+    x, residual, weight = torch.randn(5, 64), torch.randn(5, 64), torch.rand(64)
+    down = deferred()
+    scales = down.x.scale, down.w_scale
+    # opcheck compares inputs before and after, which torch cannot in FP8.
+    taken = (down.x.values.float(), *gemm.spell(down.packed, down.problem), *scales, residual, weight, 1e-6)
+    raw = gemm.region_gemm(down.x.values, down.packed, down.problem)
+    for op, arguments, expected in (
+        ("add_norm_quant", (x, residual, weight, 1e-6), reference.add_norm_quant(x, residual, weight, 1e-6)),
+        ("gemm_add_norm_quant", taken, reference.add_norm_quant(raw, residual, weight, 1e-6, scales)),
+        ("quantize", (x,), reference.quantize(x)),
+    ):
+        run = getattr(torch.ops.spense, op).default
+        found = run(*arguments)
+        torch.library.opcheck(run, arguments, test_utils=["test_schema"])
+        with torch._subclasses.FakeTensorMode() as mode:
+            fakes = run(*tree_map_only(torch.Tensor, mode.from_tensor, arguments))
+        for tensor, same, fake in zip(found, expected, fakes, strict=True):
+            assert torch.equal(tensor.float(), same.float())
+            assert (fake.shape, fake.dtype) == (tensor.shape, tensor.dtype)

@@ -1,0 +1,209 @@
+"""`spense estimate` against what was measured, and against hand calculation."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from benchmarks.envelope import RESULTS
+from benchmarks.make_shape import make_shape
+from vllm_spense.errors import SpenseError
+from vllm_spense.estimate import (
+    GPUS,
+    STOCK,
+    Gemm,
+    Model,
+    Timed,
+    calibration,
+    estimate,
+    load,
+    read_cache,
+    region_us,
+)
+from vllm_spense.format import Regions
+from vllm_spense.shapes import SHAPES
+
+H100 = GPUS["h100"]
+NAME = "NVIDIA H100 80GB HBM3"
+GATE_UP = Gemm(51200, 5120, "output", 38400, 12800)
+DOWN = Gemm(5120, 25600, "input", 19200, 6400)
+
+
+def qwen(sparsity: float = 0.375) -> tuple[Model, list[Regions]]:
+    return load("qwen3-32b", sparsity)
+
+
+def test_bytes_of_a_published_model() -> None:
+    model, layers = qwen()
+    # 31.2 billion linear weights in FP8, 1.56 billion in embeddings and lm_head in BF16.
+    assert model.weight_bytes() / 1e9 == pytest.approx(31.2 + 2 * 1.556, rel=0.005)
+    mlp = 64 * 3 * 5120 * 25600
+    assert model.weight_bytes() - model.weight_bytes(layers) == mlp * 0.75 * 0.375
+    # 8 heads of 128, keys and values, 64 layers: 256 KiB a token in BF16.
+    assert model.kv_bytes(4, "auto") == 4 * 256 * 1024
+    assert model.kv_bytes(4, "fp8") == 4 * 128 * 1024
+
+
+def test_weight_bytes_are_what_an_engine_would_hold(tmp_path: Path) -> None:
+    """Tied embeddings are there once."""
+    config = {**SHAPES["tiny"], "tie_word_embeddings": True}
+    tied, untied = (Model.from_config(c) for c in (config, SHAPES["tiny"]))
+    assert untied.weight_bytes() - tied.weight_bytes() == 512 * 256 * 2
+
+
+def test_gemms_are_near_the_committed_sweep() -> None:
+    """The defaults are the sweep's: half of all GEMMs within 8%, all within 30%."""
+    rows = json.loads((RESULTS / "gemm_sweep.json").read_text())["rows"]
+    best: dict[tuple[str, int, float], dict[str, float]] = {}
+    for row in rows:
+        key = (row["layer"], row["m"], row["dense_ratio"])
+        if "qwen3-32b" in row["layer"] and row["spense_us"] <= best.get(key, row)["spense_us"]:
+            best[key] = row
+    errors = []
+    for (layer, m, ratio), row in best.items():
+        like = GATE_UP if "gate_up" in layer else DOWN
+        extent = like.sparse + like.dense
+        gemm = Gemm(like.n, like.k, like.split, extent - round(extent * ratio), round(extent * ratio))
+        errors.append(abs(gemm.us(m, H100) / row["spense_us"] - 1))
+        errors.append(abs(region_us(like.n * like.k, m, H100, STOCK) / row["dense_us"] - 1))
+    assert median(errors) <= 0.08
+    assert max(errors) <= 0.3
+
+
+@pytest.mark.parametrize("sparsity", [0.25, 0.375, 0.5])
+def test_more_tokens_dilute_the_speed_up_and_more_sparsity_adds_to_it(sparsity: float) -> None:
+    model, layers = qwen(sparsity)
+    short, long = (estimate(model, layers, H100, 32, context) for context in (16, 4096))
+    assert 1 < long.speed_up < short.speed_up < 1.6
+    assert estimate(model, layers, H100, 32, 4096, "fp8").speed_up > long.speed_up
+    assert estimate(*qwen(sparsity - 0.05), H100, 32, 16).speed_up < short.speed_up
+    assert not short.calibrated
+
+
+def test_nothing_sparse_is_no_faster() -> None:
+    model, _ = qwen()
+    found = estimate(model, [], H100, 32, 16)
+    assert found.speed_up == 1
+    assert found.spense_weight_bytes == found.dense_weight_bytes
+
+
+def test_a_time_of_this_machine_replaces_the_roofline() -> None:
+    model, layers = qwen()
+    plain = estimate(model, layers, H100, 32, 16)
+    halved = [Timed(NAME, gemm, 32, "library", gemm.us(32, H100) / 2) for gemm in (GATE_UP, DOWN)]
+    slower = [Timed(NAME, gemm, 32, "one-launch", gemm.us(32, H100) * 3) for gemm in (GATE_UP, DOWN)]
+    found = estimate(model, layers, H100, 32, 16, cache=halved + slower)
+    saved = 64 * sum(gemm.us(32, H100) / 2 for gemm in (GATE_UP, DOWN)) / 1e3
+    assert found.calibrated
+    assert plain.spense_ms - found.spense_ms == pytest.approx(saved)
+    assert found.dense_ms == plain.dense_ms
+
+
+def test_calibration_takes_the_gemm_itself_before_its_likes() -> None:
+    other = Gemm(28672, 4096, "output", 21504, 7168)
+    cache = [
+        Timed(NAME, GATE_UP, 64, "library", 2 * GATE_UP.us(64, H100)),
+        Timed(NAME, other, 64, "library", 4 * other.us(64, H100)),
+    ]
+    assert calibration(cache, H100, GATE_UP, 40) == pytest.approx(2)
+    assert calibration(cache, H100, Gemm(1024, 1024, "output", 512, 512), 64) == pytest.approx(3)
+    assert calibration(cache, H100, DOWN, 64) is None  # splits otherwise
+    assert calibration(cache, H100, GATE_UP, 16) is None  # other tokens
+    assert calibration(cache, GPUS["h200"], GATE_UP, 64) is None  # another GPU
+    for smallest in (8, 16):
+        fewest = [Timed(NAME, GATE_UP, smallest, "one-launch", 2 * GATE_UP.us(smallest, H100))]
+        assert calibration(fewest, H100, GATE_UP, 1) == pytest.approx(2)
+
+
+def test_only_times_are_read_from_a_plan_cache(tmp_path: Path) -> None:
+    key = {
+        "path": "library",
+        "gpu": NAME,
+        "n": 51200,
+        "k": 5120,
+        "split": "output",
+        "parts": 2,
+        "sparse": 19200,
+        "dense": 6400,
+    }
+    entries = {
+        "good": {"key": key | {"tokens": 32}, "found": {"concurrent": True, "us": 71.5}},
+        "compared": {
+            "key": key | {"path": "rivals", "tokens": 128},
+            "found": {"us": {"library": 85.0, "one-launch": 90.0}},
+        },
+        "searched": {"key": key | {"tokens": 128}, "found": {"us": 80.0}},
+        "no time": {"key": key | {"tokens": 32}, "found": {"concurrent": True}},
+        "zero": {"key": key | {"tokens": 32}, "found": {"us": 0}},
+        "something else": {"tuned": 3},
+        "a list": [1],
+    }
+    for name, entry in entries.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(entry))
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "kernel.cubin").write_bytes(b"\x7fELF")
+    assert set(read_cache(tmp_path)) == {
+        Timed(NAME, GATE_UP, 32, "library", 71.5),
+        Timed(NAME, GATE_UP, 128, "library", 85.0),
+        Timed(NAME, GATE_UP, 128, "one-launch", 90.0),
+    }
+    assert read_cache(tmp_path / "missing") == []
+
+
+def test_a_checkpoint_says_its_own_sparsity(tmp_path: Path) -> None:
+    make_shape("qwen3-14b", tmp_path, 0.25, layers=3)
+    model, layers = load(str(tmp_path), None)
+    assert model.num_hidden_layers == len(layers) == 3
+    assert all(regions.mlp_sparsity == 0.25 for regions in layers)
+    assert all(regions.mlp_sparsity == 0.5 for regions in load(str(tmp_path), 0.5)[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hidden_size": None}, "key: hidden_size; found: None"),
+        ({"num_experts": 128}, "does not prune experts"),
+    ],
+)
+def test_a_configuration_that_cannot_be_estimated_is_named(
+    change: dict[str, object], words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**SHAPES["tiny"], **change}))
+    with pytest.raises(SpenseError, match=words):
+        load(str(tmp_path), None)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    code = "import sys; from offline_prune.cli import main; main(sys.argv[1:])"
+    return subprocess.run(
+        [sys.executable, "-c", code, "estimate", *arguments], capture_output=True, text=True, timeout=300
+    )
+
+
+def test_command() -> None:
+    result = command("qwen3-32b", "--sparsity", "0.25", "--batch", "8", "--context", "16", "--kv-cache-dtype", "fp8")
+    assert result.returncode == 0, result.stderr
+    found = estimate(*qwen(0.25), H100, 8, 16, "fp8")
+    for words in ("Spense 25.0%", f"{found.dense_ms:.2f}", f"{found.speed_up:.2f}", "measured on an H100"):
+        assert words in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("qwen3-32b", "--gpu", "h300"), "--gpu: found h300, expected h100 | h200 | b200"),
+        (("qwen3-32b", "--kv-cache-dtype", "int4"), "--kv-cache-dtype: found int4"),
+        (("qwen3-32b", "--sparsity", "0.6"), "--sparsity: found 0.6"),
+        (("/no/such",), "/no/such: no such folder with a config.json"),
+    ],
+)
+def test_mistakes_end_in_one_message(arguments: tuple[str, ...], words: str) -> None:
+    result = command(*arguments)
+    assert result.returncode == 1
+    assert words in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr

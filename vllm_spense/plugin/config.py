@@ -1,0 +1,221 @@
+"""`--quantization spense`: vLLM's compressed-tensors config, with the pruned layers run region by region."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+
+from vllm_spense.errors import FormatError, SpenseError
+from vllm_spense.format import KEY, SIDECAR, Annotation, Regions
+from vllm_spense.ops.gemm import INDUCTOR_OPTIONS
+from vllm_spense.plugin.linear import InputSplitLinearMethod, OutputSplitLinearMethod, RegionLinearMethod
+from vllm_spense.plugin.preflight import check_engine, check_files
+from vllm_spense.plugin.unpruned_linear import WholeFp8
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+    from vllm.model_executor.models.utils import WeightsMapper
+
+NAME = "spense"
+BASE = "compressed-tensors"
+
+Method = Callable[[Regions, str], RegionLinearMethod]
+
+#: Quantization that a pruned layer must have: bits, type, strategy, dynamic.
+FP8 = {"weights": (8, "float", "channel", False), "input_activations": (8, "float", "token", True)}
+
+
+def register_config() -> None:
+    """Makes `--quantization spense` known to vLLM. Idempotent."""
+    register_quantization_config(NAME)(SpenseConfig)
+
+
+class SpenseConfig(CompressedTensorsConfig):
+    """Gives pruned linear layers their methods and leaves everything else to compressed-tensors.
+
+    `get_name` is inherited: models ask it how the layers are stored that are not ours.
+    """
+
+    #: Regions and method of every pruned linear layer, by its name in vLLM's spelling.
+    layers: dict[str, tuple[Regions, Method]]
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: PretrainedConfig | None = None
+    ) -> Any:
+        """ "spense" for a checkpoint with an annotation, unless the user asked for another method.
+
+        vLLM asks this for every quantized checkpoint, whoever made it.
+
+        Raises:
+            FormatError: the annotation is broken, or the user asked for spense and there is none.
+        """
+        if user_quant not in (None, NAME) or not isinstance(hf_quant_cfg, Mapping):
+            return None
+        if user_quant is None and KEY not in hf_quant_cfg:
+            return None
+        # Nowhere else does vLLM say where the annotation comes from.
+        folder = getattr(hf_config, "_name_or_path", None)
+        _read_annotation(hf_quant_cfg, file=folder and f"{folder}/config.json")
+        return NAME
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Where vLLM looks for an annotation if `--quantization spense` meets a checkpoint that is not quantized."""
+        return [SIDECAR]
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> SpenseConfig:
+        """From a checkpoint's `quantization_config`.
+
+        Raises:
+            SpenseError: the checkpoint is not quantized (`spense prune --quantize none`).
+            FormatError: the annotation is missing or broken.
+        """
+        if "quant_method" not in config:
+            raise SpenseError(
+                "this checkpoint was pruned but not quantized, and Spense runs FP8: write it with "
+                "`spense prune --quantize fp8`, or serve it dense without `--quantization` "
+                f"(file: {SIDECAR}; key: quantization_config in config.json; found: nothing)"
+            )
+        spense = cast(SpenseConfig, super().from_config(config))
+        spense.layers = _pruned_layers(spense.annotation)
+        return spense
+
+    @property
+    def annotation(self) -> Annotation:
+        """Read anew from what vLLM keeps: an annotation cannot be pickled, and this object travels to the workers."""
+        return _read_annotation(self.config or {})
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: PretrainedConfig | None = None, revision: str | None = None
+    ) -> None:
+        """Checks the checkpoint and the engine's settings, in the process that the user started."""
+        if (folder := Path(model_name)).is_dir():
+            check_files(self.annotation, folder)
+        if engine := _engine_under_construction():
+            check_engine(self.annotation, engine)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        """Renames layers as vLLM's model does. From the checkpoint's names each time: vLLM may call it twice."""
+        super().apply_vllm_mapper(hf_to_vllm_mapper)
+        named = ((hf_to_vllm_mapper._map_name(name), layer) for name, layer in _pruned_layers(self.annotation).items())
+        self.layers = {name: layer for name, layer in named if name is not None}
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Our method for a pruned layer, otherwise what compressed-tensors gives.
+
+        Raises:
+            FormatError: a layer inside a pruned module is not one that the annotation names, or a pruned layer is not
+                quantized to FP8 per channel and per token.
+        """
+        found = self._find(prefix) if isinstance(layer, LinearBase) else None
+        if found is None:
+            return super().get_quant_method(layer, prefix)
+        engine = get_current_vllm_config()
+        check_engine(self.annotation, engine)
+        for option, value in INDUCTOR_OPTIONS.items():
+            engine.compilation_config.inductor_compile_config.setdefault(option, value)
+        self._require_fp8(layer, prefix)
+        regions, method = found
+        return method(regions, prefix)
+
+    def get_scheme(self, layer: torch.nn.Module, layer_name: str | None = None) -> Any:
+        """vLLM's, for a layer that nothing was pruned in; ours stands in for it where it can."""
+        return WholeFp8.instead_of(super().get_scheme(layer, layer_name), layer_name)
+
+    def _find(self, prefix: str) -> tuple[Regions, Method] | None:
+        parent, _, leaf = prefix.rpartition(".")
+        parts = {self.layers.get(f"{parent}.{part}") for part in self.packed_modules_mapping.get(leaf, [leaf])}
+        siblings = [name for name in self.layers if name.rpartition(".")[0] == parent]
+        # Going on dense would give the right answers, and no reason to notice.
+        if siblings and (len(parts) > 1 or None in parts):
+            raise FormatError(
+                "vLLM has a layer in a pruned module that is not one of its projections",
+                layer=prefix,
+                key="projections",
+                found=leaf,
+                expected=" | ".join(siblings),
+            )
+        return parts.pop()
+
+    def _require_fp8(self, layer: torch.nn.Module, prefix: str) -> None:
+        scheme = self.get_scheme_dict(layer, prefix) or {}
+        for name, expected in FP8.items():
+            args: Any = scheme.get(name)
+            found = args and (args.num_bits, args.type, args.strategy, args.dynamic)
+            if found != expected:
+                raise FormatError(
+                    "a pruned layer has the wrong quantization",
+                    layer=prefix,
+                    key=f"quantization_config.config_groups.….{name}",
+                    found=found,
+                    expected=expected,
+                )
+
+
+def _read_annotation(config: Mapping[str, Any], file: str | None = None) -> Annotation:
+    if KEY not in config:
+        raise FormatError(
+            "this is not a Spense checkpoint",
+            file=file,
+            key=f"quantization_config.{KEY}",
+            found="nothing",
+            expected="the annotation that `spense prune` writes",
+        )
+    if (method := config.get("quant_method")) != BASE:
+        raise FormatError(
+            "a Spense checkpoint has another kind of quantization",
+            file=file,
+            key="quantization_config.quant_method",
+            found=method,
+            expected=BASE,
+        )
+    annotation = Annotation.from_dict(config[KEY], file)
+    for module in annotation.modules:
+        if "experts" in module.split("."):
+            raise FormatError(
+                "Spense does not run pruned MoE experts",
+                file=file,
+                key="modules",
+                found=module,
+                expected="modules with one MLP each",
+            )
+    return annotation
+
+
+def _pruned_layers(annotation: Annotation) -> dict[str, tuple[Regions, Method]]:
+    projections = annotation.projections
+    methods: dict[str, Method] = {
+        projections.gate: OutputSplitLinearMethod,
+        projections.up: OutputSplitLinearMethod,
+        projections.down: InputSplitLinearMethod,
+    }
+    return {
+        f"{module}.{projection}": (annotation.regions(module), method)
+        for module in annotation.modules
+        for projection, method in methods.items()
+    }
+
+
+def _engine_under_construction() -> VllmConfig | None:
+    """The `VllmConfig` whose constructor is asking for this quantization config.
+
+    vLLM shows a quantization config the engine's other settings only when a worker builds the model. Looking up the
+    call stack is the one way to see them while an error still is the command's own.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if isinstance(engine := frame.f_locals.get("self"), VllmConfig):
+            return engine
+        frame = frame.f_back
+    return None

@@ -1,0 +1,65 @@
+"""CUDA graphs for prefill beyond the sizes that vLLM captures.
+
+Up to about 1500 tokens a step outside of CUDA graphs waits for the host, which has more to do here than in stock vLLM:
+each operator is Python. Captured, the same steps are faster than stock's.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+from vllm.platforms import current_platform
+
+from vllm_spense.plugin.activation import PLAIN_MLPS
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+#: The largest that vLLM captures by default.
+_MOST_OF_VLLM = 512
+_DOUBLINGS = (32, 64, 128, 256, 512, 1024)
+_LARGEST = 2048
+
+
+def capture_sizes(requests: int, tokens: int) -> list[int]:
+    """vLLM's default sizes, those that only newer versions have included, and those of `beyond`.
+
+    Args:
+        requests: at most at once, times the tokens of each in a decode step.
+        tokens: at most in one step.
+    """
+    most = min(2 * requests, _MOST_OF_VLLM)
+    usual = chain((1, 2, 4), range(8, min(most + 1, 256), 8), range(256, most + 1, 16))
+    return sorted({size for size in (*usual, requests, most, *beyond(most)) if size <= min(tokens, _LARGEST)})
+
+
+def beyond(most: int) -> list[int]:
+    """Tokens of the steps that are captured beyond `most`: four for each doubling, so that the tokens of a step in
+    between, which is padded to the next of them, grow by a tenth on average."""
+    ladder = (size for low in _DOUBLINGS for size in range(low, 2 * low, low // 4))
+    return [size for size in (*ladder, _LARGEST) if size > most]
+
+
+class CapturePrefill(VerifyAndUpdateConfig):
+    """Runs while vLLM completes an engine's configuration."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Asks for `capture_sizes`, unless the user has a wish of his own about CUDA graphs or the engine has none."""
+        compilation, model = vllm_config.compilation_config, vllm_config.model_config
+        own_wish = compilation.cudagraph_capture_sizes is not None or compilation.max_cudagraph_capture_size is not None
+        if own_wish or model.quantization != "spense" or model.enforce_eager or not current_platform.is_cuda():
+            return
+        if vllm_config.performance_mode != "balanced":
+            return  # has sizes of its own
+        scheduler = vllm_config.scheduler_config
+        requests = scheduler.max_num_seqs * (1 + vllm_config.num_speculative_tokens)
+        compilation.cudagraph_capture_sizes = capture_sizes(requests, scheduler.max_num_batched_tokens)
+
+
+def register_capture() -> None:
+    """For the models whose prefill was measured, where vLLM has no such hook itself. Idempotent."""
+    for architecture in PLAIN_MLPS:
+        MODELS_CONFIG_MAP.setdefault(architecture, CapturePrefill)

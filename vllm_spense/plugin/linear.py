@@ -1,0 +1,272 @@
+"""The linear methods of pruned layers: output-split (gate, up) and input-split (down).
+
+With X quantized per token and W per output channel, Y = (X₈·W₈ᵀ) · s_x · s_wᵀ. The scales go into the kernel behind the
+GEMM, ours or one that Inductor fuses them into; where none follows that could take them, the GEMM multiplies by them.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch.nn import Parameter
+from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import LinearMethodBase
+from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
+from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
+from vllm.model_executor.parameter import BasevLLMParameter
+
+from vllm_spense import layout
+from vllm_spense.errors import FormatError
+from vllm_spense.format import Regions
+from vllm_spense.kernels.region_gemm.problem import COPY, Problem, Scales, Split, sum_dtype
+from vllm_spense.kernels.region_gemm.reference import by_projection, scaled
+from vllm_spense.layout import Shard
+from vllm_spense.ops import elementwise_ops, gemm
+from vllm_spense.plugin import compile_key, loaders
+from vllm_spense.plugin.activation import Claim, Quantized, RawSums
+from vllm_spense.plugin.loaders import Loader
+from vllm_spense.plugin.norms import Deferred, NormClaim, has_plain_norms, only_norms_read_layers
+
+logger = init_logger("vllm.spense")
+
+FP8 = torch.float8_e4m3fn
+#: A vLLM linear layer. Its parameters and settings are attributes that torch.nn.Module's type does not know.
+Layer = Any
+
+
+class RegionLinearMethod(LinearMethodBase):
+    """What both splits share. One instance serves one layer.
+
+    Args:
+        regions: of the whole layer, whatever the tensor parallel size.
+        name: the layer's name, for messages.
+    """
+
+    split: ClassVar[Split]
+    #: Of the weight as it is loaded, and of the one that runs.
+    problem: Problem
+    runs: Problem
+    #: Something else than outputs: what lies behind this layer does the rest.
+    hands_on = False
+
+    def __init__(self, regions: Regions, name: str) -> None:
+        self.regions = regions
+        self.name = name
+        self.quantize = QuantFP8(static=False, group_shape=GroupShape.PER_TOKEN)
+        self.engine = engine = get_current_vllm_config()
+        self.dummy = engine.load_config.load_format == "dummy"
+        self.max_tokens = engine.scheduler_config.max_num_batched_tokens
+
+    def create_weights(
+        self,
+        layer: Layer,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Registers this rank's `weight` (N, K) FP8 E4M3 and `weight_scale` (N, 1) float32.
+
+        Raises:
+            FormatError: the regions do not add up to the intermediate size, or the tensor parallel size does not
+                divide them.
+        """
+        self.parts = len(output_partition_sizes)
+        intermediate = output_size // self.parts if self.split == "output" else input_size
+        if self.regions.intermediate != intermediate:
+            raise FormatError(
+                "the regions do not add up to the intermediate size",
+                layer=self.name,
+                key="regions",
+                found=f"{self.regions.sparse} + {self.regions.dense}",
+                expected=intermediate,
+            )
+        shard = layout.shard(self.regions, layer.tp_rank, layer.tp_size, self.name)
+        n, k = sum(output_partition_sizes), input_size_per_partition
+        self.dtype = params_dtype
+        self.tp_size = layer.tp_size
+        self.problem = Problem(n, k, shard.regions, self.split, sum_dtype(params_dtype), self.parts)
+
+        weight_loader, scale_loader = self.make_loaders(layer, shard)
+        weight = torch.empty(n, k, dtype=FP8)
+        # NaN until loaded: vLLM does not notice when a quantized checkpoint lacks a tensor.
+        weight.view(torch.uint8).fill_(0x7F)
+        scale = torch.full((n, 1), torch.nan, dtype=torch.float32)
+        layer.register_parameter("weight", BasevLLMParameter(data=weight, weight_loader=weight_loader))
+        layer.register_parameter("weight_scale", BasevLLMParameter(data=scale, weight_loader=scale_loader))
+
+    @abstractmethod
+    def make_loaders(self, layer: Layer, shard: Shard) -> tuple[Loader, Loader]:
+        """Loaders of `weight` and `weight_scale`."""
+
+    def process_weights_after_loading(self, layer: Layer) -> None:
+        """Replaces `weight` by `weight_…`, one parameter for each tensor that `ops.pack` returns.
+
+        Raises:
+            FormatError: the sparse region is not 2:4, or a weight or its scale is missing or no number.
+        """
+        weight, scale = layer.weight.data, layer.weight_scale.data
+        if self.dummy:
+            loaders.fill_dummy(weight, scale, self.problem)
+        try:
+            self._require_sound(weight, scale)
+        except FormatError as error:
+            # In a worker, where the traceback that follows would bury it.
+            logger.error("%s", error)
+            raise
+        del layer.weight
+        weight = self.arranged(weight)
+        if weight.is_cuda:
+            # Or torch would cut packed weights out of what loaded ones leave, and the remainders would be of no use to
+            # anything as large as a KV cache.
+            torch.cuda.empty_cache()
+        packed = gemm.pack(weight, self.runs) | gemm.dense_copy(weight, self.runs, self.max_tokens, self.name)
+        for name, tensor in packed.items():
+            layer.register_parameter(f"weight_{name}", Parameter(tensor, requires_grad=False))
+        layer.weight_scale = Parameter(scale, requires_grad=False)
+        self.packed_names = tuple(packed)
+        compile_key.record(self.engine, self.name, *packed, *self.choices())
+        # LoRA looks under this name for the layer's device.
+        layer.weight_packed = getattr(layer, f"weight_{self.packed_names[0]}")
+        gemm.prepare(self.runs, self.max_tokens, weight.device, COPY in packed)
+
+    def arranged(self, weight: torch.Tensor) -> torch.Tensor:
+        """W as it runs; sets `runs`."""
+        self.runs = self.problem
+        return weight
+
+    def choices(self) -> tuple[object, ...]:
+        """What was decided about this layer on this machine, and shows in how it is traced."""
+        return self.runs.spelled, self.hands_on
+
+    def _require_sound(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
+        if (weight.view(torch.uint8) & 0x7F == 0x7F).any():
+            raise FormatError("the weight is missing or holds NaN", layer=self.name, key="weight")
+        for sparse, _ in self.problem.split_regions(weight):
+            layout.require_2of4(sparse, self.name)
+        wrong = scale[~(scale.isfinite() & (scale > 0))]
+        if len(wrong):
+            raise FormatError(
+                "a weight scale is missing or wrong",
+                layer=self.name,
+                key="weight_scale",
+                found=wrong[0].item(),
+                expected="a positive number for each output channel",
+            )
+
+    def packed(self, layer: Layer) -> dict[str, torch.Tensor]:
+        """The weight as it runs."""
+        return {name: getattr(layer, f"weight_{name}") for name in self.packed_names}
+
+    def gemm(self, layer: Layer, x: torch.Tensor, scales: Scales | None = None) -> torch.Tensor:
+        """(M, K) FP8 → raw sums (M, N), or outputs where the GEMM scales."""
+        return gemm.region_gemm(x, self.packed(layer), self.runs, scales)
+
+    def apply(self, layer: Layer, x: Any, bias: torch.Tensor | None = None) -> Any:
+        """Y = X·Wᵀ + b.
+
+        Args:
+            x: (…, K) in the model's dtype, or `Quantized`.
+            bias: (N,), in the order of the weight's rows.
+
+        Returns:
+            (…, N) in the model's dtype; gate and up merged: [gate | up]. Or what `handed_on` returns.
+        """
+        fp8 = x if isinstance(x, Quantized) else Quantized(*self.quantize(x.reshape(-1, self.problem.k)))
+        flat = fp8 is x or x.dim() == 2
+        if self.runs.scaled:
+            y = self.gemm(layer, fp8.values, (fp8.scale, layer.weight_scale))
+            y = y if bias is None else y + bias
+        elif self.hands_on and flat and bias is None:
+            return self.handed_on(layer, fp8)
+        else:
+            y = self.scaled(layer, self.in_order(self.gemm(layer, fp8.values)), fp8.scale, bias)
+        return y if flat else y.view(*x.shape[:-1], self.problem.n)
+
+    @abstractmethod
+    def handed_on(self, layer: Layer, x: Quantized) -> RawSums | Deferred:
+        """What lies behind this layer goes on from here."""
+
+    def in_order(self, raw: torch.Tensor) -> torch.Tensor:
+        """Columns as they run → as the model wants them."""
+        return raw
+
+    def scaled(self, layer: Layer, raw: torch.Tensor, x_scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Raw sums (M, N) → outputs (M, N) in the model's dtype."""
+        y = scaled(raw, x_scale, layer.weight_scale)
+        if bias is not None:
+            y = y + bias
+        return y.to(self.dtype)
+
+
+class OutputSplitLinearMethod(RegionLinearMethod):
+    """gate and up, merged or alone: the regions are rows, and each region's GEMM writes its own columns."""
+
+    split = "output"
+
+    def __init__(self, regions: Regions, name: str) -> None:
+        super().__init__(regions, name)
+        engine = get_current_vllm_config()
+        self.claim = Claim.of_next_activation(engine)
+        self.norm_claim = NormClaim.of_gate_up(engine)
+
+    def arranged(self, weight: torch.Tensor) -> torch.Tensor:
+        """By region, where the activation behind takes raw sums: it can take them in any order."""
+        device = weight.device
+        merged = self.problem.parts == 2
+        self.hands_on = merged and self.claim.made and elementwise_ops.fuses_activation(self.problem, device)
+        self.norm_claim.takes_fp8 = merged and elementwise_ops.fuses_norm(self.problem.k, self.dtype, device)
+        if not self.hands_on:
+            return super().arranged(weight)
+        self.runs = self.problem.merged()
+        return self.problem.by_region(weight)
+
+    def choices(self) -> tuple[object, ...]:
+        return *super().choices(), self.norm_claim.takes_fp8
+
+    def handed_on(self, layer: Layer, x: Quantized) -> RawSums:
+        return RawSums(self.gemm(layer, x.values), x.scale, layer.weight_scale, self.problem.regions.sparse)
+
+    def in_order(self, raw: torch.Tensor) -> torch.Tensor:
+        return by_projection(raw, self.problem.regions.sparse) if self.hands_on else raw
+
+    def make_loaders(self, layer: Layer, shard: Shard) -> tuple[Loader, Loader]:
+        load_rows = loaders.rows_loader(self.name, self.regions.intermediate, shard, self.parts)
+        # A bias goes with the weight's rows. The layer creates it after the weights, with the loader it finds here.
+        layer.weight_loader = load_rows
+        return load_rows, load_rows
+
+
+class InputSplitLinearMethod(RegionLinearMethod):
+    """down: the regions are columns; the sparse GEMM writes the output, the dense GEMM accumulates into it."""
+
+    split = "input"
+
+    def __init__(self, regions: Regions, name: str) -> None:
+        super().__init__(regions, name)
+        engine = get_current_vllm_config()
+        self.before_plain_norm = has_plain_norms(engine)
+        self.before_norms_only = only_norms_read_layers(engine)
+
+    def arranged(self, weight: torch.Tensor) -> torch.Tensor:
+        """Where the norm behind is a kernel of ours it adds up the regions' sums and takes the scales, or else the GEMM
+        does: the compiler has no kernel to fuse that with."""
+        own_norm = self.before_plain_norm and elementwise_ops.fuses_norm(self.problem.n, self.dtype, weight.device)
+        own_norm = own_norm and self.dtype == self.problem.out_dtype
+        # Of several ranks each has scales of its own, and their outputs are added up before any norm.
+        self.hands_on = own_norm and self.before_norms_only and self.tp_size == 1
+        self.runs = replace(self.problem, scaled=own_norm and not self.hands_on, apart=self.hands_on)
+        return weight
+
+    def handed_on(self, layer: Layer, x: Quantized) -> Deferred:
+        return Deferred(x, self.packed(layer), self.runs, layer.weight_scale)
+
+    def make_loaders(self, layer: Layer, shard: Shard) -> tuple[Loader, Loader]:
+        load_columns = loaders.columns_loader(self.name, self.regions.intermediate, shard)
+        return load_columns, loaders.whole_loader(self.name)

@@ -1,0 +1,107 @@
+"""Weight loaders that give a rank its part of both regions.
+
+vLLM's own loaders take one contiguous chunk: rank 0 would hold nothing but sparse rows, the last rank nothing but
+dense ones. Loaders here are plain functions that capture plain values and fill through `copy_`: vLLM's reload
+counts the elements copied and reads the function's name, and a captured layer would never be freed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from vllm_spense.errors import FormatError
+from vllm_spense.kernels.region_gemm.problem import Problem
+from vllm_spense.kernels.tuning.synthetic import random_weight
+from vllm_spense.layout import Shard
+
+Loader = Callable[..., None]
+
+#: Of the values that `random_weight` draws.
+_DUMMY_STANDARD_DEVIATION = 16
+
+
+def rows_loader(layer: str, intermediate: int, shard: Shard, parts: int) -> Loader:
+    """Loads anything with one entry per output row of an output-split layer: weight, weight_scale, bias.
+
+    Rows of the rank's parameter, for gate and up merged: [gate sparse | gate dense | up sparse | up dense].
+
+    Args:
+        layer: the layer's name, for messages.
+        intermediate: I, rows of one part in the checkpoint.
+        shard: the rank's part of each region.
+        parts: how many projections the layer merges.
+
+    Returns:
+        `load(param, loaded_weight, loaded_shard_id)`, where the id is the part's index, or None or a tuple of
+        indices where the checkpoint holds the parts in one tensor.
+    """
+    sparse, dense = shard.sparse, shard.dense
+    s, d = shard.regions.sparse, shard.regions.dense
+
+    def load_rows(
+        param: torch.nn.Parameter,
+        loaded_weight: torch.Tensor,
+        loaded_shard_id: int | tuple[int, ...] | None = None,
+    ) -> None:
+        if loaded_shard_id is None:
+            loaded_shard_id = tuple(range(parts))
+        ids = (loaded_shard_id,) if isinstance(loaded_shard_id, int) else loaded_shard_id
+        _check(layer, param, loaded_weight, (len(ids) * intermediate, *param.shape[1:]))
+        for part, rows in zip(ids, loaded_weight.split(intermediate), strict=True):
+            param.data.narrow(0, part * (s + d), s).copy_(rows[sparse])
+            param.data.narrow(0, part * (s + d) + s, d).copy_(rows[dense])
+
+    return load_rows
+
+
+def columns_loader(layer: str, intermediate: int, shard: Shard) -> Loader:
+    """Loads the weight of an input-split layer, (N, I) in the checkpoint; columns of the rank: [sparse | dense]."""
+    sparse, dense = shard.sparse, shard.dense
+    s, d = shard.regions.sparse, shard.regions.dense
+
+    def load_columns(param: torch.nn.Parameter, loaded_weight: torch.Tensor) -> None:
+        _check(layer, param, loaded_weight, (param.shape[0], intermediate))
+        param.data.narrow(1, 0, s).copy_(loaded_weight[:, sparse])
+        param.data.narrow(1, s, d).copy_(loaded_weight[:, dense])
+
+    return load_columns
+
+
+def whole_loader(layer: str) -> Loader:
+    """Loads what every rank holds whole: the weight_scale of an input-split layer."""
+
+    def load_whole(param: torch.nn.Parameter, loaded_weight: torch.Tensor) -> None:
+        _check(layer, param, loaded_weight, tuple(param.shape))
+        param.data.copy_(loaded_weight)
+
+    return load_whole
+
+
+def fill_dummy(weight: torch.Tensor, scale: torch.Tensor, problem: Problem) -> None:
+    """Random values that obey the format, for `--load-format dummy`.
+
+    vLLM's own are not 2:4, not positive, and in FP8 almost all zeros, which a GPU multiplies at less power.
+
+    Args:
+        weight: (N, K) FP8 E4M3, filled.
+        scale: (N, 1) float32, filled.
+    """
+    weight.copy_(random_weight(problem, weight.device))
+    scale.fill_(dummy_scale(problem.k))
+
+
+def dummy_scale(k: int) -> float:
+    """The weight scale at which outputs of a random weight (N, K) are about as large as its inputs."""
+    return 1 / (_DUMMY_STANDARD_DEVIATION * k**0.5)
+
+
+def _check(layer: str, param: torch.Tensor, loaded: torch.Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(loaded.shape) != expected:
+        raise FormatError(
+            "a tensor's shape does not fit the regions", layer=layer, found=tuple(loaded.shape), expected=expected
+        )
+    # copy_ would convert, say, BF16 weights to FP8 without their scales.
+    if param.dtype == torch.float8_e4m3fn != loaded.dtype:
+        raise FormatError("a weight has the wrong dtype", layer=layer, found=loaded.dtype, expected=param.dtype)
