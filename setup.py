@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["vllm_spense*", "offline_prune*"]),
-    package_data={"vllm_spense": ["py.typed", "kernels/*.cu", "kernels/*.cuh"], "offline_prune": ["py.typed"]},
+    package_data={"vllm_spense": ["py.typed", "kernels/**/*.cu", "kernels/**/*.cuh"], "offline_prune": ["py.typed"]},
     install_requires=[
         "torch>=2.10",
         "transformers>=5.0",

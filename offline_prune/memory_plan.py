@@ -12,7 +12,8 @@ import torch
 from offline_prune.model.gated_mlp import Glu
 from offline_prune.model.loading import SourceModel
 from offline_prune.runtime import deterministic_reduce, distributed
-from offline_prune.runtime.activation_store import Place, pinned_bytes
+from offline_prune.runtime.activation_store import Place
+from offline_prune.runtime.pinned_buffers import pinned_bytes
 from offline_prune.settings import PruneSettings
 from vllm_spense.errors import SpenseError
 

@@ -20,7 +20,7 @@ from offline_prune.checkpoint.journal import FILE as JOURNAL
 from offline_prune.checkpoint.journal import Journal, Part
 from offline_prune.methods.fp8 import SCALE_DTYPE, dequantize, to_fp8
 from offline_prune.model.safetensors_reader import INDEX_NAME, SINGLE_NAME
-from offline_prune.runtime.activation_store import Outbox
+from offline_prune.runtime.pinned_buffers import Outbox
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import KEY, SIDECAR, Annotation
 

@@ -20,7 +20,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from offline_prune.model.gated_mlp import Glu, Unsupported, find_glu
 from offline_prune.model.safetensors_reader import TensorFiles, read_json, resolve_model
-from offline_prune.runtime.activation_store import Inbox
+from offline_prune.runtime.pinned_buffers import Inbox
 from vllm_spense.errors import SpenseError
 
 

@@ -17,7 +17,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cpu"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 import elementwise_parts
 from column_problems import compare, every_problem, ties
@@ -35,7 +35,7 @@ from offline_prune.model import fused_ops_triton
 from offline_prune.model.fused_ops import TOLERANCE
 from offline_prune.pipeline import prune
 from offline_prune.report import Report
-from offline_prune.runtime.activation_store import Outbox
+from offline_prune.runtime.pinned_buffers import Outbox
 from offline_prune.settings import PruneSettings
 
 pytestmark = pytest.mark.gpu

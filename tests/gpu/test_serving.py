@@ -26,7 +26,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("vllm", reason="needs vLLM")
 pytest.importorskip("nvmath", reason="needs nvmath-python")
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "engine"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from engines import EXCEPTIONS, Completion, Run, differences, generate, require_same_or_tied, spread

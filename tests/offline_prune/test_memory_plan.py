@@ -15,7 +15,7 @@ from benchmarks.prune_time import configure
 from offline_prune import memory_plan
 from offline_prune.memory_plan import GIB, MemoryPlan
 from offline_prune.model.loading import SourceModel
-from offline_prune.runtime.activation_store import pinned_bytes
+from offline_prune.runtime.pinned_buffers import pinned_bytes
 from offline_prune.settings import PruneSettings
 from vllm_spense.errors import SpenseError
 from vllm_spense.shapes import SHAPES

@@ -1,1 +1,1 @@
-"""GEMM back ends. One file per library or kernel; no policy and no vLLM in here."""
+"""Kernels and what finds the fastest: no policy, no vLLM. May import: the format, torch, CUDA's bindings."""

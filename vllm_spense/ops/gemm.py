@@ -65,7 +65,7 @@ class Rival(Kernel, Protocol):
 @cache
 def kernel(path: Path) -> Kernel:
     """The module of a path, imported when it is first needed: not every machine has every library."""
-    return cast(Kernel, importlib.import_module(f"vllm_spense.kernels.{path.name.lower()}"))
+    return cast(Kernel, importlib.import_module(f"vllm_spense.kernels.region_gemm.{path.name.lower()}"))
 
 
 @cache

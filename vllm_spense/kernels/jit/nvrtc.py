@@ -133,7 +133,7 @@ def elementwise_kernel(name: str, threads: int, device: torch.device, **macros: 
     Args:
         macros: that the source asks for beside THREADS.
     """
-    folder = files("vllm_spense.kernels")
+    folder = files("vllm_spense.kernels.elementwise")
     source = "".join(folder.joinpath(file).read_text(encoding="utf-8") for file in ("elementwise.cuh", f"{name}.cu"))
     given = {"THREADS": threads, **macros}
     options = ["--gpu-architecture=sm_90a", "--std=c++17", *(f"-D{macro}={value}" for macro, value in given.items())]

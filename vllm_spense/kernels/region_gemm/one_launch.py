@@ -210,7 +210,7 @@ def _stages(tiling: Tiling) -> tuple[int, int]:
 
 @cache
 def _code() -> str:
-    return files("vllm_spense.kernels").joinpath("one_launch.cu").read_text(encoding="utf-8")
+    return files("vllm_spense.kernels.region_gemm").joinpath("one_launch.cu").read_text(encoding="utf-8")
 
 
 @cache

@@ -1,0 +1,1 @@
+"""What stands between the GEMMs: activation, norms and quantization as CUDA kernels, each with its launcher."""

@@ -1,0 +1,1 @@
+"""CUDA C++ at run time: compiling with NVRTC, loading and launching through the driver."""
