@@ -30,9 +30,10 @@ from benchmarks.quality_tables import markdown
 from benchmarks.texts import CALIBRATION, DOMAINS, heldout
 from offline_prune.calibration.data import BUILTIN
 from offline_prune.checkpoint.evaluate import agreement, load_dense
+from offline_prune.methods.recipe import METHODS
 from offline_prune.pipeline import prune
 from offline_prune.runtime.device import pick_device
-from offline_prune.settings import METHODS, PruneSettings
+from offline_prune.settings import PruneSettings
 from scripts.pruned import CACHE
 from scripts.smollm2 import smollm2
 

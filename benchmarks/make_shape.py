@@ -17,7 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from offline_prune.checkpoint.writer import fp8_config
-from offline_prune.settings import fit_regions
+from offline_prune.methods.regions import fit_regions
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import KEY, Annotation, Projections
 from vllm_spense.shapes import SHAPES

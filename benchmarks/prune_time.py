@@ -44,6 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.envelope import RESULTS, write_result
 from offline_prune.memory_plan import GIB
+from offline_prune.methods.recipe import METHODS
 from offline_prune.model.loading import empty_model
 from offline_prune.model.safetensors_reader import INDEX_NAME
 from offline_prune.pipeline import prune
@@ -51,7 +52,7 @@ from offline_prune.report import BlockTime, Report
 from offline_prune.runtime import deterministic_reduce, distributed
 from offline_prune.runtime.device import pick_device
 from offline_prune.runtime.profiler import spent
-from offline_prune.settings import METHODS, PruneSettings
+from offline_prune.settings import PruneSettings
 from vllm_spense.shapes import SHAPES
 
 #: Minutes for the whole model on a B200 with 128 × 16384 tokens, as the paper's Table 8 has them.

@@ -23,10 +23,10 @@ from offline_prune.calibration.data import calibration_tokens
 from offline_prune.calibration.hessian import Energy
 from offline_prune.calibration.hidden_states import Stream
 from offline_prune.methods.dense_selection import order_by_priority, spensegpt_plus_priority
+from offline_prune.methods.regions import fit_regions
 from offline_prune.model.gated_mlp import Glu
 from offline_prune.model.loading import SourceModel
 from offline_prune.runtime.device import pick_device
-from offline_prune.settings import fit_regions
 
 
 def main() -> None:

@@ -12,30 +12,28 @@ from torch import nn
 from offline_prune.calibration.hessian import Energy, Hessian
 from offline_prune.calibration.hidden_states import Stream
 from offline_prune.checkpoint.writer import Say
-from offline_prune.methods.block_finetune import tune
+from offline_prune.methods.block_finetune import TuningReport, tune
 from offline_prune.methods.dense_selection import selection_hash
 from offline_prune.methods.prune_mlp import (
     Pruned,
     file_order,
+    prune_all_rows,
     prune_down,
-    prune_every_row,
     prune_gate_up,
     round_down,
     round_gate_up,
 )
+from offline_prune.methods.recipe import Grouping, Quantize, Recipe, Selection
 from offline_prune.methods.sparsegpt import InverseFactor
 from offline_prune.model.block_state_dict import StoredBlock
 from offline_prune.model.gated_mlp import Glu
-from offline_prune.report import LayerReport, ProjectionReport, TuningReport, projection_report
+from offline_prune.report import LayerReport, ProjectionReport, projection_report
 from offline_prune.runtime.profiler import stage
-from offline_prune.settings import PruneSettings
 from vllm_spense.format import Regions
 
 #: Tokens from which SpenseGPT+ takes the diagonal of down's Hessian. All of a long text would cost one more pass
 #: through gate and up, and choose nearly the same indices: docs/pruning-at-scale.md has by how much.
 ENERGY_TOKENS = 2**18
-#: Selections that do not look at what reaches down.
-_BLIND = ("last", "random")
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,7 @@ class BlockMlp:
         module: the block, with its weights loaded.
         stream: the pruned model's hidden states in front of the block.
         stored: takes the results.
+        tokens_at_once: about how many go through the block together while it is tuned.
         say: told about Hessians that needed more damping.
     """
 
@@ -72,7 +71,8 @@ class BlockMlp:
     stream: Stream
     stored: StoredBlock
     regions: Regions
-    settings: PruneSettings
+    recipe: Recipe
+    tokens_at_once: int
     say: Say
 
     @property
@@ -83,32 +83,32 @@ class BlockMlp:
         """Prunes, and if asked to tunes and then rounds.
 
         Args:
-            dense: the dense model's hidden states behind this block, where it is tuned.
+            dense: the dense model's hidden states after this block, where it is tuned.
         """
         start = time.perf_counter()
-        if not (dense and self.settings.wanted_tune_steps):
-            return replace(self._prune(self.settings)[0], seconds=time.perf_counter() - start)
+        if not (dense and self.recipe.tune_steps):
+            return replace(self._prune(self.recipe)[0], seconds=time.perf_counter() - start)
         parameters = self.module.get_submodule(self.mlp.path).named_parameters(prefix=self.mlp.path)
         original = {name: parameter.detach().clone() for name, parameter in parameters}
-        last = self.settings.rounds_tuned
-        layer, solved = self._prune(replace(self.settings, quantize="none") if last else self.settings)
+        last = self.recipe.rounds_tuned
+        layer, solved = self._prune(replace(self.recipe, quantize=Quantize.NONE) if last else self.recipe)
         layer = replace(layer, tuning=self._tune(original, dense))
         if last:
             self._round(solved)
         return replace(layer, seconds=time.perf_counter() - start)
 
     @torch.inference_mode()
-    def _prune(self, settings: PruneSettings) -> tuple[LayerReport, _Solved]:
+    def _prune(self, recipe: Recipe) -> tuple[LayerReport, _Solved]:
         """Selects and prunes."""
         mlp, name, regions = self.mlp, self.name, self.regions
         gate_up_layers, down_layer = mlp.gate_up(self.module), mlp.down(self.module)
         device = self.stream.device
 
         hessian_in = Hessian(mlp.hidden, device)
-        whole_mid = settings.wanted_selection == "sparsegpt-score" or not settings.true_sequential
+        whole_mid = recipe.selection is Selection.SPARSEGPT_SCORE or not recipe.true_sequential
         before: Hessian | Energy = (Hessian if whole_mid else Energy)(mlp.intermediate, device)
-        looks = settings.wanted_selection not in _BLIND or settings.wanted_grouping == "mixed"
-        on_mid = before.add if whole_mid or looks else None
+        reads_mid = recipe.selection.reads_activations or recipe.grouping is Grouping.MIXED
+        on_mid = before.add if whole_mid or reads_mid else None
         with stage("forward"):
             self.stream.attend(
                 self.index, self.module, mlp, hessian_in.add, on_mid, None if whole_mid else ENERGY_TOKENS
@@ -116,20 +116,20 @@ class BlockMlp:
         hessian = hessian_in.matrix()
         mid = before.matrix() if isinstance(before, Hessian) else before.diagonal()
         gate_up = torch.cat([layer.weight for layer in gate_up_layers])
-        every = None
-        if settings.wanted_selection == "output-loss" and regions.sparse and regions.dense:
+        all_rows_pruned = None
+        if recipe.selection is Selection.OUTPUT_LOSS and regions.sparse and regions.dense:
             with stage("prune"):
-                every = prune_every_row(gate_up, hessian, settings, f"{name}: gate and up")
+                all_rows_pruned = prune_all_rows(gate_up, hessian, recipe, f"{name}: gate and up")
         with stage("select"):
             gate, up = gate_up.chunk(2)
-            order = file_order(gate, up, down_layer.weight, hessian, mid, regions, settings, name, every)
+            order = file_order(gate, up, down_layer.weight, hessian, mid, regions, recipe, name, all_rows_pruned)
             both = torch.cat([order, order + mlp.intermediate])
-            if every is not None:
-                every = every.rows(both)
+            if all_rows_pruned is not None:
+                all_rows_pruned = all_rows_pruned.rows(both)
         with stage("prune"):
-            pruned = prune_gate_up(gate_up[both], hessian, regions, settings, f"{name}: gate and up", every)
+            pruned = prune_gate_up(gate_up[both], hessian, regions, recipe, f"{name}: gate and up", all_rows_pruned)
             down_layer.weight.copy_(down_layer.weight[:, order])
-        del gate_up, gate, up, every, hessian_in, hessian
+        del gate_up, gate, up, all_rows_pruned, hessian_in, hessian
         with stage("quantize"):
             self.stored.put_gate_up(name, mlp, gate_up_layers, pruned.weight, pruned.scales, both)
         gate_report = self._report(f"{name}: gate", pruned, slice(0, mlp.intermediate))
@@ -138,7 +138,7 @@ class BlockMlp:
         factor = pruned.factor
         del pruned
 
-        if settings.true_sequential:
+        if recipe.true_sequential:
             after = Hessian(mlp.intermediate, device)
             with stage("forward"):
                 self.stream.observe(self.index, self.module, mlp, after.add)
@@ -146,7 +146,7 @@ class BlockMlp:
         else:
             mid = mid[order][:, order]
         with stage("prune"):
-            pruned = prune_down(down_layer.weight, mid, order, regions, settings, f"{name}: down")
+            pruned = prune_down(down_layer.weight, mid, order, regions, recipe, f"{name}: down")
         with stage("quantize"):
             self.stored.put(f"{name}.{mlp.projections.down}", down_layer, pruned.weight, pruned.scales)
         layer = LayerReport(
@@ -169,7 +169,9 @@ class BlockMlp:
         layers = [f"{self.mlp.path}.{projection}" for projection in self.mlp.projections.to_dict().values()]
         scales = {name: self.stored.scales(f"{self.block}.{name}", self.stream.device) for name in layers}
         with stage("tune"):
-            weights, report = tune(self.module, scales, original, self.index, self.stream, dense, self.settings)
+            weights, report = tune(
+                self.module, scales, original, self.index, self.stream, dense, self.recipe, self.tokens_at_once
+            )
             with torch.inference_mode():
                 for name, weight in weights.items():
                     linear = cast(nn.Linear, self.module.get_submodule(name))
@@ -188,16 +190,16 @@ class BlockMlp:
         gate_up_layers, down_layer = self.mlp.gate_up(self.module), self.mlp.down(self.module)
         with stage("prune"):
             gate_up = torch.cat([layer.weight for layer in gate_up_layers])
-            rounded = round_gate_up(gate_up, solved.gate_up, self.regions, self.settings)
+            rounded = round_gate_up(gate_up, solved.gate_up, self.regions, self.recipe)
         with stage("quantize"):
             as_it_is = torch.arange(len(gate_up), device=gate_up.device)
             self.stored.put_gate_up(self.name, self.mlp, gate_up_layers, *rounded, as_it_is)
         with stage("prune"):
-            rounded = round_down(down_layer.weight, solved.down, solved.order, self.regions, self.settings)
+            rounded = round_down(down_layer.weight, solved.down, solved.order, self.regions, self.recipe)
         with stage("quantize"):
             self.stored.put(f"{self.name}.{self.mlp.projections.down}", down_layer, *rounded)
 
     def _report(self, what: str, pruned: Pruned, rows: slice = slice(None)) -> ProjectionReport:
-        if pruned.damping is not None and pruned.damping > self.settings.damping:
+        if pruned.damping is not None and pruned.damping > self.recipe.damping:
             self.say(f"{what}: the Hessian needed a damping of {pruned.damping:g} to be factorized")
         return projection_report(pruned, rows)

@@ -6,7 +6,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -15,13 +15,12 @@ from rich.table import Table
 from vllm_spense.errors import SpenseError
 
 if TYPE_CHECKING:
-    from offline_prune.methods.dense_selection import Grouping, Layout, Selection
     from offline_prune.report import Report
-    from offline_prune.runtime.activation_store import Place
-    from offline_prune.settings import Quantize, Rounding
 
 #: Exit code after Ctrl-C or SIGTERM, as typer has it.
 INTERRUPTED = 130
+#: Packages that only pruning needs; setup.py's extra of that name has them.
+PRUNE_EXTRA = {"transformers", "accelerate", "compressed_tensors", "datasets", "psutil", "matplotlib", "jinja2"}
 app = typer.Typer(
     name="spense",
     help="Prune LLMs to 2:4 sparse + dense regions in FP8, and look at the result.",
@@ -135,16 +134,16 @@ def prune(
         method=method,
         sparsity=sparsity,
         dense_first=dense_first,
-        selection=cast("Selection | None", selection),
-        grouping=cast("Grouping | None", grouping),
-        layout=cast("Layout", layout),
+        selection=selection,
+        grouping=grouping,
+        layout=layout,
         alignment=alignment,
         calibration=calibration,
         samples=samples,
         length=length,
         seed=seed,
-        quantize=cast("Quantize", quantize),
-        rounding=cast("Rounding | None", fp8_rounding),
+        quantize=quantize,
+        rounding=fp8_rounding,
         damping=damping,
         descent_passes=descent_passes,
         true_sequential=true_sequential,
@@ -153,7 +152,7 @@ def prune(
         skip_unsupported=skip_unsupported,
         device=device,
         batch_tokens=batch_tokens,
-        activations=cast("Place", activations),
+        activations=activations,
         overwrite=overwrite,
         resume=resume,
     )
@@ -309,13 +308,21 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except SpenseError as error:
-        console.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
-        sys.exit(1)
+        _fail(str(error))
+    except ModuleNotFoundError as error:
+        if error.name not in PRUNE_EXTRA:
+            raise
+        _fail(f"{error.name} is not installed; pip install 'vllm-spense[prune]' brings what this command needs")
     except Exception:
         # What a signal raises in the midst of C code may come out as an error of that code's own.
         if not _received:
             raise
         sys.exit(INTERRUPTED)
+
+
+def _fail(message: str) -> NoReturn:
+    console.print(f"[bold red]error:[/] {_escape(message)}", soft_wrap=True, highlight=False)
+    sys.exit(1)
 
 
 def _escape(text: str) -> str:

@@ -9,12 +9,13 @@ from pathlib import Path
 import psutil
 import torch
 
+from offline_prune.methods.recipe import Layout, Quantize, Selection
 from offline_prune.model.gated_mlp import Glu
 from offline_prune.model.loading import SourceModel
 from offline_prune.runtime import deterministic_reduce, distributed
 from offline_prune.runtime.activation_store import Place
 from offline_prune.runtime.pinned_buffers import pinned_bytes
-from offline_prune.settings import PruneSettings
+from offline_prune.settings import AUTO, PruneSettings
 from vllm_spense.errors import SpenseError
 
 GIB = 2**30
@@ -51,18 +52,18 @@ class MemoryPlan:
 
     @property
     def on_device(self) -> int:
-        return self.block + self.work + (self.activations if self.place == "device" else 0)
+        return self.block + self.work + (self.activations if self.place is Place.DEVICE else 0)
 
     @property
     def host(self) -> int:
         on_device = self.on_device if self.device.type == "cpu" else 0
         activations = self.activations if self.device.type == "cpu" else self.pinned_activations
-        return self.staging + on_device + (activations if self.place == "host" else 0)
+        return self.staging + on_device + (activations if self.place is Place.HOST else 0)
 
     @property
     def on_disk(self) -> int:
         """Of all ranks together."""
-        return self.disk + (self.ranks * self.activations if self.place == "disk" else 0)
+        return self.disk + (self.ranks * self.activations if self.place is Place.DISK else 0)
 
     def lines(self) -> list[str]:
         """For people, one item a line."""
@@ -70,7 +71,7 @@ class MemoryPlan:
         def gib(size: int) -> str:
             return f"{size / GIB:.2f} GiB"
 
-        places = {"device": f"memory of {self.device}", "host": "host memory", "disk": "a file"}
+        places = {Place.DEVICE: f"memory of {self.device}", Place.HOST: "host memory", Place.DISK: "a file"}
         return [
             *([f"{self.ranks} processes; memory of each:"] if self.ranks > 1 else []),
             f"calibration activations in {places[self.place]}: {gib(self.activations)}",
@@ -87,6 +88,7 @@ def memory_plan(model: SourceModel, settings: PruneSettings, device: torch.devic
     Raises:
         SpenseError: the device has too little memory for one block, or no place has room.
     """
+    recipe = settings.recipe
     tokens = settings.samples * settings.length // distributed.size()
     batch = max(settings.length, batch_tokens(settings, device))
     hidden = model.skeleton.config.get_text_config().hidden_size
@@ -94,8 +96,8 @@ def memory_plan(model: SourceModel, settings: PruneSettings, device: torch.devic
     widest = max((mlp.intermediate for mlp in mlps), default=0)
     parameters = max(sum(p.numel() for p in model.module(block.name).parameters()) for block in model.blocks)
     written = _written_bytes(model, settings)
-    scored = 2 * 4 * 2 * widest * hidden if settings.wanted_selection == "output-loss" else 0
-    streams, tunes = 2 if settings.follows_dense else 1, settings.wanted_tune_steps > 0
+    scored = 2 * 4 * 2 * widest * hidden if recipe.selection is Selection.OUTPUT_LOSS else 0
+    streams, tunes = 2 if recipe.follows_dense else 1, recipe.tune_steps > 0
     # A float32 weight of down, what becomes of it, its difference, and two products for the loss or copies for descent.
     weights = 5 * 4 * widest * hidden
     # A tree of sums keeps one of each level, and one that is exchanged.
@@ -112,8 +114,8 @@ def memory_plan(model: SourceModel, settings: PruneSettings, device: torch.devic
         "gate and up": 4 * 4 * hidden**2 + 2 * weights + 4 * widest * hidden * dtype.itemsize + scored,
         "tune": (_tuning(widest, hidden, batch, dtype.itemsize) if tunes else 0)
         # Both Hessians' factors wait for the rounding of what is tuned.
-        + (4 * (widest**2 + hidden**2) if settings.rounds_tuned else 0),
-        "down": (5 if settings.layout != "back" else 4) * 4 * widest**2 + 4 * hidden**2 + weights,
+        + (4 * (widest**2 + hidden**2) if recipe.rounds_tuned else 0),
+        "down": (5 if recipe.layout is not Layout.BACK else 4) * 4 * widest**2 + 4 * hidden**2 + weights,
     }
     # Tuning keeps a copy of the dense MLP.
     weights_here = (parameters + (3 * widest * hidden if tunes else 0)) * dtype.itemsize
@@ -127,7 +129,7 @@ def memory_plan(model: SourceModel, settings: PruneSettings, device: torch.devic
         staging=_pinned_staging(model, written) if device.type == "cuda" else 2 * kept,
         disk=sum(written.values()),
         device=device,
-        place="device",
+        place=Place.DEVICE,
         ranks=distributed.size(),
     )
     return _placed(needs, settings)
@@ -148,7 +150,7 @@ def batch_tokens(settings: PruneSettings, device: torch.device) -> int:
 
 def _written_bytes(model: SourceModel, settings: PruneSettings) -> dict[str, int]:
     """Tensor of the model → its bytes in the checkpoint."""
-    fp8 = {f"{name}.weight" for name in model.linears()} if settings.quantize == "fp8" else set()
+    fp8 = {f"{name}.weight" for name in model.linears()} if settings.quantize is Quantize.FP8 else set()
     sizes = {name: model.tensors.nbytes(name) for name in model.tensors}
     return {name: size // model.tensors.dtype(name).itemsize if name in fp8 else size for name, size in sizes.items()}
 
@@ -174,11 +176,11 @@ def _placed(needs: MemoryPlan, settings: PruneSettings) -> MemoryPlan:
             f"{device}: {room / GIB:.2f} GiB of memory usable, one block needs {(needs.block + needs.work) / GIB:.2f} "
             "GiB; smaller --batch-tokens or --length may help"
         )
-    places: list[Place] = ["device", "host", "disk"] if settings.activations == "auto" else [settings.activations]
+    places = list(Place) if settings.activations == AUTO else [Place(settings.activations)]
     for place in places:
         plan = MemoryPlan(**{**vars(needs), "place": place})
         fits = plan.on_device <= room and (device.type == "cpu" or plan.host <= host)
-        if place == "disk" or fits or settings.activations != "auto":
+        if place is Place.DISK or fits or len(places) == 1:
             break
     require_disk_space(out, plan)
     return plan

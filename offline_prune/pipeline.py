@@ -22,6 +22,7 @@ from offline_prune.calibration.hidden_states import Stream
 from offline_prune.checkpoint.journal import Journal
 from offline_prune.checkpoint.writer import CheckpointWriter, Say, refuse_filled, restored
 from offline_prune.memory_plan import GIB, MemoryPlan, batch_tokens, memory_plan
+from offline_prune.methods.recipe import Quantize
 from offline_prune.methods.regions import mean_sparsity, model_regions
 from offline_prune.methods.unpruned_fp8 import InputHessians, compensated, nearest
 from offline_prune.model.block_state_dict import StoredBlock
@@ -84,6 +85,30 @@ def _check_ranks(samples: int) -> None:
         raise SpenseError(f"--samples: found {samples}, expected a multiple of the number of processes, {size}")
 
 
+def _intermediate_sizes(model: SourceModel, settings: PruneSettings) -> dict[str, int]:
+    """MLP that will be pruned → its intermediate size.
+
+    Raises:
+        SpenseError: a block without a gated MLP that may not be skipped, none with one, or MLPs whose projections have
+            different names.
+    """
+    sizes = {}
+    for block in model.blocks:
+        if isinstance(block.mlp, Glu):
+            sizes[f"{block.name}.{block.mlp.path}"] = block.mlp.intermediate
+        elif not settings.skip_unsupported:
+            raise SpenseError(
+                f"{block.name}: found {block.mlp.found}; expected one gated MLP (gate, up, down). "
+                "--skip-unsupported leaves such blocks as they are"
+            )
+    if not sizes:
+        raise SpenseError(f"{settings.model}: no block has a gated MLP, so there is nothing to prune")
+    projections = {block.mlp.projections for block in model.blocks if isinstance(block.mlp, Glu)}
+    if len(projections) > 1:
+        raise SpenseError(f"{settings.model}: its MLPs name their projections differently: {projections}")
+    return sizes
+
+
 class _Run:
     def __init__(
         self,
@@ -105,7 +130,13 @@ class _Run:
         self.dense: Stream | None = None
         #: Only the first rank has one.
         self.writer: CheckpointWriter | None = None
-        self.regions, self.alignment = model_regions(self.model, settings)
+        self.regions, self.alignment = model_regions(
+            _intermediate_sizes(model, settings),
+            settings.wanted_sparsity,
+            settings.alignment,
+            settings.wanted_dense_first,
+            required=bool(settings.dense_first),
+        )
         self.quantized = set(self._quantized_linears())
         self.report = Report(
             model=settings.model,
@@ -140,7 +171,7 @@ class _Run:
         self._copy_outside_blocks(writer)
         with self.meter.stage("write"):
             writer.copy_companions(self.model.folder)
-            ignore = self._ignored() if self.settings.quantize == "fp8" else None
+            ignore = self._ignored() if self.settings.quantize is Quantize.FP8 else None
             writer.write_config(self.model.config_json, self._annotation(), ignore)
         self._close_report(plan, start)
         writer.write_json(FILE, self.report.to_dict())
@@ -179,7 +210,7 @@ class _Run:
             tokens_at_once = batch_tokens(self.settings, self.device)
             place = self.device, self.dtype, tokens_at_once, plan.place, journal.folder
             stream = Stream(self.model, tokens, *place)
-            self.dense = Stream(self.model, tokens, *place) if self.settings.follows_dense else None
+            self.dense = Stream(self.model, tokens, *place) if self.settings.recipe.follows_dense else None
         for index, block in enumerate(self.model.blocks):
             before, start = dict(self.meter.seconds), time.perf_counter()
             if block.name in finished:
@@ -201,7 +232,7 @@ class _Run:
 
     def _quantized_linears(self) -> Iterator[str]:
         skipped = tuple(f"{block.name}." for block in self.model.blocks if isinstance(block.mlp, Unsupported))
-        if self.settings.quantize == "fp8":
+        if self.settings.quantize is Quantize.FP8:
             yield from (name for name in self.model.linears() if not (skipped and name.startswith(skipped)))
 
     def _pruned_blocks(self) -> list[str]:
@@ -219,7 +250,7 @@ class _Run:
         settings = self.settings
         return Annotation(
             method=settings.method,
-            settings=MappingProxyType(settings.recorded()),
+            settings=MappingProxyType(settings.recipe.recorded()),
             calibration=Calibration(settings.calibration, settings.samples, settings.length, settings.seed),
             alignment=self.alignment,
             projections=block.mlp.projections,
@@ -270,7 +301,7 @@ class _Run:
             self.model.prefetch(self.model.blocks[index + 1].name, self.device)
         unpruned, hessians = self._unpruned(block), InputHessians(self.device)
         if self.dense:
-            observers = hessians.observers(unpruned) if self.settings.rounds_everywhere else {}
+            observers = hessians.observers(unpruned) if self.settings.recipe.rounds_everywhere else {}
             with self.meter.stage("forward"):
                 self.dense.advance(index, module, block.name, observers)
         stored = StoredBlock(self.model.tensors)
@@ -279,7 +310,18 @@ class _Run:
         layer = None
         if isinstance(block.mlp, Glu):
             regions = self.regions[f"{block.name}.{block.mlp.path}"]
-            work = BlockMlp(index, block.name, block.mlp, module, stream, stored, regions, self.settings, self.say)
+            work = BlockMlp(
+                index,
+                block.name,
+                block.mlp,
+                module,
+                stream,
+                stored,
+                regions,
+                self.settings.recipe,
+                batch_tokens(self.settings, self.device),
+                self.say,
+            )
             layer = work.process(self.dense)
             self.report.layers.append(layer)
         if more:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from offline_prune.methods.block_finetune import TuningReport
 from offline_prune.methods.prune_mlp import Pruned
 from vllm_spense.format import Regions
 
@@ -35,14 +36,6 @@ def projection_report(pruned: Pruned, rows: slice = slice(None)) -> ProjectionRe
     loss = pruned.error[rows].double().sum() / pruned.power[rows].double().sum().clamp_min(1e-300)
     zeros = (pruned.weight[rows] == 0).float().mean()
     return ProjectionReport(float(loss), float(zeros), pruned.damping)
-
-
-@dataclass(frozen=True)
-class TuningReport:
-    """‖f(x̃) − y‖² / ‖y‖², mean over tokens, of a block's output against the dense model's, before and after tuning."""
-
-    before: float
-    after: float
 
 
 @dataclass(frozen=True)

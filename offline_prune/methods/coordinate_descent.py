@@ -1,6 +1,6 @@
-"""Coordinate descent behind SparseGPT: masks chosen anew, and the weights that stay with them.
+"""Coordinate descent after SparseGPT: masks chosen anew, and the weights that stay with them.
 
-SparseGPT decides a group of four before it knows what the groups behind it lose. Once all are decided, each can be
+SparseGPT decides a group of four before it knows what later groups lose. Once all are decided, each can be
 decided again with all others as they stand. With Δ = Ŵ − W, f = ½·tr(Δ·H·Δᵀ) and R = Δ·H its slope, a group's best
 values without zeros are v = ŵ − R_g·G, G = (H_gg)⁻¹. Zeros at a pair z of the four then cost ½·v_z·(G_zz)⁻¹·v_zᵀ more
 than v, and what stays is best at v_k − v_z·(G_zz)⁻¹·G_zk (Optimal Brain Surgeon for two weights at once; Hassibi &
@@ -44,9 +44,8 @@ class Groups(NamedTuple):
         return Groups(*(table[groups] for table in self))
 
 
-#: (columns of Ŵ (N, n), changed in place; their R (N, n), overwritten; their corner of H; their groups) → (N, n), by
-#: how much each changed.
-Solver = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Groups], torch.Tensor]
+#: `solve_block` or its Triton twin.
+Solver = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def descend(
@@ -100,7 +99,7 @@ def descend(
             slope.add_(delta[:, here], alpha=added)
             if sparse:
                 count = slope.shape[1] // GROUP
-                change = solve(work[:, here], slope, corner, groups.part(slice(done, done + count)))
+                change = solve(work[:, here], slope, corner, *groups.part(slice(done, done + count)))
                 done += count
             else:
                 change = -torch.cholesky_solve(slope.T, torch.linalg.cholesky(corner)).T
@@ -148,25 +147,32 @@ def _solver(device: torch.device) -> Solver:
     return coordinate_descent_triton.solve_block
 
 
-def solve_block(weight: torch.Tensor, slope: torch.Tensor, corner: torch.Tensor, groups: Groups) -> torch.Tensor:
+def solve_block(
+    weight: torch.Tensor,
+    slope: torch.Tensor,
+    corner: torch.Tensor,
+    inverse: torch.Tensor,
+    quadratic: torch.Tensor,
+    follow: torch.Tensor,
+) -> torch.Tensor:
     """Decides neighbouring groups of four in place, one after the other, and returns by how much weights changed.
 
     Args:
         weight: float32 (N, n), overwritten by the new values.
         slope: float32 (N, n), R of these columns; overwritten.
         corner: float32 (n, n), the columns' part of the damped H.
-        groups: of these n / 4 groups.
+        inverse, quadratic, follow: of these n / 4 groups, as `Groups` has them.
 
     Returns:
         float32 (N, n).
     """
     columns, slopes = weight.T.contiguous(), slope.T.contiguous()
     changes = torch.empty_like(columns)
-    of_pairs = _of_pairs(groups)
+    of_pairs = _of_pairs(quadratic, follow)
     half = len(PAIRS) // 2
-    for i, inverse in enumerate(groups.inverse):
-        here, behind = slice(GROUP * i, GROUP * (i + 1)), slice(GROUP * (i + 1), None)
-        free = torch.addmm(columns[here], inverse, slopes[here], alpha=-1)
+    for i, of_group in enumerate(inverse):
+        here, later = slice(GROUP * i, GROUP * (i + 1)), slice(GROUP * (i + 1), None)
+        free = torch.addmm(columns[here], of_group, slopes[here], alpha=-1)
         found = (of_pairs[i] @ free).view(len(PAIRS), GROUP + 2, -1)
         cost = found[:, :1].square().addcmul_(found[:, 1:2], found[:, 1:2])
         # The least of six, as a tournament: `argmin` takes several times as long.
@@ -178,15 +184,14 @@ def solve_block(weight: torch.Tensor, slope: torch.Tensor, corner: torch.Tensor,
             least = torch.minimum(cost[row], least)
         torch.sub(best, columns[here], out=changes[here])
         columns[here] = best
-        slopes[behind].addmm_(corner[behind, here], changes[here])
+        slopes[later].addmm_(corner[later, here], changes[here])
     weight.copy_(columns.T)
     return changes.T
 
 
-def _of_pairs(groups: Groups) -> torch.Tensor:
+def _of_pairs(quadratic: torch.Tensor, follow: torch.Tensor) -> torch.Tensor:
     """(n, 36, 4), to be multiplied by v: of each pair two numbers whose squares add up to twice what it costs, then the
     group's new values, exact zeros at the pair."""
-    quadratic = groups.quadratic
     first = quadratic[..., 0, 0].sqrt()
     both = quadratic[..., 0, 1] / first
     second = (quadratic[..., 1, 1] - both.square()).clamp_min(0).sqrt()
@@ -196,5 +201,5 @@ def _of_pairs(groups: Groups) -> torch.Tensor:
         rows[:, p, 1, pair[1]] = second[:, p]
         for k, kept in enumerate(stay):
             rows[:, p, 2 + kept, kept] = 1
-            rows[:, p, 2 + kept, pair] = -groups.follow[:, p, :, k]
+            rows[:, p, 2 + kept, pair] = -follow[:, p, :, k]
     return rows.flatten(1, 2)

@@ -1,4 +1,5 @@
-"""Coordinate descent over a block of groups of four as one Triton kernel; `descent.solve_block` is its plain twin."""
+"""Coordinate descent over a block of groups of four as one Triton kernel; its twin in plain torch
+is `coordinate_descent.solve_block`."""
 
 # mypy: allow-untyped-defs
 
@@ -8,19 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
-from offline_prune.methods.coordinate_descent import PAIRS, Groups
+from offline_prune.methods.triton_tile import ROWS, column
 from vllm_spense.format import GROUP
 
-#: Rows that one warp walks; each of its lanes then holds whole groups of four columns of all of them.
-_ROWS = 8
 #: Numbers of each group: G, then of each pair (G_zz)⁻¹ as its diagonal and the sum of the others, and (G_zz)⁻¹·G_zk.
-_TABLE = GROUP * GROUP + len(PAIRS) * 7
-
-
-@triton.jit
-def _column(tile, columns, c):
-    """Column c (ROWS,) of a tile (ROWS, COLUMNS)."""
-    return tl.sum(tl.where((columns == c)[None, :], tile, 0.0), axis=1)
+_TABLE = GROUP * GROUP + 6 * 7
 
 
 @triton.jit
@@ -76,14 +69,14 @@ def _descend(
     for group in range(width // 4):
         c = group * 4
         at = tables + group * TABLE
-        w0 = _column(tile, columns, c)
-        w1 = _column(tile, columns, c + 1)
-        w2 = _column(tile, columns, c + 2)
-        w3 = _column(tile, columns, c + 3)
-        r0 = _column(r, columns, c)
-        r1 = _column(r, columns, c + 1)
-        r2 = _column(r, columns, c + 2)
-        r3 = _column(r, columns, c + 3)
+        w0 = column(tile, columns, c)
+        w1 = column(tile, columns, c + 1)
+        w2 = column(tile, columns, c + 2)
+        w3 = column(tile, columns, c + 3)
+        r0 = column(r, columns, c)
+        r1 = column(r, columns, c + 1)
+        r2 = column(r, columns, c + 2)
+        r3 = column(r, columns, c + 3)
         v0 = _free(w0, at, r0, r1, r2, r3)
         v1 = _free(w1, at + 4, r0, r1, r2, r3)
         v2 = _free(w2, at + 8, r0, r1, r2, r3)
@@ -103,25 +96,32 @@ def _descend(
         tile = tl.where(in2, n2[:, None], tl.where(in3, n3[:, None], tile))
         made = tl.where(in0, d0[:, None], tl.where(in1, d1[:, None], made))
         made = tl.where(in2, d2[:, None], tl.where(in3, d3[:, None], made))
-        behind = (columns > c + 3) & (columns < width)
+        later = (columns > c + 3) & (columns < width)
         line = corner + c * corner_stride + columns
-        r += d0[:, None] * tl.load(line, mask=behind, other=0.0)[None, :]
-        r += d1[:, None] * tl.load(line + corner_stride, mask=behind, other=0.0)[None, :]
-        r += d2[:, None] * tl.load(line + 2 * corner_stride, mask=behind, other=0.0)[None, :]
-        r += d3[:, None] * tl.load(line + 3 * corner_stride, mask=behind, other=0.0)[None, :]
+        r += d0[:, None] * tl.load(line, mask=later, other=0.0)[None, :]
+        r += d1[:, None] * tl.load(line + corner_stride, mask=later, other=0.0)[None, :]
+        r += d2[:, None] * tl.load(line + 2 * corner_stride, mask=later, other=0.0)[None, :]
+        r += d3[:, None] * tl.load(line + 3 * corner_stride, mask=later, other=0.0)[None, :]
     tl.store(weight + place * weight_stride + columns[None, :], tile, mask=exists)
     tl.store(change + place * width + columns[None, :], made, mask=exists)
 
 
-def solve_block(weight: torch.Tensor, slope: torch.Tensor, corner: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """`descent.solve_block` in one launch: same arguments, same result but for the order of sums."""
+def solve_block(
+    weight: torch.Tensor,
+    slope: torch.Tensor,
+    corner: torch.Tensor,
+    inverse: torch.Tensor,
+    quadratic: torch.Tensor,
+    follow: torch.Tensor,
+) -> torch.Tensor:
+    """`coordinate_descent.solve_block` in one launch: same arguments, same result but for the order of sums."""
     height, width = weight.shape
     assert slope.is_contiguous()
     change = torch.empty(height, width, device=weight.device)
-    q = groups.quadratic
-    pairs = torch.stack([q[..., 0, 0], 2 * q[..., 0, 1], q[..., 1, 1], *groups.follow.flatten(2).unbind(2)], dim=2)
-    tables = torch.cat([groups.inverse.flatten(1), pairs.flatten(1)], dim=1)
-    _descend[(triton.cdiv(height, _ROWS),)](
+    q = quadratic
+    pairs = torch.stack([q[..., 0, 0], 2 * q[..., 0, 1], q[..., 1, 1], *follow.flatten(2).unbind(2)], dim=2)
+    tables = torch.cat([inverse.flatten(1), pairs.flatten(1)], dim=1)
+    _descend[(triton.cdiv(height, ROWS),)](
         weight,
         slope,
         change,
@@ -132,7 +132,7 @@ def solve_block(weight: torch.Tensor, slope: torch.Tensor, corner: torch.Tensor,
         weight.stride(0),
         corner.stride(0),
         TABLE=_TABLE,
-        ROWS=_ROWS,
+        ROWS=ROWS,
         COLUMNS=triton.next_power_of_2(width),
         num_warps=1,
     )

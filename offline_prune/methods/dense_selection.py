@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Literal, get_args
 
 import torch
 
+from offline_prune.methods.recipe import Layout
 from offline_prune.methods.wanda import wanda_scores
 from vllm_spense.format import GROUP, KEPT, Regions
-
-Selection = Literal["last", "spensegpt+", "sparsegpt-score", "output-loss", "random"]
-Layout = Literal["back", "front", "none"]
-Grouping = Literal["original", "mixed"]
-SELECTIONS: tuple[str, ...] = get_args(Selection)
-GROUPINGS: tuple[str, ...] = get_args(Grouping)
-LAYOUTS: tuple[str, ...] = get_args(Layout)
 
 
 def spensegpt_plus_priority(
@@ -149,9 +142,9 @@ def processing_order(order: torch.Tensor, regions: Regions, layout: Layout) -> t
         int64 (I,): step → position in the file.
     """
     positions = torch.arange(len(order), device=order.device)
-    if layout == "back":
+    if layout is Layout.BACK:
         return positions
-    if layout == "front":
+    if layout is Layout.FRONT:
         return positions.roll(regions.dense)
     place = order.clone()
     place[: regions.sparse] = order[: regions.sparse].unflatten(0, (-1, GROUP)).amax(1).repeat_interleave(GROUP)

@@ -17,11 +17,11 @@ from offline_prune.methods.dense_selection import (
     spensegpt_plus_priority,
 )
 from offline_prune.methods.fp8 import COMPENSATION_HEADROOM, channel_scales, least_squares_scales, round_to_fp8
+from offline_prune.methods.recipe import Grouping, Layout, Quantize, Recipe, Selection, Solver
 from offline_prune.methods.sparsegpt import InverseFactor, inverse_factor, sparsegpt
 from offline_prune.methods.wanda import prune_by_score, wanda_scores
 from offline_prune.runtime import deterministic_reduce, distributed
 from offline_prune.runtime.matmul_precision import fast_matmul
-from offline_prune.settings import PruneSettings
 from vllm_spense.format import Regions
 
 
@@ -61,9 +61,9 @@ def file_order(
     hessian_in: torch.Tensor,
     mid: torch.Tensor,
     regions: Regions,
-    settings: PruneSettings,
+    recipe: Recipe,
     layer: str,
-    every: Pruned | None = None,
+    all_rows_pruned: Pruned | None = None,
 ) -> torch.Tensor:
     """Chooses the dense indices, and which of the others share a group of four.
 
@@ -73,34 +73,34 @@ def file_order(
         hessian_in: (H, H).
         mid: H of down's inputs, (I, I), or its diagonal (I,); `sparsegpt-score` needs the whole.
         layer: the MLP's name, for errors and for the seed of `random`.
-        every: what `prune_every_row` made of gate and up, for `output-loss`.
+        all_rows_pruned: what `prune_all_rows` made of gate and up, for `output-loss`.
 
     Returns:
         int64 (I,): position in the file → original index.
     """
     energy = mid if mid.ndim == 1 else mid.diagonal()
     order = torch.arange(regions.intermediate, device=gate.device)
-    selection = settings.wanted_selection
-    if selection != "last" and regions.sparse and regions.dense:
-        if selection == "random":
-            seed = sum(layer.encode()) * 1_000_003 + settings.seed
+    selection = recipe.selection
+    if selection is not Selection.LAST and regions.sparse and regions.dense:
+        if selection is Selection.RANDOM:
+            seed = sum(layer.encode()) * 1_000_003 + recipe.seed
             priority = torch.rand(regions.intermediate, generator=torch.Generator().manual_seed(seed)).to(gate.device)
-        elif selection == "sparsegpt-score":
-            pivots_in = inverse_factor(hessian_in, settings.damping, f"{layer}: gate and up").upper.diagonal()
-            pivots_mid = inverse_factor(mid, settings.damping, f"{layer}: down").upper.diagonal()
+        elif selection is Selection.SPARSEGPT_SCORE:
+            pivots_in = inverse_factor(hessian_in, recipe.damping, f"{layer}: gate and up").upper.diagonal()
+            pivots_mid = inverse_factor(mid, recipe.damping, f"{layer}: down").upper.diagonal()
             priority = sparsegpt_priority(gate, up, down, pivots_in, pivots_mid)
-        elif selection == "output-loss":
-            assert every is not None, "the selection by output loss looks at pruned rows"
-            priority = output_loss_priority(down, energy, every.error, every.power)
+        elif selection is Selection.OUTPUT_LOSS:
+            assert all_rows_pruned is not None, "the selection by output loss looks at pruned rows"
+            priority = output_loss_priority(down, energy, all_rows_pruned.error, all_rows_pruned.power)
         else:
             priority = spensegpt_plus_priority(gate, up, down, hessian_in.diagonal(), energy)
         order = order_by_priority(priority, regions)
-    if settings.wanted_grouping == "mixed":
+    if recipe.grouping is Grouping.MIXED:
         return mixed_groups(order, wanda_scores(down, energy).sum(0), regions)
     return order
 
 
-def prune_every_row(gate_up: torch.Tensor, hessian: torch.Tensor, settings: PruneSettings, layer: str) -> Pruned:
+def prune_all_rows(gate_up: torch.Tensor, hessian: torch.Tensor, recipe: Recipe, layer: str) -> Pruned:
     """Prunes gate and up as if no row stayed dense, without rounding.
 
     Args:
@@ -108,29 +108,29 @@ def prune_every_row(gate_up: torch.Tensor, hessian: torch.Tensor, settings: Prun
         hessian: float32 (H, H).
     """
     rows, columns = (torch.ones(size, dtype=torch.bool, device=gate_up.device) for size in gate_up.shape)
-    return _prune(gate_up, hessian, rows, columns, replace(settings, quantize="none"), layer)
+    return _prune(gate_up, hessian, rows, columns, replace(recipe, quantize=Quantize.NONE), layer)
 
 
 def prune_gate_up(
     gate_up: torch.Tensor,
     hessian: torch.Tensor,
     regions: Regions,
-    settings: PruneSettings,
+    recipe: Recipe,
     layer: str,
-    every: Pruned | None = None,
+    all_rows_pruned: Pruned | None = None,
 ) -> Pruned:
     """Prunes gate and up together, which share their inputs.
 
     Args:
         gate_up: float (2·I, H), gate's rows first, both in file order.
         hessian: float32 (H, H).
-        every: what `prune_every_row` made of these rows, in file order too: what it has is not done again.
+        all_rows_pruned: what `prune_all_rows` made of these rows, in file order too: what it has is not done again.
     """
-    return _prune(gate_up, hessian, *_gate_up_regions(gate_up, regions), settings, layer, every)
+    return _prune(gate_up, hessian, *_gate_up_regions(gate_up, regions), recipe, layer, all_rows_pruned)
 
 
 def round_gate_up(
-    gate_up: torch.Tensor, factor: InverseFactor, regions: Regions, settings: PruneSettings
+    gate_up: torch.Tensor, factor: InverseFactor, regions: Regions, recipe: Recipe
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sends gate and up, 2:4 in their sparse rows, through the column loop for their rounding.
 
@@ -141,7 +141,7 @@ def round_gate_up(
     Returns:
         float32 (2·I, H), FP8's values, and their scales (2·I, 1).
     """
-    return _rounded(gate_up.float(), factor, *_gate_up_regions(gate_up, regions), settings)
+    return _rounded(gate_up.float(), factor, *_gate_up_regions(gate_up, regions), recipe)
 
 
 def _gate_up_regions(gate_up: torch.Tensor, regions: Regions) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,7 +155,7 @@ def prune_down(
     hessian: torch.Tensor,
     order: torch.Tensor,
     regions: Regions,
-    settings: PruneSettings,
+    recipe: Recipe,
     layer: str,
 ) -> Pruned:
     """Prunes the first S columns of down.
@@ -165,22 +165,22 @@ def prune_down(
         hessian: float32 (I, I), in file order.
         order: (I,), position in the file → original index; decides the processing order of layout `none`.
     """
-    steps = processing_order(order, regions, settings.layout)
+    steps = processing_order(order, regions, recipe.layout)
     rows = torch.ones(len(down), dtype=torch.bool, device=down.device)
-    if settings.layout == "back":
+    if recipe.layout is Layout.BACK:
         # Nothing moves, and another Hessian would need as much memory as the first.
-        return _prune(down, hessian, rows, steps < regions.sparse, settings, layer)
-    pruned = _prune(down[:, steps], hessian[steps][:, steps], rows, steps < regions.sparse, settings, layer)
+        return _prune(down, hessian, rows, steps < regions.sparse, recipe, layer)
+    pruned = _prune(down[:, steps], hessian[steps][:, steps], rows, steps < regions.sparse, recipe, layer)
     return replace(pruned, weight=pruned.weight[:, steps.argsort()].contiguous())
 
 
 def round_down(
-    down: torch.Tensor, factor: InverseFactor, order: torch.Tensor, regions: Regions, settings: PruneSettings
+    down: torch.Tensor, factor: InverseFactor, order: torch.Tensor, regions: Regions, recipe: Recipe
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `round_gate_up`, for down (H, I) as `prune_down` takes it."""
-    steps = processing_order(order, regions, settings.layout)
+    steps = processing_order(order, regions, recipe.layout)
     rows = torch.ones(len(down), dtype=torch.bool, device=down.device)
-    weight, scales = _rounded(down[:, steps].float(), factor, rows, steps < regions.sparse, settings)
+    weight, scales = _rounded(down[:, steps].float(), factor, rows, steps < regions.sparse, recipe)
     return weight[:, steps.argsort()].contiguous(), scales
 
 
@@ -189,22 +189,22 @@ def _prune(
     hessian: torch.Tensor,
     sparse_rows: torch.Tensor,
     sparse_columns: torch.Tensor,
-    settings: PruneSettings,
+    recipe: Recipe,
     layer: str,
-    every: Pruned | None = None,
+    all_rows_pruned: Pruned | None = None,
 ) -> Pruned:
     weight = weight.float()
-    factor = every.factor if every else None
-    compensates, passes = settings.solver == "sparsegpt", settings.wanted_descent_passes
+    factor = all_rows_pruned.factor if all_rows_pruned else None
+    compensates, passes = recipe.solver is Solver.SPARSEGPT, recipe.descent_passes
     if factor is None and (compensates or passes):
-        factor = inverse_factor(hessian, settings.damping, layer)
+        factor = inverse_factor(hessian, recipe.damping, layer)
 
     def unrounded(rows: slice) -> torch.Tensor:
         part, sparse = weight[rows], sparse_rows[rows]
         if compensates and factor:
             result = sparsegpt(part, factor, sparse_rows=sparse, sparse_columns=sparse_columns, row_parts=_row_parts())
         else:
-            scores = wanda_scores(part, hessian.diagonal()) if settings.solver == "wanda" else part.abs()
+            scores = wanda_scores(part, hessian.diagonal()) if recipe.solver is Solver.WANDA else part.abs()
             result = prune_by_score(part, scores, sparse_rows=sparse, sparse_columns=sparse_columns)
         if not factor:
             return result
@@ -220,16 +220,16 @@ def _prune(
         )
 
     result, scales = weight, None
-    if settings.prunes_unrounded:
-        if every is None:
+    if recipe.prunes_unrounded:
+        if all_rows_pruned is None:
             result = distributed.divided(len(weight), unrounded)
         else:
-            result = torch.where(sparse_rows[:, None], every.weight, weight)
-    if settings.rounds_inside:
+            result = torch.where(sparse_rows[:, None], all_rows_pruned.weight, weight)
+    if recipe.rounds_inside:
         assert factor is not None
-        result, scales = _rounded(result, factor, sparse_rows, sparse_columns, settings)
-    elif settings.quantize == "fp8":
-        scales = _scale_rule(settings)(result)
+        result, scales = _rounded(result, factor, sparse_rows, sparse_columns, recipe)
+    elif recipe.quantize is Quantize.FP8:
+        scales = _scale_rule(recipe)(result)
         result = round_to_fp8(result, scales)
     return Pruned(result, scales, _row_power(result - weight, hessian), _row_power(weight, hessian), factor)
 
@@ -239,10 +239,10 @@ def _rounded(
     factor: InverseFactor,
     sparse_rows: torch.Tensor,
     sparse_columns: torch.Tensor,
-    settings: PruneSettings,
+    recipe: Recipe,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight out of the column loop that rounds to FP8, and prunes what is not yet 2:4; and its scales."""
-    scales = _scale_rule(settings)(weight, COMPENSATION_HEADROOM)
+    scales = _scale_rule(recipe)(weight, COMPENSATION_HEADROOM)
 
     def rounded(rows: slice) -> torch.Tensor:
         return sparsegpt(
@@ -262,8 +262,8 @@ def _row_parts() -> int:
     return deterministic_reduce.MOST // distributed.size()
 
 
-def _scale_rule(settings: PruneSettings) -> Callable[..., torch.Tensor]:
-    return least_squares_scales if settings.rounds_everywhere else channel_scales
+def _scale_rule(recipe: Recipe) -> Callable[..., torch.Tensor]:
+    return least_squares_scales if recipe.rounds_everywhere else channel_scales
 
 
 def _row_power(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:

@@ -2,47 +2,43 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
-from offline_prune.model.gated_mlp import Glu
-from offline_prune.model.loading import SourceModel
-from offline_prune.settings import PruneSettings, fit_regions
 from vllm_spense.errors import SpenseError
-from vllm_spense.format import Regions
+from vllm_spense.format import MIN_ALIGNMENT, Regions
 
+#: Regions that are multiples of this stay multiples of 32 on each of 8 tensor parallel ranks.
+PREFERRED_ALIGNMENT = 256
+#: How far the sparsity that an alignment allows may be from the one asked for.
+SPARSITY_TOLERANCE = 0.005
 #: What the first MLP's sparsity may add to the others', on average: a few blocks had better share it with the first.
 _MOST_MORE = 0.1
 
 
-def model_regions(model: SourceModel, settings: PruneSettings) -> tuple[dict[str, Regions], int]:
-    """The regions of every MLP that will be pruned, by module name, and their common alignment.
+def model_regions(
+    sizes: Mapping[str, int], sparsity: float, alignment: int | None, dense_first: bool, required: bool
+) -> tuple[dict[str, Regions], int]:
+    """The regions of every MLP, by module name, and their common alignment.
+
+    Args:
+        sizes: module name → intermediate size I, in the model's order.
+        sparsity: MLP sparsity (1 − ρ) / 2 of the whole model.
+        alignment: see `fit_regions`.
+        dense_first: keep the first MLP dense where the others can take over its sparsity.
+        required: it is an error where they cannot.
 
     Raises:
-        SpenseError: a block without a gated MLP that may not be skipped, none with one, or sizes that do not fit; the
-            first MLP shall stay dense and the others cannot take its place.
+        SpenseError: sizes that do not fit, or the first MLP has to stay dense and the others cannot take its place.
     """
     regions: dict[str, Regions] = {}
     alignments = []
-    for block in model.blocks:
-        if isinstance(block.mlp, Glu):
-            name = f"{block.name}.{block.mlp.path}"
-            regions[name], alignment = fit_regions(
-                block.mlp.intermediate, settings.wanted_sparsity, settings.alignment, name
-            )
-            alignments.append(alignment)
-        elif not settings.skip_unsupported:
-            raise SpenseError(
-                f"{block.name}: found {block.mlp.found}; expected one gated MLP (gate, up, down). "
-                "--skip-unsupported leaves such blocks as they are"
-            )
-    if not regions:
-        raise SpenseError(f"{settings.model}: no block has a gated MLP, so there is nothing to prune")
-    projections = {block.mlp.projections for block in model.blocks if isinstance(block.mlp, Glu)}
-    if len(projections) > 1:
-        raise SpenseError(f"{settings.model}: its MLPs name their projections differently: {projections}")
-    if settings.wanted_dense_first:
+    for name, intermediate in sizes.items():
+        regions[name], found = fit_regions(intermediate, sparsity, alignment, name)
+        alignments.append(found)
+    if dense_first:
         moved = with_dense_first(regions, min(alignments))
-        if moved is None and settings.dense_first:
+        if moved is None and required:
             raise SpenseError(
                 f"--dense-first: the other {len(regions) - 1} MLPs cannot take over the first one's sparsity; expected "
                 f"room in them, and so many that it adds at most {_MOST_MORE:.0%} to theirs"
@@ -51,10 +47,48 @@ def model_regions(model: SourceModel, settings: PruneSettings) -> tuple[dict[str
     return regions, min(alignments)
 
 
+def fit_regions(intermediate: int, sparsity: float, alignment: int | None, layer: str) -> tuple[Regions, int]:
+    """The regions closest to an MLP sparsity, and the alignment they have.
+
+    Args:
+        intermediate: I.
+        sparsity: (1 − ρ) / 2.
+        alignment: or None for the largest power of two from 256 down to 32 that fits.
+
+    Raises:
+        SpenseError: no region sizes within half a percent of sparsity; names those that would fit.
+    """
+    step = PREFERRED_ALIGNMENT
+    tried = []
+    while step >= MIN_ALIGNMENT:
+        tried.append(step)
+        step //= 2
+    for step in tried if alignment is None else [alignment]:
+        if intermediate % step == 0:
+            dense = round((1 - 2 * sparsity) * intermediate / step) * step
+            regions = Regions(intermediate - dense, dense)
+            if abs(regions.mlp_sparsity - sparsity) <= SPARSITY_TOLERANCE:
+                return regions, step
+    step = alignment or MIN_ALIGNMENT
+    if intermediate % step:
+        divisor = math.gcd(intermediate, PREFERRED_ALIGNMENT)
+        advice = f"; --alignment {divisor} divides it" if divisor >= MIN_ALIGNMENT else ""
+        raise SpenseError(
+            f"{layer}: intermediate size {intermediate} is not a multiple of the alignment {step}{advice}"
+        )
+    choices = [(intermediate - dense) / intermediate / 2 for dense in range(0, intermediate + 1, step)]
+    nearest = sorted(sorted(choices, key=lambda s: abs(s - sparsity))[:4])
+    fitting = ", ".join(f"{s:.4g}" for s in nearest)
+    raise SpenseError(
+        f"{layer}: sparsity {sparsity:g} does not fit intermediate size {intermediate} with alignment {step}; "
+        f"--sparsity values that fit nearby: {fitting}"
+    )
+
+
 def mean_sparsity(regions: Iterable[Regions]) -> float:
     """Share of zeros in the weights of several MLPs of one width."""
-    every = list(regions)
-    return sum(each.sparse for each in every) / sum(each.intermediate for each in every) / 2
+    known = list(regions)
+    return sum(each.sparse for each in known) / sum(each.intermediate for each in known) / 2
 
 
 def with_dense_first(regions: Mapping[str, Regions], step: int) -> dict[str, Regions] | None:

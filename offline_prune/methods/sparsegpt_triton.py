@@ -9,21 +9,13 @@ import triton
 import triton.language as tl
 
 from offline_prune.methods.fp8 import FP8_MAX
-
-#: Rows that one warp walks; each of its lanes then holds whole groups of four columns of all of them.
-_ROWS = 8
-
-
-@triton.jit
-def _column(tile, columns, c):
-    """Column c (ROWS,) of a tile (ROWS, COLUMNS)."""
-    return tl.sum(tl.where((columns == c)[None, :], tile, 0.0), axis=1)
+from offline_prune.methods.triton_tile import ROWS, column
 
 
 @triton.jit
 def _score(tile, columns, c, corner, corner_stride):
     """(w_c / U_cc)² of each row."""
-    ratio = tl.div_rn(_column(tile, columns, c), tl.load(corner + c * (corner_stride + 1)))
+    ratio = tl.div_rn(column(tile, columns, c), tl.load(corner + c * (corner_stride + 1)))
     return ratio * ratio
 
 
@@ -89,7 +81,7 @@ def _walk(
         role = tl.load(roles + c)
         if role == 0:
             pruned = _two_lowest(tile, columns, c, corner, corner_stride) * may_prune
-        before = _column(tile, columns, c)
+        before = column(tile, columns, c)
         goes = (role >= 0) & (((pruned >> tl.maximum(role, 0)) & 1) == 1)
         after = tl.where(goes, 0.0, before)
         if ROUND:
@@ -114,7 +106,7 @@ def solve_block(
     """`sparsegpt.solve_block` in one launch: same arguments, same result but for the order of sums."""
     height, width = weight.shape
     errors = torch.empty(height, width, device=weight.device)
-    _walk[(triton.cdiv(height, _ROWS),)](
+    _walk[(triton.cdiv(height, ROWS),)](
         weight,
         errors,
         corner,
@@ -127,7 +119,7 @@ def solve_block(
         corner.stride(0),
         ROUND=scales is not None,
         LARGEST=FP8_MAX,
-        ROWS=_ROWS,
+        ROWS=ROWS,
         COLUMNS=triton.next_power_of_2(width),
         num_warps=1,
     )

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from enum import StrEnum
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 
 from offline_prune.runtime import distributed
 
-#: On the compute device, in (pinned) host memory, or in a file.
-Place = Literal["device", "host", "disk"]
-PLACES: tuple[str, ...] = get_args(Place)
+
+class Place(StrEnum):
+    """On the compute device, in (pinned) host memory, or in a file."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
 
 
 def allocate(
@@ -23,9 +27,9 @@ def allocate(
     Args:
         folder: for a file; it loses its name before this returns, so that it goes with its process.
     """
-    if place == "device":
+    if place is Place.DEVICE:
         return torch.empty(shape, dtype=dtype, device=device)
-    if place == "host":
+    if place is Place.HOST:
         return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
     assert folder is not None
     file = folder / f"activations-{distributed.rank()}"

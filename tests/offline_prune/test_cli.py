@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from offline_prune.cli import PRUNE_EXTRA
 from vllm_spense.format import SIDECAR
 
 
@@ -38,7 +40,7 @@ def test_verify(out: Path) -> None:
 def test_a_signal_that_comes_out_of_c_code_as_something_else_is_no_traceback() -> None:
     code = """
 import os, signal, sys
-import vllm_spense.cli as cli
+import offline_prune.cli as cli
 
 # Ignored in the background jobs of a shell, and so by what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -89,3 +91,21 @@ def test_python_m_offline_prune_is_spense_prune() -> None:
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 1
     assert "error: /no/such/model: no such folder" in result.stderr
+
+
+def test_without_the_extra_for_pruning_a_command_says_what_to_install(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['transformers'] = None; from offline_prune.cli import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "prune", str(tmp_path), str(tmp_path / "out")]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 1
+    assert "transformers is not installed; pip install 'vllm-spense[prune]'" in found.stderr.replace("\n", " ")
+    assert "Traceback" not in found.stderr
+
+
+def test_the_extra_for_pruning_is_what_the_commands_take_it_for() -> None:
+    setup = ast.parse((Path(__file__).resolve().parents[2] / "setup.py").read_text(encoding="utf-8"))
+    (extras,) = (
+        word.value for word in ast.walk(setup) if isinstance(word, ast.keyword) and word.arg == "extras_require"
+    )
+    packages = {requirement.partition(">=")[0] for requirement in ast.literal_eval(extras)["prune"]}
+    assert {name.replace("-", "_") for name in packages} == PRUNE_EXTRA

@@ -16,11 +16,10 @@ from transformers import AutoModelForCausalLM
 from offline_prune.calibration.hidden_states import Stream
 from offline_prune.checkpoint.evaluate import load_dense, perplexity
 from offline_prune.checkpoint.verify import open_checkpoint, verify
-from offline_prune.methods.dense_selection import SELECTIONS
+from offline_prune.methods.recipe import METHODS, Selection
 from offline_prune.model.loading import SourceModel
 from offline_prune.model.safetensors_reader import TensorFiles
 from offline_prune.runtime.matmul_precision import fast_matmul
-from offline_prune.settings import METHODS
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import Regions
 
@@ -146,7 +145,7 @@ def test_methods_and_sparsities(method: str, sparsity: float, llama: Path, tmp_p
             assert (part.damping is not None) == (METHODS[method].solver == "sparsegpt")
 
 
-@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("selection", Selection)
 @pytest.mark.parametrize("layout", ["back", "front", "none"])
 def test_ablations(selection: Any, layout: Any, llama: Path, tmp_path: Path, text: Path) -> None:
     run(llama, tmp_path / "out", text, selection=selection, layout=layout)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import UNSUPPORTED, tiny_model
 
 from offline_prune.checkpoint.verify import open_checkpoint
-from offline_prune.settings import fit_regions
+from offline_prune.methods.regions import fit_regions
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import Regions
 

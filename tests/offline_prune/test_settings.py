@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from offline_prune.settings import METHODS, PruneSettings
+from offline_prune.methods.recipe import METHODS
+from offline_prune.settings import PruneSettings
 
 
 def settings(**options: Any) -> PruneSettings:
@@ -24,5 +25,5 @@ def test_an_option_stands_for_what_the_method_does() -> None:
         tune_steps=method.tune_steps,
         descent_passes=method.descent_passes,
     )
-    assert given.recorded() == settings(method="spensegpt++").recorded()
-    assert given.recorded()["descent_passes"] == 1
+    assert given.recipe.recorded() == settings(method="spensegpt++").recipe.recorded()
+    assert given.recipe.recorded()["descent_passes"] == 1

@@ -19,8 +19,8 @@ def compare(solve: Solver, rows: int, width: int, device: torch.device) -> None:
     slope = 0.2 * (weight[:, here] @ hessian)
 
     found, expected = weight.clone(), weight.clone()
-    found_change = solve(found[:, here], slope.clone(), hessian, groups)
-    expected_change = solve_block(expected[:, here], slope.clone(), hessian, groups)
+    found_change = solve(found[:, here], slope.clone(), hessian, *groups)
+    expected_change = solve_block(expected[:, here], slope.clone(), hessian, *groups)
 
     assert torch.equal(found[:, : here.start], weight[:, : here.start])
     assert torch.equal(found[:, here.stop :], weight[:, here.stop :])

@@ -22,7 +22,8 @@ from offline_prune import pipeline
 from offline_prune.checkpoint import writer
 from offline_prune.checkpoint.journal import FILE, Journal, Part
 from offline_prune.checkpoint.writer import Unfinished
-from offline_prune.settings import METHODS, PruneSettings
+from offline_prune.methods.recipe import METHODS
+from offline_prune.settings import PruneSettings
 from vllm_spense.errors import SpenseError
 
 LAYERS = 4

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 INTERPRETED = """
 import torch
 from descent_problems import every_problem
-from offline_prune.descent_kernel import solve_block
+from offline_prune.methods.coordinate_descent_triton import solve_block
 
 every_problem(solve_block, 21, torch.device("cpu"))
 """

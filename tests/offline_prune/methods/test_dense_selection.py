@@ -13,6 +13,7 @@ from offline_prune.methods.dense_selection import (
     sparsegpt_priority,
     spensegpt_plus_priority,
 )
+from offline_prune.methods.recipe import Layout
 from offline_prune.methods.wanda import prune_by_score, wanda_scores
 from vllm_spense.format import Regions
 
@@ -123,16 +124,16 @@ ORDER = torch.tensor([1, 3, 4, 6, 0, 2, 5, 7])
 
 
 def test_layout_back_processes_in_file_order() -> None:
-    assert processing_order(ORDER, Regions(4, 4), "back").tolist() == list(range(8))
+    assert processing_order(ORDER, Regions(4, 4), Layout.BACK).tolist() == list(range(8))
 
 
 def test_layout_front_processes_dense_columns_first() -> None:
-    assert processing_order(ORDER, Regions(4, 4), "front").tolist() == [4, 5, 6, 7, 0, 1, 2, 3]
+    assert processing_order(ORDER, Regions(4, 4), Layout.FRONT).tolist() == [4, 5, 6, 7, 0, 1, 2, 3]
 
 
 def test_layout_none_processes_a_group_where_its_last_member_stood() -> None:
     # Originally the sparse group 1, 3, 4, 6 ends at 6: the dense 0, 2, 5 come before it and 7 after.
-    steps = processing_order(ORDER, Regions(4, 4), "none")
+    steps = processing_order(ORDER, Regions(4, 4), Layout.NONE)
     assert ORDER[steps].tolist() == [0, 2, 5, 1, 3, 4, 6, 7]
 
 

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_sparsegpt import problem
 
-from offline_prune.methods.prune_mlp import prune_every_row, prune_gate_up, round_gate_up
-from offline_prune.settings import PruneSettings
+from offline_prune.methods.prune_mlp import prune_all_rows, prune_gate_up, round_gate_up
+from offline_prune.methods.recipe import Quantize, Recipe
 from vllm_spense.format import Regions
 
 REGIONS = Regions(32, 32)
 
 
-def settings(**options: Any) -> PruneSettings:
-    return PruneSettings("model", Path("out"), **options)
-
-
 @pytest.mark.parametrize(
-    "options", [{"quantize": "none"}, {"quantize": "none", "descent_passes": 1}, {"descent_passes": 1}], ids=str
+    "options",
+    [{"quantize": Quantize.NONE}, {"quantize": Quantize.NONE, "descent_passes": 1}, {"descent_passes": 1}],
+    ids=str,
 )
 def test_rows_that_were_pruned_to_choose_among_them_are_pruned_no_other_way(options: dict[str, Any]) -> None:
     """Gate and up in file order: sparse rows come out as without that, dense ones as they were."""
@@ -29,10 +26,10 @@ def test_rows_that_were_pruned_to_choose_among_them_are_pruned_no_other_way(opti
     gate_up *= torch.rand(128, 1) + 0.5
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
     both = torch.cat([order, order + 64])
-    every = prune_every_row(gate_up, hessian, settings(**options), "mlp")
+    every = prune_all_rows(gate_up, hessian, Recipe(**options), "mlp")
     assert torch.equal(every.rows(both).error, every.error[both])
-    found = prune_gate_up(gate_up[both], hessian, REGIONS, settings(**options), "mlp", every.rows(both))
-    expected = prune_gate_up(gate_up[both], hessian, REGIONS, settings(**options), "mlp")
+    found = prune_gate_up(gate_up[both], hessian, REGIONS, Recipe(**options), "mlp", every.rows(both))
+    expected = prune_gate_up(gate_up[both], hessian, REGIONS, Recipe(**options), "mlp")
     same = torch.isclose(found.weight, expected.weight, rtol=1e-4, atol=1e-6).all(1)
     assert same.float().mean() > 0.95
     assert torch.allclose(found.error.sum(), expected.error.sum(), rtol=1e-3)
@@ -45,7 +42,7 @@ def test_rows_that_were_pruned_to_choose_among_them_are_pruned_no_other_way(opti
 
 def test_rounding_with_the_factor_of_pruning_is_the_loop_that_pruned() -> None:
     gate_up, hessian = problem(128, 160)
-    options = settings()
+    options = Recipe()
     pruned = prune_gate_up(gate_up, hessian, REGIONS, options, "mlp")
     assert pruned.factor is not None
     weight, scales = round_gate_up(gate_up, pruned.factor, REGIONS, options)

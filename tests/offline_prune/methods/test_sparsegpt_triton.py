@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 INTERPRETED = """
 import torch
 from column_problems import every_problem, compare, ties
-from offline_prune.column_kernel import solve_block
+from offline_prune.methods.sparsegpt_triton import solve_block
 
 for problem in every_problem(21, torch.device("cpu")):
     compare(solve_block, problem)

@@ -40,8 +40,10 @@ from contextlib import nullcontext
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 
-from offline_prune import blocks, mlp, pipeline, tune
-from offline_prune.activations import Stream, find_elementwise
+from offline_prune import pipeline
+from offline_prune.calibration.hidden_states import Stream, find_elementwise
+from offline_prune.methods import block_finetune, prune_mlp
+from offline_prune.model import block_forward
 from offline_prune.settings import PruneSettings
 
 
@@ -52,7 +54,7 @@ def kernels(stream, index, block):
 
 # What rounds to BF16 on CPUs that have it makes of sums in another order, now and then, another number altogether.
 pipeline.compute_dtype = lambda device: torch.float32
-for module in (blocks, mlp, tune):
+for module in (block_forward, prune_mlp, block_finetune):
     module.fast_matmul = nullcontext
 used = []
 folder = Path(sys.argv[1])
