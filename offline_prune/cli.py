@@ -75,10 +75,13 @@ def prune(
         int | None, typer.Option(help="Region sizes are multiples of this. [default: largest of 256 … 32 that fits]")
     ] = None,
     calibration: Annotated[
-        str, typer.Option(help="Hugging Face data set, .jsonl/.txt/.parquet file, or `builtin` (no download).")
+        str,
+        typer.Option(help="Hugging Face data set, .jsonl/.txt/.parquet file or folder, or `builtin` (no download)."),
     ] = "simplescaling/s1K-1.1",
-    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
-    length: Annotated[int, typer.Option(help="Tokens in each.")] = 16384,
+    samples: Annotated[
+        int, typer.Option(help="Calibration sequences; more where the model's context is shorter than --length.")
+    ] = 128,
+    length: Annotated[int, typer.Option(help="Tokens in each, at most the model's context.")] = 16384,
     seed: Annotated[int, typer.Option(help="Seed of the calibration text's order.")] = 0,
     quantize: Annotated[str, typer.Option(help="fp8 | none (the model's own type, same zeros, for research)")] = "fp8",
     fp8_rounding: Annotated[

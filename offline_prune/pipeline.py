@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import MappingProxyType
 from typing import cast
 
@@ -17,7 +17,8 @@ from torch import nn
 
 import vllm_spense
 from offline_prune.block_pruning import BlockMlp
-from offline_prune.calibration.data import calibration_tokens
+from offline_prune.calibration.context_length import context_length, fit_to_context
+from offline_prune.calibration.data import calibration_tokens, check_vocabulary
 from offline_prune.calibration.hidden_states import Stream
 from offline_prune.checkpoint.journal import Journal
 from offline_prune.checkpoint.writer import CheckpointWriter, Say, refuse_filled, restored
@@ -57,7 +58,8 @@ def prune(
         settings: what to do.
         progress: told about every finished block.
         say: told what a person should know, a line at a time: the plan, warnings.
-        tokens: int64 (samples, length) to calibrate on, the first rank's count; None draws them as the settings say.
+        tokens: int64 (samples, length) to calibrate on, the first rank's count; None draws them as the settings say,
+            but none longer than the model's context.
 
     Returns:
         The report that also lies beside the checkpoint.
@@ -71,7 +73,23 @@ def prune(
         distributed.from_first(lambda: refuse_filled(settings.out, settings.overwrite))
         if not distributed.first():
             progress, say = (lambda *_: None), (lambda _: None)
-        return _Run(SourceModel(settings.model), settings, device, compute_dtype(device), progress, say).run(tokens)
+        model = SourceModel(settings.model)
+        if tokens is None:
+            settings = _within_context(settings, model, say)
+        return _Run(model, settings, device, compute_dtype(device), progress, say).run(tokens)
+
+
+def _within_context(settings: PruneSettings, model: SourceModel, say: Say) -> PruneSettings:
+    """With calibration sequences that the model was made for: what it makes of longer ones says little about it."""
+    context = context_length(model.skeleton.config)
+    samples, length = fit_to_context(settings.samples, settings.length, context)
+    if length == settings.length:
+        return settings
+    say(
+        f"calibration text: {samples} × {length} tokens instead of {settings.samples} × {settings.length}, "
+        f"because the model's context is {context}"
+    )
+    return replace(settings, samples=samples, length=length)
 
 
 def _check_ranks(samples: int) -> None:
@@ -152,7 +170,7 @@ class _Run:
             for line in plan.lines():
                 self.say(line)
             with self.meter.stage("calibration text"):
-                tokens = distributed.from_first(lambda: self._tokens() if tokens is None else tokens)
+                tokens = distributed.from_first(lambda: self._tokens(tokens))
             journal = distributed.from_first(lambda: self._open(self._identity(tokens), context))
             self._blocks(distributed.share(tokens), plan, journal)
             if self.writer:
@@ -177,11 +195,14 @@ class _Run:
         writer.write_json(FILE, self.report.to_dict())
         self.report.draw(writer.path(PICTURE))
 
-    def _tokens(self) -> torch.Tensor:
-        settings = self.settings
-        return calibration_tokens(
-            settings.calibration, self.model.tokenizer, settings.samples, settings.length, settings.seed
-        )
+    def _tokens(self, given: torch.Tensor | None) -> torch.Tensor:
+        settings, model = self.settings, self.model
+        tokens = given
+        if tokens is None:
+            shape = settings.samples, settings.length
+            tokens = calibration_tokens(settings.calibration, model.tokenizer, *shape, settings.seed, self.say)
+        check_vocabulary(tokens, cast(nn.Embedding, model.skeleton.get_input_embeddings()).num_embeddings)
+        return tokens
 
     def _identity(self, tokens: torch.Tensor) -> dict[str, object]:
         """Whatever decides the result, by name: what a run that is resumed must have in common with this one."""

@@ -47,7 +47,8 @@ class PruneSettings:
         layout: where dense columns stand while down is pruned.
         alignment: S and D are multiples of it; None picks the largest power of two up to 256 that fits.
         calibration: see `calibrate.calibration_tokens`.
-        samples, length, seed: of the calibration text, in sequences and tokens.
+        samples, length, seed: of the calibration text, in sequences and tokens. If `length` is beyond the model's
+            context, `prune` takes more and shorter sequences: `context_length.fit_to_context`.
         quantize: `fp8`, or `none` for the source's own type with the same zeros.
         rounding: `after` pruning, to the nearest; `inside` the column loop that prunes, where rounding errors are
             compensated too; `everywhere`: in a column loop for the other linear layers too, of tuned weights after

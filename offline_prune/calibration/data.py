@@ -1,51 +1,58 @@
-"""Calibration text: Hugging Face data sets, local files, and a built-in source that needs no download."""
+"""Calibration text as tokens: from data sets and files, and from a built-in source that needs no download."""
 
 from __future__ import annotations
 
 import ast
 import importlib.util
 import inspect
-import json
 import random
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from offline_prune.calibration.chat import Chat, RefusedChat, chat_template, plain_text, read_row, templated
+from offline_prune.calibration.rows import shuffled_rows
 from vllm_spense.errors import SpenseError
 
 DEFAULT_SOURCE = "simplescaling/s1K-1.1"
 BUILTIN = "builtin"
-FILE_KINDS = (".jsonl", ".txt", ".parquet")
 
 #: Installed packages whose docstrings make the built-in text; the held-out text comes from others.
 BUILTIN_PACKAGES = ("torch", "numpy", "datasets", "huggingface_hub")
 HELDOUT_PACKAGES = ("matplotlib", "pandas", "transformers")
 _SHORTEST_DOCSTRING = 200
 
-Document = str | list[dict[str, str]]
+Document = str | Chat
 
 
 def calibration_tokens(
-    source: str, tokenizer: PreTrainedTokenizerBase, samples: int, length: int, seed: int
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    length: int,
+    seed: int,
+    say: Callable[[str], None] = lambda _: None,
 ) -> torch.Tensor:
     """Draws documents in random order, tokenizes them and cuts the stream into equal sequences.
 
     Args:
-        source: `builtin`, a `.jsonl`, `.txt` or `.parquet` file, or the name of a Hugging Face data set.
+        source: `builtin`, a `.jsonl`, `.txt` or `.parquet` file, a folder of such files, or the name of a Hugging Face
+            data set. Text files are cut into passages about as long as a sequence, which are drawn like documents.
         samples, length: how many sequences of how many tokens.
         seed: of the order of the documents.
+        say: told about chats that were left out because the chat template refuses them.
 
     Returns:
         int64 (samples, length).
 
     Raises:
-        SpenseError: no such source, rows without text, or fewer than samples · length tokens in it.
+        SpenseError: no such source, a damaged one, rows without text (names file and line), or fewer than
+            samples · length tokens in it.
     """
-    return pack(_documents(source, seed), tokenizer, samples, length, source)
+    return pack(_documents(source, seed, length), tokenizer, samples, length, source, say)
 
 
 def heldout_tokens(tokenizer: PreTrainedTokenizerBase, samples: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -54,111 +61,71 @@ def heldout_tokens(tokenizer: PreTrainedTokenizerBase, samples: int, length: int
 
 
 def pack(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, samples: int, length: int, source: str
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    length: int,
+    source: str,
+    say: Callable[[str], None] = lambda _: None,
 ) -> torch.Tensor:
     """Concatenates tokenized documents, end-of-text between them, into int64 (samples, length)."""
     stream: list[int] = []
-    wanted = samples * length
+    wanted, drawn = samples * length, 0
+    refused: list[RefusedChat] = []
     for document in documents:
-        stream.extend(_tokenize(document, tokenizer))
+        drawn += 1
+        try:
+            stream.extend(_tokenize(document, tokenizer))
+        except RefusedChat as error:
+            refused.append(error)
         if len(stream) >= wanted:
-            return torch.tensor(stream[:wanted]).view(samples, length)
-    raise SpenseError(
-        f"{source}: found {len(stream)} tokens, expected at least {wanted} ({samples} samples × {length}); "
-        "use a longer text, or smaller --samples or --length"
-    )
+            break
+    left_out = [
+        f"{source}: the chat template refuses {len(refused)} of {drawn} documents, which are left out; first {error}"
+        for error in refused[:1]
+    ]
+    if len(stream) < wanted:
+        found = (
+            f"{source}: found {len(stream)} tokens, expected at least {wanted} ({samples} samples × {length}); "
+            "use a longer text, or smaller --samples or --length"
+        )
+        raise SpenseError("\n".join([found, *left_out]))
+    for line in left_out:
+        say(line)
+    return torch.tensor(stream[:wanted]).view(samples, length)
+
+
+def check_vocabulary(tokens: torch.Tensor, embeddings: int) -> None:
+    """Raises SpenseError where tokens, int64 of any shape, have no row among the model's embeddings."""
+    for token in (int(tokens.min()), int(tokens.max())):
+        if not 0 <= token < embeddings:
+            raise SpenseError(
+                f"calibration text: found token {token}, expected 0 to {embeddings - 1}, for which the model has "
+                "embeddings; is this its tokenizer?"
+            )
 
 
 def _tokenize(document: Document, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if not isinstance(document, str):
-        if tokenizer.chat_template:
-            document = str(tokenizer.apply_chat_template(document, tokenize=False))
-            return tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-        document = "\n\n".join(message["content"] for message in document)
+    """Raises RefusedChat where the tokenizer's chat template has no form for it."""
+    text = plain_text(document) if isinstance(document, Chat) else document
+    if not text.strip():
+        return []
+    if isinstance(document, Chat) and (template := chat_template(tokenizer)):
+        text = templated(document, template, tokenizer)
+        return tokenizer(_valid(text), add_special_tokens=False, verbose=False)["input_ids"]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return tokenizer(document, verbose=False)["input_ids"] + end
+    return tokenizer(_valid(text), verbose=False)["input_ids"] + end
 
 
-def _documents(source: str, seed: int) -> Iterator[Document]:
+def _valid(text: str) -> str:
+    """With U+FFFD for lone surrogates, which JSON can hold and UTF-8 cannot."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _documents(source: str, seed: int, length: int) -> Iterator[Document]:
     if source == BUILTIN:
         return docstrings(BUILTIN_PACKAGES, seed)
-    path = Path(source)
-    rows = _read_file(path) if path.suffix in FILE_KINDS or path.exists() else _read_dataset(source)
-    random.Random(seed).shuffle(rows)
-    return (_render(row, f"{source}, row {i}") for i, row in enumerate(rows))
-
-
-def _read_file(path: Path) -> list[Any]:
-    if not path.is_file():
-        raise SpenseError(f"{path}: no such file")
-    if path.suffix not in FILE_KINDS:
-        raise SpenseError(f"{path}: found a {path.suffix or 'nameless'} file, expected {', '.join(FILE_KINDS)}")
-    if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            return pyarrow.parquet.read_table(path).to_pylist()
-        except pyarrow.ArrowInvalid as error:
-            raise SpenseError(f"{path}: not a parquet file: {error}") from None
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise SpenseError(f"{path}: not UTF-8 text: {error}") from None
-    if path.suffix == ".txt":
-        return [text]
-    rows = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise SpenseError(f"{path}, line {number}: not valid JSON: {error}") from None
-    return rows
-
-
-def _read_dataset(name: str) -> list[Any]:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-
-    try:
-        return list(load_dataset(name, split="train"))
-    except (DatasetNotFoundError, ConnectionError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SpenseError(
-            f"calibration data {name}: neither a file nor a data set that can be loaded: {reason}\n"
-            f"Without a network, give a {', '.join(FILE_KINDS)} file, or `--calibration {BUILTIN}`."
-        ) from None
-
-
-def _render(row: Any, where: str) -> Document:
-    """A row as plain text or as a chat, by the columns that data sets for language models use."""
-    if isinstance(row, str):
-        return row
-    if isinstance(row, dict):
-        for key in ("messages", "conversations"):
-            if isinstance(row.get(key), list):
-                return [_message(message, where) for message in row[key]]
-        if isinstance(row.get("text"), str):
-            return row["text"]
-        question = row.get("question") or row.get("prompt") or row.get("instruction")
-        answer = row.get("deepseek_attempt") or row.get("answer") or row.get("response") or row.get("output")
-        if isinstance(question, str) and isinstance(answer, str):
-            thinking = row.get("deepseek_thinking_trajectory")
-            if thinking:
-                answer = f"<think>\n{thinking}\n</think>\n\n{answer}"
-            return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-    raise SpenseError(f"{where}: found {found}; expected a column text, messages, or question and answer")
-
-
-def _message(message: Any, where: str) -> dict[str, str]:
-    if isinstance(message, dict):
-        role = message.get("role") or {"human": "user", "gpt": "assistant"}.get(str(message.get("from")))
-        content = message.get("content") or message.get("value")
-        if isinstance(role, str) and isinstance(content, str):
-            return {"role": role, "content": content}
-    raise SpenseError(f"{where}: found the message {str(message)[:80]}; expected one with role and content")
+    return (read_row(row, where) for where, row in shuffled_rows(source, seed, length))
 
 
 def docstrings(packages: Iterable[str], seed: int) -> Iterator[str]:

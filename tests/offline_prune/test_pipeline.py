@@ -19,7 +19,9 @@ from offline_prune.checkpoint.verify import open_checkpoint, verify
 from offline_prune.methods.recipe import METHODS, Selection
 from offline_prune.model.loading import SourceModel
 from offline_prune.model.safetensors_reader import TensorFiles
+from offline_prune.pipeline import prune
 from offline_prune.runtime.matmul_precision import fast_matmul
+from offline_prune.settings import PruneSettings
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import Regions
 
@@ -45,6 +47,30 @@ class Shown:
 
     def __call__(self, inputs: torch.Tensor, part: int) -> None:
         self.inputs.append(inputs)
+
+
+def test_sequences_are_no_longer_than_the_context(tmp_path: Path, text: Path) -> None:
+    """And the checkpoint is that of a run that asked for what was taken."""
+    model = tiny_model("llama", tmp_path / "model", max_position_embeddings=24)
+    said: list[str] = []
+    settings = PruneSettings(str(model), tmp_path / "long", calibration=str(text), samples=8, length=64, device="cpu")
+    report = prune(settings, say=said.append)
+    assert "calibration text: 24 × 21 tokens instead of 8 × 64, because the model's context is 24" in said
+    assert (report.settings["samples"], report.settings["length"]) == (24, 21)
+    calibration = open_checkpoint(tmp_path / "long").annotation.calibration
+    assert calibration is not None
+    assert (calibration.samples, calibration.length) == (24, 21)
+    run(model, tmp_path / "short", text, samples=24, length=21)
+    files = [TensorFiles(tmp_path / name) for name in ("long", "short")]
+    assert list(files[0]) == list(files[1])
+    assert all(torch.equal(files[0].read(name), files[1].read(name)) for name in files[0])
+
+
+def test_given_tokens_are_taken_as_they_are(tmp_path: Path) -> None:
+    model = tiny_model("llama", tmp_path / "model", max_position_embeddings=24)
+    tokens = torch.randint(0, 256, (4, 64), generator=torch.Generator().manual_seed(0))
+    report = prune(PruneSettings(str(model), tmp_path / "out", samples=4, length=64, device="cpu"), tokens=tokens)
+    assert (report.settings["samples"], report.settings["length"]) == (4, 64)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

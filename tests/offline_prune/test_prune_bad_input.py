@@ -142,6 +142,11 @@ def test_missing_tensor(llama: Path, tmp_path: Path, text: Path) -> None:
     refused("no tensor model.layers.1.mlp.up_proj.weight", tmp_path / "out", model, text)
 
 
+def test_a_tokenizer_of_another_model(tmp_path: Path, text: Path) -> None:
+    model = tiny_model("llama", tmp_path / "model", vocab_size=256, pad_token_id=None)
+    refused("found token 256, expected 0 to 255", tmp_path / "out", model, text)
+
+
 def test_truncated_shard(llama: Path, tmp_path: Path, text: Path) -> None:
     model = damaged(llama, tmp_path / "model", lambda t: None)
     file = model / "model.safetensors"

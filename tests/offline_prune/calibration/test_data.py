@@ -11,7 +11,7 @@ import torch
 from tiny_models import _byte_tokenizer
 
 from offline_prune.calibration import data
-from offline_prune.calibration.data import calibration_tokens, heldout_tokens
+from offline_prune.calibration.data import calibration_tokens, check_vocabulary, heldout_tokens
 from vllm_spense.errors import SpenseError
 
 TOKENIZER = _byte_tokenizer()
@@ -119,23 +119,80 @@ def test_heldout_text_is_not_the_calibration_text() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("empty.txt", "", "found 1 tokens, expected at least 16"),
+        ("empty.txt", "", "found 0 tokens, expected at least 16"),
+        ("empty.jsonl", "", "found 0 tokens, expected at least 16"),
+        ("blank.jsonl", '{"text": " "}\n{"messages": [{"role": "user", "content": ""}]}', "found 0 tokens"),
         ("short.txt", "abc", "found 4 tokens"),
         ("bad.jsonl", '{"text": "a"}\n{"text"', "bad.jsonl, line 2: not valid JSON"),
-        ("odd.jsonl", '{"body": "a"}', "odd.jsonl, row 0: found body; expected a column text, messages"),
-        ("odd.jsonl", "[1]", "found list"),
-        ("odd.jsonl", '{"messages": [{"who": "me"}]}', "expected one with role and content"),
-        ("bad.parquet", "PAR2", "not a parquet file"),
-        ("latin.txt", b"\xff\xfe\xfa", "not UTF-8"),
-        ("text.docx", "abc", "found a .docx file, expected .jsonl, .txt, .parquet"),
+        ("odd.jsonl", '{"body": "a"}', "odd.jsonl, line 1: found body; expected a column text, messages"),
+        (
+            "late.jsonl",
+            '{"text": "a"}\n' * 56 + '{"body": "a"}\n' + '{"text": "a"}\n' * 40,
+            "late.jsonl, line 57: found body",
+        ),
     ],
 )
-def test_bad_files_are_explained(name: str, content: str | bytes, words: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+def test_bad_files_are_explained(name: str, content: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
     with pytest.raises(SpenseError, match=words):
-        tokens(tmp_path / name)
+        tokens(tmp_path / name, samples=2, length=8 if "late" not in name else 4000)
 
 
 def test_a_missing_file_is_not_looked_up_on_the_hub(tmp_path: Path) -> None:
     with pytest.raises(SpenseError, match="no such file"):
         tokens(tmp_path / "none.jsonl")
+
+
+def test_a_long_text_is_drawn_from_all_over_and_not_tokenized_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "t.txt"
+    path.write_text("".join(f"{i:07d}\n" for i in range(2**17)))
+    seen = 0
+    whole = type(TOKENIZER).__call__
+
+    def counted(self: Any, text: str, **options: Any) -> Any:
+        nonlocal seen
+        seen += len(text)
+        return whole(self, text, **options)
+
+    monkeypatch.setattr(type(TOKENIZER), "__call__", counted)
+    found = tokens(path, 16, 2048)
+    assert 16 * 2048 <= seen < 16 * 2048 + 10_000
+    numbers = [int(line) for line in found.replace("<eos>", "").split() if len(line) == 7]
+    assert min(numbers) < 2**14
+    assert max(numbers) > 7 * 2**14
+    assert found == tokens(path, 16, 2048) != tokens(path, 16, 2048, seed=1)
+
+
+def test_lone_surrogates_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text(r'{"text": "\ud83d\ude00 a\ud800b\udc00"}')
+    assert tokens(path, 1, 16) == "😀 a\ufffdb\ufffd<eos>"
+    monkeypatch.setattr(TOKENIZER, "chat_template", CHAT)
+    path.write_text(r'{"question": "a\ud800", "answer": "b"}')
+    assert tokens(path, 1, 22) == "<user>a\ufffd<assistant>b"
+
+
+def test_refused_chats_are_left_out_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusing = "{% if messages[0].content == 'no' %}{{ raise_exception('not this') }}{% endif %}" + CHAT
+    monkeypatch.setattr(TOKENIZER, "chat_template", refusing)
+    path = jsonl(tmp_path / "t.jsonl", [{"question": q, "answer": "a"} for q in ("yes", "no", "no", "yes")])
+    said: list[str] = []
+    found = calibration_tokens(str(path), TOKENIZER, 1, 42, 0, said.append)
+    assert TOKENIZER.decode(found[0]) == "<user>yes<assistant>a" * 2
+    (line,) = said
+    assert "the chat template refuses 2 of 4 documents" in line or "refuses 1 of" in line
+    assert f"{path}, line " in line
+    assert "not this" in line
+    with pytest.raises(SpenseError, match=r"found 42 tokens(.|\n)*refuses 2 of 4 documents.*line [23]: not this"):
+        tokens(path, 1, 43)
+    with pytest.raises(SpenseError, match=r"found 0 tokens(.|\n)*refuses 1 of 1 documents.*line 1: not this"):
+        tokens(jsonl(path, [{"question": "no", "answer": "a"}]), 1, 43)
+
+
+def test_tokens_have_embeddings() -> None:
+    check_vocabulary(torch.tensor([[0, 9]]), 10)
+    for token in (10, -1):
+        with pytest.raises(SpenseError, match=f"found token {token}, expected 0 to 9"):
+            check_vocabulary(torch.tensor([[0, token]]), 10)
