@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -11,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from vllm_spense.errors import SpenseError
 
@@ -28,7 +34,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-console = Console(stderr=True)
+
+
+def _console(stderr: bool = False) -> Console:
+    """Prints text as it is: names of folders, models and methods may look like markup."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+console = _console(stderr=True)
 
 
 @app.callback()
@@ -39,40 +52,40 @@ def _spense() -> None:
 @app.command()
 def prune(
     model: Annotated[str, typer.Argument(help="Folder of a Hugging Face causal LM, or its hub name.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; must not be there yet.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must be empty or not there yet.")],
     method: Annotated[
         str, typer.Option(help="spensegpt++ | spensegpt+ | spensegpt | sparsegpt | wanda | magnitude")
     ] = "spensegpt+",
     sparsity: Annotated[
         float | None,
-        typer.Option(help="Share of zeros in the MLP weights, 0 to 0.5. [default: 0.375; 0.5 for the last three]"),
+        typer.Option(help="Share of zeros in the MLP weights, 0 to 0.5. \\[default: 0.375; 0.5 for the last three]"),
     ] = None,
     dense_first: Annotated[
         bool | None,
         typer.Option(
-            help="Keep the first MLP dense; the others take over its sparsity. [default: the method's, in models of "
+            help="Keep the first MLP dense; the others take over its sparsity. \\[default: the method's, in models of "
             "more than ten blocks]"
         ),
     ] = None,
     selection: Annotated[
         str | None,
         typer.Option(
-            help="Which indices stay dense: last | spensegpt+ | sparsegpt-score | output-loss | random. [default: the "
-            "method's]"
+            help="Which indices stay dense: last | spensegpt+ | sparsegpt-score | output-loss | random. "
+            "\\[default: the method's]"
         ),
     ] = None,
     grouping: Annotated[
         str | None,
         typer.Option(
             help="Which sparse indices share a group of four in down: original (neighbours) | mixed (two strong, two "
-            "weak). [default: the method's]"
+            "weak). \\[default: the method's]"
         ),
     ] = None,
     layout: Annotated[
         str, typer.Option(help="Where dense columns stand while down is pruned: back | front | none")
     ] = "back",
     alignment: Annotated[
-        int | None, typer.Option(help="Region sizes are multiples of this. [default: largest of 256 … 32 that fits]")
+        int | None, typer.Option(help="Region sizes are multiples of this. \\[default: largest of 256 … 32 that fits]")
     ] = None,
     calibration: Annotated[
         str,
@@ -88,20 +101,22 @@ def prune(
         str | None,
         typer.Option(
             help="Round after pruning | inside the column loop that prunes | in column loops everywhere: "
-            "after | inside | everywhere. [default: everywhere for spensegpt++, else inside]"
+            "after | inside | everywhere. \\[default: everywhere for spensegpt++, else inside]"
         ),
     ] = None,
     damping: Annotated[float, typer.Option(help="λ over the mean of the Hessian's diagonal.")] = 0.01,
     descent_passes: Annotated[
         int | None,
-        typer.Option(help="Passes of coordinate descent that choose masks anew. [default: 1 for spensegpt++, else 0]"),
+        typer.Option(
+            help="Passes of coordinate descent that choose masks anew. \\[default: 1 for spensegpt++, else 0]"
+        ),
     ] = None,
     true_sequential: Annotated[
         bool, typer.Option(help="Calibrate down on the outputs of the pruned gate and up.")
     ] = True,
     tune_steps: Annotated[
         int | None,
-        typer.Option(help="Steps of tuning each block after it is pruned. [default: 128 for spensegpt++, else 0]"),
+        typer.Option(help="Steps of tuning each block after it is pruned. \\[default: 128 for spensegpt++, else 0]"),
     ] = None,
     tune_rate: Annotated[float, typer.Option(help="Of those steps, relative to the weights.")] = 0.016,
     skip_unsupported: Annotated[
@@ -109,24 +124,20 @@ def prune(
     ] = False,
     device: Annotated[str, typer.Option(help="auto | cpu | cuda | cuda:N")] = "auto",
     batch_tokens: Annotated[
-        int | None, typer.Option(help="Tokens that pass through a block at once. [default: 2048 on a CPU, 16384]")
+        int | None, typer.Option(help="Tokens that pass through a block at once. \\[default: 2048 on a CPU, 16384]")
     ] = None,
     activations: Annotated[
         str, typer.Option(help="Where hidden states are kept: auto (the first with room) | device | host | disk")
     ] = "auto",
-    overwrite: Annotated[bool, typer.Option(help="Replace the checkpoint, or the unfinished one, in OUT.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace the Spense checkpoint, or the unfinished one, in OUT.")
+    ] = False,
     resume: Annotated[bool, typer.Option(help="Go on with an unfinished run to OUT, if there is one.")] = False,
 ) -> None:
     """Prune MODEL in one shot and write a checkpoint that vLLM serves."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
+    # Bars of libraries, which read this when they are imported, would flood a log.
+    if not console.is_terminal:
+        os.environ.setdefault("TQDM_DISABLE", "1")
     from offline_prune.pipeline import prune as run
     from offline_prune.runtime import distributed
     from offline_prune.settings import PruneSettings
@@ -159,23 +170,45 @@ def prune(
         overwrite=overwrite,
         resume=resume,
     )
+    with _progress(shown=distributed.first()) as progress:
+        report = run(settings, progress, lambda line: console.print(line, soft_wrap=True))
+    if distributed.first():
+        _print_report(report, out)
+
+
+@contextmanager
+def _progress(shown: bool) -> Iterator[Callable[[int, int, str], None]]:
+    """What to tell about finished blocks: a bar on a terminal, elsewhere a line for every tenth of them."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    start = time.monotonic()
+
+    def line(done: int, total: int, name: str) -> None:
+        if shown and done * 10 // total > (done - 1) * 10 // total:
+            took = timedelta(seconds=round(time.monotonic() - start))
+            console.print(f"pruned {name}, {done} of {total} blocks, after {took}", soft_wrap=True)
+
+    if not console.is_terminal:
+        yield line
+        return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not distributed.first()) as bar:
+    with Progress(*columns, console=console, disable=not shown) as bar:
         task = bar.add_task("preparing", total=None)
-
-        def progress(done: int, total: int, name: str) -> None:
-            bar.update(task, completed=done, total=total, description=f"pruned {name}")
-
-        report = run(settings, progress, bar.console.print)
-    if distributed.first():
-        _print_report(report, out)
+        yield lambda done, total, name: bar.update(task, completed=done, total=total, description=f"pruned {name}")
 
 
 def _print_report(report: Report, out: Path) -> None:
@@ -187,7 +220,7 @@ def _print_report(report: Report, out: Path) -> None:
         losses = sorted(part.loss for part in parts)
         zeros = sum(part.zeros for part in parts) / len(parts)
         table.add_row(name, f"{zeros:.2%}", f"{losses[len(losses) // 2]:.4f}", f"{losses[-1]:.4f}")
-    Console().print(table)
+    _console().print(table)
     for name, found in report.skipped.items():
         console.print(f"left as it was: {name}: {found}")
 
@@ -198,7 +231,7 @@ def verify(folder: Annotated[Path, typer.Argument(help="A Spense checkpoint.")])
     from offline_prune.checkpoint.verify import verify as run
 
     result = run(folder)
-    Console().print(
+    _console().print(
         f"{folder}: good. {result.tensors} tensors; {result.mlps} MLPs: sparse regions 2:4 "
         f"({result.sparse_zeros:.1%} zeros), dense regions dense ({result.dense_zeros:.2%} zeros)",
         soft_wrap=True,
@@ -236,7 +269,7 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A Spense checkpoint.")]
     table = Table(title=str(folder), show_header=False)
     for key, value in rows.items():
         table.add_row(key, value)
-    Console().print(table)
+    _console().print(table)
 
 
 @app.command()
@@ -246,11 +279,13 @@ def doctor() -> None:
 
     findings = judge(examine())
     table = Table(show_header=False)
-    marks = {True: "[green]✓[/]", False: "[red]✗[/]", None: ""}
+    marks = {True: Text("✓", style="green"), False: Text("✗", style="red"), None: Text()}
     for finding in findings:
-        remedy = f"\n[bold]needs:[/] {_escape(finding.remedy)}" if finding.remedy else ""
-        table.add_row(marks[finding.good], finding.subject, _escape(finding.found) + remedy)
-    Console().print(table)
+        found = Text(finding.found)
+        if finding.remedy:
+            found.append("\nneeds:", style="bold").append(f" {finding.remedy}")
+        table.add_row(marks[finding.good], finding.subject, found)
+    _console().print(table)
     if not findings[-1].good:
         raise typer.Exit(1)
 
@@ -259,7 +294,7 @@ def doctor() -> None:
 def estimate(
     model: Annotated[str, typer.Argument(help="Folder with a config.json, or a published shape, such as qwen3-32b.")],
     sparsity: Annotated[
-        float | None, typer.Option(help="Of the MLPs, 0 to 0.5. [default: the checkpoint's, or 0.375]")
+        float | None, typer.Option(help="Of the MLPs, 0 to 0.5. \\[default: the checkpoint's, or 0.375]")
     ] = None,
     gpu: Annotated[str, typer.Option(help="h100 | h200 | b200")] = "h100",
     batch: Annotated[int, typer.Option(min=1, help="Requests that are decoded at once.")] = 32,
@@ -288,7 +323,7 @@ def estimate(
     table.add_row("weights, GiB", *(f"{size / 2**30:.1f}" for size in weights))
     table.add_row("KV cache, GiB", *2 * [f"{found.kv_bytes / 2**30:.1f}"])
     table.add_row("fits the GPU", *(("no", "yes")[size + found.kv_bytes < GPUS[gpu].memory_bytes] for size in weights))
-    output = Console()
+    output = _console()
     output.print(table)
     source = "times in this machine's plan cache" if found.calibrated else "what was measured on an H100"
     output.print(f"A roofline, calibrated on {source}.")
@@ -324,11 +359,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    console.print(f"[bold red]error:[/] {_escape(message)}", soft_wrap=True, highlight=False)
+    console.print(Text.assemble(("error:", "bold red"), f" {message}"), soft_wrap=True)
     sys.exit(1)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 import psutil
 import torch
 
+from offline_prune.checkpoint.companions import companions
+from offline_prune.checkpoint.output_folder import PARTIAL
+from offline_prune.checkpoint.writer import merges
 from offline_prune.methods.recipe import Layout, Quantize, Selection
 from offline_prune.model.gated_mlp import Glu
 from offline_prune.model.loading import SourceModel
@@ -34,7 +38,7 @@ class MemoryPlan:
         block: one decoder block on the compute device: its weights, and with a GPU also its part of the checkpoint.
         work: the largest of what its passes and its pruning need beside them, on the compute device.
         staging: blocks on their way in or out, in host memory; with a GPU all of it is pinned.
-        disk: the checkpoint.
+        disk: the checkpoint, and room to make one file of its parts where it is small.
         device: that computes.
         place: of the activations.
         ranks: how many there are.
@@ -127,7 +131,7 @@ def memory_plan(model: SourceModel, settings: PruneSettings, device: torch.devic
         block=weights_here + (kept if device.type == "cuda" else 0),
         work=max(phases.values()),
         staging=_pinned_staging(model, written) if device.type == "cuda" else 2 * kept,
-        disk=sum(written.values()),
+        disk=_disk(model, written),
         device=device,
         place=Place.DEVICE,
         ranks=distributed.size(),
@@ -157,6 +161,15 @@ def _written_bytes(model: SourceModel, settings: PruneSettings) -> dict[str, int
 
 def _of_block(block: str, sizes: dict[str, int]) -> list[int]:
     return [size for name, size in sizes.items() if name.startswith(f"{block}.")]
+
+
+def _disk(model: SourceModel, written: dict[str, int]) -> int:
+    """Bytes of the checkpoint, and of the largest part where parts are merged: one at a time is there twice."""
+    total = sum(written.values())
+    inside = [sum(_of_block(block.name, written)) for block in model.blocks]
+    largest = max(*inside, total - sum(inside))
+    others = sum((model.folder / name).stat().st_size for name in companions(model.folder))
+    return total + others + (largest if merges(total) else 0)
 
 
 def _pinned_staging(model: SourceModel, written: dict[str, int]) -> int:
@@ -194,9 +207,11 @@ def _free(device: torch.device) -> int:
 
 def require_disk_space(out: Path, plan: MemoryPlan) -> None:
     """Raises SpenseError when the checkpoint, and a file of activations, will not fit where they should go."""
-    place = out.absolute().parent
+    place = Path(os.path.realpath(out))
+    # What an unfinished run left is used again, or makes room.
+    left = sum(file.stat().st_size for file in (place / PARTIAL).glob("*") if file.is_file())
     while not place.exists():
         place = place.parent
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(place).free + left
     if free < plan.on_disk:
         raise SpenseError(f"{place}: {free / GIB:.2f} GiB free, the run needs {plan.on_disk / GIB:.2f} GiB")

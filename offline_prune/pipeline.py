@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import cast
 
@@ -20,8 +21,9 @@ from offline_prune.block_pruning import BlockMlp
 from offline_prune.calibration.context_length import context_length, fit_to_context
 from offline_prune.calibration.data import calibration_tokens, check_vocabulary
 from offline_prune.calibration.hidden_states import Stream
-from offline_prune.checkpoint.journal import Journal
-from offline_prune.checkpoint.writer import CheckpointWriter, Say, refuse_filled, restored
+from offline_prune.checkpoint.journal import Journal, Say
+from offline_prune.checkpoint.output_folder import OutputFolder, require_apart
+from offline_prune.checkpoint.writer import CheckpointWriter, restored
 from offline_prune.memory_plan import GIB, MemoryPlan, batch_tokens, memory_plan
 from offline_prune.methods.recipe import Quantize
 from offline_prune.methods.regions import mean_sparsity, model_regions
@@ -65,18 +67,26 @@ def prune(
         The report that also lies beside the checkpoint.
 
     Raises:
-        SpenseError: bad input of any kind; nothing is left behind in `settings.out`.
+        SpenseError: bad input of any kind. Parts that were finished before are kept for `resume`.
     """
     device = pick_device(settings.device)
-    with distributed.joined(device):
+    with distributed.joined(device), ExitStack() as context:
         _check_ranks(settings.samples)
-        distributed.from_first(lambda: refuse_filled(settings.out, settings.overwrite))
         if not distributed.first():
             progress, say = (lambda *_: None), (lambda _: None)
+        out = OutputFolder(settings.out, settings.overwrite, settings.resume, say)
+        distributed.from_first(lambda: _take(out, settings.model, context))
         model = SourceModel(settings.model)
         if tokens is None:
             settings = _within_context(settings, model, say)
-        return _Run(model, settings, device, compute_dtype(device), progress, say).run(tokens)
+        return _Run(model, settings, device, compute_dtype(device), out, progress, say).run(tokens)
+
+
+def _take(out: OutputFolder, model: str, context: ExitStack) -> None:
+    """Keeps other runs away from OUT."""
+    if Path(model).is_dir():
+        require_apart(Path(model), out.path)
+    context.enter_context(out)
 
 
 def _within_context(settings: PruneSettings, model: SourceModel, say: Say) -> PruneSettings:
@@ -134,6 +144,7 @@ class _Run:
         settings: PruneSettings,
         device: torch.device,
         dtype: torch.dtype,
+        out: OutputFolder,
         progress: Progress,
         say: Say,
     ) -> None:
@@ -141,6 +152,7 @@ class _Run:
         self.settings = settings
         self.device = device
         self.dtype = dtype
+        self.out = out
         self.progress = progress
         self.say = say
         self.meter = Meter(device)
@@ -179,13 +191,14 @@ class _Run:
 
     def _open(self, run: dict[str, object], context: ExitStack) -> Journal:
         """Starts the checkpoint; what is finished of it already."""
-        settings = self.settings
-        writer = CheckpointWriter(settings.out, run, settings.overwrite, settings.resume, self.say)
-        self.writer = context.enter_context(writer)
-        return writer.journal
+        self.writer = context.enter_context(CheckpointWriter(self.out, run, self.say))
+        return self.writer.journal
 
     def _close(self, writer: CheckpointWriter, plan: MemoryPlan, start: float) -> None:
         """Adds what is in no block."""
+        if writer.complete:
+            self.say("all of it was finished by an earlier run")
+            return
         self._copy_outside_blocks(writer)
         with self.meter.stage("write"):
             writer.copy_companions(self.model.folder)
@@ -193,7 +206,8 @@ class _Run:
             writer.write_config(self.model.config_json, self._annotation(), ignore)
         self._close_report(plan, start)
         writer.write_json(FILE, self.report.to_dict())
-        self.report.draw(writer.path(PICTURE))
+        with writer.file(PICTURE) as path:
+            self.report.draw(path)
 
     def _tokens(self, given: torch.Tensor | None) -> torch.Tensor:
         settings, model = self.settings, self.model

@@ -36,7 +36,7 @@ class PruneSettings:
 
     Attributes:
         model: a local folder or a Hugging Face hub name.
-        out: folder to write; must not exist unless `overwrite`.
+        out: folder to write; must be empty, or not there, unless `overwrite`.
         method: a key of `METHODS`.
         sparsity: MLP sparsity (1 − ρ) / 2 in [0, 0.5]; None for the method's own.
         dense_first: keep the first MLP dense, and let the others take over its sparsity; None for the method's own,

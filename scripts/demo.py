@@ -29,7 +29,7 @@ HELDOUT_SAMPLES, HELDOUT_LENGTH = 16, 512
 CPU_ARGUMENTS = ["--dtype", "float32", "--enforce-eager"]
 CPU_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 
-console = Console(highlight=False)
+console = Console(markup=False, emoji=False, highlight=False)
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def heading(text: str) -> None:
-    console.print(f"\n[bold]{text}[/bold]", soft_wrap=True)
+    console.print(f"\n{text}", style="bold", soft_wrap=True)
 
 
 def show_perplexities(model: Path, checkpoints: dict[str, Path]) -> None:
@@ -91,7 +91,7 @@ def ask(checkpoint: Path, port: int, on_cpu: bool) -> None:
             )
         except OpenAIError as error:
             raise SystemExit(f"{last_lines(log)}\nThe server did not answer: {error}") from None
-        console.print(f"  question  {QUESTION}\n  answer    {reply.choices[0].message.content}", markup=False)
+        console.print(f"  question  {QUESTION}\n  answer    {reply.choices[0].message.content}")
     console.print("server stopped")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,8 @@ def smollm2(folder: Path) -> Path:
     """
     if folder.exists():
         return folder
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+    # transformers shows bars of its own, and tqdm's own for GGUF, which reads this when it is imported.
+    os.environ["TQDM_DISABLE"] = "1"
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)

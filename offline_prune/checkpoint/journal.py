@@ -1,10 +1,11 @@
-"""What an unfinished checkpoint consists of: lines of JSON, the first of them about the run as a whole."""
+"""What a checkpoint in the making consists of: lines of JSON, each with a checksum."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from offline_prune.checkpoint.merge import read_header
 from vllm_spense.errors import SpenseError
 
 FILE = "journal.jsonl"
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -24,17 +28,36 @@ class Part:
     Attributes:
         name: of a block, or of what else the part holds.
         file: its safetensors file, in the journal's folder.
+        crc32: of the file.
         record: what the run wants to know about it later.
     """
 
     name: str
     file: str
+    crc32: int
     record: Any
+
+
+@dataclass(frozen=True)
+class Ending:
+    """All parts are finished and all other files are written; what is left is to move them to OUT.
+
+    Attributes:
+        files: name in OUT → name in the journal's folder, for each file of the checkpoint.
+        merged: the name in OUT of the one file that all parts become; None where each becomes a shard.
+        replaced: names of files that were in OUT and that this checkpoint replaces.
+    """
+
+    files: dict[str, str]
+    merged: str | None
+    replaced: list[str]
 
 
 @dataclass
 class Journal:
-    """A part is finished once its line is whole; a line that is not was being written when the run was killed.
+    """The first line is about the run, then there is one for each finished part, and at last the ending.
+
+    A line counts once it is whole; a last line that is not was being written when the run was killed.
 
     Attributes:
         run: whatever decides the run's result, by name.
@@ -43,16 +66,36 @@ class Journal:
     folder: Path
     run: Mapping[str, Any]
     parts: list[Part] = field(default_factory=list)
+    ending: Ending | None = None
 
     @classmethod
-    def read(cls, folder: Path) -> Journal | None:
-        """The journal in a folder; None if its first line was not finished."""
-        file = folder / FILE
-        lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
-        if not lines:
+    def read(cls, folder: Path, say: Say = lambda _: None, file: str = FILE) -> Journal | None:
+        """The journal in a folder; None if its first line was not finished.
+
+        Args:
+            say: told about damage, before which everything counts.
+
+        Raises:
+            SpenseError: it cannot be read, or damage leaves nothing that a run can go on from.
+        """
+        path = folder / file
+        try:
+            lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        except OSError as error:
+            raise SpenseError(f"{path}: cannot be read: {error.strerror}") from None
+        entries = [_parsed(line) for line in lines]
+        if not entries:
             return None
-        first, *others = map(json.loads, lines)
-        return cls(folder, first, [Part(**line) for line in others])
+        intact = entries.index(None) if None in entries else len(entries)
+        if not intact or (entries[-1] and "files" in entries[-1] and intact < len(entries)):
+            raise SpenseError(
+                f"{path}: line {intact + 1} is damaged, and no run can go on from it; --overwrite starts anew"
+            )
+        if intact < len(entries):
+            say(f"{path}: line {intact + 1} is damaged; {intact - 1} parts before it are kept, the others made again")
+        run, *others = [entry for entry in entries[:intact] if entry is not None]
+        ending = Ending(**others.pop()) if others and "files" in others[-1] else None
+        return cls(folder, run, [Part(**entry) for entry in others], ending)
 
     @property
     def finished(self) -> dict[str, Any]:
@@ -64,20 +107,35 @@ class Journal:
         file = next(part.file for part in self.parts if part.name == name)
         return load_file(self.folder / file)
 
+    def drop_damaged(self, say: Say) -> None:
+        """Forgets the first part whose file is not as it was written, and those after it."""
+        for index, part in enumerate(self.parts):
+            file = self.folder / part.file
+            damage = _damage(file, part.crc32)
+            if damage:
+                say(f"{file}: {damage}; {index} parts before it are kept, the others made again")
+                del self.parts[index:]
+
     def start(self) -> None:
-        """Writes the journal anew, which drops a last line that was not finished."""
+        """Writes the journal anew, which drops lines that do not count."""
         file = self.folder / FILE
-        lines = [self.run, *(vars(part) for part in self.parts)]
+        entries: list[Mapping[str, Any]] = [self.run, *map(vars, self.parts)]
         temporary = file.with_suffix(".new")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as out:
+            out.writelines(map(_line, entries))
+            out.flush()
+            os.fsync(out.fileno())
         temporary.replace(file)
 
-    def add(self, part: Part) -> None:
-        with (self.folder / FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(vars(part)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+    def add(self, name: str, file: Path, record: Any) -> None:
+        """A part that is on the disk."""
+        part = Part(name, file.name, _crc32(file), record)
+        self._append(vars(part))
         self.parts.append(part)
+
+    def end(self, ending: Ending) -> None:
+        self._append(vars(ending))
+        self.ending = ending
 
     def require(self, run: Mapping[str, Any]) -> None:
         """Raises SpenseError unless this journal is of a run like `run`; names what differs."""
@@ -92,3 +150,41 @@ class Journal:
                 f"{self.folder}: --resume cannot go on with a run of other settings ({'; '.join(different)}); "
                 "give the same ones, or start anew with --overwrite"
             )
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        with (self.folder / FILE).open("a", encoding="utf-8") as file:
+            file.write(_line(entry))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    text = json.dumps(dict(entry))
+    return json.dumps([zlib.crc32(text.encode()), json.loads(text)]) + "\n"
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """What a line says, or None if it is damaged."""
+    try:
+        checksum, entry = json.loads(line)
+    except (ValueError, TypeError):
+        return None
+    intact = isinstance(entry, dict) and checksum == zlib.crc32(json.dumps(entry).encode())
+    return entry if intact else None
+
+
+def _damage(file: Path, crc32: int) -> str | None:
+    """What is wrong with a part's file, if anything."""
+    try:
+        read_header(file)
+        return None if _crc32(file) == crc32 else "not what was written"
+    except (OSError, ValueError) as error:
+        return f"damaged: {error}"
+
+
+def _crc32(path: Path) -> int:
+    found = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 24):
+            found = zlib.crc32(chunk, found)
+    return found

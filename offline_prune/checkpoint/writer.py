@@ -1,12 +1,13 @@
-"""Writing a checkpoint folder: part by part into a hidden folder, renamed when it is whole."""
+"""Writing a checkpoint: part by part into a hidden folder, moved to OUT when it is whole."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,10 +15,12 @@ from typing import Any
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from offline_prune.checkpoint.journal import FILE as JOURNAL
-from offline_prune.checkpoint.journal import Journal, Part
+from offline_prune.checkpoint.companions import companions
+from offline_prune.checkpoint.journal import Say
+from offline_prune.checkpoint.merge import read_header
+from offline_prune.checkpoint.output_folder import OutputFolder
 from offline_prune.methods.fp8 import SCALE_DTYPE, dequantize, to_fp8
 from offline_prune.model.safetensors_reader import INDEX_NAME, SINGLE_NAME
 from offline_prune.runtime.pinned_buffers import Outbox
@@ -25,11 +28,8 @@ from vllm_spense.errors import SpenseError
 from vllm_spense.format import KEY, SIDECAR, Annotation
 
 MAX_SHARD_BYTES = 4 * 2**30
-#: What travels along from the source folder: tokenizer, chat template, generation config, remote code, licence.
-_COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
-_OWN = ("config.json", INDEX_NAME, SIDECAR)
-
-Say = Callable[[str], None]
+#: In the hidden folder: the files that are finished as they are.
+_STAGED = "ready"
 
 
 def stored_form(weight: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -85,64 +85,42 @@ def fp8_config(ignore: list[str]) -> dict[str, Any]:
     return json.loads(config.model_dump_json(exclude_unset=True))
 
 
-class Unfinished(SpenseError):
-    """The work cannot go on now; what is finished is kept for `--resume`."""
-
-
 class CheckpointWriter:
-    """A context in which parts are written; leaving it normally makes the checkpoint visible, all at once.
+    """A context in which parts are written; leaving it normally moves the checkpoint to OUT.
 
-    Parts are written in the background, one at a time, into a hidden folder beside `out` with a journal. What is on a
-    GPU goes through pinned host memory, enough for one part. When the context is left by anything but a mistake of the
-    user's, and a part is finished, the folder stays for a run that resumes.
+    Parts are written in the background, one at a time, into OUT's hidden folder with a journal. What is on a GPU goes
+    through pinned host memory, enough for one part. When the context is left by an exception, whatever part is finished
+    stays for a run that resumes.
 
     Args:
-        out: the folder to create.
+        out: entered.
         run: whatever decides the result, by name; a run that is resumed must have had the same.
-        overwrite: replace a checkpoint, or an unfinished one, that is there.
-        resume: go on with an unfinished one, if there is one.
         say: told when an unfinished one is kept.
 
     Attributes:
         journal: of what is finished.
 
     Raises:
-        SpenseError: at construction, when there is something that may not be replaced or resumed.
+        SpenseError: at construction, when the run that would be resumed is another one; and when the disk fails.
     """
 
-    def __init__(self, out: Path, run: Mapping[str, Any], overwrite: bool, resume: bool, say: Say) -> None:
-        self.out = out
-        refuse_filled(out, overwrite)
-        self._hidden = out.parent / f".{out.name}.partial-{os.getpid()}"
-        self.journal = Journal(self._hidden, run)
-        self._resumed: Path | None = None
+    def __init__(self, out: OutputFolder, run: Mapping[str, Any], say: Say) -> None:
+        self._out = out
+        self._folder = out.partial
+        self.journal = out.start(run)
         self._say = say
         self._background = ThreadPoolExecutor(1, "write")
         self._outbox = Outbox()
         self._last: Future[None] | None = None
-        left = unfinished(out)
-        if left and resume:
-            left.require(run)
-            self._resumed = left.folder
-            self.journal.parts = left.parts
-        elif left and not overwrite:
-            raise SpenseError(
-                f"{left.folder}: an unfinished run ({len(left.parts)} blocks done); "
-                "--resume goes on, --overwrite starts anew"
-            )
+        self._files: list[str] = []
 
     def __enter__(self) -> CheckpointWriter:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        if self._resumed:
-            self._resumed.rename(self._hidden)
-        _remove_abandoned(self.out)
-        self._hidden.mkdir(exist_ok=True)
-        kept = {part.file for part in self.journal.parts}
-        for file in self._hidden.iterdir():
-            if file.name not in kept:
-                file.unlink()
-        self.journal.start()
         return self
+
+    @property
+    def complete(self) -> bool:
+        """Whether an earlier run wrote everything, and perhaps moved some of it to OUT."""
+        return self.journal.ending is not None
 
     def add(self, name: str, tensors: Mapping[str, torch.Tensor], record: Any = None) -> None:
         """Writes a part in the background, once the one before is written.
@@ -152,25 +130,36 @@ class CheckpointWriter:
             tensors: on any device; those on a GPU may be overwritten by work that is queued there after this.
 
         Raises:
-            Unfinished: that one could not be written.
+            SpenseError: that one could not be written.
         """
         self._wait()
         # Nobody reads the outbox any more.
         posted, arrived = self._outbox.post(name, tensors)
         self._last = self._background.submit(self._write, name, posted, arrived, record)
 
-    def write_json(self, file: str, data: Any) -> None:
-        (self._hidden / file).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    @contextmanager
+    def file(self, name: str) -> Iterator[Path]:
+        """Inside, another file of the checkpoint is to be written; after that it is on the disk.
 
-    def path(self, file: str) -> Path:
-        """Where to write another file of the checkpoint now."""
-        return self._hidden / file
+        Args:
+            name: relative to OUT.
+        """
+        path = self._folder / _STAGED / name
+        with self._out.writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield path
+            with path.open("rb") as written:
+                os.fsync(written.fileno())
+        self._files.append(name)
+
+    def write_json(self, name: str, data: Any) -> None:
+        with self.file(name) as path:
+            path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def copy_companions(self, source: Path) -> None:
-        for pattern in _COMPANIONS:
-            for file in source.glob(pattern):
-                if file.name not in _OWN and file.is_file():
-                    shutil.copyfile(file, self._hidden / file.name)
+        for name in companions(source):
+            with self.file(str(name)) as path:
+                shutil.copyfile(source / name, path)
 
     def write_config(self, config: dict[str, Any], annotation: Annotation, ignore: list[str] | None) -> None:
         """config.json with the annotation in its quantization_config, or beside it where nothing is quantized.
@@ -180,7 +169,8 @@ class CheckpointWriter:
         """
         if ignore is None:
             self.write_json("config.json", config)
-            (self._hidden / SIDECAR).write_text(annotation.to_json(), encoding="utf-8")
+            with self.file(SIDECAR) as path:
+                path.write_text(annotation.to_json(), encoding="utf-8")
         else:
             quantization = {**fp8_config(ignore), KEY: annotation.to_dict()}
             self.write_json("config.json", {**config, "quantization_config": quantization})
@@ -188,20 +178,17 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        ended = False
         try:
             if kind is None:
                 self._wait()
-                self._name_shards()
-                (self._hidden / JOURNAL).unlink()
                 self._publish()
+                ended = True
         finally:
             # Whatever was being written when something else went wrong is finished first.
             self._background.shutdown()
-            mistake = kind is not None and issubclass(kind, SpenseError) and not issubclass(kind, Unfinished)
-            if mistake or not self.journal.parts:
-                shutil.rmtree(self._hidden, ignore_errors=True)
-            elif kind is not None:
-                self._say(f"what is finished is kept ({len(self.journal.parts)} blocks); --resume goes on from there")
+            if not ended and self.journal.parts:
+                self._say(f"what is finished is kept ({len(self.journal.parts)} parts); --resume goes on from there")
 
     def _wait(self) -> None:
         if self._last:
@@ -211,85 +198,41 @@ class CheckpointWriter:
     def _write(
         self, name: str, tensors: dict[str, torch.Tensor], arrived: torch.cuda.Event | None, record: Any
     ) -> None:
-        file = self._hidden / f"part-{len(self.journal.parts)}"
+        file = self._folder / f"part-{len(self.journal.parts)}"
         if arrived:
             arrived.synchronize()
         try:
-            save_file(tensors, file, metadata={"format": "pt"})
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-            file.chmod(0o644)
-            self.journal.add(Part(name, file.name, record))
-        except (OSError, SafetensorError) as error:
-            raise Unfinished(f"{file}: cannot be written: {error}") from None
-
-    def _name_shards(self) -> None:
-        parts = self.journal.parts
-        files = [self._hidden / part.file for part in parts]
-        if sum(file.stat().st_size for file in files) <= MAX_SHARD_BYTES:
-            together = {name: tensor for file in files for name, tensor in load_file(file).items()}
-            save_file(together, self._hidden / SINGLE_NAME, metadata={"format": "pt"})
-            (self._hidden / SINGLE_NAME).chmod(0o644)
-            for file in files:
-                file.unlink()
-            return
-        weight_map, total_bytes = {}, 0
-        for number, file in enumerate(files):
-            shard = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
-            tensors = load_file(file)
-            total_bytes += sum(tensor.nbytes for tensor in tensors.values())
-            weight_map.update(dict.fromkeys(tensors, shard))
-            file.rename(self._hidden / shard)
-        self.write_json(INDEX_NAME, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+            with self._out.writing(file):
+                save_file(tensors, file, metadata={"format": "pt"})
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+                file.chmod(0o644)
+                self.journal.add(name, file, record)
+        except SafetensorError as error:
+            raise SpenseError(f"{file}: cannot be written: {error}") from None
 
     def _publish(self) -> None:
-        if self.out.exists():
-            old = self.out.parent / f".{self.out.name}.old-{os.getpid()}"
-            self.out.rename(old)
-            self._hidden.rename(self.out)
-            shutil.rmtree(old)
+        if self.complete:
+            self._out.publish(self.journal, {}, None)
+            return
+        parts = [self._folder / part.file for part in self.journal.parts]
+        headers = [read_header(part) for part in parts]
+        if merges(sum(header.nbytes for header in headers)):
+            weights, merged = {SINGLE_NAME: SINGLE_NAME}, SINGLE_NAME
         else:
-            self._hidden.rename(self.out)
+            merged = None
+            weights = {
+                f"model-{number:05d}-of-{len(parts):05d}.safetensors": part.name for number, part in enumerate(parts, 1)
+            }
+            weight_map = {
+                name: shard for header, shard in zip(headers, weights, strict=True) for name in header.tensors
+            }
+            total_bytes = sum(header.nbytes for header in headers)
+            self.write_json(INDEX_NAME, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+        staged = {name: f"{_STAGED}/{name}" for name in self._files}
+        self._out.publish(self.journal, {**weights, **staged}, merged)
 
 
-def unfinished(out: Path) -> Journal | None:
-    """The journal of the run to `out` that got furthest and whose process is gone, if it finished anything."""
-    journals = [journal for folder in _abandoned(out) if (journal := Journal.read(folder)) and journal.parts]
-    return max(journals, key=lambda journal: len(journal.parts), default=None)
-
-
-def refuse_filled(out: Path, overwrite: bool) -> None:
-    """Raises SpenseError when `out` holds something that may not be replaced."""
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise SpenseError(f"{out}: found a file, expected a folder or nothing")
-    if not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise SpenseError(f"{out}: the folder is not empty; --overwrite replaces a checkpoint")
-    if not (out / "config.json").exists():
-        raise SpenseError(f"{out}: the folder holds no checkpoint (no config.json), so --overwrite does not touch it")
-
-
-def _remove_abandoned(out: Path) -> None:
-    """Removes what killed runs left."""
-    for folder in _abandoned(out):
-        shutil.rmtree(folder)
-
-
-def _abandoned(out: Path) -> list[Path]:
-    """Hidden folders whose process is gone."""
-    folders = out.parent.glob(f".{out.name}.partial-*")
-    pids = {folder: folder.name.rpartition("-")[2] for folder in folders}
-    return [folder for folder, pid in pids.items() if pid.isdigit() and not _alive(int(pid))]
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def merges(total_bytes: int) -> bool:
+    """Whether a checkpoint of this size is one file of weights."""
+    return total_bytes <= MAX_SHARD_BYTES

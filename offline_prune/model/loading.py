@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
 
 from offline_prune.model.gated_mlp import Glu, Unsupported, find_glu
 from offline_prune.model.safetensors_reader import TensorFiles, read_json, resolve_model
@@ -144,7 +145,8 @@ class SourceModel:
         mapping: Any = get_model_conversion_mapping(self.skeleton)
         rules = LoadStateDictConfig(weight_mapping=mapping, device_map={"": "cpu"})
         empty = dict(self.module(name).named_parameters())
-        convert_and_load_state_dict_in_model(self.skeleton, stored, rules)
+        with _without_progress_bars():
+            convert_and_load_state_dict_in_model(self.skeleton, stored, rules)
         loaded = {key: p for key, p in self.module(name).named_parameters() if p.device.type != "meta"}
         for key in loaded:
             _set_parameter(self.module(name), key, empty[key])
@@ -166,6 +168,18 @@ class SourceModel:
         module = self.module(name)
         for key, parameter in list(module.named_parameters()):
             _set_parameter(module, key, parameter.to("meta"))
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """transformers shows one for the tensors of each block, which would break the run's own and flood a log."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _set_parameter(module: nn.Module, key: str, value: torch.Tensor) -> None:

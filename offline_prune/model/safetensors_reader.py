@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from offline_prune.checkpoint.companions import DOWNLOADED, NOT_DOWNLOADED
 from vllm_spense.errors import SpenseError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -49,9 +50,8 @@ def resolve_model(model: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(model, allow_patterns=wanted))
+        return Path(snapshot_download(model, allow_patterns=list(DOWNLOADED), ignore_patterns=list(NOT_DOWNLOADED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SpenseError(f"{model}: no such folder, and the Hugging Face hub did not give it: {reason}") from None

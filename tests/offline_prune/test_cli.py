@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import json
+import os
+import pty
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from runs import run
+from tiny_models import tiny_model
 
 from offline_prune.cli import PRUNE_EXTRA
+from vllm_spense.errors import SpenseError
 from vllm_spense.format import SIDECAR
 
 
 def spense(*arguments: object, module: str = "offline_prune.cli") -> subprocess.CompletedProcess[str]:
     code = f"import sys; from {module} import main; main(sys.argv[1:])"
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=None)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "COLUMNS": "300"})
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +118,84 @@ def test_the_extra_for_pruning_is_what_the_commands_take_it_for() -> None:
     )
     packages = {requirement.partition(">=")[0] for requirement in ast.literal_eval(extras)["prune"]}
     assert {name.replace("-", "_") for name in packages} == PRUNE_EXTRA
+
+
+#: As rich would read them: a style, a closing tag of nothing, an emoji, a link.
+ODD = ["run[v2]", "run[/x]out", ":smile: [link=http://x]", "[bold]"]
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_names_are_not_markup(odd: str, out: Path, tmp_path: Path) -> None:
+    folder = tmp_path / odd
+    shutil.copytree(out, folder)
+    annotation = json.loads((folder / SIDECAR).read_text())
+    (folder / SIDECAR).write_text(json.dumps({**annotation, "method": odd}))
+    said = spense("verify", folder)
+    assert said.stdout.startswith(f"{folder}: good"), said.stderr
+    said = spense("inspect", folder)
+    assert said.returncode == 0, said.stderr
+    assert str(folder) in said.stdout
+    assert re.search(rf"method +│? *{re.escape(odd)} ", said.stdout)
+    said = spense("verify", tmp_path / "missing" / odd)
+    assert f"{tmp_path / 'missing' / odd}: no config.json" in said.stderr
+    assert "Traceback" not in said.stderr
+
+
+def test_a_run_to_an_odd_name_ends_well(tmp_path: Path, llama: Path, text: Path) -> None:
+    out = tmp_path / "run[/x]out [red]:smile:"
+    options = ["--calibration", text, "--samples", 8, "--length", 64, "--device", "cpu"]
+    result = spense("prune", llama, out, *options)
+    assert result.returncode == 0, result.stderr
+    assert "run[/x]out [red]:smile:" in " ".join(result.stdout.split())
+    assert (out / "config.json").exists()
+    again = spense("prune", llama, out, *options)
+    assert f"error: {out}: the folder is not empty" in again.stderr
+
+
+def test_help_keeps_what_is_in_brackets() -> None:
+    assert "[default: the method's]" in spense("prune", "--help").stdout
+
+
+def test_a_log_gets_a_line_for_every_tenth_of_the_blocks(tmp_path: Path, text: Path) -> None:
+    """And no bars, nor those of transformers, which converts each block of experts."""
+    model = tiny_model("qwen3-moe with a plain layer", tmp_path / "model", num_hidden_layers=24, mlp_only_layers=[23])
+    options = ["--calibration", text, "--samples", 2, "--length", 16, "--device", "cpu", "--skip-unsupported"]
+    result = spense("prune", model, tmp_path / "out", *options)
+    assert result.returncode == 0, result.stderr
+    lines = result.stderr.splitlines()
+    pruned = [line for line in lines if line.startswith("pruned ")]
+    assert len(pruned) == 10
+    assert re.fullmatch(r"pruned model\.layers\.23, 24 of 24 blocks, after [0-9:]+", pruned[-1])
+    assert "\r" not in result.stderr
+    assert "Loading weights" not in result.stderr
+    assert "it/s" not in result.stderr
+
+
+def test_a_terminal_gets_a_bar(tmp_path: Path, llama: Path, text: Path) -> None:
+    ours, theirs = pty.openpty()
+    code = "import sys; from offline_prune.cli import main; main(sys.argv[1:])"
+    options = ["--calibration", str(text), "--samples", "2", "--length", "16", "--device", "cpu"]
+    command = [sys.executable, "-c", code, "prune", str(llama), str(tmp_path / "out"), *options]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "150"}
+    with subprocess.Popen(command, stderr=theirs, stdout=subprocess.DEVNULL, env=environment) as process:
+        os.close(theirs)
+        said = b""
+        # The other end's closing is an error here.
+        with contextlib.suppress(OSError):
+            while chunk := os.read(ours, 1 << 16):
+                said += chunk
+    os.close(ours)
+    assert process.returncode == 0, said
+    assert "━" in said.decode()
+    assert b"2/2" in said
+
+
+@pytest.mark.parametrize("relation", ["same", "inside", "around"])
+def test_model_is_never_written_into(relation: str, tmp_path: Path, llama: Path, text: Path) -> None:
+    model = shutil.copytree(llama, tmp_path / "around/model")
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    out = {"same": model, "inside": model / "new", "around": tmp_path / "around"}[relation]
+    with pytest.raises(SpenseError, match="expected folders of which neither holds the other"):
+        run(model, out, text, overwrite=True)
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+    assert [path.name for path in model.parent.iterdir()] == ["model"]

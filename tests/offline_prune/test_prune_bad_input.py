@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -170,20 +167,3 @@ def test_out_exists(llama: Path, tmp_path: Path, text: Path) -> None:
     run(llama, out, text, overwrite=True)
     assert open_checkpoint(out).annotation.default.mlp_sparsity == 0.375
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_overwrite_spares_folders_that_are_no_checkpoints(llama: Path, tmp_path: Path, text: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/diary.txt").write_text("dear")
-    with pytest.raises(SpenseError, match="no checkpoint"):
-        run(llama, tmp_path / "out", text, overwrite=True)
-    assert (tmp_path / "out/diary.txt").read_text() == "dear"
-
-
-def test_the_next_run_clears_what_a_killed_one_left(llama: Path, tmp_path: Path, text: Path) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    for pid in (dead.pid, os.getppid()):
-        (tmp_path / f".out.partial-{pid}").mkdir()
-    run(llama, tmp_path / "out", text)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f".out.partial-{os.getppid()}", "out"]

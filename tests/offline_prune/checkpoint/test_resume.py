@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import shutil
@@ -11,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +20,12 @@ import torch
 from runs import run
 from tiny_models import tiny_model
 
-from offline_prune import pipeline
+from offline_prune import memory_plan, pipeline
 from offline_prune.checkpoint import writer
-from offline_prune.checkpoint.journal import FILE, Journal, Part
-from offline_prune.checkpoint.writer import Unfinished
+from offline_prune.checkpoint.journal import FILE, Journal
+from offline_prune.checkpoint.output_folder import PARTIAL
 from offline_prune.methods.recipe import METHODS
+from offline_prune.model.loading import SourceModel
 from offline_prune.settings import PruneSettings
 from vllm_spense.errors import SpenseError
 
@@ -41,7 +44,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cut_off(
     model: Path, out: Path, text: Path, blocks: int, error: BaseException | None = None, **options: Any
 ) -> None:
-    """Prunes so many blocks and leaves an unfinished run whose process is gone."""
+    """Prunes so many blocks and leaves an unfinished run."""
 
     def stop(done: int, total: int, name: str) -> None:
         if done == blocks:
@@ -51,15 +54,12 @@ def cut_off(
     settings = PruneSettings(str(model), out, **given)
     with pytest.raises(type(error) if error else Cut):
         pipeline.prune(settings, stop)
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    for folder in out.parent.glob(f".{out.name}.partial-*"):
-        folder.rename(folder.with_name(f".{out.name}.partial-{dead.pid}"))
 
 
 def contents(out: Path) -> dict[str, bytes]:
     """All files but the report, which tells how long it took."""
-    return {path.name: path.read_bytes() for path in out.iterdir() if not path.name.startswith("report.")}
+    files = [path for path in out.rglob("*") if path.is_file() and not path.name.startswith("report.")]
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
 @pytest.mark.parametrize("blocks", [1, LAYERS])
@@ -99,7 +99,7 @@ def test_other_settings_are_refused_by_name(
     cut_off(deep, tmp_path / "out", text, 2)
     with pytest.raises(SpenseError, match=words):
         run(deep, tmp_path / "out", text, resume=True, **options)
-    assert len(list(tmp_path.glob(".out.partial-*"))) == 1, "the work that was done is gone"
+    assert len(list((tmp_path / "out" / PARTIAL).glob("part-*"))) == 2, "the work that was done is gone"
 
 
 def test_a_method_that_means_something_else_is_refused(
@@ -144,19 +144,23 @@ def test_another_model_is_refused(deep: Path, tmp_path: Path, text: Path) -> Non
 
 def test_work_is_not_thrown_away_unasked(deep: Path, tmp_path: Path, text: Path) -> None:
     cut_off(deep, tmp_path / "out", text, 2)
-    with pytest.raises(SpenseError, match=r"unfinished run \(2 blocks done\); --resume goes on, --overwrite starts"):
+    with pytest.raises(SpenseError, match=r"unfinished run \(2 parts done\); --resume goes on, --overwrite starts"):
         run(deep, tmp_path / "out", text)
     run(deep, tmp_path / "out", text, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not (tmp_path / "out" / PARTIAL).exists()
 
 
 def test_resume_without_anything_to_resume_starts_at_the_start(deep: Path, tmp_path: Path, text: Path) -> None:
     assert len(run(deep, tmp_path / "out", text, resume=True).layers) == LAYERS
 
 
-def test_a_mistake_leaves_nothing(deep: Path, tmp_path: Path, text: Path) -> None:
-    cut_off(deep, tmp_path / "out", text, 2, error=SpenseError("NaN"))
-    assert not list(tmp_path.iterdir())
+def test_no_error_costs_what_was_finished(deep: Path, tmp_path: Path, text: Path) -> None:
+    """A file that cannot be read today may be readable tomorrow."""
+    run(deep, tmp_path / "whole", text)
+    cut_off(deep, tmp_path / "out", text, 2, error=SpenseError("cannot read"))
+    run(deep, tmp_path / "out", text, resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_a_full_disk_is_explained_and_resumed(
@@ -172,11 +176,10 @@ def test_a_full_disk_is_explained_and_resumed(
 
     checkpoint_save = writer.save_file
     monkeypatch.setattr(writer, "save_file", full_after_two)
-    with pytest.raises(Unfinished, match=r"part-2: cannot be written: .*No space left on device"):
+    with pytest.raises(SpenseError, match=r"part-2: cannot be written: .*No space left on device"):
         run(deep, tmp_path / "out", text)
     monkeypatch.undo()
-    (partial,) = tmp_path.glob(".out.partial-*")
-    journal = Journal.read(partial)
+    journal = Journal.read(tmp_path / "out" / PARTIAL)
     assert journal is not None
     assert [part.file for part in journal.parts] == ["part-0", "part-1"]
 
@@ -185,7 +188,8 @@ def test_a_line_that_was_not_finished_does_not_count(tmp_path: Path) -> None:
     journal = Journal(tmp_path, {"seed": 0})
     journal.start()
     for name in ("a", "b"):
-        journal.add(Part(name, name, {"loss": 0.1}))
+        (tmp_path / name).write_text(name)
+        journal.add(name, tmp_path / name, {"loss": 0.1})
     whole = (tmp_path / FILE).read_bytes()
     for length in range(len(whole) + 1):
         (tmp_path / FILE).write_bytes(whole[:length])
@@ -203,7 +207,7 @@ def killed(model: Path, out: Path, text: Path, number: signal.Signals, blocks: i
         [*command, "--samples", "8", "--length", "64", "--device", "cpu"], stderr=subprocess.PIPE
     )
     deadline = time.monotonic() + 120
-    while len(list(out.parent.glob(f".{out.name}.partial-{process.pid}/part-*"))) < blocks:
+    while len(list((out / PARTIAL).glob("part-*"))) < blocks:
         assert process.poll() is None, process.stderr and process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -212,7 +216,7 @@ def killed(model: Path, out: Path, text: Path, number: signal.Signals, blocks: i
     _, stderr = process.communicate(timeout=60)
     assert process.returncode != 0
     assert b"Traceback" not in stderr
-    assert not out.exists()
+    assert [path.name for path in out.iterdir()] == [PARTIAL]
     return stderr
 
 
@@ -223,10 +227,68 @@ def test_a_run_that_is_killed_again_and_again(tmp_path: Path, text: Path) -> Non
     for number, blocks in ((signal.SIGKILL, 3), (signal.SIGTERM, 10)):
         said = killed(model, tmp_path / "out", text, number, blocks, dice.uniform(0, 0.1))
         assert (b"--resume goes on from there" in said) == (number != signal.SIGKILL)
-        (left,) = tmp_path.glob(".out*")
-        assert not any(re.fullmatch(r"(model|config).*", path.name) for path in left.iterdir())
     run(model, tmp_path / "out", text, resume=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("shard_bytes", [4 << 30, 40_000], ids=["one file", "shards"])
+def test_a_run_that_is_cut_off_while_files_move_ends_the_same(
+    shard_bytes: int, deep: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`test_cut_off.py` does so at every single step, without a model."""
+    monkeypatch.setattr(writer, "MAX_SHARD_BYTES", shard_bytes)
+    run(deep, tmp_path / "whole", text)
+    replace_file, moved = os.replace, 0
+
+    def interrupted(source: Path, target: Path) -> None:
+        nonlocal moved
+        moved += 1
+        if moved in (1, 3, 6):
+            raise KeyboardInterrupt
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    for attempt in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            run(deep, tmp_path / "out", text, resume=attempt > 0)
+        assert not (tmp_path / "out/config.json").exists()
+    report = run(deep, tmp_path / "out", text, resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert len(report.layers) == LAYERS
+
+
+def test_what_a_resumed_run_needs_on_the_disk(deep: Path, tmp_path: Path, text: Path) -> None:
+    """What is there already needs no room again."""
+    cut_off(deep, tmp_path / "out", text, 2)
+    settings = PruneSettings(str(deep), tmp_path / "out", samples=8, length=64)
+    cpu = torch.device("cpu")
+    needs = memory_plan.memory_plan(SourceModel(str(deep)), settings, cpu, torch.float32)
+    parts = sum(path.stat().st_size for path in (tmp_path / "out" / PARTIAL).glob("part-*"))
+    free = needs.on_disk - parts // 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory_plan.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+        memory_plan.require_disk_space(tmp_path / "out", needs)
+        with pytest.raises(SpenseError, match=r"GiB free, the run needs"):
+            memory_plan.require_disk_space(tmp_path / "elsewhere", needs)
+
+
+def test_a_run_needs_no_more_disk_than_planned(
+    deep: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the headers of the files and the report, which a model of this size is hardly larger than."""
+    most = 0
+
+    def watched(descriptor: int) -> None:
+        nonlocal most
+        sync(descriptor)
+        weights = [path for path in tmp_path.rglob("*") if re.match(r"part-|.*\.safetensors", path.name)]
+        most = max(most, sum(512 * path.stat().st_blocks for path in weights))
+
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", watched)
+    run(deep, tmp_path / "out", text, quantize="none")
+    weights = (tmp_path / "out/model.safetensors").stat().st_size
+    assert weights < most < 1.6 * weights
 
 
 def test_a_run_that_ends_before_its_first_block_leaves_nothing(

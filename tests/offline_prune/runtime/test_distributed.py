@@ -54,7 +54,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_ranks_that_are_killed_and_resumed_end_as_one(model: Path, tmp_path: Path, text: Path) -> None:
     process = torchrun(model, tmp_path / "two", text, "--batch-tokens", "128", "--activations", "disk")
     deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob(".two.partial-*/part-*"))) < 3:
+    while len(list((tmp_path / "two").glob(".spense-partial/part-*"))) < 3:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.01)
