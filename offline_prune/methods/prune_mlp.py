@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -83,7 +84,7 @@ def file_order(
     selection = settings.wanted_selection
     if selection != "last" and regions.sparse and regions.dense:
         if selection == "random":
-            seed = sum(layer.encode()) * 1_000_003 + settings.seed
+            seed = random_seed(layer, settings.seed)
             priority = torch.rand(regions.intermediate, generator=torch.Generator().manual_seed(seed)).to(gate.device)
         elif selection == "sparsegpt-score":
             pivots_in = inverse_factor(hessian_in, settings.damping, f"{layer}: gate and up").upper.diagonal()
@@ -98,6 +99,11 @@ def file_order(
     if settings.wanted_grouping == "mixed":
         return mixed_groups(order, wanda_scores(down, energy).sum(0), regions)
     return order
+
+
+def random_seed(layer: str, seed: int) -> int:
+    """Of a layer's own random order: layers share none, nor do runs with other seeds."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {layer}".encode()).digest()[:8], "little")
 
 
 def prune_every_row(gate_up: torch.Tensor, hessian: torch.Tensor, settings: PruneSettings, layer: str) -> Pruned:
