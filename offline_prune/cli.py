@@ -226,16 +226,27 @@ def _print_report(report: Report, out: Path) -> None:
 
 
 @app.command()
-def verify(folder: Annotated[Path, typer.Argument(help="A Spense checkpoint.")]) -> None:
-    """Prove that FOLDER holds what its annotation says: 2:4, dense regions, shapes, scales."""
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A Spense checkpoint.")],
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the Python in FOLDER that says how the model is built.")
+    ] = False,
+) -> None:
+    """Prove that FOLDER holds what its annotation says: 2:4, regions, every tensor, shapes, scales."""
     from offline_prune.checkpoint.verify import verify as run
 
-    result = run(folder)
+    result = run(folder, trust_remote_code)
     _console().print(
         f"{folder}: good. {result.tensors} tensors; {result.mlps} MLPs: sparse regions 2:4 "
-        f"({result.sparse_zeros:.1%} zeros), dense regions dense ({result.dense_zeros:.2%} zeros)",
+        f"({result.sparse_zeros:.1%} zeros), dense regions {result.dense_zeros:.2%} zeros",
         soft_wrap=True,
     )
+    if also := result.also_2of4:
+        _console().print(
+            f"{len(also)} dense regions are 2:4 as well, {also[0]} the first: the original model was pruned before, or "
+            "the annotation counts too few sparse indices",
+            soft_wrap=True,
+        )
 
 
 @app.command()
@@ -314,7 +325,8 @@ def estimate(
 
     found = run(sizes, layers, GPUS[gpu], batch, context, kv_cache_dtype, read_cache(folder()))
     zeros = sum(regions.mlp_sparsity for regions in layers) / sizes.num_hidden_layers
-    table = Table(title=f"{model} on one {GPUS[gpu].name}: batch {batch}, context {context}, KV cache {kv_cache_dtype}")
+    about = f"{model} on one {GPUS[gpu].name}: batch {batch}, context {context}, KV cache {kv_cache_dtype}"
+    table = Table(title=about)
     for heading in ("", "dense FP8", f"Spense {zeros:.1%}"):
         table.add_column(heading, justify="right" if heading else "left")
     weights = (found.dense_weight_bytes, found.spense_weight_bytes)

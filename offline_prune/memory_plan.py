@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from offline_prune.checkpoint.companions import companions
 from offline_prune.checkpoint.output_folder import PARTIAL
 from offline_prune.checkpoint.writer import merges
 from offline_prune.methods.recipe import Layout, Quantize, Selection
+from offline_prune.model.companions import companions
 from offline_prune.model.gated_mlp import Glu
 from offline_prune.model.loading import SourceModel
 from offline_prune.runtime import deterministic_reduce, distributed

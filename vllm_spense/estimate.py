@@ -10,7 +10,7 @@ machine knows how long its GEMMs take, its times replace this.
 
 from __future__ import annotations
 
-import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +18,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from vllm_spense.errors import SpenseError
-from vllm_spense.format import KEY, MIN_ALIGNMENT, Annotation, Regions
+from vllm_spense.checkpoint_files import read_object
+from vllm_spense.conformance import read_annotated, require_extent
+from vllm_spense.errors import FormatError, SpenseError
+from vllm_spense.format import MIN_ALIGNMENT, Regions
 from vllm_spense.shapes import SHAPES
 
 
@@ -74,6 +76,9 @@ _STOCK_GLUE, _SPENSE_GLUE, _GLUE_INTERMEDIATE = (33.0, 0.44), (22.5, 0.5), 25600
 DEFAULT_SPARSITY = 0.375
 KV_BYTES = {"auto": 2, "fp8": 1}
 _NUMBERS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_MAY_BE_MISSING = ("num_key_value_heads", "head_dim")
+#: No model has more of anything; products of sizes stay finite.
+_MOST = 2**31
 
 
 @dataclass(frozen=True)
@@ -93,22 +98,25 @@ class Model:
     def from_config(cls, config: Mapping[str, Any], file: object = None) -> Model:
         """
         Raises:
-            SpenseError: a size is missing, or the MLPs are experts.
+            SpenseError: a size is missing or is no such number, or the MLPs are experts.
         """
         for key in ("num_experts", "num_local_experts", "n_routed_experts"):
             if config.get(key):
                 raise SpenseError(f"{file}: Spense does not prune experts (key: {key}; found: {config[key]})")
-        for key in _NUMBERS:
-            if not isinstance(config.get(key), int):
-                raise SpenseError(
-                    f"{file}: a size is missing (key: {key}; found: {config.get(key)}; expected: a number)"
-                )
-        numbers = {key: int(config[key]) for key in _NUMBERS}
+        for key in (*_NUMBERS, *_MAY_BE_MISSING):
+            found = config.get(key)
+            optional = found is None and key in _MAY_BE_MISSING
+            if optional or (type(found) is int and 0 < found < _MOST):
+                continue
+            raise SpenseError(
+                f"{file}: a size is missing or wrong (key: {key}; found: {str(found)[:60]}; expected: a number above 0)"
+            )
+        numbers = {key: config[key] for key in _NUMBERS}
         heads = numbers["num_attention_heads"]
         return cls(
             **numbers,
             num_key_value_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or numbers["hidden_size"] // heads,
+            head_dim=config.get("head_dim") or max(1, numbers["hidden_size"] // heads),
             tied=bool(config.get("tie_word_embeddings", False)),
         )
 
@@ -287,18 +295,26 @@ def read_cache(folder: Path) -> list[Timed]:
     compared: dict[tuple[str, Gemm, int, str], float] = {}
     for file in sorted(folder.glob("*.json")):
         try:
-            entry = json.loads(file.read_text(encoding="utf-8"))
-            key, result = entry["key"], entry["found"]
-            regions = (key["parts"] * key[name] for name in ("sparse", "dense"))
-            gemm = Gemm(key["n"], key["k"], key["split"], *regions)
-            together = isinstance(result["us"], dict)
-            for path, us in (result["us"] if together else {key["path"]: result["us"]}).items():
-                if us > 0:
-                    place = key["gpu"], gemm, int(key["tokens"]), path
-                    (compared if together else searched)[place] = float(us)
-        except (OSError, ValueError, KeyError, TypeError):
+            entry = read_object(file)
+            key, us = entry["key"], entry["found"]["us"]
+            sparse, dense = (_count(key[name]) for name in ("sparse", "dense"))
+            parts, n, k, tokens = (_count(key[name], least=1) for name in ("parts", "n", "k", "tokens"))
+            gemm = Gemm(n, k, str(key["split"]), parts * sparse, parts * dense)
+            together = isinstance(us, dict)
+            for path, time in (us if together else {str(key["path"]): us}).items():
+                if 0 < time < math.inf and gemm.sparse + gemm.dense:
+                    place = str(key["gpu"]), gemm, tokens, path
+                    (compared if together else searched)[place] = float(time)
+        except (SpenseError, KeyError, TypeError):
             continue
     return [Timed(*place, us) for place, us in (searched | compared).items()]
+
+
+def _count(value: object, least: int = 0) -> int:
+    """Raises TypeError where a file holds something else than a count."""
+    if type(value) is not int or not least <= value < _MOST:
+        raise TypeError(value)
+    return value
 
 
 def load(model: str, sparsity: float | None) -> tuple[Model, list[Regions]]:
@@ -310,17 +326,29 @@ def load(model: str, sparsity: float | None) -> tuple[Model, list[Regions]]:
     Raises:
         SpenseError: there is no such model, its configuration lacks a size, or the sparsity is impossible.
     """
-    file = Path(model) / "config.json"
+    folder = Path(model)
     if model in SHAPES:
-        config = SHAPES[model]
-    elif file.exists():
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config, annotated = SHAPES[model], None
+    elif folder.is_dir():
+        config = read_object(folder / "config.json")
+        annotated = read_annotated(folder, config)
     else:
         raise SpenseError(f"{model}: no such folder with a config.json, nor one of {', '.join(SHAPES)}")
     sizes = Model.from_config(config, model)
-    annotated = (config.get("quantization_config") or {}).get(KEY)
     if annotated and sparsity is None:
-        annotation = Annotation.from_dict(annotated)
+        annotation = annotated.annotation
+        for module in annotation.modules:
+            require_extent(
+                annotation.regions(module), sizes.intermediate_size, module, "as intermediate_size", annotated.file
+            )
+        if len(annotation.modules) > sizes.num_hidden_layers:
+            raise FormatError(
+                "more pruned modules than layers",
+                file=annotated.file,
+                key="modules",
+                found=len(annotation.modules),
+                expected=f"at most {sizes.num_hidden_layers}",
+            )
         return sizes, [annotation.regions(module) for module in annotation.modules]
     sparsity = DEFAULT_SPARSITY if sparsity is None else sparsity
     if not 0 <= sparsity <= 0.5:

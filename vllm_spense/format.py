@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -116,9 +117,18 @@ class Annotation:
         Raises:
             KeyError: `module` is not among `modules`.
         """
-        if module not in self.modules:
+        if module not in self._names:
             raise KeyError(module)
         return self.overrides.get(module, self.default)
+
+    def layers(self, module: str) -> tuple[str, str, str]:
+        """Full names of a module's gate, up and down."""
+        names = self.projections
+        return f"{module}.{names.gate}", f"{module}.{names.up}", f"{module}.{names.down}"
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(self.modules)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object, keys in the order of docs/format.md."""
@@ -152,15 +162,6 @@ class Annotation:
         except FormatError as error:
             raise error.inside(file=file) from None
 
-    @classmethod
-    def from_json(cls, text: str, file: object = None) -> Annotation:
-        """As `from_dict`, from text."""
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise FormatError("the annotation is not valid JSON", file=file, found=str(error)) from None
-        return cls.from_dict(data, file)
-
 
 def _read_annotation(data: object) -> Annotation:
     if not isinstance(data, Mapping):
@@ -172,7 +173,7 @@ def _read_annotation(data: object) -> Annotation:
         raise FormatError(
             f"unknown version of the Spense format{hint}",
             key="version",
-            found=json.dumps(version),
+            found=version if type(version) is int else _kind(version),
             expected=VERSION,
         )
     keys = ("version", "method", "calibration", "alignment", "projections", "regions", "modules")
@@ -244,13 +245,25 @@ def _validate(annotation: Annotation) -> None:
             found=alignment,
             expected="32, 64, 128, …",
         )
-    if len(set(annotation.modules)) != len(annotation.modules):
-        twice = next(name for name in annotation.modules if annotation.modules.count(name) > 1)
-        raise FormatError("a module is listed twice", key="modules", found=twice, expected="unique names")
+    if not annotation.modules:
+        raise FormatError("no module is listed", key="modules", found="[]", expected="the modules that were pruned")
+    names: set[str] = set()
+    for name in annotation.modules:
+        if name in names:
+            raise FormatError("a module is listed twice", key="modules", found=name, expected="unique names")
+        names.add(name)
+    projections = annotation.projections
+    if projections.down in (projections.gate, projections.up):
+        raise FormatError(
+            "down shares a tensor with gate or up",
+            key="projections.down",
+            found=projections.down,
+            expected="a layer of its own",
+        )
     _validate_regions(annotation.default, alignment, "regions.default", None)
     for name, regions in annotation.overrides.items():
         key = f"regions.overrides.{name}"
-        if name not in annotation.modules:
+        if name not in names:
             raise FormatError(
                 "an override names a module that is not listed", key=key, found=name, expected="a name from `modules`"
             )
@@ -296,4 +309,5 @@ _NAMES = {str: "string", int: "integer", list: "array", dict: "object"}
 
 
 def _kind(value: object) -> str:
-    return f"{type(value).__name__} {json.dumps(value, default=str)[:60]}"
+    kind = type(value).__name__
+    return f"{kind} of {len(value)}" if isinstance(value, (list, dict)) else f"{kind} {json.dumps(value)[:60]}"

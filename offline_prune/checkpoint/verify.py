@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, rename_source_key
 
-from offline_prune.model.safetensors_reader import TensorFiles, read_json
+from offline_prune.model.loading import empty_model
+from offline_prune.model.safetensors_reader import TensorFiles
+from vllm_spense.checkpoint_files import read_object
+from vllm_spense.conformance import (
+    SCALE_SUFFIX,
+    WEIGHT_DTYPE,
+    Ignored,
+    check_tensors,
+    read_annotated,
+    require_sane_depth,
+)
 from vllm_spense.errors import FormatError
-from vllm_spense.format import KEY, SIDECAR, Annotation, Regions
-from vllm_spense.layout import require_2of4
-
-#: A dense region with more zeros than this was pruned too; rounding to FP8 alone makes about one in a hundred.
-MAX_DENSE_ZEROS = 0.25
+from vllm_spense.format import KEY, Annotation
+from vllm_spense.layout import excess_groups, require_2of4
 
 
 @dataclass(frozen=True)
@@ -22,34 +35,42 @@ class Checkpoint:
 
     Attributes:
         annotation_file: config.json, or spense.json for a checkpoint without FP8.
-        fp8: whether linear layers are FP8.
+        config: the content of config.json.
+        ignored: linear layers that are not FP8; None for a checkpoint without FP8.
     """
 
     folder: Path
     annotation: Annotation
     annotation_file: Path
-    fp8: bool
+    config: dict[str, Any]
+    ignored: Ignored | None
     tensors: TensorFiles
+
+    @property
+    def fp8(self) -> bool:
+        """Whether linear layers are FP8."""
+        return self.ignored is not None
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Reads and validates the annotation of a checkpoint.
+    """Reads a checkpoint's configuration and the headers of its weights, and checks them against each other.
 
     Raises:
         SpenseError: not a checkpoint folder.
-        FormatError: no annotation, or one that breaks the format.
+        FormatError: no annotation, or files that break the format.
     """
-    config_file, sidecar = folder / "config.json", folder / SIDECAR
-    quantization = read_json(config_file).get("quantization_config")
-    if isinstance(quantization, dict) and KEY in quantization:
-        annotation = Annotation.from_dict(quantization[KEY], config_file)
-        return Checkpoint(folder, annotation, config_file, True, TensorFiles(folder))
-    if quantization is None and sidecar.exists():
-        annotation = Annotation.from_json(sidecar.read_text(encoding="utf-8"), sidecar)
-        return Checkpoint(folder, annotation, sidecar, False, TensorFiles(folder))
-    raise FormatError(
-        "not a Spense checkpoint", file=config_file, key=f"quantization_config.{KEY}", found="nothing", expected=KEY
-    )
+    config_file = folder / "config.json"
+    config = read_object(config_file)
+    found = read_annotated(folder, config)
+    if found is None:
+        raise FormatError(
+            "not a Spense checkpoint", file=config_file, key=f"quantization_config.{KEY}", found="nothing", expected=KEY
+        )
+    tensors = TensorFiles(folder)
+    quantization = found.quantization
+    check_tensors(found.annotation, tensors.headers, folder, quantized=quantization is not None)
+    ignored = None if quantization is None else Ignored.read(quantization, found.file)
+    return Checkpoint(folder, found.annotation, found.file, config, ignored, tensors)
 
 
 @dataclass(frozen=True)
@@ -60,124 +81,157 @@ class Verified:
         tensors: how many tensors were read.
         mlps: how many MLPs are in the Spense format.
         sparse_zeros, dense_zeros: share of zeros in all sparse and in all dense regions.
+        also_2of4: projections whose dense region is 2:4 from end to end. The format allows it, and where the model
+            was pruned before it is right; no file tells that from an annotation that counts too few sparse indices.
     """
 
     tensors: int
     mlps: int
     sparse_zeros: float
     dense_zeros: float
+    also_2of4: tuple[str, ...] = ()
 
 
-def verify(folder: Path) -> Verified:
+def verify(folder: Path, trust_remote_code: bool = False) -> Verified:
     """Checks every tensor and every region.
 
-    Sparse regions are 2:4, dense regions are not pruned, shapes agree with the annotation, FP8 weights have finite
-    positive scales of shape (N, 1), nothing is NaN or infinite, and no pruned weight is −0.0.
+    Sparse regions are 2:4, shapes agree with the annotation, every weight that the model's architecture has is there in
+    the type that the configuration says, FP8 weights have finite positive scales of shape (N, 1), nothing is NaN or
+    infinite, and no FP8 or pruned weight is −0.0.
+
+    Args:
+        trust_remote_code: see `empty_model`.
 
     Raises:
         FormatError: the first thing that is wrong, with file, layer, found and expected.
     """
     checkpoint = open_checkpoint(folder)
     files = checkpoint.tensors
+    _refuse_strays(checkpoint)
+    _check_architecture(checkpoint, trust_remote_code)
     for name in files:
         _check_values(files, name)
     zeros = {"sparse": [0, 0], "dense": [0, 0]}
-    for module in checkpoint.annotation.modules:
-        regions = checkpoint.annotation.regions(module)
-        for layer, part, (sparse, dense) in _regions(checkpoint, module, regions):
-            where = files.file_of(f"{layer}.weight")
-            label = f"{layer} ({part})"
-            require_2of4(sparse, label, where)
-            if (_bits(sparse) == _negative_zero(sparse)).any():
-                raise FormatError("a pruned weight is −0.0", file=where, layer=label, found="-0.0", expected="0.0")
-            for key, region in (("sparse", sparse), ("dense", dense)):
-                zeros[key][0] += int((region.float() == 0).sum())
-                zeros[key][1] += region.numel()
-            if dense.numel() and (share := float((dense.float() == 0).float().mean())) > MAX_DENSE_ZEROS:
-                raise FormatError(
-                    "the dense region has been pruned",
-                    file=where,
-                    layer=label,
-                    found=f"{share:.1%} zeros",
-                    expected=f"at most {MAX_DENSE_ZEROS:.0%}",
-                )
+    also_2of4 = []
+    for layer, part, sparse, dense in _regions(checkpoint):
+        where, label = files.file_of(f"{layer}.weight"), f"{layer} ({part})"
+        require_2of4(sparse, label, where)
+        _refuse_negative_zeros(sparse, label, where)
+        for key, region in (("sparse", sparse), ("dense", dense)):
+            zeros[key][0] += int((region.float() == 0).sum())
+            zeros[key][1] += region.numel()
+        if dense.numel() and (dense.float() != 0).any() and not excess_groups(dense).any():
+            also_2of4.append(label)
     shares = {key: (count / total if total else 0.0) for key, (count, total) in zeros.items()}
-    return Verified(len(list(files)), len(checkpoint.annotation.modules), shares["sparse"], shares["dense"])
+    mlps = len(checkpoint.annotation.modules)
+    return Verified(len(files.headers), mlps, shares["sparse"], shares["dense"], tuple(also_2of4))
+
+
+def _refuse_strays(checkpoint: Checkpoint) -> None:
+    """Some readers take all weights in a folder, some those that the index names, some `model.safetensors` first."""
+    named = {header.file.name for header in checkpoint.tensors.headers.values()}
+    for file in sorted(checkpoint.folder.glob("*.safetensors")):
+        if file.name not in named:
+            raise FormatError(
+                "weights that are not part of the checkpoint, and that some readers load",
+                file=file,
+                found=file.name,
+                expected=" | ".join(sorted(named)),
+            )
+
+
+def _check_architecture(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
+    """Every parameter of the model that config.json describes is there, in the right shape and type."""
+    headers, folder = checkpoint.tensors.headers, checkpoint.folder
+    require_sane_depth(checkpoint.config, len(headers), folder / "config.json")
+    model = empty_model(folder, trust_remote_code)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    rename = _Renaming(model)
+    found = set()
+    for name, header in headers.items():
+        if name.endswith(f".weight{SCALE_SUFFIX}"):
+            continue
+        known, converted = rename(name)
+        if known not in parameters:
+            continue
+        found.add(id(parameters[known]))
+        shape = tuple(parameters[known].shape)
+        if not converted and header.shape != shape:
+            raise FormatError(
+                "wrong shape for the model of config.json",
+                file=header.file,
+                layer=name,
+                found=header.shape,
+                expected=shape,
+            )
+        if known in linears or (converted and len(header.shape) == 2):
+            _check_linear(checkpoint, name)
+    for name, parameter in parameters.items():
+        if id(parameter) not in found:
+            raise FormatError(
+                "a tensor of the model is missing", file=folder, layer=name, found="nothing", expected=name
+            )
+
+
+class _Renaming:
+    """The name under which transformers keeps a tensor of the files, and whether it converts it on the way."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        rules: Any = get_model_conversion_mapping(model)
+        self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        self._renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
+        self._prefix, self._names = model.base_model_prefix, model.state_dict()
+
+    def __call__(self, name: str) -> tuple[str, bool]:
+        known, converted = rename_source_key(name, self._renamings, self._converters, self._prefix, self._names)
+        return known, converted is not None
+
+
+def _check_linear(checkpoint: Checkpoint, name: str) -> None:
+    """An FP8 weight if the configuration says so, and only then. Scales go with FP8 everywhere (`check_tensors`)."""
+    header, ignored = checkpoint.tensors.headers[name], checkpoint.ignored
+    fp8 = ignored is not None and name.removesuffix(".weight") not in ignored
+    if fp8 != (header.dtype == WEIGHT_DTYPE):
+        raise FormatError(
+            "the weight of a linear layer is not FP8"
+            if fp8
+            else "a linear layer that is not quantized has FP8 weights",
+            file=header.file,
+            layer=name,
+            key="quantization_config.ignore",
+            found=header.dtype,
+            expected=WEIGHT_DTYPE if fp8 else "BF16 | F16 | F32",
+        )
 
 
 def _check_values(files: TensorFiles, name: str) -> None:
-    tensor = files.read(name)
-    where = files.file_of(name)
+    tensor, where = files.read(name), files.file_of(name)
     if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
         raise FormatError("NaN or infinity", file=where, layer=name, found="not finite", expected="finite values")
     if tensor.dtype == torch.float8_e4m3fn:
-        scale = f"{name}_scale"
-        if scale not in files:
-            raise FormatError("an FP8 weight without scales", file=where, layer=name, found="nothing", expected=scale)
-        if files.shape(scale) != (len(tensor), 1):
-            raise FormatError(
-                "wrong shape", file=where, layer=scale, found=files.shape(scale), expected=(len(tensor), 1)
-            )
-    if name.endswith(".weight_scale") and not (tensor > 0).all():
+        _refuse_negative_zeros(tensor, name, where)
+    if name.endswith(f".weight{SCALE_SUFFIX}") and not (tensor > 0).all():
         raise FormatError(
             "a scale is not positive", file=where, layer=name, found=float(tensor.min()), expected="above 0"
         )
 
 
-def _regions(
-    checkpoint: Checkpoint, module: str, regions: Regions
-) -> list[tuple[str, str, tuple[torch.Tensor, torch.Tensor]]]:
-    """(layer, which projection, (sparse region, dense region)) of gate, up and down."""
-    names = checkpoint.annotation.projections
-    whole = {
-        name: _weight(checkpoint, f"{module}.{name}") for name in dict.fromkeys((names.gate, names.up, names.down))
-    }
-    rows = regions.intermediate * (2 if names.fused else 1)
-    for name in dict.fromkeys((names.gate, names.up)):
-        _check_extent(checkpoint, f"{module}.{name}", "rows", whole[name].shape[0], rows, regions)
-    _check_extent(
-        checkpoint, f"{module}.{names.down}", "columns", whole[names.down].shape[1], regions.intermediate, regions
-    )
-    gate, up = whole[names.gate].chunk(2) if names.fused else (whole[names.gate], whole[names.up])
-    down = whole[names.down]
-    s = regions.sparse
-    return [
-        (f"{module}.{names.gate}", "gate", (gate[:s], gate[s:])),
-        (f"{module}.{names.up}", "up", (up[:s], up[s:])),
-        (f"{module}.{names.down}", "down", (down[:, :s], down[:, s:])),
-    ]
+def _refuse_negative_zeros(weight: torch.Tensor, layer: str, where: Path) -> None:
+    zero = weight.float() == 0
+    if (zero & torch.signbit(weight.float())).any():
+        raise FormatError("a weight is −0.0", file=where, layer=layer, found="-0.0", expected="0.0")
 
 
-def _weight(checkpoint: Checkpoint, layer: str) -> torch.Tensor:
-    name = f"{layer}.weight"
-    if name not in checkpoint.tensors:
-        raise FormatError(
-            "the annotation names a layer that the checkpoint does not have",
-            file=checkpoint.annotation_file,
-            layer=layer,
-            key="modules",
-            found="nothing",
-            expected=name,
-        )
-    return checkpoint.tensors.read(name)
-
-
-def _check_extent(checkpoint: Checkpoint, layer: str, what: str, found: int, expected: int, regions: Regions) -> None:
-    if found != expected:
-        raise FormatError(
-            f"the regions do not add up to the {what} of the weight",
-            file=checkpoint.annotation_file,
-            layer=layer,
-            key="regions",
-            found=f"{found} {what}",
-            expected=f"{expected} (sparse {regions.sparse} + dense {regions.dense})",
-        )
-
-
-def _bits(weight: torch.Tensor) -> torch.Tensor:
-    return weight.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[weight.element_size()])
-
-
-def _negative_zero(weight: torch.Tensor) -> int:
-    bits = 8 * weight.element_size()
-    return 0x80 if bits == 8 else -(1 << (bits - 1))
+def _regions(checkpoint: Checkpoint) -> Iterator[tuple[str, str, torch.Tensor, torch.Tensor]]:
+    """(layer, which projection, sparse region, dense region) of every pruned gate, up and down."""
+    annotation, files = checkpoint.annotation, checkpoint.tensors
+    for module in annotation.modules:
+        s = annotation.regions(module).sparse
+        names = annotation.layers(module)
+        gate, up, down = (files.read(f"{layer}.weight") for layer in names)
+        if annotation.projections.fused:
+            gate, up = gate.chunk(2)
+        yield names[0], "gate", gate[:s], gate[s:]
+        yield names[1], "up", up[:s], up[s:]
+        yield names[2], "down", down[:, :s], down[:, s:]

@@ -17,11 +17,11 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from offline_prune.checkpoint.companions import companions
 from offline_prune.checkpoint.journal import Say
 from offline_prune.checkpoint.merge import read_header
 from offline_prune.checkpoint.output_folder import OutputFolder
 from offline_prune.methods.fp8 import SCALE_DTYPE, dequantize, to_fp8
+from offline_prune.model.companions import companions
 from offline_prune.model.safetensors_reader import INDEX_NAME, SINGLE_NAME
 from offline_prune.runtime.pinned_buffers import Outbox
 from vllm_spense.errors import SpenseError

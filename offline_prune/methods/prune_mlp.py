@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -83,7 +84,7 @@ def file_order(
     selection = recipe.selection
     if selection is not Selection.LAST and regions.sparse and regions.dense:
         if selection is Selection.RANDOM:
-            seed = sum(layer.encode()) * 1_000_003 + recipe.seed
+            seed = random_seed(layer, recipe.seed)
             priority = torch.rand(regions.intermediate, generator=torch.Generator().manual_seed(seed)).to(gate.device)
         elif selection is Selection.SPARSEGPT_SCORE:
             pivots_in = inverse_factor(hessian_in, recipe.damping, f"{layer}: gate and up").upper.diagonal()
@@ -98,6 +99,11 @@ def file_order(
     if recipe.grouping is Grouping.MIXED:
         return mixed_groups(order, wanda_scores(down, energy).sum(0), regions)
     return order
+
+
+def random_seed(layer: str, seed: int) -> int:
+    """Of a layer's own random order: layers share none, nor do runs with other seeds."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {layer}".encode()).digest()[:8], "little")
 
 
 def prune_all_rows(gate_up: torch.Tensor, hessian: torch.Tensor, recipe: Recipe, layer: str) -> Pruned:

@@ -20,8 +20,10 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from offline_prune.model.gated_mlp import Glu, Unsupported, find_glu
-from offline_prune.model.safetensors_reader import TensorFiles, read_json, resolve_model
+from offline_prune.model.safetensors_reader import TensorFiles, resolve_model
 from offline_prune.runtime.pinned_buffers import Inbox
+from vllm_spense.checkpoint_files import read_object
+from vllm_spense.conformance import require_sane_depth
 from vllm_spense.errors import SpenseError
 
 
@@ -45,11 +47,12 @@ class SourceModel:
 
     def __init__(self, model: str) -> None:
         self.folder: Path = resolve_model(model)
-        self.config_json: dict[str, Any] = read_json(self.folder / "config.json")
-        if "quantization_config" in self.config_json:
-            method = self.config_json["quantization_config"].get("quant_method")
+        self.config_json: dict[str, Any] = read_object(self.folder / "config.json")
+        if (quantization := self.config_json.get("quantization_config")) is not None:
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
             raise SpenseError(f"{self.folder}: already quantized ({method}); prune the original BF16 model instead")
         self.tensors = TensorFiles(self.folder)
+        require_sane_depth(self.config_json, len(self.tensors.headers), self.folder / "config.json")
         self.skeleton = empty_model(self.folder)
         self.blocks = [Block(name, find_glu(module)) for name, module in _decoder_blocks(self.skeleton)]
         self._reader = ThreadPoolExecutor(1, "prefetch")
@@ -201,23 +204,32 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise SpenseError(f"{folder}: no usable tokenizer: {reason}") from None
 
 
-def empty_model(folder: Path) -> PreTrainedModel:
+def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """The module tree of a folder's model: parameters on the meta device, buffers real.
 
+    Args:
+        trust_remote_code: run the Python that came with the model, where transformers does not know it.
+
     Raises:
-        SpenseError: transformers does not know the architecture.
+        SpenseError: transformers does not know the architecture, or cannot build it from this config.json.
     """
     try:
-        config = AutoConfig.from_pretrained(folder)
+        # Without an answer, transformers would ask one.
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         # Scaled dot product attention has no logit soft-capping (Gemma 2).
         capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
         # Buffers are not weights: rotary frequencies are computed, not loaded.
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager" if capped else "sdpa")
-    except (ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SpenseError(f"{folder}: transformers cannot build this as a causal language model: {reason}") from None
-    model.tie_weights()
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation="eager" if capped else "sdpa", trust_remote_code=trust_remote_code
+            )
+        model.tie_weights()
+    except Exception as error:  # whatever it is, a value in config.json caused it
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SpenseError(
+            f"{folder}: transformers cannot build this as a causal language model: {reason}"
+            + ("" if trust_remote_code or "custom code" not in reason else " (--trust-remote-code runs it)")
+        ) from error
     return model.eval()
 
 

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from offline_prune.checkpoint.companions import DOWNLOADED, NOT_DOWNLOADED
-from vllm_spense.errors import SpenseError
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
+from offline_prune.model.companions import DOWNLOADED, NOT_DOWNLOADED
+from vllm_spense.checkpoint_files import INDEX_NAME, SINGLE_NAME, TensorHeader, tensor_headers
+from vllm_spense.errors import FormatError, SpenseError
 
 _DTYPES = {
     "F64": torch.float64,
@@ -31,6 +27,11 @@ _DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
 }
 
 
@@ -57,71 +58,63 @@ def resolve_model(model: str) -> Path:
         raise SpenseError(f"{model}: no such folder, and the Hugging Face hub did not give it: {reason}") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        SpenseError: the file is missing or holds something else.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SpenseError(f"{path.parent}: no {path.name}; is this the folder of a Hugging Face model?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise SpenseError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise SpenseError(f"{path}: found {type(data).__name__}, expected a JSON object")
-    return data
-
-
 class TensorFiles:
-    """The tensors of a folder of safetensors files, by name; nothing is read before it is asked for.
+    """The tensors of a folder of safetensors files, by name; no tensor is read before it is asked for.
+
+    Attributes:
+        headers: of all tensors.
 
     Raises:
-        SpenseError: at construction, when there are no safetensors files, or one that the index names is missing
-            or truncated.
+        SpenseError: at construction, when there are no safetensors files, or what `tensor_headers` raises.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._open: dict[str, Any] = {}
-        index = folder / INDEX_NAME
-        if index.exists():
-            self._file_of: dict[str, str] = read_json(index).get("weight_map", {})
-            for file in sorted(set(self._file_of.values())):
-                self._handle(file)
-        elif (folder / SINGLE_NAME).exists():
-            self._file_of = dict.fromkeys(self._handle(SINGLE_NAME).keys(), SINGLE_NAME)
-        else:
+        self._open: dict[Path, Any] = {}
+        self.headers: Mapping[str, TensorHeader] = tensor_headers(folder)
+        if not self.headers:
             others = sorted(p.name for p in folder.glob("*") if p.suffix in {".bin", ".gguf", ".pt", ".pth"})
             hint = f"; found {', '.join(others[:3])}, convert them to safetensors first" if others else ""
             raise SpenseError(f"{folder}: no weights ({SINGLE_NAME} or {INDEX_NAME}){hint}")
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+        return name in self.headers
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
+        return iter(self.headers)
 
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that change when a file of weights is replaced."""
-        files = [self.folder / file for file in sorted(set(self._file_of.values()))]
+        files = sorted({header.file for header in self.headers.values()})
         seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
 
     def file_of(self, name: str) -> Path:
         """The file that holds the tensor."""
-        return self.folder / self._file_of[name]
+        return self.headers[name].file
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        return self.headers[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return _DTYPES[self._slice(name).get_dtype()]
+        """
+        Raises:
+            FormatError: PyTorch has no such type.
+        """
+        header = self.headers[name]
+        if header.dtype not in _DTYPES:
+            raise FormatError(
+                "PyTorch cannot hold this type of tensor",
+                file=header.file,
+                layer=name,
+                found=header.dtype,
+                expected=" | ".join(_DTYPES),
+            )
+        return _DTYPES[header.dtype]
 
     def nbytes(self, name: str) -> int:
         """Bytes of the tensor as stored."""
-        return math.prod(self.shape(name)) * self.dtype(name).itemsize
+        return self.headers[name].nbytes
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor as stored, in host memory.
@@ -129,23 +122,13 @@ class TensorFiles:
         Raises:
             SpenseError: no such tensor.
         """
-        if name not in self._file_of:
+        if name not in self.headers:
             raise SpenseError(f"{self.folder}: no tensor {name} in its safetensors files")
+        self.dtype(name)
+        file = self.file_of(name)
         try:
-            return self._handle(self._file_of[name]).get_tensor(name)
-        except SafetensorError as error:
-            raise SpenseError(f"{self.file_of(name)}: cannot read {name}: {error}") from None
-
-    def _slice(self, name: str) -> Any:
-        return self._handle(self._file_of[name]).get_slice(name)
-
-    def _handle(self, file: str) -> Any:
-        if file not in self._open:
-            path = self.folder / file
-            try:
-                self._open[file] = safe_open(path, framework="pt")
-            except FileNotFoundError:
-                raise SpenseError(f"{path}: missing, though {INDEX_NAME} names it") from None
-            except (SafetensorError, OSError) as error:
-                raise SpenseError(f"{path}: truncated or not a safetensors file: {error}") from None
-        return self._open[file]
+            if file not in self._open:
+                self._open[file] = safe_open(file, framework="pt")
+            return self._open[file].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise SpenseError(f"{file}: cannot read {name}: {error}") from None

@@ -86,6 +86,7 @@ def test_inspect(out: Path) -> None:
         (("prune", "/no/such/model", "/tmp/never", "--sparsty", "0.3"), "No such option"),
         (("verify", "/no/such/folder"), "error: /no/such/folder: no config.json"),
         (("inspect", "/no/such/folder"), "error: /no/such/folder: no config.json"),
+        (("verify", __file__), "test_cli.py: found a file, expected the folder of a Hugging Face model"),
     ],
 )
 def test_mistakes_end_in_one_message(arguments: tuple[str, ...], words: str) -> None:

@@ -6,10 +6,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from vllm_spense.errors import SpenseError
-from vllm_spense.kernels.region_gemm.problem import WEIGHT_MULTIPLE, Problem
+
+if TYPE_CHECKING:
+    from vllm_spense.kernels.region_gemm.problem import Problem
 
 #: Names a path to take whatever the policy says.
 SWITCH = "SPENSE_PATH"
@@ -119,8 +121,8 @@ def reason_against(path: Path, problem: Problem, device: Device) -> str | None:
     if not device.bindings:
         return "nvmath-python is not installed (pip install 'nvmath-python[cu13]>=1.0')"
     sizes = (*problem.sparse_shape, *problem.dense_shape)
-    if any(size % WEIGHT_MULTIPLE for size in sizes):
-        return f"region sizes {sizes} are not all multiples of {WEIGHT_MULTIPLE}"
+    if any(size % problem.weight_multiple for size in sizes):
+        return f"region sizes {sizes} are not all multiples of {problem.weight_multiple}"
     if path is Path.ONE_LAUNCH:
         if device.capability != ONE_LAUNCH_CAPABILITY:
             return "it is written for compute capability {}.{}".format(*ONE_LAUNCH_CAPABILITY)

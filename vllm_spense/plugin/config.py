@@ -13,6 +13,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 
+from vllm_spense.conformance import FP8, read_quantization
 from vllm_spense.errors import FormatError, SpenseError
 from vllm_spense.format import KEY, SIDECAR, Annotation, Regions
 from vllm_spense.ops.gemm import INDUCTOR_OPTIONS
@@ -26,12 +27,8 @@ if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
 
 NAME = "spense"
-BASE = "compressed-tensors"
 
 Method = Callable[[Regions, str], RegionLinearMethod]
-
-#: Quantization that a pruned layer must have: bits, type, strategy, dynamic.
-FP8 = {"weights": (8, "float", "channel", False), "input_activations": (8, "float", "token", True)}
 
 
 def register_config() -> None:
@@ -65,7 +62,7 @@ class SpenseConfig(CompressedTensorsConfig):
             return None
         # Nowhere else does vLLM say where the annotation comes from.
         folder = getattr(hf_config, "_name_or_path", None)
-        _read_annotation(hf_quant_cfg, file=folder and f"{folder}/config.json")
+        read_quantization(hf_quant_cfg, file=folder and f"{folder}/config.json")
         return NAME
 
     @staticmethod
@@ -87,14 +84,17 @@ class SpenseConfig(CompressedTensorsConfig):
                 "`spense prune --quantize fp8`, or serve it dense without `--quantization` "
                 f"(file: {SIDECAR}; key: quantization_config in config.json; found: nothing)"
             )
+        # First, because compressed-tensors ends in tracebacks on what it does not know.
+        annotation = read_quantization(config)
         spense = cast(SpenseConfig, super().from_config(config))
-        spense.layers = _pruned_layers(spense.annotation)
+        spense.layers = _pruned_layers(annotation)
         return spense
 
     @property
     def annotation(self) -> Annotation:
         """Read anew from what vLLM keeps: an annotation cannot be pickled, and this object travels to the workers."""
-        return _read_annotation(self.config or {})
+        assert self.config is not None
+        return Annotation.from_dict(self.config[KEY])
 
     def maybe_update_config(
         self, model_name: str, hf_config: PretrainedConfig | None = None, revision: str | None = None
@@ -161,36 +161,6 @@ class SpenseConfig(CompressedTensorsConfig):
                     found=found,
                     expected=expected,
                 )
-
-
-def _read_annotation(config: Mapping[str, Any], file: str | None = None) -> Annotation:
-    if KEY not in config:
-        raise FormatError(
-            "this is not a Spense checkpoint",
-            file=file,
-            key=f"quantization_config.{KEY}",
-            found="nothing",
-            expected="the annotation that `spense prune` writes",
-        )
-    if (method := config.get("quant_method")) != BASE:
-        raise FormatError(
-            "a Spense checkpoint has another kind of quantization",
-            file=file,
-            key="quantization_config.quant_method",
-            found=method,
-            expected=BASE,
-        )
-    annotation = Annotation.from_dict(config[KEY], file)
-    for module in annotation.modules:
-        if "experts" in module.split("."):
-            raise FormatError(
-                "Spense does not run pruned MoE experts",
-                file=file,
-                key="modules",
-                found=module,
-                expected="modules with one MLP each",
-            )
-    return annotation
 
 
 def _pruned_layers(annotation: Annotation) -> dict[str, tuple[Regions, Method]]:

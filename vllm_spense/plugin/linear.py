@@ -20,6 +20,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
 from vllm.model_executor.parameter import BasevLLMParameter
 
 from vllm_spense import layout
+from vllm_spense.conformance import require_extent
 from vllm_spense.errors import FormatError
 from vllm_spense.format import Regions
 from vllm_spense.kernels.region_gemm.problem import COPY, Problem, Scales, Split, sum_dtype
@@ -79,14 +80,7 @@ class RegionLinearMethod(LinearMethodBase):
         """
         self.parts = len(output_partition_sizes)
         intermediate = output_size // self.parts if self.split == "output" else input_size
-        if self.regions.intermediate != intermediate:
-            raise FormatError(
-                "the regions do not add up to the intermediate size",
-                layer=self.name,
-                key="regions",
-                found=f"{self.regions.sparse} + {self.regions.dense}",
-                expected=intermediate,
-            )
+        require_extent(self.regions, intermediate, self.name)
         shard = layout.shard(self.regions, layer.tp_rank, layer.tp_size, self.name)
         n, k = sum(output_partition_sizes), input_size_per_partition
         self.dtype = params_dtype

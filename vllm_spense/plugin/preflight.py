@@ -5,15 +5,14 @@ An error in a worker reaches the user as one line amid hundreds of traceback; he
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from vllm.config import VllmConfig
 
-from vllm_spense.errors import FormatError, SpenseError
+from vllm_spense.checkpoint_files import read_headers, tensor_headers
+from vllm_spense.conformance import check_tensors
+from vllm_spense.errors import SpenseError
 from vllm_spense.format import Annotation
 from vllm_spense.layout import shard
 from vllm_spense.ops.dispatch import GRANT, SWITCH, forced_path, granted_bytes
@@ -59,81 +58,13 @@ def check_engine(annotation: Annotation, engine: VllmConfig) -> None:
         shard(annotation.regions(module), 0, size, module)
 
 
-@dataclass(frozen=True)
-class _Tensor:
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-
-
 def check_files(annotation: Annotation, folder: Path) -> None:
     """Compares the annotation with the headers of the safetensors files in `folder`; reads no weights.
 
     Raises:
-        FormatError: a file is missing or damaged, or a tensor of a pruned module is missing, has the wrong dtype, or
-            a shape that contradicts the regions.
+        FormatError: a file is missing or damaged, or the headers break a rule of docs/format.md.
     """
-    tensors = _read_headers(folder)
-    if not tensors:
-        return  # nothing to compare: another weight format, or configuration files only
-    projections = annotation.projections
-    parts = 2 if projections.fused else 1
-    for module in annotation.modules:
-        intermediate = annotation.regions(module).intermediate
-        for projection, dim, extent in (
-            (projections.gate, 0, parts * intermediate),
-            (projections.up, 0, parts * intermediate),
-            (projections.down, 1, intermediate),
-        ):
-            name = f"{module}.{projection}.weight"
-            weight, scale = _expect(tensors, name, folder), _expect(tensors, f"{name}_scale", folder)
-            if weight.dtype != "F8_E4M3":
-                raise FormatError(
-                    "a pruned weight is not FP8", file=weight.file, layer=name, found=weight.dtype, expected="F8_E4M3"
-                )
-            if weight.shape[dim] != extent:
-                raise FormatError(
-                    "the regions do not add up to the intermediate size",
-                    file=weight.file,
-                    layer=name,
-                    key="regions",
-                    found=f"{weight.shape[dim]} {('rows', 'columns')[dim]}",
-                    expected=extent,
-                )
-            if scale.shape != (weight.shape[0], 1):
-                raise FormatError(
-                    "a scale does not fit its weight",
-                    file=scale.file,
-                    layer=f"{name}_scale",
-                    found=scale.shape,
-                    expected=(weight.shape[0], 1),
-                )
-
-
-def _expect(tensors: dict[str, _Tensor], name: str, folder: Path) -> _Tensor:
-    if name not in tensors:
-        raise FormatError(
-            "a tensor of a pruned module is missing", file=folder, layer=name, key="modules", found="nothing"
-        )
-    return tensors[name]
-
-
-def _read_headers(folder: Path) -> dict[str, _Tensor]:
-    files = set(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files |= {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
-    tensors = {}
-    for file in sorted(files):
-        if not file.exists():
-            raise FormatError(
-                "a weight file is missing", file=file, expected=f"the file, because {index.name} names it"
-            )
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118
-                    header = opened.get_slice(name)
-                    tensors[name] = _Tensor(file, header.get_dtype(), tuple(header.get_shape()))
-        except SafetensorError as error:
-            raise FormatError("a weight file is damaged", file=file, found=error) from None
-    return tensors
+    # vLLM loads whatever the files are called.
+    headers = tensor_headers(folder) or read_headers(sorted(folder.glob("*.safetensors")))
+    if headers:  # else nothing to compare: another weight format, or configuration files only
+        check_tensors(annotation, headers, folder)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_sparsegpt import problem
 
-from offline_prune.methods.prune_mlp import prune_all_rows, prune_gate_up, round_gate_up
+from offline_prune.methods.prune_mlp import file_order, prune_all_rows, prune_gate_up, round_gate_up
 from offline_prune.methods.recipe import Quantize, Recipe
 from vllm_spense.format import Regions
 
@@ -48,3 +48,18 @@ def test_rounding_with_the_factor_of_pruning_is_the_loop_that_pruned() -> None:
     weight, scales = round_gate_up(gate_up, pruned.factor, REGIONS, options)
     assert torch.equal(weight, pruned.weight)
     assert torch.equal(scales, pruned.scales)
+
+
+def test_random_orders_repeat_in_no_layer_and_with_no_other_seed() -> None:
+    weight, hessian = torch.zeros(64, 64), torch.zeros(64, 64)
+    layers = [f"model.layers.{i}.mlp" for i in range(64)]
+
+    def orders(seed: int) -> list[tuple[int, ...]]:
+        options = Recipe(selection=Selection.RANDOM, seed=seed)
+        return [
+            tuple(file_order(weight, weight, weight, hessian, hessian, REGIONS, options, layer).tolist())
+            for layer in layers
+        ]
+
+    assert len({*orders(0), *orders(1)}) == 128
+    assert orders(0) == orders(0)

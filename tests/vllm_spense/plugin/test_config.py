@@ -66,7 +66,7 @@ def quantization_config(**changes: Any) -> dict[str, Any]:
         modules=(MLP,),
         default=REGIONS,
     )
-    return config.to_dict() | {KEY: annotation.to_dict() | changes}
+    return config.to_dict() | {"quantization_status": "compressed", KEY: annotation.to_dict() | changes}
 
 
 @pytest.fixture
@@ -194,22 +194,32 @@ def test_no_layer_of_a_pruned_module_is_left_dense(config: SpenseConfig) -> None
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "key"),
     [
-        lambda scheme: scheme.update(input_activations=None),
-        lambda scheme: scheme["weights"].update(strategy="tensor"),
-        lambda scheme: scheme["weights"].update(type="int"),
+        (lambda config: config["config_groups"]["group_0"].update(input_activations=None), "input_activations"),
+        (lambda config: config["config_groups"]["group_0"]["weights"].update(strategy="tensor"), "weights.strategy"),
+        (lambda config: config["config_groups"]["group_0"]["weights"].update(type="int"), "weights.type"),
+        (lambda config: config["config_groups"].update(group_0=4), "group_0"),
+        (lambda config: config.update(sparsity_config={"format": "sparse-24", "targets": ["Linear"]}), "sparsity"),
+        (lambda config: config.update(ignore=["lm_head", f"{MLP}.down_proj"]), "ignore"),
     ],
 )
-def test_wrong_quantization(change: Any) -> None:
+def test_wrong_quantization_is_refused_before_there_is_a_layer(change: Any, key: str) -> None:
     data = quantization_config()
-    change(data["config_groups"]["group_0"])
+    change(data)
+    for ask in (SpenseConfig.from_config, lambda config: SpenseConfig.override_quantization_method(config, None)):
+        with pytest.raises(FormatError, match=rf"quantiz.*key: quantization_config\..*{key}"):
+            ask(copy.deepcopy(data))
+
+
+def test_a_pruned_layer_that_vllm_finds_no_scheme_for_is_refused(config: SpenseConfig) -> None:
+    config.ignore.append("re:.*down_proj")
     with pytest.raises(FormatError, match=rf"wrong quantization \(layer: {MLP}\.down_proj; key: quantization_config"):
-        RowParallelLinear(I, HIDDEN, bias=False, quant_config=SpenseConfig.from_config(data), prefix=f"{MLP}.down_proj")
+        RowParallelLinear(I, HIDDEN, bias=False, quant_config=config, prefix=f"{MLP}.down_proj")
 
 
 def test_wrong_intermediate_size(config: SpenseConfig) -> None:
-    with pytest.raises(FormatError, match=r"layer: .*down_proj; key: regions; found: 64 \+ 32; expected: 128"):
+    with pytest.raises(FormatError, match=r"down_proj; key: regions; found: 128 .*; expected: 96 \(64 sparse"):
         RowParallelLinear(128, HIDDEN, bias=False, quant_config=config, prefix=f"{MLP}.down_proj")
 
 
@@ -320,9 +330,14 @@ def test_unsound_weights(config: SpenseConfig, weight: float | None, scale: floa
         (
             "up_proj.weight",
             torch.zeros(I, HIDDEN),
-            r"not FP8 \(file: .*\.safetensors; layer: .*up_proj\.weight; found: F32",
+            r"wrong type \(file: .*\.safetensors; layer: .*up_proj\.weight; found: F32",
         ),
-        ("up_proj.weight_scale", torch.ones(I), r"layer: .*up_proj\.weight_scale; found: \(96,\); expected: \(96, 1\)"),
+        ("up_proj.weight_scale", torch.ones(I, 1), r"layer: .*up_proj\.weight_scale; found: F32; expected: BF16"),
+        (
+            "up_proj.weight_scale",
+            torch.ones(I).bfloat16(),
+            r"up_proj\.weight_scale; found: \(96,\); expected: \(96, 1\)",
+        ),
         ("down_proj.weight_scale", None, r"missing \(file: .*; layer: .*down_proj\.weight_scale; key: modules"),
     ],
 )
@@ -332,7 +347,7 @@ def test_files_against_the_annotation(
     tensors: dict[str, torch.Tensor] = {}
     for layer, shape in {"gate_proj": (I, HIDDEN), "up_proj": (I, HIDDEN), "down_proj": (HIDDEN, I)}.items():
         tensors[f"{MLP}.{layer}.weight"] = torch.zeros(shape).to(torch.float8_e4m3fn)
-        tensors[f"{MLP}.{layer}.weight_scale"] = torch.ones(shape[0], 1)
+        tensors[f"{MLP}.{layer}.weight_scale"] = torch.ones(shape[0], 1, dtype=torch.bfloat16)
     save_file(tensors, tmp_path / "model.safetensors")
     config.maybe_update_config(str(tmp_path))
 

@@ -162,7 +162,7 @@ class LibraryPlan:
     """The two GEMMs of one problem and M. One plan serves any number of layers, on one stream at a time.
 
     Args:
-        problem: the GEMM; its region sizes are multiples of `WEIGHT_MULTIPLE`.
+        problem: the GEMM; its region sizes are multiples of `Problem.weight_multiple`.
         tokens: M, a multiple of 16.
 
     Raises:

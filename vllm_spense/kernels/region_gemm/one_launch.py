@@ -309,7 +309,7 @@ class OneLaunchPlan:
     """Tables and machine code for one problem and M up to `tokens`. Serves any number of layers and streams.
 
     Args:
-        problem: the GEMM; its region sizes are multiples of `WEIGHT_MULTIPLE`.
+        problem: the GEMM; its region sizes are multiples of `Problem.weight_multiple`.
         tokens: the largest M.
     """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 
@@ -15,9 +15,6 @@ Split = Literal["output", "input"]
 
 #: float32, of M tokens and of the N rows of W.
 Scales = tuple[torch.Tensor, torch.Tensor]
-
-#: cuSPARSELt takes FP8 weights whose sizes are multiples of this.
-WEIGHT_MULTIPLE = 32
 
 #: What a dense copy of a weight is called among its packed tensors: float8_e4m3fn (N, K), as it runs.
 COPY = "whole"
@@ -43,7 +40,10 @@ class Problem:
         scaled: outputs are multiplied by the scales of tokens and rows; else they are raw sums.
         apart: of input-split raw sums each region's may stay an output of its own: what follows adds them up.
         spelled: all of this in one word, for `read`.
+        weight_multiple: cuSPARSELt takes FP8 weights whose sizes are multiples of this.
     """
+
+    weight_multiple: ClassVar[int] = 32
 
     n: int
     k: int

@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
-from offline_prune.checkpoint.companions import companions
+from offline_prune.model.companions import companions
 from offline_prune.model.safetensors_reader import resolve_model
 
 TRAVEL = [
