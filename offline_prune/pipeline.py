@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ import vllm_spense
 from offline_prune.block_pruning import BlockMlp
 from offline_prune.calibration.data import calibration_tokens
 from offline_prune.calibration.hidden_states import Stream
+from offline_prune.checkpoint.ignored import ignored
 from offline_prune.checkpoint.journal import Journal
 from offline_prune.checkpoint.writer import CheckpointWriter, Say, refuse_filled, restored
 from offline_prune.memory_plan import GIB, MemoryPlan, batch_tokens, memory_plan
@@ -41,7 +41,7 @@ Progress = Callable[[int, int, str], None]
 #: The checkpoint's part that holds what is in no block.
 _OUTSIDE = "outside the blocks"
 #: Settings that do not change what is written.
-_WHERE_AND_HOW = ("model", "out", "device", "activations", "overwrite", "resume")
+_WHERE_AND_HOW = ("model", "out", "device", "activations", "overwrite", "resume", "trust_remote_code")
 
 
 def prune(
@@ -70,7 +70,8 @@ def prune(
         distributed.from_first(lambda: refuse_filled(settings.out, settings.overwrite))
         if not distributed.first():
             progress, say = (lambda *_: None), (lambda _: None)
-        return _Run(SourceModel(settings.model), settings, device, compute_dtype(device), progress, say).run(tokens)
+        model = SourceModel(settings.model, settings.trust_remote_code)
+        return _Run(model, settings, device, compute_dtype(device), progress, say).run(tokens)
 
 
 def _check_ranks(samples: int) -> None:
@@ -131,7 +132,8 @@ class _Run:
     def _open(self, run: dict[str, object], context: ExitStack) -> Journal:
         """Starts the checkpoint; what is finished of it already."""
         settings = self.settings
-        writer = CheckpointWriter(settings.out, run, settings.overwrite, settings.resume, self.say)
+        stored = self.model.tensors.stored
+        writer = CheckpointWriter(settings.out, run, settings.overwrite, settings.resume, self.say, stored)
         self.writer = context.enter_context(writer)
         return writer.journal
 
@@ -208,8 +210,7 @@ class _Run:
         return [block.name for block in self.model.blocks if isinstance(block.mlp, Glu)]
 
     def _ignored(self) -> list[str]:
-        """What stays unquantized, as compressed-tensors names it: the head, and whole blocks that were skipped."""
-        return [self.model.head_name, *(f"re:{re.escape(block)}\\..*" for block in self.report.skipped)]
+        return ignored(self.model, self.quantized)
 
     def _annotation(self) -> Annotation:
         sizes = list(self.regions.values())
@@ -223,9 +224,11 @@ class _Run:
             calibration=Calibration(settings.calibration, settings.samples, settings.length, settings.seed),
             alignment=self.alignment,
             projections=block.mlp.projections,
-            modules=tuple(self.regions),
+            modules=tuple(map(self.model.tensors.stored, self.regions)),
             default=default,
-            overrides={name: regions for name, regions in self.regions.items() if regions != default},
+            overrides={
+                self.model.tensors.stored(name): regions for name, regions in self.regions.items() if regions != default
+            },
         )
 
     def _copy_outside_blocks(self, writer: CheckpointWriter) -> None:
@@ -254,7 +257,7 @@ class _Run:
             with self.meter.stage("forward"):
                 self.dense.advance(index, module, block.name)
         with self.meter.stage("load"):
-            stored = journal.tensors(block.name)
+            stored = self.model.tensors.named(journal.tensors(block.name))
             module = self.model.load(block.name, self.device, self.dtype, restored(stored, self.device))
         with self.meter.stage("forward"):
             if isinstance(block.mlp, Glu):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from offline_prune.model.gated_mlp import Glu
+from offline_prune.model.gated_mlp import Glu, Unsupported
 from offline_prune.model.loading import SourceModel
 from offline_prune.settings import PruneSettings, fit_regions
 from vllm_spense.errors import SpenseError
@@ -23,6 +23,13 @@ def model_regions(model: SourceModel, settings: PruneSettings) -> tuple[dict[str
     """
     regions: dict[str, Regions] = {}
     alignments = []
+    if not any(isinstance(block.mlp, Glu) for block in model.blocks):
+        first = model.blocks[0]
+        assert isinstance(first.mlp, Unsupported)
+        raise SpenseError(
+            f"{settings.model}: no block has a gated MLP (gate, up, down), so there is nothing to prune; "
+            f"{first.name}: found {first.mlp.found}"
+        )
     for block in model.blocks:
         if isinstance(block.mlp, Glu):
             name = f"{block.name}.{block.mlp.path}"
@@ -35,8 +42,6 @@ def model_regions(model: SourceModel, settings: PruneSettings) -> tuple[dict[str
                 f"{block.name}: found {block.mlp.found}; expected one gated MLP (gate, up, down). "
                 "--skip-unsupported leaves such blocks as they are"
             )
-    if not regions:
-        raise SpenseError(f"{settings.model}: no block has a gated MLP, so there is nothing to prune")
     projections = {block.mlp.projections for block in model.blocks if isinstance(block.mlp, Glu)}
     if len(projections) > 1:
         raise SpenseError(f"{settings.model}: its MLPs name their projections differently: {projections}")
