@@ -45,8 +45,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.envelope import RESULTS, write_result
 from offline_prune.memory_plan import GIB
 from offline_prune.methods.recipe import METHODS
-from offline_prune.model.loading import empty_model
 from offline_prune.model.safetensors_reader import INDEX_NAME
+from offline_prune.model.skeleton import empty_model
 from offline_prune.pipeline import prune
 from offline_prune.report import BlockTime, Report
 from offline_prune.runtime import deterministic_reduce, distributed

@@ -122,6 +122,7 @@ def prune(
     skip_unsupported: Annotated[
         bool, typer.Option(help="Leave blocks without a gated MLP (experts, plain MLPs) as they are.")
     ] = False,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run the Python code that MODEL brings along.")] = False,
     device: Annotated[str, typer.Option(help="auto | cpu | cuda | cuda:N")] = "auto",
     batch_tokens: Annotated[
         int | None, typer.Option(help="Tokens that pass through a block at once. \\[default: 2048 on a CPU, 16384]")
@@ -164,6 +165,7 @@ def prune(
         tune_steps=tune_steps,
         tune_rate=tune_rate,
         skip_unsupported=skip_unsupported,
+        trust_remote_code=trust_remote_code,
         device=device,
         batch_tokens=batch_tokens,
         activations=activations,

@@ -95,9 +95,9 @@ def memory_plan(model: SourceModel, settings: PruneSettings, device: torch.devic
     recipe = settings.recipe
     tokens = settings.samples * settings.length // distributed.size()
     batch = max(settings.length, batch_tokens(settings, device))
-    hidden = model.skeleton.config.get_text_config().hidden_size
     mlps = [block.mlp for block in model.blocks if isinstance(block.mlp, Glu)]
-    widest = max((mlp.intermediate for mlp in mlps), default=0)
+    hidden = max(mlp.hidden for mlp in mlps)
+    widest = max(mlp.intermediate for mlp in mlps)
     parameters = max(sum(p.numel() for p in model.module(block.name).parameters()) for block in model.blocks)
     written = _written_bytes(model, settings)
     scored = 2 * 4 * 2 * widest * hidden if recipe.selection is Selection.OUTPUT_LOSS else 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from offline_prune.block_pruning import BlockMlp
 from offline_prune.calibration.context_length import context_length, fit_to_context
 from offline_prune.calibration.data import calibration_tokens, check_vocabulary
 from offline_prune.calibration.hidden_states import Stream
+from offline_prune.checkpoint.ignored import ignored
 from offline_prune.checkpoint.journal import Journal, Say
 from offline_prune.checkpoint.output_folder import OutputFolder, require_apart
 from offline_prune.checkpoint.writer import CheckpointWriter, restored
@@ -45,7 +45,7 @@ Progress = Callable[[int, int, str], None]
 #: The checkpoint's part that holds what is in no block.
 _OUTSIDE = "outside the blocks"
 #: Settings that do not change what is written.
-_WHERE_AND_HOW = ("model", "out", "device", "activations", "overwrite", "resume")
+_WHERE_AND_HOW = ("model", "out", "device", "activations", "overwrite", "resume", "trust_remote_code")
 
 
 def prune(
@@ -76,7 +76,7 @@ def prune(
             progress, say = (lambda *_: None), (lambda _: None)
         out = OutputFolder(settings.out, settings.overwrite, settings.resume, say)
         distributed.from_first(lambda: _take(out, settings.model, context))
-        model = SourceModel(settings.model)
+        model = SourceModel(settings.model, settings.trust_remote_code)
         if tokens is None:
             settings = _within_context(settings, model, say)
         return _Run(model, settings, device, compute_dtype(device), out, progress, say).run(tokens)
@@ -91,7 +91,7 @@ def _take(out: OutputFolder, model: str, context: ExitStack) -> None:
 
 def _within_context(settings: PruneSettings, model: SourceModel, say: Say) -> PruneSettings:
     """With calibration sequences that the model was made for: what it makes of longer ones says little about it."""
-    context = context_length(model.skeleton.config)
+    context = context_length(model.text.config)
     samples, length = fit_to_context(settings.samples, settings.length, context)
     if length == settings.length:
         return settings
@@ -120,6 +120,13 @@ def _intermediate_sizes(model: SourceModel, settings: PruneSettings) -> dict[str
         SpenseError: a block without a gated MLP that may not be skipped, none with one, or MLPs whose projections have
             different names.
     """
+    if not any(isinstance(block.mlp, Glu) for block in model.blocks):
+        first = model.blocks[0]
+        assert isinstance(first.mlp, Unsupported)
+        raise SpenseError(
+            f"{settings.model}: no block has a gated MLP (gate, up, down), so there is nothing to prune; "
+            f"{first.name}: found {first.mlp.found}"
+        )
     sizes = {}
     for block in model.blocks:
         if isinstance(block.mlp, Glu):
@@ -129,8 +136,6 @@ def _intermediate_sizes(model: SourceModel, settings: PruneSettings) -> dict[str
                 f"{block.name}: found {block.mlp.found}; expected one gated MLP (gate, up, down). "
                 "--skip-unsupported leaves such blocks as they are"
             )
-    if not sizes:
-        raise SpenseError(f"{settings.model}: no block has a gated MLP, so there is nothing to prune")
     projections = {block.mlp.projections for block in model.blocks if isinstance(block.mlp, Glu)}
     if len(projections) > 1:
         raise SpenseError(f"{settings.model}: its MLPs name their projections differently: {projections}")
@@ -191,8 +196,9 @@ class _Run:
 
     def _open(self, run: dict[str, object], context: ExitStack) -> Journal:
         """Starts the checkpoint; what is finished of it already."""
-        self.writer = context.enter_context(CheckpointWriter(self.out, run, self.say))
-        return self.writer.journal
+        writer = CheckpointWriter(self.out, run, self.say, self.model.tensors.stored)
+        self.writer = context.enter_context(writer)
+        return writer.journal
 
     def _close(self, writer: CheckpointWriter, plan: MemoryPlan, start: float) -> None:
         """Adds what is in no block."""
@@ -215,7 +221,7 @@ class _Run:
         if tokens is None:
             shape = settings.samples, settings.length
             tokens = calibration_tokens(settings.calibration, model.tokenizer, *shape, settings.seed, self.say)
-        check_vocabulary(tokens, cast(nn.Embedding, model.skeleton.get_input_embeddings()).num_embeddings)
+        check_vocabulary(tokens, cast(nn.Embedding, model.text.get_input_embeddings()).num_embeddings)
         return tokens
 
     def _identity(self, tokens: torch.Tensor) -> dict[str, object]:
@@ -274,8 +280,7 @@ class _Run:
         return [block.name for block in self.model.blocks if isinstance(block.mlp, Glu)]
 
     def _ignored(self) -> list[str]:
-        """What stays unquantized, as compressed-tensors names it: the head, and whole blocks that were skipped."""
-        return [self.model.head_name, *(f"re:{re.escape(block)}\\..*" for block in self.report.skipped)]
+        return ignored(self.model, self.quantized)
 
     def _annotation(self) -> Annotation:
         sizes = list(self.regions.values())
@@ -289,9 +294,11 @@ class _Run:
             calibration=Calibration(settings.calibration, settings.samples, settings.length, settings.seed),
             alignment=self.alignment,
             projections=block.mlp.projections,
-            modules=tuple(self.regions),
+            modules=tuple(map(self.model.tensors.stored, self.regions)),
             default=default,
-            overrides={name: regions for name, regions in self.regions.items() if regions != default},
+            overrides={
+                self.model.tensors.stored(name): regions for name, regions in self.regions.items() if regions != default
+            },
         )
 
     def _copy_outside_blocks(self, writer: CheckpointWriter) -> None:
@@ -320,7 +327,7 @@ class _Run:
             with self.meter.stage("forward"):
                 self.dense.advance(index, module, block.name)
         with self.meter.stage("load"):
-            stored = journal.tensors(block.name)
+            stored = self.model.tensors.named(journal.tensors(block.name))
             module = self.model.load(block.name, self.device, self.dtype, restored(stored, self.device))
         with self.meter.stage("forward"):
             if isinstance(block.mlp, Glu):

@@ -60,6 +60,7 @@ class PruneSettings:
             text; 0 for none, None for the method's own.
         tune_rate: of those steps, relative to the weights: see `tune.tune`.
         skip_unsupported: leave blocks without a gated MLP as they are instead of refusing the model.
+        trust_remote_code: run the Python code that a model brings along.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         batch_tokens: about how many tokens pass through a block at once; None for what suits the device.
         activations: where the calibration text's hidden states are kept; `auto` takes the first place that has room.
@@ -91,6 +92,7 @@ class PruneSettings:
     tune_steps: int | None = None
     tune_rate: float = 0.016
     skip_unsupported: bool = False
+    trust_remote_code: bool = False
     device: str = "auto"
     batch_tokens: int | None = None
     activations: str = AUTO

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from offline_prune.calibration.recording import record
 from offline_prune.model.block_forward import Observer, Split, find_split, watch
 from offline_prune.model.fused_ops import Elementwise, find_elementwise
 from offline_prune.model.gated_mlp import Glu
@@ -51,24 +52,28 @@ class Stream:
         folder: Path | None = None,
     ) -> None:
         self.device = device
-        self.kwargs: list[dict[str, Any]] = []
         samples, length = tokens.shape
         at_once = max(1, batch_tokens // length)
         self._parts = [_batches(part, at_once) for part in deterministic_reduce.cut(samples)]
         self._batches = [batch for part in self._parts for batch in part]
         self._mlps = [block.mlp for block in model.blocks]
-        self._splits: dict[type[nn.Module], Split | None] = {}
+        self._splits: dict[Hashable, Split | None] = {}
         self._elementwise: dict[int, Elementwise] = {}
         self._split: Split | None = None
-        width = model.skeleton.config.get_text_config().hidden_size
-        self.hidden = allocate((samples, length, width), dtype, device, place, folder)
-        with stage("forward"), _recording(model, device, dtype) as recorders:
-            for batch in self._batches:
-                model.skeleton.base_model(input_ids=tokens[batch].to(device), use_cache=False)
-                self._put(batch, recorders[0].hidden)
-            # No padding and no cache: all batches share their masks and positions, but for the batch size.
-            model.skeleton.base_model(input_ids=tokens[:1].to(device), use_cache=False)
-            self.kwargs = [recorder.kwargs for recorder in recorders]
+
+        def room(width: int) -> torch.Tensor:
+            return allocate((samples, length, width), dtype, device, place, folder)
+
+        with stage("forward"):
+            self.hidden, self._arguments = record(model, tokens, self._batches, device, dtype, room)
+
+    def arguments(self, index: int, sequences: slice) -> dict[str, Any]:
+        """What a block is called with beside the hidden states of some sequences."""
+        return self._arguments.of(index, sequences)
+
+    def unit_arguments(self, index: int, chosen: torch.Tensor) -> dict[str, Any]:
+        """What a block is called with beside some of its `units`, int64 (n,)."""
+        return self._arguments.of_units(index, chosen, self.units)
 
     def attend(
         self,
@@ -87,9 +92,11 @@ class Stream:
             mid_tokens: of about this many tokens of all ranks only, evenly spread; None for all.
         """
         with self._with_kernels(index, block):
-            if type(block) not in self._splits:
-                self._splits[type(block)] = find_split(block, mlp, self._get(self._batches[0]), self.kwargs[index])
-            self._split = self._splits[type(block)]
+            kind = _kind(block)
+            if kind not in self._splits:
+                first = self._batches[0]
+                self._splits[kind] = find_split(block, mlp, self._get(first), self.arguments(index, first))
+            self._split = self._splits[kind]
             entrance, exit_ = f"{mlp.path}.{mlp.projections.gate}", f"{mlp.path}.{mlp.projections.down}"
             for part, batches in enumerate(self._parts):
                 shown = self._spread(batches, mid_tokens) if on_mid else []
@@ -100,7 +107,8 @@ class Stream:
                     arrived: list[torch.Tensor] = []
                     if self._split:
                         observers[self._split.point] = arrived.append
-                    watch(block, self._get(batch), self.kwargs[index], observers, exit_ if batch in shown else entrance)
+                    kwargs = self.arguments(index, batch)
+                    watch(block, self._get(batch), kwargs, observers, exit_ if batch in shown else entrance)
                     if self._split:
                         self._put(batch, arrived[0])
 
@@ -110,7 +118,8 @@ class Stream:
         with self._with_kernels(index, block), self.entered(block):
             for part, batches in enumerate(self._parts):
                 for batch in batches:
-                    watch(block, self._get(batch), self.kwargs[index], {exit_: _flat(on_mid, part)}, exit_)
+                    kwargs = self.arguments(index, batch)
+                    watch(block, self._get(batch), kwargs, {exit_: _flat(on_mid, part)}, exit_)
 
     def advance(
         self, index: int, block: nn.Module, name: str, observers: Mapping[str, PartObserver] = MappingProxyType({})
@@ -129,7 +138,7 @@ class Stream:
             for part, batches in enumerate(self._parts):
                 flat = {submodule: _flat(observer, part) for submodule, observer in observers.items()}
                 for batch in batches:
-                    output = watch(block, self._get(batch), self.kwargs[index], flat, None)
+                    output = watch(block, self._get(batch), self.arguments(index, batch), flat, None)
                     assert output is not None
                     # Whatever is not finite makes the sum so, and that is read once.
                     broken += ~torch.isfinite(output.sum(dtype=torch.float32))
@@ -187,39 +196,9 @@ def _flat(observer: PartObserver, part: int) -> Observer:
     return lambda inputs: observer(inputs.flatten(0, -2), part)
 
 
-class _Recorder(nn.Module):
-    """Stands for a decoder block while the model's own code prepares masks and positions."""
+def _kind(block: nn.Module) -> Hashable:
+    """What blocks have in common that can be entered at the same point: their children, by name and class.
 
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self._block = (block,)  # In a tuple, so that it does not become a submodule.
-        self.kwargs: dict[str, Any] = {}
-        self.hidden = torch.empty(0)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self._block[0], name)
-
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        self.hidden, self.kwargs = hidden_states, kwargs
-        return hidden_states
-
-
-@contextmanager
-def _recording(model: SourceModel, device: torch.device, dtype: torch.dtype) -> Iterator[list[_Recorder]]:
-    """The model with its embeddings loaded and a recorder in place of every block."""
-    names = [block.name for block in model.blocks]
-    parent = model.module(names[0].rpartition(".")[0])
-    assert isinstance(parent, nn.ModuleList)
-    originals = list(parent)
-    recorders = [_Recorder(block) for block in originals]
-    with model.outside_blocks(device, dtype), torch.inference_mode():
-        for i, recorder in enumerate(recorders):
-            parent[i] = recorder
-        try:
-            yield recorders
-        finally:
-            for i, block in enumerate(originals):
-                parent[i] = block
+    A hybrid's blocks are of one class, and some have attention where others have a convolution or a state space.
+    """
+    return type(block), tuple((name, type(child)) for name, child in block.named_children())

@@ -5,20 +5,29 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
 
-from offline_prune.methods.fp8 import dequantize
-from offline_prune.model.loading import empty_model, load_tokenizer
+from offline_prune.model.loading import load_tokenizer
+from offline_prune.model.model_tensors import ModelTensors
 from offline_prune.model.safetensors_reader import TensorFiles
+from offline_prune.model.skeleton import empty_model
 from offline_prune.runtime.matmul_precision import exact_matmul, fast_matmul
+from vllm_spense.checkpoint_files import read_object
 from vllm_spense.errors import SpenseError
 
 
 def load_dense(
-    folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32
+    folder: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A plain or a Spense checkpoint as an ordinary dense model; FP8 weights are multiplied by their scales.
 
@@ -28,18 +37,21 @@ def load_dense(
         SpenseError: no such folder, or a tensor of the model is not in it.
     """
     folder = Path(folder)
-    files = TensorFiles(folder)
-    model = empty_model(folder)
-    for name, _ in list(model.named_parameters(remove_duplicate=False)):
-        if name not in files:
-            if _is_tied_head(model, name):
-                continue
+    model = empty_model(folder, trust_remote_code)
+    tensors = ModelTensors(TensorFiles(folder), model, read_object(folder / "config.json"), torch.float32)
+    for parameter in model.parameters():
+        # What is loaded takes the type of what it replaces.
+        parameter.data = parameter.data.float()
+    stored = {name: tensors.read_stored(name) for name in tensors.targets}
+    mapping: Any = get_model_conversion_mapping(model)
+    rules = LoadStateDictConfig(weight_mapping=mapping, device_map={"": "cpu"})
+    convert_and_load_state_dict_in_model(model, stored, rules)
+    model.tie_weights()
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if parameter.is_meta:
             raise SpenseError(f"{folder}: no tensor {name}")
-        weight = files.read(name)
-        scale = f"{name}_scale"
-        weight = dequantize(weight, files.read(scale)) if scale in files else weight
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(weight.to(device, dtype), requires_grad=False))
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(parameter.to(device, dtype), requires_grad=False))
     model.tie_weights()
     for buffer_name, buffer in list(model.named_buffers()):
         owner, _, leaf = buffer_name.rpartition(".")
@@ -49,12 +61,6 @@ def load_dense(
             # Angles of hundreds of radians, which some versions of transformers compute as a product of matrices.
             module.forward = exact_matmul()(module.forward)
     return model.eval(), load_tokenizer(folder)
-
-
-def _is_tied_head(model: PreTrainedModel, name: str) -> bool:
-    head = model.get_output_embeddings()
-    owner = model.get_submodule(name.rpartition(".")[0])
-    return owner is head and bool(model.config.get_text_config().tie_word_embeddings)
 
 
 @torch.inference_mode()

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 
-from offline_prune.model.loading import empty_model
 from offline_prune.model.safetensors_reader import TensorFiles
+from offline_prune.model.skeleton import empty_model
 from vllm_spense.checkpoint_files import read_object
 from vllm_spense.conformance import (
     SCALE_SUFFIX,

@@ -103,8 +103,8 @@ def tune(
     chosen = order[: max(1, len(order) // in_step) * in_step].split(in_step)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, len(chosen)))
 
-    def output(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        found = functional_call(block, parameters, (x,), stream.kwargs[index])
+    def output(parameters: dict[str, torch.Tensor], x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        found = functional_call(block, parameters, (x,), kwargs)
         return (found[0] if isinstance(found, tuple) else found).float()
 
     def losses(units: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -115,9 +115,10 @@ def tune(
                 for name, w in weights.items()
             }
             x, y = (source.index_select(0, part).to(stream.device) for source in (inputs, targets))
+            kwargs = stream.unit_arguments(index, part)
             with torch.no_grad():
-                target = torch.lerp(output(original, x), y.float(), _INHERITED)
-            error, power = (output(served, x) - target).square().sum(-1), target.square().sum(-1)
+                target = torch.lerp(output(original, x, kwargs), y.float(), _INHERITED)
+            error, power = (output(served, x, kwargs) - target).square().sum(-1), target.square().sum(-1)
             yield (error / power).mean() * (len(part) / len(units))
 
     averages: dict[str, torch.Tensor] = {}

@@ -108,18 +108,31 @@ def calling(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
+class Output:
+    """What a module returns for hidden states.
+
+    Attributes:
+        width: of the hidden states that come out.
+        values: how many values it returns, of which they are the first; 0 for a bare tensor.
+    """
+
+    width: int
+    values: int
+
+
+@dataclass(frozen=True)
 class Split:
     """Where a block's attention ends: the residual stream there, and only it, decides the block's output.
 
     Attributes:
         point: the child that gets the residual stream behind the attention as its input.
         before: children that run ahead of the attention and only feed it.
-        attention: the attention children, with the number of values each returns; 0 for a bare tensor.
+        attention: the attention children, and what each returns.
     """
 
     point: str
     before: tuple[str, ...]
-    attention: dict[str, int]
+    attention: dict[str, Output]
 
     @contextmanager
     def skipping(self, block: nn.Module) -> Iterator[None]:
@@ -130,16 +143,16 @@ class Split:
         with ExitStack() as stack:
             for name in self.before:
                 stack.enter_context(calling(block.get_submodule(name), _first_of))
-            for name, values in self.attention.items():
-                stack.enter_context(calling(block.get_submodule(name), _silent(values)))
+            for name, output in self.attention.items():
+                stack.enter_context(calling(block.get_submodule(name), _silent(output)))
             yield
 
 
 def find_split(block: nn.Module, mlp: Glu, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Split | None:
     """Tries out where the block can be entered behind its attention.
 
-    Whatever child has linear layers and does not hold the MLP counts as attention. Every child that runs after it
-    is a candidate; the right one is found by running the rest of the block on its input.
+    Whatever child has linear layers and runs before the one that holds the MLP counts as attention. Every child that
+    runs after it is a candidate; the right one is found by running the rest of the block on its input.
 
     Args:
         hidden: (sequences, length, H), any real input of the block.
@@ -149,12 +162,14 @@ def find_split(block: nn.Module, mlp: Glu, hidden: torch.Tensor, kwargs: dict[st
     """
     holder = mlp.path.split(".")[0]
     inputs: dict[str, torch.Tensor] = {}
-    values: dict[str, int] = {}
+    outputs: dict[str, Output | None] = {}
 
     def record(name: str) -> Callable[..., None]:
         def seen(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
             inputs[name] = _first(args, named)
-            values[name] = len(output) if isinstance(output, tuple) else 0
+            first = output[0] if isinstance(output, tuple) else output
+            values = len(output) if isinstance(output, tuple) else 0
+            outputs[name] = Output(first.shape[-1], values) if isinstance(first, torch.Tensor) else None
 
         return seen
 
@@ -165,12 +180,19 @@ def find_split(block: nn.Module, mlp: Glu, hidden: torch.Tensor, kwargs: dict[st
         for handle in hooks:
             handle.remove()
     ran = list(inputs)
-    attention = [name for name in ran if name != holder and _has_linears(block.get_submodule(name))]
-    if not attention or holder not in ran:
+    if holder not in ran:
         return None
-    first, last = ran.index(attention[0]), ran.index(attention[-1])
+    attention = {
+        name: output
+        for name in ran[: ran.index(holder)]
+        if _has_linears(block.get_submodule(name)) and (output := outputs[name])
+    }
+    if not attention:
+        return None
+    names = list(attention)
+    first, last = ran.index(names[0]), ran.index(names[-1])
     for point in ran[last + 1 : ran.index(holder) + 1]:
-        split = Split(point, tuple(ran[:first]), {name: values[name] for name in attention})
+        split = Split(point, tuple(ran[:first]), attention)
         if inputs[point].shape == hidden.shape:
             with split.skipping(block):
                 if torch.equal(forward(block, inputs[point], kwargs), expected):
@@ -183,16 +205,20 @@ def _has_linears(module: nn.Module) -> bool:
 
 
 def _first(args: tuple[Any, ...], named: dict[str, Any]) -> torch.Tensor:
-    return args[0] if args else named["hidden_states"]
+    """The hidden states that a module is called with: by that name, or the first tensor."""
+    if "hidden_states" in named:
+        return named["hidden_states"]
+    return next(value for value in (*args, *named.values()) if isinstance(value, torch.Tensor))
 
 
 def _first_of(*args: Any, **named: Any) -> torch.Tensor:
     return _first(args, named)
 
 
-def _silent(values: int) -> Callable[..., Any]:
+def _silent(output: Output) -> Callable[..., Any]:
     def forward(*args: Any, **named: Any) -> Any:
-        zeros = torch.zeros_like(_first(args, named))
-        return (zeros, *[None] * (values - 1)) if values else zeros
+        hidden = _first(args, named)
+        zeros = hidden.new_zeros((*hidden.shape[:-1], output.width))
+        return (zeros, *[None] * (output.values - 1)) if output.values else zeros
 
     return forward

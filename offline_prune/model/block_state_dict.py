@@ -7,7 +7,7 @@ from torch import nn
 
 from offline_prune.checkpoint.writer import stored_form
 from offline_prune.model.gated_mlp import Glu
-from offline_prune.model.safetensors_reader import TensorFiles
+from offline_prune.model.model_tensors import ModelTensors
 
 
 class StoredBlock:
@@ -17,7 +17,7 @@ class StoredBlock:
         tensors: what has been kept so far, on the device that computed it.
     """
 
-    def __init__(self, source: TensorFiles) -> None:
+    def __init__(self, source: ModelTensors) -> None:
         self.source = source
         self.tensors: dict[str, torch.Tensor] = {}
 

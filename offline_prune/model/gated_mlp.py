@@ -9,6 +9,7 @@ needed, so this works on a model that exists only on the meta device.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -68,7 +69,7 @@ def find_glu(block: nn.Module) -> Glu | Unsupported:
 
 
 def _describe_experts(block: nn.Module, glus: list[Glu]) -> str:
-    stacked = [f"{name} {tuple(p.shape)}" for name, p in block.named_parameters() if p.ndim == 3]
+    stacked = [f"{name} {shape}" for name, shape in _stacked_maps(block, {glu.hidden for glu in glus})]
     if stacked:
         return "a mixture of experts: " + ", ".join(stacked)
     for path, module in block.named_modules():
@@ -76,6 +77,23 @@ def _describe_experts(block: nn.Module, glus: list[Glu]) -> str:
         if isinstance(module, nn.ModuleList) and inside:
             return f"a mixture of {len(module)} experts: {path}"
     return ""
+
+
+def _stacked_maps(block: nn.Module, hidden: set[int]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Stacks of matrices that each map whole tokens, as experts do.
+
+    The kernel of a convolution has three dimensions too, and so has a matrix that is diagonal block by block, of which
+    every token meets all blocks. Neither's matrices are as wide as a token.
+
+    Args:
+        hidden: widths of a token, as the block's gated MLPs tell them; where there are none, every stack counts.
+    """
+    for path, module in block.named_modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            continue
+        for name, parameter in module.named_parameters(path, recurse=False):
+            if parameter.ndim == 3 and (not hidden or hidden & set(parameter.shape[1:])):
+                yield name, tuple(parameter.shape)
 
 
 def _as_glu(path: str, module: nn.Module) -> Glu | None:

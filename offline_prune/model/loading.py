@@ -1,26 +1,29 @@
-"""A causal LM of which at most one decoder block is in memory."""
+"""A language model, or one inside a multimodal model, of which at most one decoder block is in memory."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from offline_prune.model.gated_mlp import Glu, Unsupported, find_glu
+from offline_prune.model.model_tensors import ModelTensors
+from offline_prune.model.prequantized import config_of_weights, refuse_unreadable
 from offline_prune.model.safetensors_reader import TensorFiles, resolve_model
+from offline_prune.model.skeleton import empty_model, find_text_model
 from offline_prune.runtime.pinned_buffers import Inbox
 from vllm_spense.checkpoint_files import read_object
 from vllm_spense.conformance import require_sane_depth
@@ -40,44 +43,55 @@ class SourceModel:
 
     Args:
         model: a local folder or a hub name.
+        trust_remote_code: run the Python code that a model brings along.
+
+    Attributes:
+        config_json: its config.json, without what says how the weights are stored.
+        tensors: its weights, under the modules' names.
+        text: the language model, which is `skeleton` or somewhere inside it.
+        blocks: the language model's decoder blocks.
 
     Raises:
-        SpenseError: no such model, no weights, an architecture that transformers does not know, already quantized.
+        SpenseError: no such model, no weights, an architecture that transformers does not know, weights that are
+            quantized to something else than FP8.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, trust_remote_code: bool = False) -> None:
         self.folder: Path = resolve_model(model)
-        self.config_json: dict[str, Any] = read_object(self.folder / "config.json")
-        if (quantization := self.config_json.get("quantization_config")) is not None:
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-            raise SpenseError(f"{self.folder}: already quantized ({method}); prune the original BF16 model instead")
-        self.tensors = TensorFiles(self.folder)
-        require_sane_depth(self.config_json, len(self.tensors.headers), self.folder / "config.json")
-        self.skeleton = empty_model(self.folder)
-        self.blocks = [Block(name, find_glu(module)) for name, module in _decoder_blocks(self.skeleton)]
+        config = read_object(self.folder / "config.json")
+        refuse_unreadable(self.folder, config)
+        self.config_json: dict[str, Any] = config_of_weights(config)
+        self._trust = trust_remote_code
+        files = TensorFiles(self.folder)
+        require_sane_depth(config, len(files.headers), self.folder / "config.json")
+        self.skeleton = empty_model(self.folder, trust_remote_code)
+        self.tensors = ModelTensors(files, self.skeleton, config)
+        found = find_text_model(self.skeleton)
+        self.text_name, self.text = found.name, found.model
+        self.blocks = _described(found.blocks)
         self._reader = ThreadPoolExecutor(1, "prefetch")
         self._ahead: dict[str, Future[dict[str, torch.Tensor]]] = {}
         self._inbox = Inbox()
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.folder)
+        return load_tokenizer(self.folder, self._trust)
 
     def module(self, name: str) -> nn.Module:
         return self.skeleton.get_submodule(name)
 
     def linears(self) -> Iterator[str]:
-        """Full names of all linear layers but the output head."""
+        """Full names of the language model's linear layers, without the output head."""
         head = self.skeleton.get_output_embeddings()
-        for name, module in self.skeleton.named_modules():
+        for name, module in self.text.named_modules(prefix=self.text_name):
             if isinstance(module, nn.Linear) and module is not head:
                 yield name
 
     @cached_property
-    def head_name(self) -> str:
-        """Full name of the output head, normally `lm_head`."""
+    def head_name(self) -> str | None:
+        """Full name of the output head, normally `lm_head`; None where the model has none."""
         head = self.skeleton.get_output_embeddings()
-        return next(name for name, module in self.skeleton.named_modules() if module is head)
+        return next((name for name, module in self.skeleton.named_modules() if module is head), None)
 
     def prefetch(self, name: str, device: torch.device) -> None:
         """Starts to read a module's tensors into host memory pinned for a GPU, in the background, for `load`.
@@ -107,12 +121,12 @@ class SourceModel:
         """
         module = self.module(name)
         read: dict[str, torch.Tensor] = self._ahead.pop(name).result() if name in self._ahead else {}
-        if any(f"{name}.{key}" not in self.tensors for key, _ in module.named_parameters()):
+        if any(self._stands_for(f"{name}.{key}") is None for key, _ in module.named_parameters()):
             read = self._converted(name)
         read = {**read, **(instead or {})}
         for key, parameter in list(module.named_parameters()):
             full = f"{name}.{key}"
-            weight = read[full] if full in read else self.tensors.read(full)
+            weight = read[full] if full in read else self.tensors.read(self._stands_for(full) or full)
             _set_parameter(module, key, self._checked(full, weight, parameter, device, dtype))
         for key, buffer in list(module.named_buffers()):
             owner, _, leaf = key.rpartition(".")
@@ -122,29 +136,42 @@ class SourceModel:
         return module.eval()
 
     @contextmanager
-    def outside_blocks(self, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-        """Holds everything but the blocks and the output head in memory: embeddings, the last norm, positions."""
+    def outside_blocks(self, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
+        """The language model with everything but its blocks and the output head in memory: embeddings, positions."""
         inside = tuple(f"{block.name}." for block in self.blocks)
         head = self.head_name
         filled = []
-        for key, parameter in list(self.skeleton.named_parameters()):
-            if not key.startswith(inside) and not key.startswith(f"{head}."):
-                weight = self._checked(key, self.tensors.read(key), parameter, device, dtype)
-                _set_parameter(self.skeleton, key, weight)
+        for key, parameter in list(self.text.named_parameters(prefix=self.text_name)):
+            if not key.startswith(inside) and key.rpartition(".")[0] != head:
+                weight = self.tensors.read(self._stands_for(key) or key)
+                _set_parameter(self.skeleton, key, self._checked(key, weight, parameter, device, dtype))
                 filled.append((key, parameter))
-        for key, buffer in list(self.skeleton.named_buffers()):
+        for key, buffer in list(self.text.named_buffers(prefix=self.text_name)):
             if not key.startswith(inside):
                 owner, _, leaf = key.rpartition(".")
-                setattr(self.skeleton.get_submodule(owner), leaf, buffer.to(device))
+                stored = self.tensors.read(key) if key in self.tensors else buffer
+                setattr(self.skeleton.get_submodule(owner), leaf, stored.to(device))
         try:
-            yield
+            yield self.text
         finally:
             for key, empty in filled:
                 _set_parameter(self.skeleton, key, empty)
 
+    @cached_property
+    def _tied(self) -> dict[str, str]:
+        """Parameter → another one that it is the same as."""
+        return dict(getattr(self.skeleton, "all_tied_weights_keys", None) or {})
+
+    def _stands_for(self, name: str) -> str | None:
+        """The tensor of a parameter; None where there is none, or only in another form."""
+        if name in self.tensors:
+            return name
+        others = [self._tied.get(name, name), *(key for key, to in self._tied.items() if to == name)]
+        return next((other for other in others if other in self.tensors), None)
+
     def _converted(self, name: str) -> dict[str, torch.Tensor]:
-        """A block's weights where transformers keeps them under other names than the files, as it does experts."""
-        stored = {key: self.tensors.read(key) for key in self.tensors if key.startswith(f"{name}.")}
+        """A block's weights where transformers keeps them in another form than the files, as it does experts."""
+        stored = {key: self.tensors.read_stored(key) for key in self.tensors.parts_of(name)}
         mapping: Any = get_model_conversion_mapping(self.skeleton)
         rules = LoadStateDictConfig(weight_mapping=mapping, device_map={"": "cpu"})
         empty = dict(self.module(name).named_parameters())
@@ -191,51 +218,31 @@ def _set_parameter(module: nn.Module, key: str, value: torch.Tensor) -> None:
     setattr(module.get_submodule(owner), leaf, parameter)
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The folder's tokenizer.
 
     Raises:
         SpenseError: it has none that transformers can use.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code))
+    except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SpenseError(f"{folder}: no usable tokenizer: {reason}") from None
 
 
-def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The module tree of a folder's model: parameters on the meta device, buffers real.
-
-    Args:
-        trust_remote_code: run the Python that came with the model, where transformers does not know it.
-
-    Raises:
-        SpenseError: transformers does not know the architecture, or cannot build it from this config.json.
-    """
-    try:
-        # Without an answer, transformers would ask one.
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        # Scaled dot product attention has no logit soft-capping (Gemma 2).
-        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-        # Buffers are not weights: rotary frequencies are computed, not loaded.
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                config, attn_implementation="eager" if capped else "sdpa", trust_remote_code=trust_remote_code
-            )
-        model.tie_weights()
-    except Exception as error:  # whatever it is, a value in config.json caused it
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SpenseError(
-            f"{folder}: transformers cannot build this as a causal language model: {reason}"
-            + ("" if trust_remote_code or "custom code" not in reason else " (--trust-remote-code runs it)")
-        ) from error
-    return model.eval()
-
-
-def _decoder_blocks(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    count = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return [(f"{name}.{i}", block) for i, block in enumerate(module)]
-    raise SpenseError(f"{type(model).__name__}: found no list of {count} decoder blocks")
+def _described(blocks: list[tuple[str, nn.Module]]) -> list[Block]:
+    """What the MLP of every block is. One that several blocks share sees inputs of all of them, and is not pruned."""
+    found = [Block(name, find_glu(module)) for name, module in blocks]
+    weights = {
+        block.name: id(block.mlp.down(module).weight)
+        for block, (_, module) in zip(found, blocks, strict=True)
+        if isinstance(block.mlp, Glu)
+    }
+    users = Counter(weights.values())
+    return [
+        Block(block.name, Unsupported(f"an MLP that {users[weights[block.name]]} blocks share"))
+        if block.name in weights and users[weights[block.name]] > 1
+        else block
+        for block in found
+    ]

@@ -67,11 +67,11 @@ def tiny_model(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **c
         elif parameter_name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
-    _byte_tokenizer().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     return folder
 
 
-def _byte_tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer() -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: i for i, letter in enumerate(alphabet)} | {"<eos>": 256, "<pad>": 257}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

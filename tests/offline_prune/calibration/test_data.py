@@ -8,13 +8,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from tiny_models import _byte_tokenizer
+from tiny_models import byte_tokenizer
 
 from offline_prune.calibration import data
 from offline_prune.calibration.data import calibration_tokens, check_vocabulary, heldout_tokens
 from vllm_spense.errors import SpenseError
 
-TOKENIZER = _byte_tokenizer()
+TOKENIZER = byte_tokenizer()
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 
 

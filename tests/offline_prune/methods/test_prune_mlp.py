@@ -9,7 +9,7 @@ import torch
 from test_sparsegpt import problem
 
 from offline_prune.methods.prune_mlp import file_order, prune_all_rows, prune_gate_up, round_gate_up
-from offline_prune.methods.recipe import Quantize, Recipe
+from offline_prune.methods.recipe import Quantize, Recipe, Selection
 from vllm_spense.format import Regions
 
 REGIONS = Regions(32, 32)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from offline_prune.model.gated_mlp import Glu, Unsupported, find_glu
-from offline_prune.model.loading import _decoder_blocks
+from offline_prune.model.skeleton import find_text_model
 from vllm_spense.format import Projections
 
 
@@ -17,7 +17,7 @@ def first_block(name: str) -> nn.Module:
     kind, special = (FAMILIES | UNSUPPORTED)[name]
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**{**_SIZES, **special}))
-    return _decoder_blocks(model)[0][1]
+    return find_text_model(model).blocks[0][1]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,0 +1,389 @@
+"""Every architecture of the installed transformers, made tiny: does it prune, and if not, why not?
+
+`python -m benchmarks.zoo` tries all causal and image-text language models, compares with results/zoo.json, and exits
+with 1 if anything is different. `--write` keeps what it found and makes docs/models.md from it. Names of model types
+as arguments restrict it to them; `--part 2/4` takes every fourth from the second on.
+
+A model is tried three times: its hidden states stream through block after block as they go through the whole model;
+pruned at sparsity 0 without quantization, it gives the original's logits; pruned at 37.5% in FP8, it verifies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from offline_prune.calibration.hidden_states import Stream
+from offline_prune.checkpoint.verify import verify
+from offline_prune.model.gated_mlp import Glu
+from offline_prune.model.loading import SourceModel
+from offline_prune.pipeline import prune
+from offline_prune.report import Report
+from offline_prune.settings import PruneSettings
+from vllm_spense.errors import SpenseError
+
+ROOT = Path(__file__).resolve().parents[1]
+EXPECTED = ROOT / "benchmarks/results/zoo.json"
+TABLE = ROOT / "docs/models.md"
+
+LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 4, 64, 128, 320
+#: Settings that have these names in some configuration, whatever the architecture.
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(
+        ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "embedding_size", "attention_hidden_size"), HIDDEN
+    ),
+    **dict.fromkeys(
+        ("out_hidden_size", "projection_dim", "mm_hidden_size", "word_embed_proj_dim", "lru_width"), HIDDEN
+    ),
+    **dict.fromkeys(
+        ("intermediate_size", "ffn_dim", "d_ff", "n_inner", "ffn_hidden_size", "block_ff_dim"), INTERMEDIATE
+    ),
+    **dict.fromkeys(
+        ("decoder_ffn_dim", "encoder_ffn_dim", "dim_ff", "mlp_dim", "shared_intermediate_size"), INTERMEDIATE
+    ),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "decoder_layers"), LAYERS),
+    **dict.fromkeys(("encoder_layers", "num_decoder_layers"), LAYERS),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("encoder_attention_heads",), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "multi_query_group_num"), 2),
+    **dict.fromkeys(("head_dim", "kv_channels", "v_head_dim", "global_head_dim", "attention_head_dim"), 16),
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim"), 8),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 16),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "text_vocab_size"), VOCABULARY),
+    **dict.fromkeys(
+        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"), 4
+    ),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_top_k", "top_k_experts"), 2),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 32),
+    **dict.fromkeys(("moe_shared_expert_intermediate_size", "intermediate_size_mlp"), 32),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts"), 1),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "mamba_d_head", "mamba_head_dim"), 16),
+    **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size"), 16),
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 8),
+    **dict.fromkeys(("mamba_d_ssm",), 128),
+    "mamba_n_groups": 1,
+    "n_groups": 1,
+    "hidden_size_per_layer_input": 16,
+    "num_kv_shared_layers": 0,
+    "laurel_rank": 8,
+    "sliding_window": 16,
+    "max_position_embeddings": 512,
+    "image_size": 28,
+    "patch_size": 14,
+    "index_head_dim": 16,
+    "index_n_heads": 2,
+    "index_topk": 8,
+}
+#: What single configuration classes need beside these, or otherwise.
+SPECIAL: dict[str, dict[str, Any]] = {
+    "RecurrentGemmaConfig": {"intermediate_size": 2 * INTERMEDIATE},
+}
+
+TOKENS = (4, 24)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model type and the class that its checkpoints name."""
+
+    model_type: str
+    name: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.model_type} {self.name}"
+
+    @property
+    def config_class(self) -> type[PreTrainedConfig]:
+        return getattr(transformers, self.name).config_class or type(AutoConfig.for_model(self.model_type))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an architecture.
+
+    Attributes:
+        result: prunes | prunes with --skip-unsupported | refused | traceback | not built.
+        why: the words of a refusal, or the last line of a traceback.
+        gated: whether some block of its language model has a dense gated MLP.
+        pruned, blocks: MLPs that were pruned, and decoder blocks.
+    """
+
+    result: str
+    why: str = ""
+    gated: bool = False
+    pruned: int = 0
+    blocks: int = 0
+
+
+def architectures() -> list[Architecture]:
+    """All causal and image-text language models, one for each class."""
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    multimodal = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    found = dict.fromkeys(
+        Architecture(model_type, name if isinstance(name, str) else name[0])
+        for mapping in (causal, multimodal)
+        for model_type, name in mapping.items()
+    )
+    return list(found)
+
+
+def tiny_config(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
+    """A configuration of a class with small sizes, and of all configurations inside it."""
+    default = kind()
+    values: dict[str, Any] = {}
+    for name, value in vars(default).items():
+        if isinstance(value, PreTrainedConfig):
+            values[name] = tiny_config(type(value)).to_dict()
+        elif name in SIZES and isinstance(value, int | None) and not isinstance(value, bool):
+            values[name] = SIZES[name]
+        elif name.endswith(("_token_id", "_token_index")) and isinstance(value, int):
+            values[name] = VOCABULARY - 1
+    if "qk_rope_head_dim" in values:
+        values.pop("head_dim", None)
+    rope = getattr(default, "rope_parameters", None)
+    if isinstance(rope, dict) and "mrope_section" in rope:
+        values["rope_parameters"] = {**rope, "mrope_section": [2, 3, 3]}
+    aliases = {new: old for old, new in getattr(kind, "attribute_map", {}).items()}
+    values |= {aliases.get(name, name): SIZES[name] for name in SIZES if aliases.get(name) in vars(default)}
+    return kind(**{**values, **SPECIAL.get(kind.__name__, {})})
+
+
+def tiny_model(architecture: Architecture, folder: Path) -> None:
+    """Saves a random model, BF16, to `folder`."""
+    config = tiny_config(architecture.config_class)
+    torch.manual_seed(0)
+    model = getattr(transformers, architecture.name)._from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            # Larger than the usual initialization, so that the layers matter.
+            nn.init.normal_(parameter, std=0.15)
+        elif name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
+    model.to(torch.bfloat16).save_pretrained(folder)
+
+
+def attempt(architecture: Architecture, folder: Path) -> Outcome:
+    """Makes, prunes and checks one architecture."""
+    try:
+        tiny_model(architecture, folder / "model")
+    except Exception as error:
+        return Outcome("not built", _words(error))
+    gated, blocks = False, 0
+    try:
+        source = SourceModel(str(folder / "model"))
+        gated, blocks = any(isinstance(block.mlp, Glu) for block in source.blocks), len(source.blocks)
+        skip = gated and not all(isinstance(block.mlp, Glu) for block in source.blocks)
+        tokens = torch.randint(0, VOCABULARY - 8, TOKENS, generator=torch.Generator().manual_seed(0))
+        pruned = _prune_both(source, folder, tokens, skip)
+    except SpenseError as error:
+        return Outcome("refused", str(error).replace(f"{folder}/", ""), gated, 0, blocks)
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [frame for frame in frames if str(ROOT) in frame.filename]
+        where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
+        return Outcome("traceback", f"{where}: {_words(error)}", gated, 0, blocks)
+    return Outcome("prunes with --skip-unsupported" if skip else "prunes", "", gated, pruned, blocks)
+
+
+def _prune_both(source: SourceModel, folder: Path, tokens: torch.Tensor, skip: bool) -> int:
+    common: dict[str, Any] = {"skip_unsupported": skip, "samples": len(tokens), "length": tokens.shape[1]}
+    common |= {"calibration": "builtin", "device": "cpu", "batch_tokens": 2 * tokens.shape[1]}
+    same = PruneSettings(
+        str(folder / "model"), folder / "same", sparsity=0.0, selection="random", quantize="none", **common
+    )
+    prune(same, tokens=tokens)
+    _require_same_logits(folder, tokens)
+    _require_same_stream(source, folder, tokens)
+    report = prune(PruneSettings(str(folder / "model"), folder / "pruned", **common), tokens=tokens)
+    assert verify(folder / "pruned").mlps == len(report.layers)
+    return len(report.layers)
+
+
+def _require_same_logits(folder: Path, tokens: torch.Tensor) -> None:
+    """Reordered intermediate indices change nothing but the order of sums."""
+    logits = []
+    for name in ("model", "same"):
+        model, problems = _opened(folder / name)
+        assert not problems["missing_keys"], problems
+        assert not problems["unexpected_keys"], problems
+        with torch.inference_mode():
+            logits.append(model(input_ids=tokens, use_cache=False).logits)
+    error = (logits[0] - logits[1]).abs().max() / logits[0].abs().max()
+    assert error < 1e-3, f"logits differ by {error:.1e}"
+
+
+def _require_same_stream(source: SourceModel, folder: Path, tokens: torch.Tensor) -> None:
+    """The last block sees in the stream what it sees in the whole model."""
+    seen: list[torch.Tensor] = []
+    whole, _ = _opened(folder / "model")
+    text = whole.get_submodule(source.text_name) if source.text_name else whole
+    last = source.blocks[-1].name
+    hook = whole.get_submodule(last).register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    with torch.inference_mode():
+        text(input_ids=tokens, use_cache=False)
+    hook.remove()
+    device = torch.device("cpu")
+    stream = Stream(source, tokens, device, torch.float32, 2 * tokens.shape[1])
+    for index, block in enumerate(source.blocks[:-1]):
+        module = source.load(block.name, device, torch.float32)
+        if isinstance(block.mlp, Glu):
+            stream.attend(index, module, block.mlp, lambda *_: None)
+        stream.advance(index, module, block.name)
+        source.unload(block.name)
+    error = (stream.hidden - seen[0]).abs().max() / seen[0].abs().max()
+    assert error < 2e-2, f"hidden states differ by {error:.1e}"
+
+
+def _opened(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+    config = AutoConfig.from_pretrained(folder)
+    kind = getattr(transformers, config.architectures[0])
+    model, problems = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    return model.eval(), problems
+
+
+def known() -> dict[str, Outcome]:
+    """What was found before, by `Architecture.key`."""
+    if not EXPECTED.exists():
+        return {}
+    return {key: Outcome(**found) for key, found in json.loads(EXPECTED.read_text(encoding="utf-8")).items()}
+
+
+def _keep(key: str, outcome: Outcome) -> None:
+    """Writes one outcome to the file and makes the table anew; several processes may do so at once."""
+    with EXPECTED.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        every = dict(sorted({**known(), key: outcome}.items()))
+        text = json.dumps({key: vars(each) for key, each in every.items()}, indent=1, ensure_ascii=False)
+        EXPECTED.write_text(text + "\n", encoding="utf-8")
+        TABLE.write_text(table(every), encoding="utf-8")
+
+
+_HEADINGS = {
+    "prunes": "Pruned in every block",
+    "prunes with --skip-unsupported": "Pruned where a block has a dense gated MLP",
+    "refused": "Refused",
+    "not built": "Not tried",
+}
+_WORDS = {
+    "prunes": "",
+    "prunes with --skip-unsupported": "The other blocks, experts most of the time, stay as they are, and "
+    "`--skip-unsupported` says that this is meant. Of four blocks so many were pruned:",
+    "refused": "",
+    "not built": "Small sizes alone do not make a configuration of these, or they need a package that is not there:",
+}
+
+
+def table(outcomes: dict[str, Outcome]) -> str:
+    """docs/models.md."""
+    lines = [
+        "# Models",
+        "",
+        "`make zoo` tries every causal and image-text language model of transformers with small sizes and random",
+        "weights: hidden states stream through its blocks as through the whole model; pruned at sparsity 0 it gives",
+        "the original's logits; pruned at 37.5% in FP8 it passes `spense verify`. In a multimodal model the MLPs of",
+        "the language model are pruned; vision towers, projectors and draft heads (MTP) stay as they are, unquantized.",
+        "",
+        "This file is made by `python -m benchmarks.zoo --write`.",
+    ]
+    for result, heading in _HEADINGS.items():
+        chosen = {key: outcome for key, outcome in outcomes.items() if outcome.result == result}
+        lines += ["", f"## {heading} ({len(chosen)})", "", *([_WORDS[result], ""] if _WORDS[result] else [])]
+        if result == "prunes":
+            lines.append(", ".join(f"`{key.split()[1]}` ({key.split()[0]})" for key in chosen) + ".")
+        elif result == "prunes with --skip-unsupported":
+            lines.append(", ".join(f"`{key.split()[1]}` {each.pruned}" for key, each in chosen.items()) + ".")
+        else:
+            reasons: dict[str, list[str]] = {}
+            for key, outcome in chosen.items():
+                reasons.setdefault(_reason(outcome), []).append(f"`{key.split()[1]}`")
+            lines += ["| why | models |", "|---|---|"]
+            lines += [f"| {why} | {', '.join(dict.fromkeys(names))} |" for why, names in sorted(reasons.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _reason(outcome: Outcome) -> str:
+    """A refusal without what differs from model to model."""
+    for words in _REASONS:
+        if words in outcome.why:
+            return _REASONS[words]
+    return outcome.why.replace("|", "\\|")
+
+
+_REASONS = {
+    "found a mixture of": "all MLPs are mixtures of experts",
+    "found no gated MLP": "no gated MLP",
+    "found an encoder with a decoder": "an encoder with a decoder",
+    "several streams": "blocks take several streams of hidden states at once",
+    "blocks share": "its gated MLPs are shared between blocks",
+}
+
+
+def _words(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:160]}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("types", nargs="*")
+    parser.add_argument("--part", default="1/1")
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--trace", action="store_true")
+    options = parser.parse_args(arguments)
+    first, step = map(int, options.part.split("/"))
+    every = [each for each in architectures() if not options.types or each.model_type in options.types]
+    chosen = every[first - 1 :: step]
+    expected = known()
+    different = []
+    for architecture, outcome in _outcomes(chosen):
+        key = architecture.key
+        print(f"{key}: {outcome.result} {outcome.pruned}/{outcome.blocks} {outcome.why}", flush=True)
+        if expected.get(key) != outcome:
+            different.append(key)
+        if options.write:
+            _keep(key, outcome)
+    if options.write:
+        return 0
+    print(f"{len(chosen)} tried, {len(different)} not as expected {', '.join(different)}")
+    return 1 if different else 0
+
+
+def _outcomes(chosen: list[Architecture]) -> Iterator[tuple[Architecture, Outcome]]:
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for architecture in chosen:
+        with tempfile.TemporaryDirectory() as folder, undrawn():
+            yield architecture, attempt(architecture, Path(folder))
+
+
+def undrawn() -> AbstractContextManager[object]:
+    """Inside, reports have no picture, which would take longer than all else."""
+    return mock.patch.object(Report, "draw")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    sys.exit(main())

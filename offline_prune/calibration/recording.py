@@ -1,0 +1,236 @@
+"""What a model's own code calls its decoder blocks with: hidden states, masks, positions, and more."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from offline_prune.model.loading import SourceModel
+from vllm_spense.errors import SpenseError
+
+#: An uninitialized tensor (samples, length, width) where hidden states are kept.
+Room = Callable[[int], torch.Tensor]
+#: Makes of hidden states what a block returns.
+_Form = Callable[[torch.Tensor], Any]
+
+#: What models' code expects of a block: the hidden states, or a tuple that begins with them.
+_FORMS: tuple[_Form, ...] = (
+    lambda hidden: hidden,
+    lambda hidden: (hidden,),
+    lambda hidden: (hidden, None),
+    lambda hidden: (hidden, None, None),
+    lambda hidden: (hidden, None, None, None),
+)
+
+
+@dataclass
+class Arguments:
+    """What each block is called with beside the hidden states.
+
+    Attributes:
+        common: of each block by name, what is the same whatever the text: masks, positions, settings. Made for one
+            sequence.
+        own: of each block by name, what depends on the tokens, (samples, length, …), such as Gemma's inputs of each
+            layer.
+        passed: names of mappings that blocks leave something in for later blocks.
+    """
+
+    device: torch.device
+    common: list[dict[str, Any]]
+    own: list[dict[str, torch.Tensor]]
+    passed: dict[str, Callable[[], MutableMapping[Any, Any]]]
+    _left: dict[tuple[int, int], dict[str, MutableMapping[Any, Any]]] = field(default_factory=dict)
+
+    def of(self, index: int, sequences: slice) -> dict[str, Any]:
+        own = {name: tensor[sequences].to(self.device) for name, tensor in self.own[index].items()}
+        place = sequences.start, sequences.stop
+        if self.passed and place not in self._left:
+            self._left[place] = {name: make() for name, make in self.passed.items()}
+        left = {name: each for name, each in self._left.get(place, {}).items() if name in self.common[index]}
+        return {**self.common[index], **own, **left}
+
+    def of_units(
+        self, index: int, chosen: torch.Tensor, units: Callable[[torch.Tensor], torch.Tensor]
+    ) -> dict[str, Any]:
+        own = {
+            name: units(tensor).index_select(0, chosen.to(tensor.device)).to(self.device)
+            for name, tensor in self.own[index].items()
+        }
+        return {**self.common[index], **own}
+
+
+class _Recorder(nn.Module):
+    """Stands for a decoder block while the model's own code prepares what blocks are called with."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self._block = (block,)  # In a tuple, so that it does not become a submodule.
+        self._signature = inspect.signature(block.forward)
+        self.form: _Form = _FORMS[0]
+        self.hidden: Any = None
+        self.kwargs: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._block[0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self._signature.bind(*args, **kwargs).arguments
+        first = next(iter(self._signature.parameters))
+        self.hidden = bound.pop(first)
+        for name, parameter in self._signature.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                bound.update(bound.pop(name, {}))
+        self.kwargs = bound
+        return self.form(self.hidden)
+
+
+def record(
+    model: SourceModel,
+    tokens: torch.Tensor,
+    batches: list[slice],
+    device: torch.device,
+    dtype: torch.dtype,
+    room: Room,
+) -> tuple[torch.Tensor, Arguments]:
+    """Runs the model's code around its blocks.
+
+    Args:
+        tokens: int64 (samples, length).
+        batches: sequences that go through the model at once.
+        room: where the hidden states, and other arguments that depend on the tokens, are kept.
+
+    Returns:
+        The first block's input (samples, length, H), and all blocks' other arguments.
+
+    Raises:
+        SpenseError: the model calls its blocks in a way that cannot be repeated block by block.
+    """
+    with _recorders(model, device, dtype) as (text, recorders):
+        one = tokens[:1].to(device)
+        _find_form(model, text, recorders, one)
+        common = [dict(recorder.kwargs) for recorder in recorders]
+        passed: dict[str, Callable[[], MutableMapping[Any, Any]]] = {
+            name: type(value)
+            for kwargs in common
+            for name, value in kwargs.items()
+            if isinstance(value, MutableMapping) and not value
+        }
+        # Other tokens of the same number: what is different now depends on them.
+        _run(text, (one + 1) % (int(tokens.max()) + 1))
+        depends = [_differing(model, i, common[i], recorder.kwargs) for i, recorder in enumerate(recorders)]
+        hidden = room(recorders[0].hidden.shape[-1])
+        own: list[dict[str, torch.Tensor]] = [{} for _ in recorders]
+        for batch in batches:
+            _run(text, tokens[batch].to(device))
+            hidden[batch].copy_(recorders[0].hidden, non_blocking=True)
+            rooms: dict[int, torch.Tensor] = {}
+            for mine, names, recorder in zip(own, depends, recorders, strict=True):
+                for name in names:
+                    value = recorder.kwargs[name]
+                    # Blocks that are all given the same tensor share the room for it.
+                    if name not in mine:
+                        mine[name] = rooms[id(value)] if id(value) in rooms else room(value.shape[-1])
+                    if id(value) not in rooms:
+                        mine[name][batch].copy_(value, non_blocking=True)
+                    rooms[id(value)] = mine[name]
+        for kwargs, names in zip(common, depends, strict=True):
+            for name in names:
+                del kwargs[name]
+    return hidden, Arguments(device, common, own, passed)
+
+
+def _run(text: nn.Module, tokens: torch.Tensor) -> Any:
+    with torch.inference_mode():
+        return text(input_ids=tokens, use_cache=False)
+
+
+def _find_form(model: SourceModel, text: nn.Module, recorders: list[_Recorder], tokens: torch.Tensor) -> None:
+    """Finds out what the model's code expects a block to return: with anything else, later blocks get no hidden states.
+
+    Raises:
+        SpenseError: no form works.
+    """
+    reason = ""
+    for form in _FORMS:
+        for recorder in recorders:
+            recorder.form, recorder.hidden = form, None
+        try:
+            output = _run(text, tokens)[0]
+        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError, KeyError, AssertionError) as error:
+            reason = reason or str(error).strip().splitlines()[0]
+            continue
+        missed = [i for i, recorder in enumerate(recorders) if recorder.hidden is None]
+        if missed and len(missed) < len(recorders):
+            name = model.blocks[missed[0]].name
+            raise SpenseError(f"{name}: the model does not run this block on text; expected all blocks to run on it")
+        shape = getattr(recorders[0].hidden, "shape", None)
+        if shape is None or getattr(output, "shape", (None,))[:2] != tokens.shape:
+            continue
+        if any(getattr(recorder.hidden, "shape", None) != shape for recorder in recorders):
+            continue
+        if len(shape) != 3:
+            raise SpenseError(
+                f"{model.blocks[0].name}: found hidden states of shape {tuple(shape)}, expected (sequences, length, "
+                "H): blocks that take several streams at once are not pruned"
+            )
+        return
+    raise SpenseError(
+        f"{type(text).__name__}: its code cannot be run around its blocks{': ' if reason else ''}{reason}; expected "
+        "blocks that take hidden states and return them, alone or first in a tuple"
+    )
+
+
+def _differing(model: SourceModel, index: int, before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Names of arguments that are not the same for two texts.
+
+    Raises:
+        SpenseError: one that is not a tensor (sequences, length, …).
+    """
+    names = [name for name in before if not _same(before[name], after[name])]
+    for name in names:
+        value = before[name]
+        if not isinstance(value, torch.Tensor) or value.ndim != 3:
+            raise SpenseError(
+                f"{model.blocks[index].name}: its argument {name} depends on the text and is no tensor (sequences, "
+                "length, width); blocks that take such arguments are not pruned"
+            )
+    return names
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.shape == other.shape and torch.equal(one, other)
+    if isinstance(one, tuple | list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    return True
+
+
+@contextmanager
+def _recorders(
+    model: SourceModel, device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[nn.Module, list[_Recorder]]]:
+    """The language model with its embeddings loaded and a recorder in place of every block."""
+    names = [block.name for block in model.blocks]
+    parent = model.module(names[0].rpartition(".")[0])
+    assert isinstance(parent, nn.ModuleList)
+    originals = list(parent)
+    recorders = [_Recorder(block) for block in originals]
+    with model.outside_blocks(device, dtype) as text:
+        for i, recorder in enumerate(recorders):
+            parent[i] = recorder
+        try:
+            yield text, recorders
+        finally:
+            for i, block in enumerate(originals):
+                parent[i] = block

@@ -1,0 +1,51 @@
+"""Which linear layers of a checkpoint are not quantized, in names that every reader of it understands."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Set
+
+from torch import nn
+
+from offline_prune.model.loading import SourceModel
+
+
+def ignored(model: SourceModel, quantized: Set[str]) -> list[str]:
+    """The `ignore` list of compressed-tensors: the head, whole blocks that were skipped, vision towers, draft heads.
+
+    A server's own names differ from the files' and from transformers' in what they begin with, so a subtree is a
+    regular expression for its last names. Draft heads (MTP) are in the files alone.
+
+    Args:
+        quantized: full names of the linear layers that are quantized.
+    """
+    tensors = model.tensors
+    linears = {name for name, module in model.skeleton.named_modules() if isinstance(module, nn.Linear)}
+    files = {tensors.stored(f"{name}.weight").removesuffix(".weight") for name in quantized}
+    spelled = {tensors.stored(f"{name}.weight").removesuffix(".weight") for name in linears - quantized}
+    foreign = {name.removesuffix(".weight") for name in tensors if name.endswith(".weight") and not tensors.known(name)}
+    kept = _roots(linears - quantized, quantized) | _roots(spelled | foreign, files)
+    whole = (linears - quantized) | spelled
+    found = [root if root in whole else _subtree(root, quantized | files) for root in kept]
+    return list(dict.fromkeys(sorted(found, key=lambda each: (each.startswith("re:"), each))))
+
+
+def _roots(names: Iterable[str], others: Set[str]) -> set[str]:
+    """The shortest beginnings of names that none of the others has."""
+    shared = {prefix for name in others for prefix in _beginnings(name)}
+    return {next((prefix for prefix in _beginnings(name) if prefix not in shared), name) for name in names}
+
+
+def _beginnings(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _subtree(root: str, others: Set[str]) -> str:
+    """A pattern for all that is inside, whatever stands before it, and for none of the others."""
+    parts = root.split(".")
+    for start in range(len(parts) - 1, -1, -1):
+        pattern = rf"(.*\.)?{re.escape('.'.join(parts[start:]))}(\..*)?$"
+        if not parts[start].isdigit() and not any(re.match(pattern, name) for name in others):
+            return f"re:{pattern}"
+    return f"re:{re.escape(root)}(\\..*)?$"

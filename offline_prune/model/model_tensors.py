@@ -1,0 +1,146 @@
+"""A checkpoint's tensors under the names that the model's modules have for them.
+
+Files and modules name things differently where a model was published before its code: a language model inside a
+multimodal one, above all. transformers knows both names. The pruner uses the modules' everywhere, and what it writes
+has the files' again, so that every reader of the original reads the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from offline_prune.model.prequantized import Fp8Weights
+from offline_prune.model.safetensors_reader import TensorFiles
+from vllm_spense.errors import SpenseError
+
+#: How the name of an FP8 weight's scale differs from the weight's own.
+_SCALE = "_scale"
+
+
+class ModelTensors:
+    """What `TensorFiles` has, under the modules' names; weights that are stored in FP8 come multiplied by their scales.
+
+    A tensor that is no parameter of the model, or only in another form (experts that the model stacks), keeps the
+    files' name.
+
+    Args:
+        files: the checkpoint.
+        model: the module tree.
+        config: the checkpoint's config.json.
+        dtype: of weights that are stored in FP8; None for the one that the config names.
+
+    Attributes:
+        targets: name in the files → name of the parameter or buffer that it becomes, or a part of.
+
+    Raises:
+        SpenseError: FP8 weights without scales, or another quantization.
+    """
+
+    def __init__(
+        self,
+        files: TensorFiles,
+        model: PreTrainedModel,
+        config: Mapping[str, Any],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._files = files
+        self.folder: Path = files.folder
+        self.targets, converted = _targets(files, model)
+        self._fp8 = Fp8Weights(files, self.targets, config, dtype)
+        self._stored = {
+            self.targets[name] if name in self.targets and name not in converted else name: name
+            for name in files
+            if name not in self._fp8.hidden
+        }
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._stored
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def fingerprint(self) -> str:
+        return self._files.fingerprint()
+
+    def stored(self, name: str) -> str:
+        """The files' name of a tensor, or of the scale of one, or of a module that has tensors."""
+        if name in self._stored:
+            return self._stored[name]
+        if name.endswith(_SCALE) and (weight := name.removesuffix(_SCALE)) in self._stored:
+            return self._stored[weight] + _SCALE
+        inside = next((key for key in self._stored if key.startswith(f"{name}.")), None)
+        if inside is None:
+            return name
+        rest = inside.removeprefix(name)
+        stored = self._stored[inside]
+        if not stored.endswith(rest):
+            raise SpenseError(f"{self.folder}: {stored} is {inside} in the model; expected a name that ends in {rest}")
+        return stored.removesuffix(rest)
+
+    def named(self, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors by the files' names → by the modules'."""
+        names = {self._stored[name]: name for name in self._stored}
+        names |= {f"{file}{_SCALE}": f"{name}{_SCALE}" for file, name in names.items()}
+        return {names.get(name, name): tensor for name, tensor in stored.items()}
+
+    def known(self, name: str) -> bool:
+        """Whether a tensor is a parameter or buffer of the model, or becomes a part of one."""
+        return self._stored.get(name, name) in self.targets
+
+    def parts_of(self, module: str) -> list[str]:
+        """Tensors, by the files' names, that become parameters of a module."""
+        hidden = self._fp8.hidden
+        return [name for name, to in self.targets.items() if to.startswith(f"{module}.") and name not in hidden]
+
+    def file_of(self, name: str) -> Path:
+        return self._files.file_of(self._stored[name])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._files.shape(self._stored[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        stored = self._stored[name]
+        return self._fp8.dtype if stored in self._fp8 else self._files.dtype(stored)
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of the tensor as `read` returns it."""
+        return torch.Size(self.shape(name)).numel() * self.dtype(name).itemsize
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor, in host memory.
+
+        Raises:
+            SpenseError: no such tensor.
+        """
+        return self.read_stored(self._stored.get(name, name))
+
+    def read_stored(self, name: str) -> torch.Tensor:
+        """The tensor of a name in the files."""
+        return self._fp8.read(name) if name in self._fp8 else self._files.read(name)
+
+
+def _targets(files: TensorFiles, model: PreTrainedModel) -> tuple[dict[str, str], set[str]]:
+    """Names in the files → in the model, and which of the former are converted on the way and not only renamed."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    places: dict[str, Any] = dict(model.state_dict())
+    prefix = model.base_model_prefix
+    targets: dict[str, str] = {}
+    converted: set[str] = set()
+    for name in sorted(files, key=dot_natural_key):
+        to, pattern = rename_source_key(name, renamings, converters, prefix, places)
+        if to not in places and name in places:
+            to, pattern = rename_source_key(name, [], [], prefix, places)
+        if to in places:
+            targets[name] = to
+            if pattern is not None:
+                converted.add(name)
+    return targets, converted
