@@ -66,6 +66,7 @@ def test_nothing_imports_the_benchmarks() -> None:
         ("vllm_spense", ("torch", "vllm")),
         ("vllm_spense.format", ("torch", "vllm")),
         ("offline_prune.cli", ("torch", "vllm", "transformers")),
+        ("offline_prune.runtime.threads", ("torch", "vllm", "transformers")),
         ("offline_prune.pipeline", ("vllm",)),
     ],
 )
