@@ -1,8 +1,7 @@
-# The Python that makes .venv, and the demo server's port: make demo PYTHON=python3.12 PORT=8001
+# The Python that makes .venv, the demo server's port, all methods in the demo: make demo PYTHON=python3.12 PORT=8001 ALL=1
 PYTHON ?= python3
 PORT ?= 8000
-# OpenMP's waiting threads spin by default, which costs several times the work's time when anything else runs.
-export OMP_WAIT_POLICY ?= PASSIVE
+ALL ?=
 RUN := .venv/bin/python -m
 
 .DEFAULT_GOAL := help
@@ -15,13 +14,13 @@ setup: ## make .venv with what this machine can use
 	@$(PYTHON) scripts/bootstrap.py
 
 demo: setup ## prune a small language model, serve it and ask it a question
-	@$(RUN) scripts.demo --port $(PORT)
+	@$(RUN) scripts.demo --port $(PORT) $(if $(filter-out 0,$(ALL)),--all)
 
 test: setup ## lint, check types, run all tests
 	$(RUN) ruff check
 	$(RUN) ruff format --check
 	$(RUN) mypy
-	$(RUN) pytest
+	$(RUN) pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 format: setup ## format the code
 	$(RUN) ruff check --fix

@@ -41,6 +41,7 @@ setup(
         "bench": ["openai>=1.50", "lm-eval[api]>=0.4.9"],
         "dev": [
             "pytest==9.2.0",
+            "pytest-xdist==3.8.0",
             "hypothesis==6.170.15",
             "ruff==0.17.6",
             "mypy==2.4.1",

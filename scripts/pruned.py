@@ -8,6 +8,8 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from scripts.lock import locked
+
 ROOT = Path(__file__).resolve().parents[1]
 #: Ignored by git; `make clean` empties it.
 CACHE = ROOT / ".demo"
@@ -17,13 +19,13 @@ SOURCES = ("offline_prune/**/*.py", "vllm_spense/format.py", "vllm_spense/layout
 
 @dataclass(frozen=True)
 class Pruning:
-    """One call of `spense prune` with the built-in calibration text; the defaults are the demo's."""
+    """One call of `spense prune` with the built-in calibration text; by default so little of it as the tests take."""
 
     method: str
     sparsity: float
     quantize: str = "fp8"
-    samples: int = 64
-    length: int = 512
+    samples: int = 16
+    length: int = 256
     seed: int = 0
 
     @property
@@ -45,12 +47,13 @@ def pruned(model: Path, pruning: Pruning, cache: Path = CACHE) -> Path:
     folder = cache / f"{model.name}-{pruning.name}"
     stamp = folder.with_name(f"{folder.name}.stamp")
     wanted = _sources_digest()
-    if not (folder.exists() and stamp.exists() and stamp.read_text() == wanted):
-        stamp.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "offline_prune", str(model), str(folder), *pruning.options, "--overwrite"]
-        # The progress bar goes to stderr and stays; the summary is in report.json.
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        stamp.write_text(wanted)
+    with locked(folder):
+        if not (folder.exists() and stamp.exists() and stamp.read_text() == wanted):
+            stamp.unlink(missing_ok=True)
+            command = [sys.executable, "-m", "offline_prune", str(model), str(folder), *pruning.options, "--overwrite"]
+            # The progress bar goes to stderr and stays; the summary is in report.json.
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            stamp.write_text(wanted)
     return folder
 
 

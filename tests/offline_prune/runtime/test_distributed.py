@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -26,10 +27,38 @@ from vllm_spense.errors import SpenseError
 CPU = torch.device("cpu")
 
 
-def torchrun(model: Path, out: Path, text: Path, *options: str) -> subprocess.Popen[str]:
+#: `spense prune` that also writes what tuning gave each rank: weights' checksums, losses before and after.
+NOTED = """
+import hashlib, json, os, sys
+from pathlib import Path
+
+from offline_prune import block_mlp
+from vllm_spense.cli import main
+
+tune, notes = block_mlp.tune, []
+
+
+def noted(*args):
+    weights, report = tune(*args)
+    notes.append({name: hashlib.sha256(weight.numpy().tobytes()).hexdigest() for name, weight in weights.items()})
+    notes[-1] |= {"before": report.before, "after": report.after}
+    return weights, report
+
+
+block_mlp.tune = noted
+try:
+    main(["prune", *sys.argv[1:]])
+finally:
+    Path(__file__).with_name(f"rank-{os.environ['RANK']}.json").write_text(json.dumps(notes))
+"""
+
+
+def torchrun(
+    model: Path, out: Path, text: Path, *options: str, program: Sequence[str] = ("-m", "offline_prune")
+) -> subprocess.Popen[str]:
     """Starts `prune` on two ranks."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "-m", "offline_prune", str(model), str(out), "--calibration", str(text), "--device", "cpu"]
+    command = [*launch, *program, str(model), str(out), "--calibration", str(text), "--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(
         [*command, "--samples", "12", "--length", "64", *options],
@@ -72,15 +101,20 @@ def test_two_ranks_that_are_killed_and_resumed_end_as_one(model: Path, tmp_path:
 
 
 def test_two_ranks_tune_together(text: Path, tmp_path: Path) -> None:
-    """They take other steps than one rank does, so only how good they are can be compared."""
-    model = tiny_model("llama", tmp_path / "model")
-    finished(torchrun(model, tmp_path / "two", text, "--method", "spensegpt++"))
+    """Both end with the same weights and losses, to the bit. They take other steps than one rank does: those losses are
+    only about the same, and were a rank's share left out, half as large.
+    """
+    model, program = tiny_model("llama", tmp_path / "model"), tmp_path / "noted.py"
+    program.write_text(NOTED)
+    finished(torchrun(model, tmp_path / "two", text, "--method", "spensegpt++", program=[str(program)]))
+    first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
     one = run(model, tmp_path / "one", text, samples=12, method="spensegpt++")
     two = json.loads((tmp_path / "two/report.json").read_text())
     for alone, together in zip(one.layers, two["layers"], strict=True):
         assert alone.tuning
-        assert together["tuning"]["before"] == pytest.approx(alone.tuning.before, rel=0.1)
-        assert together["tuning"]["after"] == pytest.approx(alone.tuning.after, rel=0.1)
+        assert together["tuning"]["before"] == pytest.approx(alone.tuning.before, rel=0.3)
+        assert together["tuning"]["after"] == pytest.approx(alone.tuning.after, rel=0.3)
 
 
 @pytest.mark.parametrize(

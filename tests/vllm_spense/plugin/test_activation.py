@@ -52,7 +52,9 @@ def test_it_goes_on_to_be_vllms_activation() -> None:
     activation = SiluAndMul()
     assert activation.name == SiluAndMul.name == "silu_and_mul"
     x = torch.randn(3, 64)
-    torch.testing.assert_close(activation(x), F.silu(x[:, :32]) * x[:, 32:])
+    # vLLM compiles it, which takes C++ twenty seconds and is not what is tested.
+    with torch.compiler.set_stance("force_eager"):
+        torch.testing.assert_close(activation(x), F.silu(x[:, :32]) * x[:, 32:])
 
 
 def test_raw_sums_become_fp8() -> None:

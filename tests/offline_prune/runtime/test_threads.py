@@ -1,0 +1,30 @@
+"""Threads that wait for work sleep: what OpenMP itself says of its settings once torch has loaded it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+#: Each loads torch: for the command, a mistake that is found only after that.
+PROGRAMS = {
+    "spense": "from offline_prune.cli import main; main(['verify', '/no/such/folder'])",
+    "scripts": "import scripts.server, torch",
+    "benchmarks": "import benchmarks.texts",
+}
+
+
+@pytest.mark.parametrize("given", [None, "ACTIVE"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(name: str, given: str | None) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_DISPLAY_ENV": "TRUE"} | ({"OMP_WAIT_POLICY": given} if given else {})
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAMS[name]], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    said = {line.split("=")[1].strip(" '") for line in done.stderr.splitlines() if "OMP_WAIT_POLICY" in line}
+    assert said == {given or "PASSIVE"}, done.stderr
