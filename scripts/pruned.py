@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 #: Ignored by git; `make clean` empties it.
 CACHE = ROOT / ".demo"
 #: Whatever decides what `spense prune` writes.
-SOURCES = ("offline_prune/**/*.py", "vllm_spense/format.py", "vllm_spense/layout.py", "offline_prune/cli.py")
+SOURCES = ("offline_prune/**/*.py", "vllm_spense/format.py", "vllm_spense/layout.py")
 
 
 @dataclass(frozen=True)

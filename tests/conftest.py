@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_models import tiny_model
 
 # `python -m pytest` finds scripts/ and benchmarks/ by itself, plain `pytest` does not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -66,4 +65,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny_models import tiny_model
+
     return tiny_model("llama", tmp_path_factory.mktemp("models") / "llama")
