@@ -1,4 +1,4 @@
-"""Writes the tables of docs/performance.md, docs/pruning-at-scale.md, docs/quality.md and the README from results.
+"""Writes the tables of the README and of docs/ from the files in benchmarks/results/.
 
     python -m benchmarks.performance
 
@@ -20,13 +20,13 @@ from benchmarks import quality_tables
 from benchmarks.envelope import RESULTS, ROOT
 from vllm_spense.estimate import GPUS, estimate, load
 
+#: Every file that has tables.
 DOCUMENTS = (
-    ROOT / "docs" / "kernels.md",
-    ROOT / "docs" / "performance.md",
-    ROOT / "docs" / "pruning-at-scale.md",
-    ROOT / "docs" / "quality.md",
     ROOT / "README.md",
+    *(ROOT / "docs" / name for name in ("performance.md", "pruning-at-scale.md", "quality.md", "notes/tables.md")),
 )
+#: Of the MLP weights, what 2:4 everywhere makes zero.
+MAX_SPARSITY = 0.5
 _TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Row = Mapping[str, Any]
@@ -82,6 +82,16 @@ def decode(result: Result) -> list[str]:
 def decode_rows(result: Result) -> list[str]:
     """As `decode`, without the picture."""
     return [*speed_ups(result["rows"], "ms", "ratio"), "", source(result)]
+
+
+def decode_longest(result: Result) -> list[str]:
+    """As `decode_rows`, each batch at its longest context, where sparsity helps least."""
+    longest: dict[int, int] = {}
+    for row in result["rows"]:
+        longest[row["batch"]] = max(row["context"], longest.get(row["batch"], 0))
+    rows = [row for row in result["rows"] if row["context"] == longest[row["batch"]]]
+    rows.sort(key=lambda row: row["batch"])
+    return [*speed_ups(rows, "ms", "ratio"), "", source(result)]
 
 
 def decode_gpu(result: Result) -> list[str]:
@@ -212,8 +222,7 @@ def mlp(result: Result) -> list[str]:
         for row in result["rows"]
     )
     headings = ["tokens", "scheme", "GEMMs, µs", "other, µs", "MLP, µs", "speed-up", "kernels"]
-    picture = "![One MLP](../benchmarks/results/layer_breakdown.png)"
-    return [*markdown(headings, lines), "", source(result), "", picture]
+    return [*markdown(headings, lines), "", source(result)]
 
 
 def gpu_tests(result: Result) -> list[str]:
@@ -246,8 +255,8 @@ def prune(result: Result) -> list[str]:
         ]
         for row in result["rows"]
     )
-    headings = ["shape", "method", "GPUs", "tokens", "blocks measured", "model, min", "paper on a B200, min"]
-    headings += ["share of tensor cores", "GPU, GiB of plan", "pinned, GiB of plan", "process beside it, GiB"]
+    headings = ["shape", "method", "GPUs", "tokens", "blocks measured", "model, min", "paper, B200, min"]
+    headings += ["tensor cores busy", "GPU, GiB of plan", "pinned, GiB of plan", "rest of process, GiB"]
     return [*markdown(headings, lines), "", source(result)]
 
 
@@ -281,9 +290,9 @@ def prune_sentence(result: Result) -> list[str]:
     """The README's sentence."""
     rows = [row for row in result["rows"] if row["shape"] == "qwen3-32b"]
     gpu = result["gpu"]["name"] if result["gpu"] else result["cpu"]
-    text = f"{rows[0]['samples']} × {rows[0]['length']} tokens"
-    times = " and ".join(f"{row['projected_minutes']:.0f} minutes with `{row['method']}`" for row in rows)
-    return [f"Qwen3-32B's shape and {text} of calibration text take one {gpu} {times}, projected from whole blocks."]
+    text = f"{rows[0]['samples']} × {rows[0]['length']} calibration tokens"
+    times = " and ".join(f"{row['projected_minutes']:.1f} minutes with `{row['method']}`" for row in rows)
+    return [f"Pruning Qwen3-32B's shape on {text} takes one {gpu} {times}, projected from whole blocks."]
 
 
 def selection(result: Result) -> list[str]:
@@ -304,6 +313,27 @@ def selection(result: Result) -> list[str]:
 def quality(result: Result) -> list[str]:
     """Perplexity and KL of each method."""
     return [*quality_tables.markdown(result["rows"]), "", source(result)]
+
+
+def quality_summary(result: Result) -> list[str]:
+    """What each method loses, without spreads."""
+    return [*quality_tables.summary(result["rows"]), "", source(result)]
+
+
+def quality_headline(result: Result) -> list[str]:
+    """As `quality_summary`, without the methods that nobody should choose."""
+    weak = ("spensegpt", "magnitude")
+    kept = [
+        row
+        for row in result["rows"]
+        if row["method"] not in weak and (row["method"] != "wanda" or row["sparsity"] == MAX_SPARSITY)
+    ]
+    return quality_summary({**result, "rows": kept})
+
+
+def perplexity(result: Result) -> list[str]:
+    """Perplexity in both formats."""
+    return [*quality_tables.by_format(result["rows"]), "", source(result)]
 
 
 def quality_gains(result: Result) -> list[str]:
@@ -353,7 +383,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     "mlp": ("layer_breakdown", mlp),
     "gpu_tests": ("gpu_tests", gpu_tests),
     "gpu_tests_serving": ("gpu_tests-serving", gpu_tests),
-    "readme": ("decode_speed", decode_rows),
+    "readme": ("decode_speed", decode_longest),
     "prune": ("prune_time", prune),
     "prune_stages": ("prune_time", prune_stages),
     "prune_readme": ("prune_time", prune_sentence),
@@ -365,7 +395,9 @@ TABLES: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     "prune_tuned_stages": ("prune_time-tuned", prune_stages),
     "selection": ("selection_tokens", selection),
     "gains": ("accuracy-smollm2", quality_gains),
-    "gains_readme": ("accuracy-smollm2", quality_gains),
+    "summary": ("accuracy-smollm2", quality_summary),
+    "summary_readme": ("accuracy-smollm2", quality_headline),
+    "perplexity": ("perplexity-smollm2", perplexity),
     "accuracy": ("accuracy-smollm2", quality),
     "ablations": ("accuracy-smollm2-ablations", quality),
     "accuracy_cpu": ("accuracy-smollm2-cpu", quality),

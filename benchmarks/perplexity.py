@@ -1,4 +1,4 @@
-"""Perplexity of every method at every sparsity and format on held-out text: the README's table.
+"""Perplexity of every method at every sparsity and format on held-out text.
 
     python -m benchmarks.perplexity
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.envelope import RESULTS, write_result
+from benchmarks.quality_tables import by_format
 from offline_prune.calibration.data import heldout_tokens
 from offline_prune.checkpoint.evaluate import load_dense, perplexity
 from scripts.pruned import CACHE, Pruning, pruned
@@ -45,7 +46,7 @@ def main() -> None:
             rows.append(measure(model, method, sparsity, form, options))
             console.print(f"{method} {sparsity:.1%} {form}: {rows[-1]['perplexity']:.3f}")
     write_result(options.out, "perplexity", rows)
-    print(markdown(rows))
+    print("\n".join(by_format(rows)))
     console.print(f"written: {options.out}")
 
 
@@ -85,20 +86,6 @@ def measure(model: Path, method: str, sparsity: float, form: str, options: argpa
         "perplexity": perplexity(loaded, tokens),
         "prune_seconds": seconds,
     }
-
-
-def markdown(rows: list[Row]) -> str:
-    """The README's table: methods down, formats across."""
-    formats = list(dict.fromkeys(str(row["format"]) for row in rows))
-    found = {(row["method"], row["sparsity"], row["format"]): row["perplexity"] for row in rows}
-    lines = [
-        f"| method | MLP sparsity | {' | '.join(map(str.upper, formats))} |",
-        "|---|---|" + "---|" * len(formats),
-    ]
-    for method, sparsity in dict.fromkeys((row["method"], row["sparsity"]) for row in rows):
-        values = " | ".join(f"{found[method, sparsity, form]:.2f}" for form in formats)
-        lines.append(f"| `{method}` | {sparsity:.1%} | {values} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,11 @@ from typing import Any
 Row = Mapping[str, Any]
 #: What identifies a line of a table; seeds and domains are what it sums up.
 _KEYS = ("method", "sparsity", "format")
+#: What `summary` shows, and how it names it.
+SUMMARIZED = {
+    "dense rounding=after": "dense",
+    **{name: f"`{name}`" for name in ("spensegpt++", "spensegpt+", "spensegpt", "sparsegpt", "wanda", "magnitude")},
+}
 #: What `gains` compares, and with what.
 BETTER, BASE = "spensegpt++", "spensegpt+"
 
@@ -28,6 +33,34 @@ def markdown(rows: Sequence[Row]) -> list[str]:
         seconds = [row["prune_seconds"] for row in group if row["prune_seconds"]]
         cells.append(f"{statistics.mean(seconds):.0f}" if seconds else "")
         lines.append(f"| `{method}` | {sparsity:.1%} | {form.upper()} | {' | '.join(cells)} |")
+    return lines
+
+
+def summary(rows: Sequence[Row]) -> list[str]:
+    """FP8 checkpoints, best first at each sparsity: KL over all domains and seeds, perplexity of each domain."""
+    domains = list(dict.fromkeys(row["domain"] for row in rows))
+    lines = [f"| method | MLP sparsity | KL | {' | '.join(f'perplexity, {domain}' for domain in domains)} |"]
+    lines.append("|" + "---|" * (3 + len(domains)))
+    found = {key: group for key, group in _groups(rows).items() if key[2] == "fp8" and key[0] in SUMMARIZED}
+    kl = {key: statistics.mean(row["kl"] for row in group) for key, group in found.items()}
+    for key in sorted(found, key=lambda key: (key[1], kl[key])):
+        method, sparsity, _ = key
+        perplexities = (
+            statistics.mean(row["perplexity"] for row in found[key] if row["domain"] == domain) for domain in domains
+        )
+        cells = " | ".join(f"{value:.2f}" for value in perplexities)
+        lines.append(f"| {SUMMARIZED[method]} | {sparsity:.1%} | {kl[key]:.3f} | {cells} |")
+    return lines
+
+
+def by_format(rows: Sequence[Row]) -> list[str]:
+    """Perplexity of each method down, formats across."""
+    formats = list(dict.fromkeys(str(row["format"]) for row in rows))
+    found = {(row["method"], row["sparsity"], row["format"]): row["perplexity"] for row in rows}
+    lines = [f"| method | MLP sparsity | {' | '.join(map(str.upper, formats))} |", "|---|---|" + "---|" * len(formats)]
+    for method, sparsity in dict.fromkeys((row["method"], row["sparsity"]) for row in rows):
+        values = " | ".join(f"{found[method, sparsity, form]:.2f}" for form in formats)
+        lines.append(f"| `{method}` | {sparsity:.1%} | {values} |")
     return lines
 
 

@@ -168,6 +168,26 @@ def test_gains_are_ratios_of_losses_seed_by_seed() -> None:
     assert perplexity == "| 37.5% | perplexity loss | 0.625 ± 0.125 | 0.400 ± 0.000 | 0.512 ± 0.062 |"
 
 
+def test_the_summary_puts_the_best_first_at_each_sparsity() -> None:
+    def row(method: str, sparsity: float, domain: str, kl: float, form: str = "fp8", seed: int = 0) -> accuracy.Row:
+        return {"method": method, "sparsity": sparsity, "format": form, "seed": seed, "domain": domain} | {
+            "perplexity": 10 + kl,
+            "kl": kl,
+        }
+
+    rows = [row("dense", 0.0, "a", 0.0, "bf16"), row("dense rounding=after", 0.0, "a", 0.02)]
+    rows += [row("wanda", 0.5, "a", 2.0), row("sparsegpt", 0.5, "a", 0.5), row("sparsegpt", 0.5, "a", 1.5, seed=1)]
+    rows += [row("spensegpt+", 0.25, "a", 0.25), row("dense rounding=everywhere", 0.0, "a", 0.01)]
+    assert quality_tables.summary(rows) == [
+        "| method | MLP sparsity | KL | perplexity, a |",
+        "|---|---|---|---|",
+        "| dense | 0.0% | 0.020 | 10.02 |",
+        "| `spensegpt+` | 25.0% | 0.250 | 10.25 |",
+        "| `sparsegpt` | 50.0% | 1.000 | 11.00 |",
+        "| `wanda` | 50.0% | 2.000 | 12.00 |",
+    ]
+
+
 def test_what_fp8_adds_is_of_the_same_seed() -> None:
     def row(method: str, form: str, seed: int, perplexity: float, kl: float) -> accuracy.Row:
         return {"method": method, "format": form, "seed": seed, "domain": "a", "perplexity": perplexity, "kl": kl}
