@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["vllm_spense*", "offline_prune*"]),
-    package_data={"vllm_spense": ["py.typed", "kernels/*.cu", "kernels/*.cuh"], "offline_prune": ["py.typed"]},
+    package_data={"vllm_spense": ["py.typed", "kernels/**/*.cu", "kernels/**/*.cuh"], "offline_prune": ["py.typed"]},
     install_requires=[
         "torch>=2.10",
         "transformers>=5.0",
@@ -43,6 +43,9 @@ setup(
             "mypy==2.4.1",
             "openai>=1.50",
             "gguf>=0.17",
+            # Compile the CUDA kernels in tests, on machines without a GPU; beside CUDA's torch they are there already.
+            "cuda-bindings>=12.9",
+            "nvidia-cuda-nvrtc>=13.0",
         ],
     },
     entry_points={

@@ -1,19 +1,18 @@
-"""CUDA C++ at run time: NVRTC compiles, the driver loads and launches. Nothing is compiled at installation."""
+"""CUDA's driver: loads machine code and launches it, describes tensors to the copy engine, orders streams."""
 
 from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from importlib.resources import files
 from typing import Any
 
 import torch
-from cuda.bindings import driver, nvrtc
+from cuda.bindings import driver
 
-from vllm_spense.kernels.tuning.plan_cache import digest, load_or_make_bytes
+from vllm_spense.kernels import nvrtc
 
 #: A CUtensorMap's bytes. Not of characters: ctypes would copy those up to the first zero only.
 TensorMap = ctypes.c_uint64 * 16
@@ -33,32 +32,6 @@ def _checked(result: tuple[Any, ...]) -> Any:
     if status.value:
         raise RuntimeError(f"CUDA: {status!r}")
     return values[0] if len(values) == 1 else values
-
-
-def compile_cubin(source: str, options: Sequence[str]) -> bytes:
-    """Machine code of CUDA C++ `source`; compiled once, then kept beside the plans.
-
-    Raises:
-        RuntimeError: with the compiler's messages.
-    """
-    version = _checked(nvrtc.nvrtcVersion())
-    name = f"{digest(source, *options, str(version))}.cubin"
-    return load_or_make_bytes(name, lambda: _compile(source, options))
-
-
-def _compile(source: str, options: Sequence[str]) -> bytes:
-    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))
-    try:
-        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
-        if status.value:
-            log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
-            _checked(nvrtc.nvrtcGetProgramLog(program, log))
-            raise RuntimeError(f"NVRTC: {log.decode()}")
-        cubin = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
-        _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
-        return cubin
-    finally:
-        nvrtc.nvrtcDestroyProgram(program)
 
 
 @dataclass(frozen=True)
@@ -127,17 +100,29 @@ def load(cubin: bytes, name: str, threads: int, shared_bytes: int, device: torch
     return Kernel(function, threads, shared_bytes)
 
 
-def elementwise_kernel(name: str, threads: int, device: torch.device, **macros: int) -> Kernel:
-    """The function `name` of `name`.cu, one of the sources that elementwise.cuh comes before.
+def elementwise_kernel(name: str, macros: Mapping[str, int], device: torch.device) -> Kernel:
+    """The function `name` of `name`.cu, one of the sources that include elementwise.cuh.
 
     Args:
-        macros: that the source asks for beside THREADS.
+        macros: what specializes it, with the THREADS of a block.
     """
-    folder = files("vllm_spense.kernels")
-    source = "".join(folder.joinpath(file).read_text(encoding="utf-8") for file in ("elementwise.cuh", f"{name}.cu"))
-    given = {"THREADS": threads, **macros}
-    options = ["--gpu-architecture=sm_90a", "--std=c++17", *(f"-D{macro}={value}" for macro, value in given.items())]
-    return load(compile_cubin(source, options), name, threads, 0, device)
+    return load(nvrtc.cubin(f"{name}.cu", arch(device), macros), name, macros["THREADS"], 0, device)
+
+
+@cache
+def arch(device: torch.device) -> str:
+    """The GPU's architecture as NVRTC calls it, with all instructions of its own."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+
+
+def capture_number(stream: int) -> int | None:
+    """Of the graph capture that the current stream, of this handle, is in: each has another; None if it is in none."""
+    if not torch.cuda.is_current_stream_capturing():
+        return None
+    # The older function of CUDA 12's bindings refuses captures of launches that overlap.
+    query = getattr(driver, "cuStreamGetCaptureInfo_v3", driver.cuStreamGetCaptureInfo)
+    return int(_checked(query(stream))[1])
 
 
 def tensor_map(
@@ -148,7 +133,7 @@ def tensor_map(
     swizzle: int,
     item: int = 1,
 ) -> ctypes.Array[ctypes.c_uint64]:
-    """How the copy engine reads boxes out of matrices that lie behind each other; what lies outside reads as zero.
+    """How the copy engine reads boxes out of matrices that lie one after the other; what lies outside reads as zero.
 
     Args:
         address: of the first matrix, a multiple of 16.
