@@ -39,9 +39,9 @@ PROBLEMS = [
 ]
 #: Ways to cut a GEMM for the one-launch path, but for the number of tokens.
 CUTS = [
-    (sparse_k, parts, cluster)
+    (sparse_k, splits, cluster)
     for sparse_k in (128, 256)
-    for parts, cluster in ((0, False), (2, False), (5, False), (2, True), (3, True), (8, True))
+    for splits, cluster in ((0, False), (2, False), (5, False), (2, True), (3, True), (8, True))
 ]
 #: x (M, K) → out (padded M, N), written.
 Run = Callable[[torch.Tensor, torch.Tensor], None]

@@ -43,8 +43,8 @@ def test_every_way_to_cut_it(n: int, k: int) -> None:
         x, x_scale = random_fp8(tokens, k, DEVICE), torch.rand(tokens, 1, device=DEVICE)
         expected = exact(x, weight, x_scale, w_scale)
         allowed = 2 * error(gemm._cutlass(x, weight, x_scale, w_scale), expected)
-        for parts, cluster in ((0, False), (3, False), (2, True), (4, True)):
-            tiling = Tiling(one_launch.tile_tokens(tokens), 128, parts, cluster)
+        for splits, cluster in ((0, False), (3, False), (2, True), (4, True)):
+            tiling = Tiling(one_launch.tile_tokens(tokens), 128, splits, cluster)
             plan = one_launch.OneLaunchPlan(problem, tokens, DEVICE, tiling)
             out = torch.full((tokens, n), torch.nan, dtype=torch.bfloat16, device=DEVICE)
             plan.run(x, {"compressed": weight[:0], "dense": weight}, out, (x_scale, w_scale))

@@ -12,13 +12,13 @@ from itertools import product
 import torch
 
 from vllm_spense.kernels.elementwise import scale
-from vllm_spense.kernels.jit import nvrtc
+from vllm_spense.kernels.jit import driver
 from vllm_spense.kernels.jit.nvmath_support import Shape, current_stream
 from vllm_spense.kernels.region_gemm import cublaslt, cusparselt
 from vllm_spense.kernels.region_gemm.problem import Problem, Scales
 from vllm_spense.kernels.tuning.plan_cache import environment, load_or_find
 from vllm_spense.kernels.tuning.synthetic import random_fp8, random_weight, unit_scales
-from vllm_spense.kernels.tuning.timing import cold_copies, medians_us
+from vllm_spense.kernels.tuning.timing import cold_copies, medians_us, require_no_capture
 
 logger = logging.getLogger("vllm.spense")
 
@@ -181,7 +181,7 @@ class LibraryPlan:
         # Made once: this runs layer after layer while the GPU waits for the host.
         if self._concurrent:
             self._side = _side_stream(device).cuda_stream
-            self._fork, self._join = nvrtc.Event(), nvrtc.Event()
+            self._fork, self._join = driver.Event(), driver.Event()
 
         def shape(n: int, k: int) -> Shape:
             return Shape(n, k, tokens, problem.k, problem.n, problem.out_dtype, device)
@@ -276,8 +276,7 @@ def search(problem: Problem, tokens: int, device: torch.device) -> Choice:
     Raises:
         RuntimeError: a CUDA graph is being captured.
     """
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(f"a GEMM of {tokens} tokens was captured before it ran once: {problem}")
+    require_no_capture(problem, tokens)
     smallest = min(rows * columns for rows, columns in (problem.sparse_shape, problem.dense_shape) if rows * columns)
     weight = random_weight(problem, device)
     packs = [pack(weight, problem) for _ in range(min(_MAX_COPIES, cold_copies(smallest // 2, device)))]
