@@ -289,7 +289,7 @@ def read_cache(folder: Path) -> list[Timed]:
         try:
             entry = json.loads(file.read_text(encoding="utf-8"))
             key, result = entry["key"], entry["found"]
-            regions = (key["parts"] * key[name] for name in ("sparse", "dense"))
+            regions = (key["projections"] * key[name] for name in ("sparse", "dense"))
             gemm = Gemm(key["n"], key["k"], key["split"], *regions)
             together = isinstance(result["us"], dict)
             for path, us in (result["us"] if together else {key["path"]: result["us"]}).items():

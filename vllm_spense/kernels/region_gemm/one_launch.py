@@ -36,9 +36,9 @@ _SHARED_BYTES, _FIXED_SHARED_BYTES = 227 * 1024, 1024 + 8 * 16 * 48 + 256
 _MIN_STAGES, _MAX_STAGES = 3, 12
 #: GEMMs of every kind that `fault` tries, and what they may be off: bfloat16 alone is worth 0.002.
 _TRIALS = (
-    Problem(640, 320, Regions(192, 128), "output", parts=2),
+    Problem(640, 320, Regions(192, 128), "output", projections=2),
     Problem(160, 1216, Regions(704, 512), "input"),
-    Problem.whole(416, 1056),
+    Problem.unpruned(416, 1056),
 )
 _TRIAL_TILINGS = (Tiling(32, 256), Tiling(128, 128, 3), Tiling(32, 256, 2, cluster=True), Tiling(32, 128, 3))
 _TRIAL_ERROR = 0.005
@@ -46,7 +46,7 @@ _TRIAL_ERROR = 0.005
 _ARRIVALS = 1 << 20
 
 #: The weight as the library path packs it: both paths read the same bytes.
-pack = library.pack
+pack, TENSORS = library.pack, library.TENSORS
 
 
 @cache
@@ -388,16 +388,18 @@ def _weight_maps(
         row_tiles, pitch = metadata_shape(sn, sk)
         values = value_bytes(sn, sk)
         each = values + row_tiles * pitch
-        maps["values"] = nvrtc.tensor_map(compressed, (problem.parts, sn, sk // 2), (each, sk // 2), (ROWS, half), half)
+        maps["values"] = nvrtc.tensor_map(
+            compressed, (problem.projections, sn, sk // 2), (each, sk // 2), (ROWS, half), half
+        )
         # In items of 8 bytes, because a box has no more than 256 in a row.
         maps["metadata"] = nvrtc.tensor_map(
             compressed + values,
-            (problem.parts, row_tiles, pitch // 8),
+            (problem.projections, row_tiles, pitch // 8),
             (each, pitch),
             (ROWS // TILE, box // 8),
             0,
             item=8,
         )
     if dn * dk:
-        maps["dense"] = nvrtc.tensor_map(dense, (problem.parts, dn, dk), (dn * dk, dk), (ROWS, DENSE_K), DENSE_K)
+        maps["dense"] = nvrtc.tensor_map(dense, (problem.projections, dn, dk), (dn * dk, dk), (ROWS, DENSE_K), DENSE_K)
     return maps
