@@ -299,8 +299,8 @@ def read_cache(folder: Path) -> list[Timed]:
             entry = read_object(file)
             key, us = entry["key"], entry["found"]["us"]
             sparse, dense = (_count(key[name]) for name in ("sparse", "dense"))
-            parts, n, k, tokens = (_count(key[name], least=1) for name in ("parts", "n", "k", "tokens"))
-            gemm = Gemm(n, k, str(key["split"]), parts * sparse, parts * dense)
+            projections, n, k, tokens = (_count(key[name], least=1) for name in ("projections", "n", "k", "tokens"))
+            gemm = Gemm(n, k, str(key["split"]), projections * sparse, projections * dense)
             together = isinstance(us, dict)
             for path, time in (us if together else {str(key["path"]): us}).items():
                 if 0 < time < math.inf and gemm.sparse + gemm.dense:

@@ -157,7 +157,7 @@ def test_tables(name: str, lines: list[str], results: Path) -> None:
 def test_the_sentence_on_pruning(results: Path) -> None:
     (sentence,) = prune_sentence({**ABOUT, "rows": PRUNE})
     assert (
-        "on 128 × 4096 calibration tokens takes one NVIDIA H100 80GB HBM3 21.5 minutes with `spensegpt` and 22.6 minutes"
+        "128 × 4096 calibration tokens takes one NVIDIA H100 80GB HBM3 21.5 minutes with `spensegpt` and 22.6 minutes"
         in sentence
     )
     assert f"\n{sentence}\n" in table("prune_readme", results)

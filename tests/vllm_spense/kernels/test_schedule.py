@@ -12,7 +12,7 @@ from vllm_spense.kernels.region_gemm.problem import Problem
 from vllm_spense.kernels.region_gemm.schedule import DENSE_K, FIELDS, ROWS, Schedule, Tiling, schedule
 
 MULTIPROCESSORS = 132
-GATE_UP = Problem(51200, 5120, Regions(19200, 6400), "output", parts=2)
+GATE_UP = Problem(51200, 5120, Regions(19200, 6400), "output", projections=2)
 DOWN = Problem(5120, 25600, Regions(19200, 6400), "input")
 
 
@@ -42,9 +42,9 @@ def require_complete(problem: Problem, tokens: int, tiling: Tiling) -> list[list
     # Of each region of each projection: its first column of the output, its rows.
     regions = [(0, 0, problem.n, True, True)]
     if output:
-        each = problem.n // problem.parts
-        regions = [(p, p * each, sparse, True, False) for p in range(problem.parts)]
-        regions += [(p, p * each + sparse, dense, False, True) for p in range(problem.parts)]
+        each = problem.n // problem.projections
+        regions = [(p, p * each, sparse, True, False) for p in range(problem.projections)]
+        regions += [(p, p * each + sparse, dense, False, True) for p in range(problem.projections)]
     expected = {
         (first + row, token): (projection, row, rows, in_sparse, in_dense)
         for projection, first, rows, in_sparse, in_dense in regions
@@ -85,9 +85,9 @@ def require_complete(problem: Problem, tokens: int, tiling: Tiling) -> list[list
 )
 def test_every_step_once(split, sizes, projections, tokens, tile, sparse_k) -> None:
     other, sparse, dense = (32 * size for size in sizes)
-    parts = projections if split == "output" else 1
-    n, k = (parts * (sparse + dense), other) if split == "output" else (other, sparse + dense)
-    problem = Problem(n, k, Regions(sparse, dense), split, parts=parts)
+    projections = projections if split == "output" else 1
+    n, k = (projections * (sparse + dense), other) if split == "output" else (other, sparse + dense)
+    problem = Problem(n, k, Regions(sparse, dense), split, projections=projections)
     require_complete(problem, tokens, Tiling(tile, sparse_k))
 
 

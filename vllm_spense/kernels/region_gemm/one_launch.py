@@ -39,15 +39,15 @@ Packed = Mapping[str, torch.Tensor]
 MAX_TOKENS = 512
 #: GEMMs of every kind that `fault` tries, and what they may be off: bfloat16 alone is worth 0.002.
 _TRIALS = (
-    Problem(640, 320, Regions(192, 128), "output", parts=2),
+    Problem(640, 320, Regions(192, 128), "output", projections=2),
     Problem(160, 1216, Regions(704, 512), "input"),
-    Problem.whole(416, 1056),
+    Problem.unpruned(416, 1056),
 )
 _TRIAL_TILINGS = (Tiling(32, 256), Tiling(128, 128, 3), Tiling(32, 256, 2, cluster=True), Tiling(32, 128, 3))
 _TRIAL_ERROR = 0.005
 
 #: The weight as the library path packs it: both paths read the same bytes.
-pack = library.pack
+pack, TENSORS = library.pack, library.TENSORS
 
 
 @cache
@@ -297,17 +297,17 @@ def _weight_maps(
         values = value_bytes(sn, sk)
         each = values + row_tiles * pitch
         maps["values"] = driver.tensor_map(
-            compressed, (problem.parts, sn, sk // 2), (each, sk // 2), (ROWS, half), half
+            compressed, (problem.projections, sn, sk // 2), (each, sk // 2), (ROWS, half), half
         )
         # In items of 8 bytes, because a box has no more than 256 in a row.
         maps["metadata"] = driver.tensor_map(
             compressed + values,
-            (problem.parts, row_tiles, pitch // 8),
+            (problem.projections, row_tiles, pitch // 8),
             (each, pitch),
             (ROWS // TILE, box // 8),
             0,
             item=8,
         )
     if dn * dk:
-        maps["dense"] = driver.tensor_map(dense, (problem.parts, dn, dk), (dn * dk, dk), (ROWS, DENSE_K), DENSE_K)
+        maps["dense"] = driver.tensor_map(dense, (problem.projections, dn, dk), (dn * dk, dk), (ROWS, DENSE_K), DENSE_K)
     return maps

@@ -161,8 +161,8 @@ def tiles(problem: Problem, tokens: int, tiling: Tiling) -> Iterator[Tile]:
     else:
         regions = [(0, problem.n, sparse_steps, dense_steps)]
     for begin, rows, sparse_count, dense_count in regions:
-        for projection in range(problem.parts):
-            first = projection * problem.n // problem.parts + begin
+        for projection in range(problem.projections):
+            first = projection * problem.n // problem.projections + begin
             for row in range(0, rows, ROWS):
                 for token in range(0, tokens, tiling.tokens):
                     yield Tile(projection, row, rows, first + row, token, sparse_count, dense_count)
