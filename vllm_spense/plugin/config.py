@@ -199,7 +199,7 @@ def complete_engine(engine: VllmConfig) -> None:
     for hf_config in (model.hf_config, model.hf_text_config):
         config = getattr(hf_config, "quantization_config", None)
         if isinstance(config, Mapping) and KEY in config:
-            check_engine(_read_annotation(config), engine)
+            check_engine(Annotation.from_dict(config[KEY]), engine)
             break
     capture_prefill(engine)
 
