@@ -47,6 +47,9 @@ setup(
             "mypy==2.4.1",
             "openai>=1.50",
             "gguf>=0.17",
+            # Compile the CUDA kernels in tests, on machines without a GPU; beside CUDA's torch they are there already.
+            "cuda-bindings>=12.9",
+            "nvidia-cuda-nvrtc>=13.0",
         ],
     },
     entry_points={

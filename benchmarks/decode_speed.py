@@ -248,7 +248,9 @@ def search_first(runs: Sequence[EngineRun]) -> None:
     import vllm._custom_ops  # noqa: F401 - the kernels that ours compete with
 
     from vllm_spense.kernels.region_gemm.problem import Problem
-    from vllm_spense.ops import gemm
+    from vllm_spense.ops.layer_plan import plan_of
+    from vllm_spense.ops.unpruned_ops import prepare_unpruned
+    from vllm_spense.plugin.vllm_internals import stock_gemm
 
     if not torch.cuda.is_available():
         return
@@ -259,16 +261,16 @@ def search_first(runs: Sequence[EngineRun]) -> None:
             start = time.perf_counter()
             hidden, heads = config["hidden_size"], config["num_attention_heads"] * config["head_dim"]
             keys_and_values = 2 * config["num_key_value_heads"] * config["head_dim"]
-            gemm.prepare_whole(heads + keys_and_values, hidden, device)
-            gemm.prepare_whole(hidden, heads, device)
+            prepare_unpruned(heads + keys_and_values, hidden, device, stock_gemm())
+            prepare_unpruned(hidden, heads, device, stock_gemm())
             annotation = Annotation.from_dict(config["quantization_config"][KEY])
             for regions in {annotation.regions(module) for module in annotation.modules}:
                 i = regions.intermediate
                 for problem in (
-                    Problem(2 * i, hidden, regions, "output", parts=2).merged(),
-                    Problem(hidden, i, regions, "input", apart=True),
+                    Problem(2 * i, hidden, regions, "output", projections=2).region_major(),
+                    Problem(hidden, i, regions, "input", separate_outputs=True),
                 ):
-                    gemm.prepare(problem, TOKEN_BUDGET, device)
+                    plan_of(problem.op_key, device).prepare(TOKEN_BUDGET)
             run.search_s = round(time.perf_counter() - start, 1)
     torch.cuda.empty_cache()
 

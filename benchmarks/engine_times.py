@@ -180,11 +180,11 @@ def plugin_watch() -> Watch:
     """On everything that the plugin does to loaded weights, but for filling them with dummy values."""
     from vllm_spense.plugin import loaders
     from vllm_spense.plugin.linear import RegionLinearMethod
-    from vllm_spense.plugin.unpruned_linear import WholeKernel
+    from vllm_spense.plugin.unpruned_linear import UnprunedKernel
 
     watch = Watch()
     watch.on(RegionLinearMethod, "process_weights_after_loading")
-    watch.on(WholeKernel, "process_weights_after_loading")
+    watch.on(UnprunedKernel, "process_weights_after_loading")
     watch.on(loaders, "fill_dummy", sign=-1)
     return watch
 

@@ -35,7 +35,7 @@ from vllm_spense.kernels.tuning.synthetic import random_fp8, random_weight
 from vllm_spense.kernels.tuning.timing import cold_copies, medians_us
 from vllm_spense.ops.dispatch import NEVER_ONE_LAUNCH, Path, choose
 
-#: split, N, K, parts of the merged gate and up projections and of down.
+#: split, N, K, projections of the merged gate and up and of down.
 LAYERS: dict[str, tuple[Split, int, int, int]] = {
     "qwen3-32b gate_up": ("output", 51200, 5120, 2),
     "qwen3-32b down": ("input", 5120, 25600, 1),
@@ -125,11 +125,12 @@ def sweep(layer: str, ratios: Sequence[float], tokens: Sequence[int], device: to
 
 def problem_of(layer: str, ratio: float) -> Problem:
     """As models run it: gate_up region by region."""
-    split, n, k, parts = LAYERS[layer]
-    extent = n // parts if split == "output" else k
+    split, n, k, projections = LAYERS[layer]
+    extent = n // projections if split == "output" else k
     dense_extent = round(extent * ratio / 128) * 128
     regions = Regions(extent - dense_extent, dense_extent)
-    return Problem(n, k, regions, split, parts=parts, apart=split == "input").merged()
+    problem = Problem(n, k, regions, split, projections=projections, separate_outputs=split == "input")
+    return problem.region_major()
 
 
 def plans_of(problem: Problem, tokens: int, device: torch.device) -> dict[Path, Plan]:
@@ -148,8 +149,8 @@ def dense_kernels(n: int, k: int, tokens: int, device: torch.device) -> dict[str
     column_scales = torch.ones(1, n, device=device)
     scaled_mm = partial(torch._scaled_mm, out_dtype=torch.bfloat16, use_fast_accum=True)
 
-    whole = Problem(n, k, Regions(0, n), "output")
-    cublaslt = library.LibraryPlan(whole, tokens, device, library.search(whole, tokens, device))
+    problem = Problem(n, k, Regions(0, n), "output")
+    cublaslt = library.LibraryPlan(problem, tokens, device, library.search(problem, tokens, device))
     kernels: dict[str, Callable[[torch.Tensor], object]] = {
         "cublaslt": lambda weight: cublaslt.run(x, {"dense": weight[None]}),
         "torch per-tensor": lambda weight: scaled_mm(x, weight.t(), one, one),

@@ -18,8 +18,9 @@ from vllm_spense.format import GROUP, KEPT, Regions
 from vllm_spense.kernels.region_gemm.problem import Problem
 from vllm_spense.kernels.region_gemm.reference import quantize
 from vllm_spense.kernels.tuning.synthetic import random_fp8, random_weight
-from vllm_spense.ops import elementwise_ops, gemm
+from vllm_spense.ops import elementwise_ops, gemm, path_kernels
 from vllm_spense.ops.dispatch import Path
+from vllm_spense.ops.layer_plan import pack, plan_of
 from vllm_spense.plugin.loaders import dummy_scale
 
 FP8 = torch.float8_e4m3fn
@@ -153,13 +154,13 @@ class Spense(Stock):
     """A 2:4 and a dense region, through the plugin's own ops."""
 
     name = "spense"
-    options = gemm.INDUCTOR_OPTIONS
+    options = elementwise_ops.INDUCTOR_OPTIONS
 
     def __init__(self, sizes: Sizes, device: torch.device, regions: Regions) -> None:
         super().__init__(sizes, device)
         self.regions = regions
         self.problems: dict[Part, Problem] = {
-            "gate_up": Problem(*sizes.shape("gate_up"), regions, "output", parts=2),
+            "gate_up": Problem(*sizes.shape("gate_up"), regions, "output", projections=2),
             "down": Problem(*sizes.shape("down"), regions, "input"),
         }
         #: Whether kernels of our own stand around the GEMMs.
@@ -167,8 +168,8 @@ class Spense(Stock):
             sizes.hidden, torch.bfloat16, device
         )
         if self.fuses:
-            self.problems["gate_up"] = self.problems["gate_up"].merged()
-            self.problems["down"] = replace(self.problems["down"], apart=True)
+            self.problems["gate_up"] = self.problems["gate_up"].region_major()
+            self.problems["down"] = replace(self.problems["down"], separate_outputs=True)
 
     @property
     def sparsity(self) -> float:
@@ -181,15 +182,13 @@ class Spense(Stock):
     def prepare(self, tokens: int) -> None:
         """Searches for kernels, as the plugin does while a model loads."""
         for problem in self.problems.values():
-            gemm.prepare(problem, tokens, self.device)
+            plan_of(problem.op_key, self.device).prepare(tokens)
 
     def weights(self) -> Weights:
-        return {
-            part: gemm.pack(random_weight(problem, self.device), problem) for part, problem in self.problems.items()
-        }
+        return {part: pack(random_weight(problem, self.device), problem) for part, problem in self.problems.items()}
 
     def gemm(self, part: Part, x: torch.Tensor, x_scale: torch.Tensor, weights: Weights) -> torch.Tensor:
-        return gemm.region_gemm(x, weights[part], self.problems[part])
+        return gemm.region_gemm(x, *gemm.op_arguments(weights[part], self.problems[part]))
 
     def enter(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if self.fuses:
@@ -208,14 +207,15 @@ class Spense(Stock):
             return super().down_and_leave(x, x_scale, residual, weights)
         scales = x_scale, self.scales["down"]
         quantized, scale, _ = elementwise_ops.gemm_add_norm_quant(
-            x, weights["down"], self.problems["down"], scales, residual, self.norm, _EPSILON
+            x, *gemm.op_arguments(weights["down"], self.problems["down"]), scales, residual, self.norm, _EPSILON
         )
         return quantized, scale
 
     def run_gemms(self, inputs: Mapping[Part, torch.Tensor], scale: torch.Tensor, weights: Weights) -> None:
-        # As they run before a norm that adds up what comes apart.
+        # As they run before a norm that adds up separate outputs.
         for part, x in inputs.items():
-            gemm.region_sums(x, *gemm.spell(weights[part], self.problems[part]))
+            tensors, key = gemm.op_arguments(weights[part], self.problems[part])
+            plan_of(key, x.device).run(x, tensors)
 
     def scaled(self, part: Part, y: torch.Tensor, x_scale: torch.Tensor) -> torch.Tensor:
         return (y * x_scale * self.scales[part].t()).to(torch.bfloat16)
@@ -265,9 +265,9 @@ class SlideSparse(Spense):
         return self._kernel.pack(expanded, self.problems[part])
 
     @cached_property
-    def _kernel(self) -> gemm.Kernel:
+    def _kernel(self) -> path_kernels.Kernel:
         # Its own choice of library, whatever the policy makes of these shapes.
-        return gemm.kernel(Path.LIBRARY if self.device.type == "cuda" else Path.REFERENCE)
+        return path_kernels.kernel(Path.LIBRARY if self.device.type == "cuda" else Path.REFERENCE)
 
     def gemm(self, part: Part, x: torch.Tensor, x_scale: torch.Tensor, weights: Weights) -> torch.Tensor:
         return self._kernel.run(x, weights[part], self.problems[part])

@@ -11,7 +11,5 @@ __version__ = "0.1.0"
 def register() -> None:
     """vLLM plugin entry point (`vllm.general_plugins`): makes `--quantization spense` known. Idempotent."""
     from vllm_spense.plugin.config import register_config
-    from vllm_spense.plugin.cudagraph_sizes import register_capture
 
     register_config()
-    register_capture()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from vllm_spense.estimate import Gemm, Timed, read_cache
-from vllm_spense.ops.dispatch import LIBRARY_CAPABILITY, ONE_LAUNCH_CAPABILITY, SWITCH, Path, forced_path, turns
+from vllm_spense.ops.dispatch import LIBRARY_CAPABILITY, ONE_LAUNCH_CAPABILITY, SWITCH, Path, forced_path, token_ranges
 
 INSTALL = "pip install 'vllm-spense[cuda]'"
 #: By torch's major version of CUDA. Brings cuda-bindings, cuSPARSELt, cuBLASLt and NVRTC.
@@ -114,7 +114,7 @@ def turning_points(cache: Sequence[Timed]) -> list[str]:
     for gemm in dict.fromkeys(timed.gemm for timed in cache):
         mine = [timed for timed in cache if timed.gemm == gemm]
         fastest = {timed.tokens: timed.path for timed in sorted(mine, key=lambda timed: -timed.us)}
-        found = turns((fastest[tokens], tokens) for tokens in sorted(fastest))
+        found = token_ranges((fastest[tokens], tokens) for tokens in sorted(fastest))
         lines.append(f"{_describe(gemm)}: " + ", ".join(f"{path} to {tokens} tokens" for path, tokens in found))
     return lines
 

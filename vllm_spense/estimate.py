@@ -11,6 +11,7 @@ machine knows how long its GEMMs take, its times replace this.
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -289,17 +290,17 @@ def calibration(cache: Sequence[Timed], gpu: Gpu, gemm: Gemm, tokens: int) -> fl
 def read_cache(folder: Path) -> list[Timed]:
     """Every time in a plan cache; where paths were timed against each other, that rather than what their searches kept.
 
-    Files that are about something else, or hold no time, are passed over.
+    Files that are about something else, or hold no time, are passed over. Of several versions the latest counts.
     """
     searched: dict[tuple[str, Gemm, int, str], float] = {}
     compared: dict[tuple[str, Gemm, int, str], float] = {}
-    for file in sorted(folder.glob("*.json")):
+    for file in sorted(folder.glob("*.json"), key=os.path.getmtime):
         try:
             entry = read_object(file)
             key, us = entry["key"], entry["found"]["us"]
             sparse, dense = (_count(key[name]) for name in ("sparse", "dense"))
-            parts, n, k, tokens = (_count(key[name], least=1) for name in ("parts", "n", "k", "tokens"))
-            gemm = Gemm(n, k, str(key["split"]), parts * sparse, parts * dense)
+            projections, n, k, tokens = (_count(key[name], least=1) for name in ("projections", "n", "k", "tokens"))
+            gemm = Gemm(n, k, str(key["split"]), projections * sparse, projections * dense)
             together = isinstance(us, dict)
             for path, time in (us if together else {str(key["path"]): us}).items():
                 if 0 < time < math.inf and gemm.sparse + gemm.dense:

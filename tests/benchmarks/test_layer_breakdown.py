@@ -17,7 +17,7 @@ from benchmarks.mlp_schemes import SlideSparse, Spense, Stock, compiled, expand_
 from vllm_spense.kernels.region_gemm.reference import by_projection
 from vllm_spense.kernels.tuning.synthetic import random_weight
 from vllm_spense.layout import excess_groups
-from vllm_spense.ops import gemm
+from vllm_spense.ops.layer_plan import pack
 
 CPU = torch.device("cpu")
 TOKENS = 5
@@ -52,7 +52,7 @@ def test_every_scheme_computes_the_mlp() -> None:
             weights = {part: scheme.pack(part, expand_weight(weight)) for part, weight in dense.items()}
         else:
             dense = {part: random_weight(problem, CPU) for part, problem in scheme.problems.items()}
-            weights = {part: gemm.pack(weight, scheme.problems[part]) for part, weight in dense.items()}
+            weights = {part: pack(weight, scheme.problems[part]) for part, weight in dense.items()}
             # It runs region by region.
             dense["gate_up"] = by_projection(dense["gate_up"].t(), scheme.regions.sparse).t().contiguous()
         found, expected = run(scheme, weights), run(stock, dense)

@@ -45,5 +45,5 @@ def test_order(better: str, worse: str, perplexities: dict[str, float]) -> None:
 
 
 def test_fp8_adds_little(perplexities: dict[str, float]) -> None:
-    """One to three percent, by which masks this CPU's roundings lead to; QUARTER with a quarter of FP8's mantissa."""
+    """One to three percent: other roundings, of another CPU too, lead to other masks of so small a text."""
     assert perplexities["spensegpt+ 37.5%"] < 1.1 * perplexities["spensegpt+ 37.5% BF16"], perplexities

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vllm_spense.format import Regions
-from vllm_spense.kernels.region_gemm.problem import COPY, Problem, Scales, Split
+from vllm_spense.kernels.region_gemm.problem import DENSE_COPY, Problem, Scales, Split
 from vllm_spense.ops.dispatch import Path
 
 if not torch.cuda.is_available():
@@ -21,27 +21,28 @@ from vllm_spense.kernels.region_gemm import cusparselt, dense, library, one_laun
 from vllm_spense.kernels.region_gemm.schedule import Tiling
 from vllm_spense.kernels.tuning import autotune
 from vllm_spense.kernels.tuning.synthetic import random_2of4, random_fp8, random_weight, unit_scales
-from vllm_spense.ops import gemm
+from vllm_spense.ops import gemm, layer_plan, path_timing
+from vllm_spense.ops.layer_plan import op_key, pack, plan_of
 
 pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda", 0)
 TOKENS = (1, 7, 8, 16, 17, 24, 32, 40, 64, 100, 128, 256, 512, 1000, 2048)
 PROBLEMS = [
-    Problem(n, k, Regions(extent - int(extent * ratio), int(extent * ratio)), split, out_dtype, parts, scaled)
-    for (split, n, k, parts), ratio, out_dtype in product(
+    Problem(n, k, Regions(extent - int(extent * ratio), int(extent * ratio)), split, out_dtype, projections, scaled)
+    for (split, n, k, projections), ratio, out_dtype in product(
         (("output", 2048, 1024, 2), ("output", 1280, 2560, 1), ("input", 1024, 4096, 1), ("input", 640, 2048, 1)),
         (0.5, 0.25, 0.0, 1.0),
         (torch.bfloat16, torch.float32),
     )
-    for extent in (n // parts if split == "output" else k,)
+    for extent in (n // projections if split == "output" else k,)
     for scaled in ((False, True) if split == "input" and out_dtype == torch.bfloat16 else (False,))
 ]
 #: Ways to cut a GEMM for the one-launch path, but for the number of tokens.
 CUTS = [
-    (sparse_k, parts, cluster)
+    (sparse_k, splits, cluster)
     for sparse_k in (128, 256)
-    for parts, cluster in ((0, False), (2, False), (5, False), (2, True), (3, True), (8, True))
+    for splits, cluster in ((0, False), (2, False), (5, False), (2, True), (3, True), (8, True))
 ]
 #: x (M, K) → out (padded M, N), written.
 Run = Callable[[torch.Tensor, torch.Tensor], None]
@@ -148,8 +149,8 @@ def test_a_captured_graph_follows_its_inputs(problem: Problem, tokens: int) -> N
 
 
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
-def test_sums_that_stay_apart_are_those_of_the_regions(out_dtype: torch.dtype) -> None:
-    problem = Problem(1024, 4096, Regions(2560, 1536), "input", out_dtype, apart=True)
+def test_separate_outputs_are_those_of_the_regions(out_dtype: torch.dtype) -> None:
+    problem = Problem(1024, 4096, Regions(2560, 1536), "input", out_dtype, separate_outputs=True)
     weight = random_weight(problem, DEVICE)
     packed = library.pack(weight, problem)
     for tokens in (7, 100, 512):
@@ -161,18 +162,18 @@ def test_sums_that_stay_apart_are_those_of_the_regions(out_dtype: torch.dtype) -
         whole, nothing = in_turn.sums(x, packed)
         assert nothing is None
         assert error(whole, x.double() @ weight.double().t()) <= tolerance(x, weight, out_dtype)
-        parts = at_once.sums(x, packed)
-        for found, columns in zip(parts, (slice(0, 2560), slice(2560, None)), strict=True):
+        outputs = at_once.sums(x, packed)
+        for found, columns in zip(outputs, (slice(0, 2560), slice(2560, None)), strict=True):
             exact = x[:, columns].double() @ weight[:, columns].double().t()
             assert found is not None
             assert found.shape == (tokens, problem.n)
             assert error(found, exact) <= tolerance(x, weight, out_dtype)
-        assert torch.equal(at_once.run(x, packed), parts[0].add_(parts[1]))
+        assert torch.equal(at_once.run(x, packed), outputs[0].add_(outputs[1]))
 
 
 def test_a_search_tries_kernels_for_a_share_of_the_chip(monkeypatch: pytest.MonkeyPatch) -> None:
     """At 256 tokens neither GEMM fills it, and at 1024 both do. Which kernel wins is up to the GPU."""
-    problem = Problem(4096, 14336, Regions(10752, 3584), "input", apart=True)
+    problem = Problem(4096, 14336, Regions(10752, 3584), "input", separate_outputs=True)
     tried: list[library.Choice] = []
 
     class Seen(library.LibraryPlan):
@@ -245,59 +246,60 @@ def test_the_op_agrees_with_its_reference_twin(out_dtype: torch.dtype) -> None:
     for split in ("output", "input"):
         problem = Problem(512, 512, Regions(256, 256), split, out_dtype)
         weight = random_weight(problem, DEVICE)
-        packed = gemm.pack(weight, problem)
+        packed = pack(weight, problem)
         twin = reference.pack(weight, problem)
-        gemm.prepare(problem, 2048, DEVICE)
+        plan_of(problem.op_key, DEVICE).prepare(2048)
         for tokens in (1, 8, 64, 65, 128, 256, 257, 512, 513, 1000, 2048):
             x = random_fp8(tokens, problem.k, DEVICE)
             exact = x.double() @ weight.double().t()
             allowed = tolerance(x, weight, out_dtype)
-            assert error(gemm.region_gemm(x, packed, problem), exact) <= allowed
+            assert error(gemm.region_gemm(x, *gemm.op_arguments(packed, problem)), exact) <= allowed
             assert error(reference.run(x, twin, problem), exact) <= allowed
 
 
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize(("split", "n", "k"), [("output", 1024, 512), ("input", 512, 1024)])
 def test_a_dense_copy_computes_the_same(split: Split, n: int, k: int, scaled: bool) -> None:
-    problem = Problem(n, k, Regions(512, 512), split, scaled=scaled, apart=split == "input" and not scaled)
+    problem = Problem(n, k, Regions(512, 512), split, scaled=scaled, separate_outputs=split == "input" and not scaled)
     weight = random_weight(problem, DEVICE)
     dense.prepare(problem, 1, 512, DEVICE)
     for tokens in (1, 40, 256, 512):
         x = random_fp8(tokens, k, DEVICE)
-        out = dense.run(x, {COPY: weight}, problem, scales_of(problem, tokens))
+        out = dense.run(x, {DENSE_COPY: weight}, problem, scales_of(problem, tokens))
         assert error(out, product_of(x, weight, problem)) <= tolerance(x, weight, torch.bfloat16)
 
 
 def test_an_op_runs_the_copy_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = Problem(512, 1024, Regions(512, 512), "input", apart=True)
+    problem = Problem(512, 1024, Regions(512, 512), "input", separate_outputs=True)
     weight = random_weight(problem, DEVICE)
-    packed = gemm.pack(weight, problem) | {COPY: weight}
+    packed = pack(weight, problem) | {DENSE_COPY: weight}
     x, ran = random_fp8(256, problem.k, DEVICE), []
-    monkeypatch.setattr(gemm, "choose", lambda paths, tokens, us: Path.DENSE)
+    monkeypatch.setattr(layer_plan, "choose", lambda paths, tokens, us: Path.DENSE)
     monkeypatch.setattr(dense, "run", lambda *arguments, run=dense.run: ran.append(1) or run(*arguments))
-    gemm._path.cache_clear()
-    out = gemm.region_gemm(x, packed, problem)
-    gemm._path.cache_clear()
+    plan_of.cache_clear()
+    assert plan_of(op_key(problem, dense_copy=True), DEVICE).tensors == tuple(packed)
+    out = gemm.region_gemm(x, *gemm.op_arguments(packed, problem))
+    plan_of.cache_clear()
     assert ran
     assert error(out, x.double() @ weight.double().t()) <= tolerance(x, weight, torch.bfloat16)
 
 
 def test_paths_are_timed_against_each_other_once(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPENSE_CACHE_DIR", str(tmp_path))
-    problem = Problem(768, 2048, Regions(1024, 1024), "input", apart=True)
+    problem = Problem(768, 2048, Regions(1024, 1024), "input", separate_outputs=True)
     paths = (Path.ONE_LAUNCH, Path.LIBRARY, Path.DENSE)
-    times = gemm._times(paths, problem, 256, DEVICE)
+    times = path_timing.times(paths, problem, 256, DEVICE)
     assert set(times) == set(paths)
     assert all(us > 0 for us in times.values())
 
     monkeypatch.setattr(autotune, "medians_us", lambda *_: pytest.fail("timed again"))
-    gemm._times.cache_clear()
-    assert gemm._times(paths, problem, 256, DEVICE) == times
+    path_timing.times.cache_clear()
+    assert path_timing.times(paths, problem, 256, DEVICE) == times
     # But not where a search has found something else, or the kernel is another.
     monkeypatch.setattr(one_launch, "found", lambda *_: {"source": "of tomorrow"})
-    gemm._times.cache_clear()
+    path_timing.times.cache_clear()
     with pytest.raises(pytest.fail.Exception, match="timed again"):
-        gemm._times(paths, problem, 256, DEVICE)
+        path_timing.times(paths, problem, 256, DEVICE)
 
 
 @pytest.mark.parametrize("path", [library, one_launch], ids=lambda path: path.__name__.rpartition(".")[2])

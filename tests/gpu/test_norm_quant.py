@@ -17,6 +17,7 @@ from vllm_spense.kernels.region_gemm import one_launch, reference
 from vllm_spense.kernels.region_gemm.problem import Problem
 from vllm_spense.kernels.tuning.synthetic import random_weight
 from vllm_spense.ops import elementwise_ops, gemm
+from vllm_spense.ops.layer_plan import pack, plan_of
 
 pytestmark = pytest.mark.gpu
 
@@ -67,14 +68,14 @@ def test_kernels_are_tried_while_a_model_loads(kernel: ModuleType) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 32, 128, 300])
 def test_captured_launches_that_overlap_follow_their_inputs(tokens: int) -> None:
-    """down with the norm behind it, and gate_up, twice: each reads what the one before has written."""
+    """down with the norm after it, and gate_up, twice: each reads what the one before has written."""
     hidden, regions = 1024, Regions(3072, 1024)
-    up = Problem(8192, hidden, regions, "output", parts=2)
-    down = Problem(hidden, 4096, regions, "input", apart=True)
+    up = Problem(8192, hidden, regions, "output", projections=2)
+    down = Problem(hidden, 4096, regions, "input", separate_outputs=True)
     weights = {problem: random_weight(problem, DEVICE) for problem in (up, down)}
-    packed = {problem: gemm.pack(weight, problem) for problem, weight in weights.items()}
+    packed = {problem: gemm.op_arguments(pack(weight, problem), problem) for problem, weight in weights.items()}
     for problem in (up, down):
-        gemm.prepare(problem, 512, DEVICE)
+        plan_of(problem.op_key, DEVICE).prepare(512)
     z, residual, weight = torch.randn(tokens, 4096, device=DEVICE).bfloat16(), *inputs(tokens, hidden)[1:]
     w_scale = torch.rand(hidden, 1, device=DEVICE) / 64
 
@@ -83,9 +84,9 @@ def test_captured_launches_that_overlap_follow_their_inputs(tokens: int) -> None
         for _ in range(2):
             quantized, x_scale = elementwise_ops.quantize(x)
             values, scale, stream = elementwise_ops.gemm_add_norm_quant(
-                quantized, packed[down], down, (x_scale, w_scale), stream, weight, EPSILON
+                quantized, *packed[down], (x_scale, w_scale), stream, weight, EPSILON
             )
-            raw = gemm.region_gemm(values, packed[up], up)
+            raw = gemm.region_gemm(values, *packed[up])
             x = raw[:, :4096].contiguous()
             steps.append((x_scale, values, scale, stream, raw))
         return steps

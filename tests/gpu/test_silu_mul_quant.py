@@ -15,6 +15,7 @@ from vllm_spense.kernels.region_gemm import reference
 from vllm_spense.kernels.region_gemm.problem import Problem
 from vllm_spense.kernels.tuning.synthetic import random_fp8, random_weight
 from vllm_spense.ops import elementwise_ops, gemm
+from vllm_spense.ops.layer_plan import pack, plan_of
 
 pytestmark = pytest.mark.gpu
 
@@ -54,17 +55,20 @@ def test_a_number_that_is_none_stays_visible() -> None:
 def test_a_captured_mlp_follows_its_inputs(tokens: int) -> None:
     """gate_up, the activation and down: three launches that overlap."""
     hidden, regions = 1024, Regions(3072, 1024)
-    up, down = Problem(8192, hidden, regions, "output", parts=2).merged(), Problem(hidden, 4096, regions, "input")
+    up, down = (
+        Problem(8192, hidden, regions, "output", projections=2).region_major(),
+        Problem(hidden, 4096, regions, "input"),
+    )
     weights = {problem: random_weight(problem, DEVICE) for problem in (up, down)}
-    packed = {problem: gemm.pack(weight, problem) for problem, weight in weights.items()}
+    packed = {problem: gemm.op_arguments(pack(weight, problem), problem) for problem, weight in weights.items()}
     x, (_, x_scale, w_scale) = random_fp8(tokens, hidden, DEVICE), inputs(tokens, 4096, torch.bfloat16)
     for problem in (up, down):
-        gemm.prepare(problem, 256, DEVICE)
+        plan_of(problem.op_key, DEVICE).prepare(256)
 
     def mlp() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        raw = gemm.region_gemm(x, packed[up], up)
+        raw = gemm.region_gemm(x, *packed[up])
         values, scale = elementwise_ops.silu_mul_quant(raw, x_scale, w_scale, regions.sparse)
-        return raw, values, scale, gemm.region_gemm(values, packed[down], down)
+        return raw, values, scale, gemm.region_gemm(values, *packed[down])
 
     mlp()
     graph = torch.cuda.CUDAGraph()

@@ -1,4 +1,4 @@
-"""Layers that nothing was pruned in: the one-launch kernel with scales, against float64 and beside vLLM's kernel."""
+"""Unpruned layers: the one-launch kernel with scales, against float64 and beside vLLM's kernel."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ pytest.importorskip("vllm", reason="needs vLLM's kernel")
 
 import vllm._custom_ops  # noqa: F401 - registers the kernel
 
-from vllm_spense.format import Regions
 from vllm_spense.kernels.region_gemm import one_launch
 from vllm_spense.kernels.region_gemm.problem import Problem
 from vllm_spense.kernels.region_gemm.schedule import Tiling
 from vllm_spense.kernels.tuning.synthetic import random_fp8
-from vllm_spense.ops import gemm
+from vllm_spense.ops.unpruned_ops import prepare_unpruned, unpruned_gemm
+from vllm_spense.plugin.vllm_internals import stock_gemm
 
 pytestmark = pytest.mark.gpu
 
@@ -37,14 +37,14 @@ def error(out: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_every_way_to_cut_it(n: int, k: int) -> None:
     torch.manual_seed(0)
-    problem = Problem(n, k, Regions(0, k), "input", scaled=True)
+    problem = Problem.unpruned(n, k)
     weight, w_scale = random_fp8(n, k, DEVICE), torch.rand(n, 1, device=DEVICE)
     for tokens in (1, 7, 8, 17, 32, 64, 100, 128):
         x, x_scale = random_fp8(tokens, k, DEVICE), torch.rand(tokens, 1, device=DEVICE)
         expected = exact(x, weight, x_scale, w_scale)
-        allowed = 2 * error(gemm._cutlass(x, weight, x_scale, w_scale), expected)
-        for parts, cluster in ((0, False), (3, False), (2, True), (4, True)):
-            tiling = Tiling(one_launch.tile_tokens(tokens), 128, parts, cluster)
+        allowed = 2 * error(stock_gemm().gemm(x, weight, x_scale, w_scale), expected)
+        for splits, cluster in ((0, False), (3, False), (2, True), (4, True)):
+            tiling = Tiling(one_launch.tile_tokens(tokens), 128, splits, cluster)
             plan = one_launch.OneLaunchPlan(problem, tokens, DEVICE, tiling)
             out = torch.full((tokens, n), torch.nan, dtype=torch.bfloat16, device=DEVICE)
             plan.run(x, {"compressed": weight[:0], "dense": weight}, out, (x_scale, w_scale))
@@ -55,8 +55,8 @@ def test_every_way_to_cut_it(n: int, k: int) -> None:
 def test_the_op_for_any_number_of_tokens(n: int, k: int, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPENSE_CACHE_DIR", str(tmp_path))
     weight, w_scale = random_fp8(n, k, DEVICE), torch.rand(n, 1, device=DEVICE)
-    gemm.prepare_whole(n, k, DEVICE)
+    prepare_unpruned(n, k, DEVICE, stock_gemm())
     for tokens in (1, 33, 128, 129, 1000):
         x, x_scale = random_fp8(tokens, k, DEVICE), torch.rand(tokens, 1, device=DEVICE)
-        out = gemm.whole_gemm(x, weight, x_scale, w_scale)
+        out = unpruned_gemm(x, weight, x_scale, w_scale)
         assert error(out, exact(x, weight, x_scale, w_scale)) < 0.004

@@ -1,12 +1,17 @@
-"""The source of vLLM's own models, which the lists of plain architectures are held to."""
+"""The source of vLLM's own models, which lists of architectures are held to, and what their modules look for."""
 
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from types import ModuleType
 
 import pytest
 from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS
+
+from vllm_spense.plugin.pairing import Pairing
+
+PLAIN = ["LlamaForCausalLM"]
 
 #: Phi-3 is Llama with other names for its projections.
 _SAME = {"phi3": "llama"}
@@ -19,3 +24,10 @@ def module_of(architecture: str) -> ModuleType:
     if file == "transformers":
         pytest.skip("run by way of transformers")
     return importlib.import_module(f"vllm.model_executor.models.{_SAME.get(file, file)}")
+
+
+@dataclass
+class QuantConfig:
+    """As much of `SpenseConfig` as a module that vLLM builds looks for."""
+
+    pairing: Pairing

@@ -127,7 +127,7 @@ def test_only_times_are_read_from_a_plan_cache(tmp_path: Path) -> None:
         "n": 51200,
         "k": 5120,
         "split": "output",
-        "parts": 2,
+        "projections": 2,
         "sparse": 19200,
         "dense": 6400,
     }

@@ -27,7 +27,7 @@ ALWAYS_ONE_LAUNCH, NEVER_ONE_LAUNCH = 64, 512
 
 
 class Path(StrEnum):
-    """The ways to run a layer; `vllm_spense.ops.gemm` knows the kernel of each."""
+    """The ways to run a pruned layer; `path_kernels` knows the kernel of each."""
 
     REFERENCE = "reference"
     LIBRARY = "library"
@@ -37,7 +37,7 @@ class Path(StrEnum):
 
 @dataclass(frozen=True)
 class Device:
-    """What a choice depends on.
+    """What the choice of a path depends on; `machine.describe` fills it in.
 
     Attributes:
         kind: torch's name for the kind of device.
@@ -55,11 +55,13 @@ class Device:
         return self.kind if self.capability is None else "{} {}.{}".format(self.kind, *self.capability)
 
 
-def candidates(problem: Problem, device: Device, forced: Path | None = None, copied: bool = False) -> tuple[Path, ...]:
+def candidates(
+    problem: Problem, device: Device, forced: Path | None = None, dense_copy: bool = False
+) -> tuple[Path, ...]:
     """Every path that `choose` returns for some number of tokens; a layer's weight is packed for each of them.
 
     Args:
-        copied: whether there is a dense copy of the weight.
+        dense_copy: whether there is a dense copy of the weight.
 
     Raises:
         SpenseError: the forced path cannot run this problem on this device.
@@ -68,7 +70,7 @@ def candidates(problem: Problem, device: Device, forced: Path | None = None, cop
         if reason := reason_against(forced, problem, device):
             raise SpenseError(f"{SWITCH}={forced} cannot be followed: {reason}")
         return (forced,)
-    paths = (Path.ONE_LAUNCH, Path.LIBRARY, *([Path.DENSE] if copied else []))
+    paths = (Path.ONE_LAUNCH, Path.LIBRARY, *([Path.DENSE] if dense_copy else []))
     fast = tuple(path for path in paths if not reason_against(path, problem, device))
     return fast or (Path.REFERENCE,)
 
@@ -81,7 +83,7 @@ def tokens_of(path: Path, paths: Sequence[Path], max_tokens: int) -> tuple[int, 
     return (first, last) if first <= last else None
 
 
-def rivals_for(tokens: int, paths: Sequence[Path]) -> tuple[Path, ...]:
+def candidates_at(tokens: int, paths: Sequence[Path]) -> tuple[Path, ...]:
     """Those of the candidates `paths` that may be the fastest for `tokens` rows of activations."""
     return tuple(path for path in paths if (span := tokens_of(path, paths, tokens)) and span[1] == tokens)
 
@@ -91,23 +93,34 @@ def choose(paths: Sequence[Path], tokens: int, times: Callable[[tuple[Path, ...]
 
     Args:
         paths: the candidates.
-        times: measures rivals for these tokens; asked for only where no path always wins.
+        times: measures those of them that may be the fastest; asked for only where no path always wins.
     """
-    rivals = rivals_for(tokens, paths)
-    return min(rivals, key=times(rivals).__getitem__) if len(rivals) > 1 else rivals[0]
+    contenders = candidates_at(tokens, paths)
+    return min(contenders, key=times(contenders).__getitem__) if len(contenders) > 1 else contenders[0]
+
+
+def buckets(max_tokens: int) -> list[int]:
+    """The numbers of tokens for which a path is chosen: powers of two, the last at least `max_tokens`."""
+    return [1 << power for power in range((max_tokens - 1).bit_length() + 1)]
 
 
 Name = TypeVar("Name", bound=str)
 
 
-def turns(paths: Iterable[tuple[Name, int]]) -> list[tuple[Name, int]]:
-    """From which path runs for which number of tokens, in rising order: each path and the last number of its turn."""
+def token_ranges(paths: Iterable[tuple[Name, int]]) -> list[tuple[Name, int]]:
+    """From which path runs for which number of tokens, in rising order: each path and the last number of its range."""
     last: list[tuple[Name, int]] = []
     for path, tokens in paths:
         if last and last[-1][0] == path:
             last.pop()
         last.append((path, tokens))
     return last
+
+
+def in_words(paths: Iterable[tuple[str, int]]) -> str:
+    """The ranges as a log line has them: "one-launch (to 128 tokens), then library"."""
+    *earlier, (last, _) = token_ranges(paths)
+    return "".join(f"{path} (to {tokens} tokens), then " for path, tokens in earlier) + last
 
 
 def reason_against(path: Path, problem: Problem, device: Device) -> str | None:

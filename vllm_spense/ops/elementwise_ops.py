@@ -1,20 +1,29 @@
-"""The custom ops between the GEMMs: `spense::silu_mul_quant`, `spense::add_norm_quant`, `spense::quantize`, and
-`spense::gemm_add_norm_quant`, which is a GEMM of two regions together with what follows it.
+"""The custom elementwise ops between the GEMMs: `spense::silu_mul_quant`, `spense::add_norm_quant`, `spense::quantize`,
+and `spense::gemm_add_norm_quant`, which is a GEMM of two regions together with the norm that follows it.
 
-Each ends in a kernel that lets the GEMM behind it begin early. Elsewhere than on the GPUs that they are written for,
-traced torch is faster than an op that Inductor cannot fuse with anything.
+Each ends in a kernel that lets the next GEMM begin early. Elsewhere than on the GPUs that they are written for, traced
+torch is faster than an op that Inductor cannot fuse with anything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Sequence
 
 import torch
 
 from vllm_spense.kernels.region_gemm import reference
 from vllm_spense.kernels.region_gemm.problem import Problem, Scales
 from vllm_spense.ops.dispatch import ONE_LAUNCH_CAPABILITY, Path, reason_against
-from vllm_spense.ops.gemm import LIBRARY, describe, logger, read, region_sums, spell
+from vllm_spense.ops.gemm import LIBRARY
+from vllm_spense.ops.layer_plan import plan_of, problem_of
+from vllm_spense.ops.machine import describe
+
+logger = logging.getLogger("vllm.spense")
+
+#: Where no kernel of ours takes the scales, Inductor fuses them into what follows the GEMM. They add reads to
+#: SiLU·mul·quant, and beyond a number of reads it would write its input out first, in a kernel of its own.
+INDUCTOR_OPTIONS = {"realize_reads_threshold": 16, "realize_opcount_threshold": 100}
 
 
 def silu_mul_quant(
@@ -48,21 +57,22 @@ def add_norm_quant(
 
 def gemm_add_norm_quant(
     x: torch.Tensor,
-    packed: Mapping[str, torch.Tensor],
-    problem: Problem,
+    tensors: Sequence[torch.Tensor],
+    key: str,
     scales: Scales,
     residual: torch.Tensor,
     weight: torch.Tensor,
     epsilon: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same of X·Wᵀ · s_x · s_w + residual: together, because the regions' sums may then come in two outputs, whose
-    number depends on M, and the norm adds them up as it reads them.
+    """RMS norm of X·Wᵀ · s_x · s_w + residual in FP8: GEMM and norm in one op, because the GEMM leaves one or two
+    outputs, depending on M, and the norm adds them up as it reads them.
 
     Args:
-        x, packed: as `ops.region_gemm` takes them, of a problem that is not scaled.
+        x, tensors, key: as `ops.region_gemm` takes them, of a problem that is not scaled.
         scales: float32, of the M tokens and N rows.
+        residual, weight, epsilon: as `add_norm_quant` takes them.
     """
-    return torch.ops.spense.gemm_add_norm_quant(x, *spell(packed, problem), *scales, residual, weight, epsilon)
+    return torch.ops.spense.gemm_add_norm_quant(x, list(tensors), key, *scales, residual, weight, epsilon)
 
 
 def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,27 +139,27 @@ def _add_norm_quant_fake(
 def _gemm_add_norm_quant(
     x: torch.Tensor,
     tensors: Sequence[torch.Tensor],
-    spelled: str,
+    key: str,
     x_scale: torch.Tensor,
     w_scale: torch.Tensor,
     residual: torch.Tensor,
     weight: torch.Tensor,
     epsilon: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    raw, addend = region_sums(x, tensors, spelled)
+    raw, addend = plan_of(key, x.device).run(x, tensors)
     return _add_norm_quant(raw, residual, weight, epsilon, (x_scale, w_scale), addend)
 
 
 def _gemm_add_norm_quant_fake(
     x: torch.Tensor,
     tensors: Sequence[torch.Tensor],
-    spelled: str,
+    key: str,
     x_scale: torch.Tensor,
     w_scale: torch.Tensor,
     residual: torch.Tensor,
     *_: object,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _add_norm_quant_fake(x.new_empty((x.shape[0], read(spelled)[0].n)), residual)
+    return _add_norm_quant_fake(x.new_empty((x.shape[0], problem_of(key).n)), residual)
 
 
 def _quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,7 +181,7 @@ LIBRARY.define("add_norm_quant(Tensor x, Tensor residual, Tensor weight, float e
 LIBRARY.impl("add_norm_quant", _add_norm_quant, "CompositeExplicitAutograd")
 torch.library.register_fake("spense::add_norm_quant", _add_norm_quant_fake, lib=LIBRARY)
 LIBRARY.define(
-    "gemm_add_norm_quant(Tensor x, Tensor[] tensors, str spelled, Tensor x_scale, Tensor w_scale, Tensor residual, "
+    "gemm_add_norm_quant(Tensor x, Tensor[] tensors, str key, Tensor x_scale, Tensor w_scale, Tensor residual, "
     "Tensor weight, float epsilon) -> (Tensor, Tensor, Tensor)"
 )
 LIBRARY.impl("gemm_add_norm_quant", _gemm_add_norm_quant, "CompositeExplicitAutograd")

@@ -6,16 +6,13 @@ only models whose MLP is plainly down(SiluAndMul(gate_up(x))) are run like this.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Set
 from typing import Any, NamedTuple
 
 import torch
-from vllm.config import VllmConfig
-from vllm.model_executor.custom_op import CustomOp, op_registry_oot
 from vllm.model_executor.layers.activation import SiluAndMul
 
 from vllm_spense.ops import elementwise_ops
+from vllm_spense.plugin.pairing import Quantized, current_pairing, mispaired
 
 #: Whose MLP is down(SiluAndMul(gate_up(x))) in vLLM, with nothing in between.
 PLAIN_MLPS = frozenset(
@@ -27,36 +24,13 @@ PLAIN_MLPS = frozenset(
 
 
 class RawSums(NamedTuple):
-    """gate_up's output by region and before its scales: what `glue.silu_mul_quant` takes."""
+    """gate_up's output by region and before its scales: what `glue.silu_mul_quant` takes; and the layer's name."""
 
     raw: torch.Tensor
     x_scale: torch.Tensor
     w_scale: torch.Tensor
     boundary: int
-
-
-class Quantized(NamedTuple):
-    """A linear layer's input in FP8, (M, K), and a scale for each token, (M, 1)."""
-
-    values: torch.Tensor
-    scale: torch.Tensor
-
-
-class Claim:
-    """Whether the activation behind a gate_up layer is `FusedSiluAndMul`."""
-
-    waiting: weakref.ref[Claim] | None = None
-
-    def __init__(self) -> None:
-        self.made = False
-
-    @classmethod
-    def of_next_activation(cls, engine: VllmConfig) -> Claim:
-        """For a layer that is being built: models build an MLP's activation after its linear layers."""
-        claim = cls()
-        if may_stand_in(FusedSiluAndMul, engine, PLAIN_MLPS):
-            cls.waiting = weakref.ref(claim)
-        return claim
+    gate_up: str
 
 
 class FusedSiluAndMul(SiluAndMul):
@@ -64,30 +38,18 @@ class FusedSiluAndMul(SiluAndMul):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        if Claim.waiting and (claim := Claim.waiting()):
-            claim.made = True
-        Claim.waiting = None
+        pairing = current_pairing()
+        self.link = pairing.next_activation() if pairing else None
 
     def forward(self, x: torch.Tensor | RawSums) -> torch.Tensor | Quantized:
-        if isinstance(x, RawSums):
-            return Quantized(*elementwise_ops.silu_mul_quant(*x))
-        return super().forward(x)
+        """(M, 2·I) in the model's dtype → (M, I) in it; or of raw sums (M, 2·I) → FP8 (M, I) for down.
 
-
-def may_stand_in(ours: type[CustomOp], engine: VllmConfig, architectures: Set[str]) -> bool:
-    """Makes vLLM build `ours` for the op that it derives from, in models that are plain enough for what it hands on.
-
-    Returns:
-        Whether that is done: not for other architectures, and not if a platform has an op of its own.
-    """
-    model = engine.model_config
-    # LoRA reads inputs and adds to outputs in the model's dtype.
-    if model is None or engine.lora_config is not None or not architectures >= set(model.architectures):
-        return False
-    vllms = ours.__base__
-    assert vllms is not None
-    if vllms.__name__ not in op_registry_oot:
-        vllms.register_oot(ours)  # type: ignore[attr-defined]
-        # Under which vLLM's `custom_ops` go on to mean it.
-        ours.name = vllms.name  # type: ignore[attr-defined]
-    return op_registry_oot[vllms.__name__] is ours
+        Raises:
+            RuntimeError: the sums are those of another MLP.
+        """
+        if not isinstance(x, RawSums):
+            return super().forward(x)
+        if self.link is None or self.link.gate_up != x.gate_up:
+            raise mispaired(x.gate_up, f"the activation of {self.link.gate_up}" if self.link else "another activation")
+        values, scale = elementwise_ops.silu_mul_quant(x.raw, x.x_scale, x.w_scale, x.boundary)
+        return Quantized(values, scale, self.link.mlp)

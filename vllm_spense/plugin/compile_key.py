@@ -1,4 +1,4 @@
-"""What vLLM's compile cache cannot see of a model, told to it.
+"""Adds Spense's trace-time choices to the key of vLLM's compile cache.
 
 Compiled graphs are kept on disk under the engine's configuration and the source files that were traced. Which tensors a
 layer hands to an op, and which ops stand between the layers, depends on more: the GPU, the libraries, switches of ours.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,10 +15,16 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm_spense.conformance import FP8, read_quantization
 from vllm_spense.errors import FormatError, SpenseError
 from vllm_spense.format import KEY, SIDECAR, Annotation, Regions
-from vllm_spense.ops.gemm import INDUCTOR_OPTIONS
+from vllm_spense.ops.dense_copies import DenseCopies
+from vllm_spense.ops.elementwise_ops import INDUCTOR_OPTIONS
+from vllm_spense.plugin.activation import PLAIN_MLPS, FusedSiluAndMul
+from vllm_spense.plugin.cudagraph_sizes import capture_prefill
 from vllm_spense.plugin.linear import InputSplitLinearMethod, OutputSplitLinearMethod, RegionLinearMethod
+from vllm_spense.plugin.norms import PLAIN_NORMS, FusedRMSNorm
+from vllm_spense.plugin.pairing import Pairing, is_plain
 from vllm_spense.plugin.preflight import check_engine, check_files
-from vllm_spense.plugin.unpruned_linear import WholeFp8
+from vllm_spense.plugin.unpruned_linear import UnprunedFp8
+from vllm_spense.plugin.vllm_internals import mapped_name, on_engine_completion, stand_in
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -28,7 +33,7 @@ if TYPE_CHECKING:
 
 NAME = "spense"
 
-Method = Callable[[Regions, str], RegionLinearMethod]
+Method = Callable[[Regions, str, Pairing, DenseCopies], RegionLinearMethod]
 
 
 def register_config() -> None:
@@ -44,6 +49,9 @@ class SpenseConfig(CompressedTensorsConfig):
 
     #: Regions and method of every pruned linear layer, by its name in vLLM's spelling.
     layers: dict[str, tuple[Regions, Method]]
+    #: Of the model's modules; made when vLLM builds the first of them.
+    pairing: Pairing | None = None
+    copies: DenseCopies
 
     @classmethod
     def override_quantization_method(
@@ -63,6 +71,7 @@ class SpenseConfig(CompressedTensorsConfig):
         # Nowhere else does vLLM say where the annotation comes from.
         folder = getattr(hf_config, "_name_or_path", None)
         read_quantization(hf_quant_cfg, file=folder and f"{folder}/config.json")
+        on_engine_completion(getattr(hf_config, "architectures", None) or (), complete_engine)
         return NAME
 
     @staticmethod
@@ -88,6 +97,7 @@ class SpenseConfig(CompressedTensorsConfig):
         annotation = read_quantization(config)
         spense = cast(SpenseConfig, super().from_config(config))
         spense.layers = _pruned_layers(annotation)
+        spense.copies = DenseCopies()
         return spense
 
     @property
@@ -99,16 +109,16 @@ class SpenseConfig(CompressedTensorsConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: PretrainedConfig | None = None, revision: str | None = None
     ) -> None:
-        """Checks the checkpoint and the engine's settings, in the process that the user started."""
+        """Checks the checkpoint, in the process that the user started."""
         if (folder := Path(model_name)).is_dir():
             check_files(self.annotation, folder)
-        if engine := _engine_under_construction():
-            check_engine(self.annotation, engine)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Renames layers as vLLM's model does. From the checkpoint's names each time: vLLM may call it twice."""
         super().apply_vllm_mapper(hf_to_vllm_mapper)
-        named = ((hf_to_vllm_mapper._map_name(name), layer) for name, layer in _pruned_layers(self.annotation).items())
+        named = (
+            (mapped_name(hf_to_vllm_mapper, name), layer) for name, layer in _pruned_layers(self.annotation).items()
+        )
         self.layers = {name: layer for name, layer in named if name is not None}
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -122,23 +132,34 @@ class SpenseConfig(CompressedTensorsConfig):
         if found is None:
             return super().get_quant_method(layer, prefix)
         engine = get_current_vllm_config()
+        # vLLM has checked these settings with `complete_engine`, but for models that it knows under another name.
         check_engine(self.annotation, engine)
         for option, value in INDUCTOR_OPTIONS.items():
             engine.compilation_config.inductor_compile_config.setdefault(option, value)
         self._require_fp8(layer, prefix)
         regions, method = found
-        return method(regions, prefix)
+        return method(regions, prefix, self._pairing(), self.copies)
 
     def get_scheme(self, layer: torch.nn.Module, layer_name: str | None = None) -> Any:
-        """vLLM's, for a layer that nothing was pruned in; ours stands in for it where it can."""
-        return WholeFp8.instead_of(super().get_scheme(layer, layer_name), layer_name)
+        """vLLM's, for an unpruned layer; ours stands in for it where it can."""
+        return UnprunedFp8.instead_of(super().get_scheme(layer, layer_name), layer_name, self._pairing())
+
+    def _pairing(self) -> Pairing:
+        if self.pairing is None:
+            engine = get_current_vllm_config()
+            self.pairing = Pairing(
+                activations=is_plain(engine, PLAIN_MLPS) and stand_in(FusedSiluAndMul),
+                norms=is_plain(engine, PLAIN_NORMS) and stand_in(FusedRMSNorm),
+            )
+        return self.pairing
 
     def _find(self, prefix: str) -> tuple[Regions, Method] | None:
         parent, _, leaf = prefix.rpartition(".")
-        parts = {self.layers.get(f"{parent}.{part}") for part in self.packed_modules_mapping.get(leaf, [leaf])}
+        merged = self.packed_modules_mapping.get(leaf, [leaf])
+        projections = {self.layers.get(f"{parent}.{projection}") for projection in merged}
         siblings = [name for name in self.layers if name.rpartition(".")[0] == parent]
         # Going on dense would give the right answers, and no reason to notice.
-        if siblings and (len(parts) > 1 or None in parts):
+        if siblings and (len(projections) > 1 or None in projections):
             raise FormatError(
                 "vLLM has a layer in a pruned module that is not one of its projections",
                 layer=prefix,
@@ -146,7 +167,7 @@ class SpenseConfig(CompressedTensorsConfig):
                 found=leaf,
                 expected=" | ".join(siblings),
             )
-        return parts.pop()
+        return projections.pop()
 
     def _require_fp8(self, layer: torch.nn.Module, prefix: str) -> None:
         scheme = self.get_scheme_dict(layer, prefix) or {}
@@ -163,6 +184,26 @@ class SpenseConfig(CompressedTensorsConfig):
                 )
 
 
+def complete_engine(engine: VllmConfig) -> None:
+    """Checks an engine's settings against its checkpoint, and asks for what Spense wants of them.
+
+    vLLM calls it as it constructs the configuration, in the process that the user started: it shows a quantization
+    config the engine's other settings only when a worker builds the model.
+
+    Raises:
+        SpenseError, FormatError: as `check_engine`.
+    """
+    model = engine.model_config
+    if model.quantization != NAME:
+        return
+    for hf_config in (model.hf_config, model.hf_text_config):
+        config = getattr(hf_config, "quantization_config", None)
+        if isinstance(config, Mapping) and KEY in config:
+            check_engine(read_quantization(config), engine)
+            break
+    capture_prefill(engine)
+
+
 def _pruned_layers(annotation: Annotation) -> dict[str, tuple[Regions, Method]]:
     projections = annotation.projections
     methods: dict[str, Method] = {
@@ -175,17 +216,3 @@ def _pruned_layers(annotation: Annotation) -> dict[str, tuple[Regions, Method]]:
         for module in annotation.modules
         for projection, method in methods.items()
     }
-
-
-def _engine_under_construction() -> VllmConfig | None:
-    """The `VllmConfig` whose constructor is asking for this quantization config.
-
-    vLLM shows a quantization config the engine's other settings only when a worker builds the model. Looking up the
-    call stack is the one way to see them while an error still is the command's own.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        if isinstance(engine := frame.f_locals.get("self"), VllmConfig):
-            return engine
-        frame = frame.f_back
-    return None

@@ -9,7 +9,6 @@ from __future__ import annotations
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 from vllm_spense.plugin.activation import PLAIN_MLPS
@@ -42,24 +41,15 @@ def beyond(most: int) -> list[int]:
     return [size for size in (*ladder, _LARGEST) if size > most]
 
 
-class CapturePrefill(VerifyAndUpdateConfig):
-    """Runs while vLLM completes an engine's configuration."""
-
-    @staticmethod
-    def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Asks for `capture_sizes`, unless the user has a wish of his own about CUDA graphs or the engine has none."""
-        compilation, model = vllm_config.compilation_config, vllm_config.model_config
-        own_wish = compilation.cudagraph_capture_sizes is not None or compilation.max_cudagraph_capture_size is not None
-        if own_wish or model.quantization != "spense" or model.enforce_eager or not current_platform.is_cuda():
-            return
-        if vllm_config.performance_mode != "balanced":
-            return  # has sizes of its own
-        scheduler = vllm_config.scheduler_config
-        requests = scheduler.max_num_seqs * (1 + vllm_config.num_speculative_tokens)
-        compilation.cudagraph_capture_sizes = capture_sizes(requests, scheduler.max_num_batched_tokens)
-
-
-def register_capture() -> None:
-    """For the models whose prefill was measured, where vLLM has no such hook itself. Idempotent."""
-    for architecture in PLAIN_MLPS:
-        MODELS_CONFIG_MAP.setdefault(architecture, CapturePrefill)
+def capture_prefill(engine: VllmConfig) -> None:
+    """Asks for `capture_sizes` in the models whose prefill was measured, unless the user has set something about CUDA
+    graphs or the engine has none."""
+    compilation, model = engine.compilation_config, engine.model_config
+    own_wish = compilation.cudagraph_capture_sizes is not None or compilation.max_cudagraph_capture_size is not None
+    if own_wish or model.enforce_eager or model.architecture not in PLAIN_MLPS or not current_platform.is_cuda():
+        return
+    if engine.performance_mode != "balanced":
+        return  # has sizes of its own
+    scheduler = engine.scheduler_config
+    requests = scheduler.max_num_seqs * (1 + engine.num_speculative_tokens)
+    compilation.cudagraph_capture_sizes = capture_sizes(requests, scheduler.max_num_batched_tokens)

@@ -1,7 +1,11 @@
 """The linear methods of pruned layers: output-split (gate, up) and input-split (down).
 
-With X quantized per token and W per output channel, Y = (X₈·W₈ᵀ) · s_x · s_wᵀ. The scales go into the kernel behind the
+With X quantized per token and W per output channel, Y = (X₈·W₈ᵀ) · s_x · s_wᵀ. The scales go into the kernel after the
 GEMM, ours or one that Inductor fuses them into; where none follows that could take them, the GEMM multiplies by them.
+
+A weight's way: `loaders` fill this rank's `weight`; `process_weights_after_loading` checks it, `arrange` decides who
+applies the scales and in which order the rows run, `layer_plan.plan_layer` packs it and decides how it runs, and the
+packed tensors become parameters of the layer. `apply` hands those and the plan's key to the op.
 """
 
 from __future__ import annotations
@@ -23,14 +27,17 @@ from vllm_spense import layout
 from vllm_spense.conformance import require_extent
 from vllm_spense.errors import FormatError
 from vllm_spense.format import Regions
-from vllm_spense.kernels.region_gemm.problem import COPY, Problem, Scales, Split, sum_dtype
+from vllm_spense.kernels.region_gemm.problem import Problem, Scales, Split, sum_dtype
 from vllm_spense.kernels.region_gemm.reference import by_projection, scaled
 from vllm_spense.layout import Shard
 from vllm_spense.ops import elementwise_ops, gemm
+from vllm_spense.ops.dense_copies import DenseCopies
+from vllm_spense.ops.layer_plan import LayerPlan, plan_layer
 from vllm_spense.plugin import compile_key, loaders
-from vllm_spense.plugin.activation import Claim, Quantized, RawSums
+from vllm_spense.plugin.activation import RawSums
 from vllm_spense.plugin.loaders import Loader
-from vllm_spense.plugin.norms import Deferred, NormClaim, has_plain_norms, only_norms_read_layers
+from vllm_spense.plugin.norms import DeferredGemm, only_norms_read_layers
+from vllm_spense.plugin.pairing import Pairing, Quantized, mispaired
 
 logger = init_logger("vllm.spense")
 
@@ -43,20 +50,27 @@ class RegionLinearMethod(LinearMethodBase):
     """What both splits share. One instance serves one layer.
 
     Args:
-        regions: of the whole layer, whatever the tensor parallel size.
-        name: the layer's name, for messages.
+        regions: of the unsharded layer, whatever the tensor parallel size.
+        name: the layer's name.
+        pairing: the links of the model's modules.
+        copies: the dense copies of the model's layers.
     """
 
     split: ClassVar[Split]
-    #: Of the weight as it is loaded, and of the one that runs.
+    #: Of the weight as it is loaded.
     problem: Problem
-    runs: Problem
-    #: Something else than outputs: what lies behind this layer does the rest.
-    hands_on = False
+    #: Of the weight as it runs.
+    plan: LayerPlan
+    #: Whether `apply` returns what the next module's kernel finishes, in place of outputs.
+    defers_epilogue = False
 
-    def __init__(self, regions: Regions, name: str) -> None:
+    def __init__(self, regions: Regions, name: str, pairing: Pairing, copies: DenseCopies) -> None:
         self.regions = regions
         self.name = name
+        #: What `Quantized` may be made for: this layer, or the module that it is in.
+        self.reads_for = name, name.rpartition(".")[0]
+        self.pairing = pairing
+        self.copies = copies
         self.quantize = QuantFP8(static=False, group_shape=GroupShape.PER_TOKEN)
         self.engine = engine = get_current_vllm_config()
         self.dummy = engine.load_config.load_format == "dummy"
@@ -78,14 +92,14 @@ class RegionLinearMethod(LinearMethodBase):
             FormatError: the regions do not add up to the intermediate size, or the tensor parallel size does not
                 divide them.
         """
-        self.parts = len(output_partition_sizes)
-        intermediate = output_size // self.parts if self.split == "output" else input_size
+        self.projections = len(output_partition_sizes)
+        intermediate = output_size // self.projections if self.split == "output" else input_size
         require_extent(self.regions, intermediate, self.name)
         shard = layout.shard(self.regions, layer.tp_rank, layer.tp_size, self.name)
         n, k = sum(output_partition_sizes), input_size_per_partition
         self.dtype = params_dtype
         self.tp_size = layer.tp_size
-        self.problem = Problem(n, k, shard.regions, self.split, sum_dtype(params_dtype), self.parts)
+        self.problem = Problem(n, k, shard.regions, self.split, sum_dtype(params_dtype), self.projections)
 
         weight_loader, scale_loader = self.make_loaders(layer, shard)
         weight = torch.empty(n, k, dtype=FP8)
@@ -100,7 +114,7 @@ class RegionLinearMethod(LinearMethodBase):
         """Loaders of `weight` and `weight_scale`."""
 
     def process_weights_after_loading(self, layer: Layer) -> None:
-        """Replaces `weight` by `weight_…`, one parameter for each tensor that `ops.pack` returns.
+        """Replaces `weight` by `weight_…`, one parameter for each tensor of the layer's plan, and makes that plan.
 
         Raises:
             FormatError: the sparse region is not 2:4, or a weight or its scale is missing or no number.
@@ -115,29 +129,26 @@ class RegionLinearMethod(LinearMethodBase):
             logger.error("%s", error)
             raise
         del layer.weight
-        weight = self.arranged(weight)
+        weight, problem = self.arrange(weight)
         if weight.is_cuda:
             # Or torch would cut packed weights out of what loaded ones leave, and the remainders would be of no use to
             # anything as large as a KV cache.
             torch.cuda.empty_cache()
-        packed = gemm.pack(weight, self.runs) | gemm.dense_copy(weight, self.runs, self.max_tokens, self.name)
+        self.plan, packed = plan_layer(weight, problem, self.name, self.max_tokens, self.copies)
         for name, tensor in packed.items():
             layer.register_parameter(f"weight_{name}", Parameter(tensor, requires_grad=False))
         layer.weight_scale = Parameter(scale, requires_grad=False)
-        self.packed_names = tuple(packed)
-        compile_key.record(self.engine, self.name, *packed, *self.choices())
         # LoRA looks under this name for the layer's device.
-        layer.weight_packed = getattr(layer, f"weight_{self.packed_names[0]}")
-        gemm.prepare(self.runs, self.max_tokens, weight.device, COPY in packed)
+        layer.weight_packed = self.tensors(layer)[0]
+        compile_key.record(self.engine, self.name, self.plan.key, *self.plan.tensors, *self.choices())
 
-    def arranged(self, weight: torch.Tensor) -> torch.Tensor:
-        """W as it runs; sets `runs`."""
-        self.runs = self.problem
-        return weight
+    @abstractmethod
+    def arrange(self, weight: torch.Tensor) -> tuple[torch.Tensor, Problem]:
+        """W as it runs, and its GEMM; sets `defers_epilogue`."""
 
     def choices(self) -> tuple[object, ...]:
-        """What was decided about this layer on this machine, and shows in how it is traced."""
-        return self.runs.spelled, self.hands_on
+        """What else was decided about this layer on this machine, and shows in how it is traced."""
+        return (self.defers_epilogue,)
 
     def _require_sound(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
         if (weight.view(torch.uint8) & 0x7F == 0x7F).any():
@@ -154,13 +165,13 @@ class RegionLinearMethod(LinearMethodBase):
                 expected="a positive number for each output channel",
             )
 
-    def packed(self, layer: Layer) -> dict[str, torch.Tensor]:
-        """The weight as it runs."""
-        return {name: getattr(layer, f"weight_{name}") for name in self.packed_names}
+    def tensors(self, layer: Layer) -> list[torch.Tensor]:
+        """The packed weight, in the order of the plan's `tensors`."""
+        return [getattr(layer, f"weight_{name}") for name in self.plan.tensors]
 
     def gemm(self, layer: Layer, x: torch.Tensor, scales: Scales | None = None) -> torch.Tensor:
         """(M, K) FP8 → raw sums (M, N), or outputs where the GEMM scales."""
-        return gemm.region_gemm(x, self.packed(layer), self.runs, scales)
+        return gemm.region_gemm(x, self.tensors(layer), self.plan.key, scales)
 
     def apply(self, layer: Layer, x: Any, bias: torch.Tensor | None = None) -> Any:
         """Y = X·Wᵀ + b.
@@ -170,22 +181,29 @@ class RegionLinearMethod(LinearMethodBase):
             bias: (N,), in the order of the weight's rows.
 
         Returns:
-            (…, N) in the model's dtype; gate and up merged: [gate | up]. Or what `handed_on` returns.
+            (…, N) in the model's dtype; gate and up merged: [gate | up]. Or what `deferred` returns.
+
+        Raises:
+            RuntimeError: x was made for another layer.
         """
-        fp8 = x if isinstance(x, Quantized) else Quantized(*self.quantize(x.reshape(-1, self.problem.k)))
-        flat = fp8 is x or x.dim() == 2
-        if self.runs.scaled:
-            y = self.gemm(layer, fp8.values, (fp8.scale, layer.weight_scale))
-            y = y if bias is None else y + bias
-        elif self.hands_on and flat and bias is None:
-            return self.handed_on(layer, fp8)
+        if isinstance(x, Quantized):
+            if x.reader not in self.reads_for:
+                raise mispaired(x.reader, self.name)
+            values, scale, flat = x.values, x.scale, True
         else:
-            y = self.scaled(layer, self.in_order(self.gemm(layer, fp8.values)), fp8.scale, bias)
+            (values, scale), flat = self.quantize(x.reshape(-1, self.problem.k)), x.dim() == 2
+        if self.plan.problem.scaled:
+            y = self.gemm(layer, values, (scale, layer.weight_scale))
+            y = y if bias is None else y + bias
+        elif self.defers_epilogue and flat and bias is None:
+            return self.deferred(layer, values, scale)
+        else:
+            y = self.scaled(layer, self.in_order(self.gemm(layer, values)), scale, bias)
         return y if flat else y.view(*x.shape[:-1], self.problem.n)
 
     @abstractmethod
-    def handed_on(self, layer: Layer, x: Quantized) -> RawSums | Deferred:
-        """What lies behind this layer goes on from here."""
+    def deferred(self, layer: Layer, x: torch.Tensor, x_scale: torch.Tensor) -> RawSums | DeferredGemm:
+        """What the next module's kernel finishes; x is (M, K) FP8, x_scale (M, 1)."""
 
     def in_order(self, raw: torch.Tensor) -> torch.Tensor:
         """Columns as they run → as the model wants them."""
@@ -204,34 +222,34 @@ class OutputSplitLinearMethod(RegionLinearMethod):
 
     split = "output"
 
-    def __init__(self, regions: Regions, name: str) -> None:
-        super().__init__(regions, name)
-        engine = get_current_vllm_config()
-        self.claim = Claim.of_next_activation(engine)
-        self.norm_claim = NormClaim.of_gate_up(engine)
+    def __init__(self, regions: Regions, name: str, pairing: Pairing, copies: DenseCopies) -> None:
+        super().__init__(regions, name, pairing, copies)
+        self.norm, self.activation = pairing.built_gate_up(name)
 
-    def arranged(self, weight: torch.Tensor) -> torch.Tensor:
-        """By region, where the activation behind takes raw sums: it can take them in any order."""
+    def arrange(self, weight: torch.Tensor) -> tuple[torch.Tensor, Problem]:
+        """By region, where the activation that follows takes raw sums: it can take them in any order."""
         device = weight.device
-        merged = self.problem.parts == 2
-        self.hands_on = merged and self.claim.made and elementwise_ops.fuses_activation(self.problem, device)
-        self.norm_claim.takes_fp8 = merged and elementwise_ops.fuses_norm(self.problem.k, self.dtype, device)
-        if not self.hands_on:
-            return super().arranged(weight)
-        self.runs = self.problem.merged()
-        return self.problem.by_region(weight)
+        merged = self.problem.projections == 2
+        self.defers_epilogue = (
+            merged and self.activation.found and elementwise_ops.fuses_activation(self.problem, device)
+        )
+        self.norm.takes_fp8 = merged and elementwise_ops.fuses_norm(self.problem.k, self.dtype, device)
+        if not self.defers_epilogue:
+            return weight, self.problem
+        return self.problem.by_region(weight), self.problem.region_major()
 
     def choices(self) -> tuple[object, ...]:
-        return *super().choices(), self.norm_claim.takes_fp8
+        return *super().choices(), self.norm.takes_fp8
 
-    def handed_on(self, layer: Layer, x: Quantized) -> RawSums:
-        return RawSums(self.gemm(layer, x.values), x.scale, layer.weight_scale, self.problem.regions.sparse)
+    def deferred(self, layer: Layer, x: torch.Tensor, x_scale: torch.Tensor) -> RawSums:
+        boundary = self.problem.regions.sparse
+        return RawSums(self.gemm(layer, x), x_scale, layer.weight_scale, boundary, self.name)
 
     def in_order(self, raw: torch.Tensor) -> torch.Tensor:
-        return by_projection(raw, self.problem.regions.sparse) if self.hands_on else raw
+        return by_projection(raw, self.problem.regions.sparse) if self.defers_epilogue else raw
 
     def make_loaders(self, layer: Layer, shard: Shard) -> tuple[Loader, Loader]:
-        load_rows = loaders.rows_loader(self.name, self.regions.intermediate, shard, self.parts)
+        load_rows = loaders.rows_loader(self.name, self.regions.intermediate, shard, self.projections)
         # A bias goes with the weight's rows. The layer creates it after the weights, with the loader it finds here.
         layer.weight_loader = load_rows
         return load_rows, load_rows
@@ -242,25 +260,23 @@ class InputSplitLinearMethod(RegionLinearMethod):
 
     split = "input"
 
-    def __init__(self, regions: Regions, name: str) -> None:
-        super().__init__(regions, name)
-        engine = get_current_vllm_config()
-        self.before_plain_norm = has_plain_norms(engine)
-        self.before_norms_only = only_norms_read_layers(engine)
+    def __init__(self, regions: Regions, name: str, pairing: Pairing, copies: DenseCopies) -> None:
+        super().__init__(regions, name, pairing, copies)
+        self.only_norms_read = only_norms_read_layers(self.engine)
 
-    def arranged(self, weight: torch.Tensor) -> torch.Tensor:
-        """Where the norm behind is a kernel of ours it adds up the regions' sums and takes the scales, or else the GEMM
+    def arrange(self, weight: torch.Tensor) -> tuple[torch.Tensor, Problem]:
+        """Where the next norm is a kernel of ours it adds up the regions' sums and applies the scales, or else the GEMM
         does: the compiler has no kernel to fuse that with."""
-        own_norm = self.before_plain_norm and elementwise_ops.fuses_norm(self.problem.n, self.dtype, weight.device)
+        own_norm = self.pairing.norms and elementwise_ops.fuses_norm(self.problem.n, self.dtype, weight.device)
         own_norm = own_norm and self.dtype == self.problem.out_dtype
         # Of several ranks each has scales of its own, and their outputs are added up before any norm.
-        self.hands_on = own_norm and self.before_norms_only and self.tp_size == 1
-        self.runs = replace(self.problem, scaled=own_norm and not self.hands_on, apart=self.hands_on)
-        return weight
+        self.defers_epilogue = own_norm and self.only_norms_read and self.tp_size == 1
+        scaled = own_norm and not self.defers_epilogue
+        return weight, replace(self.problem, scaled=scaled, separate_outputs=self.defers_epilogue)
 
-    def handed_on(self, layer: Layer, x: Quantized) -> Deferred:
-        return Deferred(x, self.packed(layer), self.runs, layer.weight_scale)
+    def deferred(self, layer: Layer, x: torch.Tensor, x_scale: torch.Tensor) -> DeferredGemm:
+        return DeferredGemm(x, self.tensors(layer), self.plan.key, x_scale, layer.weight_scale)
 
     def make_loaders(self, layer: Layer, shard: Shard) -> tuple[Loader, Loader]:
         load_columns = loaders.columns_loader(self.name, self.regions.intermediate, shard)
-        return load_columns, loaders.whole_loader(self.name)
+        return load_columns, loaders.replicated_loader(self.name)

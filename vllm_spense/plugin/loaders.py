@@ -1,4 +1,4 @@
-"""Weight loaders that give a rank its part of both regions.
+"""Weight loaders that give a rank its share of both regions.
 
 vLLM's own loaders take one contiguous chunk: rank 0 would hold nothing but sparse rows, the last rank nothing but
 dense ones. Loaders here are plain functions that capture plain values and fill through `copy_`: vLLM's reload
@@ -22,20 +22,20 @@ Loader = Callable[..., None]
 _DUMMY_STANDARD_DEVIATION = 16
 
 
-def rows_loader(layer: str, intermediate: int, shard: Shard, parts: int) -> Loader:
+def rows_loader(layer: str, intermediate: int, shard: Shard, projections: int) -> Loader:
     """Loads anything with one entry per output row of an output-split layer: weight, weight_scale, bias.
 
     Rows of the rank's parameter, for gate and up merged: [gate sparse | gate dense | up sparse | up dense].
 
     Args:
         layer: the layer's name, for messages.
-        intermediate: I, rows of one part in the checkpoint.
-        shard: the rank's part of each region.
-        parts: how many projections the layer merges.
+        intermediate: I, rows of one projection in the checkpoint.
+        shard: the rank's share of each region.
+        projections: how many the layer merges.
 
     Returns:
-        `load(param, loaded_weight, loaded_shard_id)`, where the id is the part's index, or None or a tuple of
-        indices where the checkpoint holds the parts in one tensor.
+        `load(param, loaded_weight, loaded_shard_id)`, where the id is the projection's index, or None or a tuple of
+        indices where the checkpoint holds the projections in one tensor.
     """
     sparse, dense = shard.sparse, shard.dense
     s, d = shard.regions.sparse, shard.regions.dense
@@ -46,12 +46,12 @@ def rows_loader(layer: str, intermediate: int, shard: Shard, parts: int) -> Load
         loaded_shard_id: int | tuple[int, ...] | None = None,
     ) -> None:
         if loaded_shard_id is None:
-            loaded_shard_id = tuple(range(parts))
+            loaded_shard_id = tuple(range(projections))
         ids = (loaded_shard_id,) if isinstance(loaded_shard_id, int) else loaded_shard_id
         _check(layer, param, loaded_weight, (len(ids) * intermediate, *param.shape[1:]))
-        for part, rows in zip(ids, loaded_weight.split(intermediate), strict=True):
-            param.data.narrow(0, part * (s + d), s).copy_(rows[sparse])
-            param.data.narrow(0, part * (s + d) + s, d).copy_(rows[dense])
+        for i, rows in zip(ids, loaded_weight.split(intermediate), strict=True):
+            param.data.narrow(0, i * (s + d), s).copy_(rows[sparse])
+            param.data.narrow(0, i * (s + d) + s, d).copy_(rows[dense])
 
     return load_rows
 
@@ -69,14 +69,14 @@ def columns_loader(layer: str, intermediate: int, shard: Shard) -> Loader:
     return load_columns
 
 
-def whole_loader(layer: str) -> Loader:
-    """Loads what every rank holds whole: the weight_scale of an input-split layer."""
+def replicated_loader(layer: str) -> Loader:
+    """Loads what every rank holds all of: the weight_scale of an input-split layer."""
 
-    def load_whole(param: torch.nn.Parameter, loaded_weight: torch.Tensor) -> None:
+    def load_replicated(param: torch.nn.Parameter, loaded_weight: torch.Tensor) -> None:
         _check(layer, param, loaded_weight, tuple(param.shape))
         param.data.copy_(loaded_weight)
 
-    return load_whole
+    return load_replicated
 
 
 def fill_dummy(weight: torch.Tensor, scale: torch.Tensor, problem: Problem) -> None:

@@ -1,4 +1,4 @@
-"""Layers that nothing was pruned in: vLLM's own FP8 layers, with another kernel where it is faster."""
+"""Unpruned layers: vLLM's own FP8 layers, with another kernel where it is faster."""
 
 from __future__ import annotations
 
@@ -8,36 +8,41 @@ from typing import Any
 import torch
 from compressed_tensors.quantization import QuantizationStrategy
 from vllm.config import VllmConfig, get_current_vllm_config
-from vllm.model_executor.kernels.linear.scaled_mm.cutlass import CutlassFP8ScaledMMLinearKernel
-from vllm.model_executor.kernels.linear.scaled_mm.pytorch import ChannelWiseTorchFP8ScaledMMLinearKernel
-from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Fp8
 from vllm.platforms import current_platform
 
 from vllm_spense.kernels.region_gemm.problem import sum_dtype
 from vllm_spense.kernels.region_gemm.reference import scaled
-from vllm_spense.ops import elementwise_ops, gemm
+from vllm_spense.ops import elementwise_ops
+from vllm_spense.ops.unpruned_ops import prepare_unpruned, unpruned_gemm
 from vllm_spense.plugin import compile_key
-from vllm_spense.plugin.activation import Quantized
-from vllm_spense.plugin.norms import NormClaim
+from vllm_spense.plugin.pairing import NormLink, Pairing, Quantized, mispaired
+from vllm_spense.plugin.vllm_internals import (
+    ChannelWiseTorchFP8ScaledMMLinearKernel,
+    CompressedTensorsW8A8Fp8,
+    CutlassFP8ScaledMMLinearKernel,
+    stock_gemm,
+)
 
 
-class WholeFp8(CompressedTensorsW8A8Fp8):
+class UnprunedFp8(CompressedTensorsW8A8Fp8):
     """vLLM's scheme for FP8 per channel and token, which picks the kernel."""
 
+    layer_name: str | None = None
     #: To the norm before this layer, if it is one of attention's that has a norm before it.
-    norm_claim: NormClaim | None = None
+    norm: NormLink | None = None
 
     @classmethod
-    def instead_of(cls, scheme: Any, layer_name: str | None) -> Any:
+    def instead_of(cls, scheme: Any, layer_name: str | None, pairing: Pairing) -> Any:
         """This scheme, if the given one of vLLM's is what it can stand for; else the given one."""
         if type(scheme) is not CompressedTensorsW8A8Fp8 or scheme.is_static_input_scheme:
             return scheme
         if scheme.strategy != QuantizationStrategy.CHANNEL:
             return scheme
-        whole = cls(scheme.weight_quant, scheme.is_static_input_scheme)
+        ours = cls(scheme.weight_quant, scheme.is_static_input_scheme)
+        ours.layer_name = layer_name
         if layer_name and layer_name.endswith(".qkv_proj"):
-            whole.norm_claim = NormClaim.of_qkv(get_current_vllm_config())
-        return whole
+            ours.norm = pairing.built_qkv(layer_name)
+        return ours
 
     def create_weights(
         self,
@@ -62,15 +67,15 @@ class WholeFp8(CompressedTensorsW8A8Fp8):
         )
         found = self.fp8_linear
         if type(found) is CutlassFP8ScaledMMLinearKernel and params_dtype == torch.bfloat16:
-            self.fp8_linear = WholeKernel(found.config, found.layer_param_names)
-            self.fp8_linear.norm_claim = self.norm_claim
+            self.fp8_linear = UnprunedKernel(found.config, found.layer_param_names)
+            self.fp8_linear.layer_name, self.fp8_linear.norm = self.layer_name, self.norm
             self.fp8_linear.engine = get_current_vllm_config()
         elif type(found) is ChannelWiseTorchFP8ScaledMMLinearKernel and current_platform.is_cpu():
-            self.fp8_linear = WholeOnCpu(found.config, found.layer_param_names)
+            self.fp8_linear = UnprunedOnCpu(found.config, found.layer_param_names)
             self.fp8_linear.dtype = sum_dtype(params_dtype)
 
 
-class WholeOnCpu(ChannelWiseTorchFP8ScaledMMLinearKernel):
+class UnprunedOnCpu(ChannelWiseTorchFP8ScaledMMLinearKernel):
     """vLLM's kernel, with weights in a type that a CPU multiplies, as pruned layers have them there.
 
     torch's own product of FP8 matrices takes several hundred times as long on Intel CPUs with AMX.
@@ -103,12 +108,13 @@ class WholeOnCpu(ChannelWiseTorchFP8ScaledMMLinearKernel):
         return out.to(out_dtype).view(*output_shape)
 
 
-class WholeKernel(CutlassFP8ScaledMMLinearKernel):
+class UnprunedKernel(CutlassFP8ScaledMMLinearKernel):
     """vLLM's kernel, or ours for few tokens, if it was faster there."""
 
     ours = False
     quantizes = False
-    norm_claim: NormClaim | None = None
+    layer_name: str | None = None
+    norm: NormLink | None = None
     engine: VllmConfig
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
@@ -116,23 +122,29 @@ class WholeKernel(CutlassFP8ScaledMMLinearKernel):
         weight: torch.Tensor = layer.weight  # type: ignore[assignment]
         k, n = weight.shape
         self.ours = (
-            weight.t().is_contiguous() and n == self.logical_output_size and gemm.prepare_whole(n, k, weight.device)
+            weight.t().is_contiguous()
+            and n == self.logical_output_size
+            and prepare_unpruned(n, k, weight.device, stock_gemm())
         )
         self.quantizes = self.ours and elementwise_ops.fuses_norm(k, torch.bfloat16, weight.device)
-        if self.norm_claim:
-            self.norm_claim.takes_fp8 = self.quantizes
+        if self.norm:
+            self.norm.takes_fp8 = self.quantizes
         compile_key.record(self.engine, f"{n} × {k}", self.ours, self.quantizes)
 
     def apply_weights(self, layer: torch.nn.Module, x: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
         if not self.quantizes:
             return super().apply_weights(layer, x, bias)
-        if not isinstance(x, Quantized):
-            # Behind attention there is no kernel of the compiler's that could quantize on the way.
-            x = Quantized(*elementwise_ops.quantize(x.reshape(-1, x.shape[-1])))
+        if isinstance(x, Quantized):
+            if x.reader != self.layer_name:
+                raise mispaired(x.reader, str(self.layer_name))
+            values, x_scale = x.values, x.scale
+        else:
+            # After attention there is no kernel of the compiler's that could quantize on the way.
+            values, x_scale = elementwise_ops.quantize(x.reshape(-1, x.shape[-1]))
         weight, scale, *_ = self._get_layer_params(layer)
         return self.apply_scaled_mm(
-            A=x.values, B=weight, out_dtype=torch.bfloat16, As=x.scale, Bs=scale, bias=bias,
-            output_shape=[x.values.shape[0], weight.shape[1]],
+            A=values, B=weight, out_dtype=torch.bfloat16, As=x_scale, Bs=scale, bias=bias,
+            output_shape=[values.shape[0], weight.shape[1]],
         )  # fmt: skip
 
     def apply_scaled_mm(
@@ -147,7 +159,7 @@ class WholeKernel(CutlassFP8ScaledMMLinearKernel):
         output_shape: list[Any],
     ) -> torch.Tensor:
         if self.ours and bias is None and out_dtype == torch.bfloat16:
-            return gemm.whole_gemm(A, B.t(), As, Bs).view(*output_shape)
+            return unpruned_gemm(A, B.t(), As, Bs).view(*output_shape)
         return super().apply_scaled_mm(
             A=A, B=B, out_dtype=out_dtype, As=As, Bs=Bs, bias=bias, output_shape=output_shape
         )

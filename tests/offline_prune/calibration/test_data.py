@@ -157,18 +157,18 @@ def test_a_long_text_is_drawn_from_all_over_and_not_tokenized_whole(
         return whole(self, text, **options)
 
     monkeypatch.setattr(type(TOKENIZER), "__call__", counted)
-    found = tokens(path, 16, 2048)
-    assert 16 * 2048 <= seen < 16 * 2048 + 10_000
+    found = tokens(path, 64, 512)
+    assert 64 * 512 - 100 <= seen < 64 * 512 + 4096
     numbers = [int(line) for line in found.replace("<eos>", "").split() if len(line) == 7]
-    assert min(numbers) < 2**14
-    assert max(numbers) > 7 * 2**14
-    assert found == tokens(path, 16, 2048) != tokens(path, 16, 2048, seed=1)
+    assert min(numbers) < 2**15
+    assert max(numbers) > 3 * 2**15
+    assert found == tokens(path, 64, 512) != tokens(path, 64, 512, seed=1)
 
 
 def test_lone_surrogates_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text(r'{"text": "\ud83d\ude00 a\ud800b\udc00"}')
-    assert tokens(path, 1, 16) == "😀 a\ufffdb\ufffd<eos>"
+    assert tokens(path, 1, 14) == "😀 a\ufffdb\ufffd<eos>"
     monkeypatch.setattr(TOKENIZER, "chat_template", CHAT)
     path.write_text(r'{"question": "a\ud800", "answer": "b"}')
     assert tokens(path, 1, 22) == "<user>a\ufffd<assistant>b"

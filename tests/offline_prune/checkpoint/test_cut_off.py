@@ -100,15 +100,20 @@ def test_a_run_cut_off_at_any_change_ends_the_same(sharding: str, overwrite: boo
     before(whole)
     write(whole, overwrite)
     expected = contents(whole)
+    new = {name: data for name, data in expected.items() if name != RECORD}
     assert ("model.safetensors" in expected) == (sharding == "one file")
     assert ("diary.txt" in expected) == overwrite
     for at in range(1, 200):
         out = tmp_path / str(at)
         before(out)
+        old = contents(out)
         status = forked(partial(write, out, overwrite), at, kill)
         if status == 0:
             break
         assert status == (-signal.SIGKILL if kill else 2)
+        found = {name: data for name, data in contents(out).items() if not name.startswith(PARTIAL)}
+        if "config.json" in found:
+            assert found == old or found.items() >= new.items(), "a mixture that may be taken for a checkpoint"
         journal = Journal.read(out / PARTIAL)
         assert not overwrite or journal or (out / "config.json").exists(), "neither the old nor the new checkpoint"
         # What the run was allowed to replace is on record once it moves files.

@@ -66,6 +66,20 @@ def test_a_damaged_file_is_measured_again(
     assert json.loads(file.read_text()) == entry
 
 
+@pytest.mark.parametrize("kept", [{"library": 10.0}, {}, {"library": 10.0, "one-launch": 11.0, "dense": 1.0}], ids=str)
+def test_a_file_of_other_rivals_is_measured_again(
+    kept: dict[str, float], measured: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    times()
+    (file,) = tmp_path.glob("*.json")
+    entry = json.loads(file.read_text())
+    file.write_text(json.dumps(entry | {"found": {"us": kept}}))
+    assert times() == {"library": 10.0, "one-launch": 11.0}
+    assert measured == [2, 2]
+    assert "expected of ['library', 'one-launch']" in caplog.text
+    assert json.loads(file.read_text()) == entry
+
+
 def test_nothing_is_measured_while_a_graph_is_captured(measured: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="a GEMM of 128 tokens was captured before it ran once: Problem"):

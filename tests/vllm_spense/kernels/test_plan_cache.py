@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from vllm_spense.kernels.tuning.plan_cache import folder, load_or_find, load_or_make_bytes
+from vllm_spense.kernels.jit import sources
+from vllm_spense.kernels.tuning import plan_cache
+from vllm_spense.kernels.tuning.plan_cache import environment, folder, load_or_find, load_or_make_bytes
 
 KEY = {"path": "test", "gpu": "one", "tokens": 16}
 
@@ -131,3 +134,72 @@ def test_the_folder_follows_the_users_settings(monkeypatch: pytest.MonkeyPatch, 
     assert folder() == tmp_path / "spense"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert folder() == Path.home() / ".cache" / "spense"
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o022, 0o077], ids=oct)
+def test_a_folder_of_ones_own_making_is_used(cache: Path, umask: int, caplog: pytest.LogCaptureFixture) -> None:
+    before = os.umask(umask)
+    try:
+        load_or_find(KEY, Found, lambda: FOUND)
+    finally:
+        os.umask(before)
+    assert load_or_find(KEY, Found, never) == FOUND
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("mode", [0o775, 0o777, 0o1777], ids=oct)
+def test_a_folder_that_others_can_write_is_not_used(cache: Path, mode: int, caplog: pytest.LogCaptureFixture) -> None:
+    load_or_find(KEY, Found, lambda: FOUND)
+    load_or_make_bytes("code", lambda: b"machine code")
+    before = {file: file.read_bytes() for file in cache.iterdir()}
+    cache.chmod(mode)
+    plan_cache._warn_of_folder.cache_clear()
+    for _ in range(2):
+        assert load_or_find(KEY, Found, lambda: Found("new", 1)) == Found("new", 1)
+        assert load_or_make_bytes("code", lambda: b"new code") == b"new code"
+    assert {file: file.read_bytes() for file in cache.iterdir()} == before
+    assert caplog.text.count("works without its cache") == caplog.text.count(str(cache)) == 1
+    cache.chmod(0o755)
+    assert load_or_find(KEY, Found, never) == FOUND
+
+
+def test_a_folder_of_another_user_is_not_used(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_or_find(KEY, Found, lambda: FOUND)
+    user = os.geteuid() or 65534  # root may write what it likes, and everybody may use what is root's
+    if os.geteuid() == 0:
+        os.chown(cache, user, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    assert load_or_find(KEY, Found, lambda: Found("new", 1)) == Found("new", 1)
+    assert f"belongs to the user with the number {user}" in caplog.text
+
+
+@pytest.mark.parametrize("mode", [0o664, 0o646], ids=oct)
+def test_a_file_that_others_can_write_is_replaced(cache: Path, mode: int, caplog: pytest.LogCaptureFixture) -> None:
+    load_or_make_bytes("code", lambda: b"machine code")
+    (cache / "code").chmod(mode)
+    assert load_or_make_bytes("code", lambda: b"new code") == b"new code"
+    assert f"others may write into it (mode {mode:o})" in caplog.text
+    assert load_or_make_bytes("code", no_bytes) == b"new code"
+
+
+def test_plans_depend_on_every_source_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """schedule.py decides as much as the kernel that it schedules."""
+    texts = dict(sources._sources())
+    names = {Path(name).name for name in texts}
+    assert {"one_launch.cu", "one_launch.cuh", "ptx.cuh", "one_launch.py", "schedule.py", "library.py"} <= names
+    monkeypatch.setattr(plan_cache.torch.cuda, "get_device_name", lambda _: "GPU")
+    monkeypatch.setattr(plan_cache, "_driver", lambda: "1")
+
+    def key() -> str:
+        sources.code_digest.cache_clear()
+        return environment.__wrapped__(None)["code"]
+
+    keys = {key()}
+    for name in texts:
+        monkeypatch.setattr(sources, "_sources", lambda name=name: texts | {name: texts[name] + " "})
+        keys.add(key())
+    sources.code_digest.cache_clear()
+    assert len(keys) == 1 + len(texts)

@@ -1,4 +1,4 @@
-"""The one-launch kernel's tables: every step of every tile once, parts that add up, and even loads."""
+"""The one-launch kernel's tables: every step of every tile once, splits that add up, and even loads."""
 
 from collections import defaultdict
 
@@ -12,7 +12,7 @@ from vllm_spense.kernels.region_gemm.problem import Problem
 from vllm_spense.kernels.region_gemm.schedule import DENSE_K, FIELDS, ROWS, Schedule, Tiling, schedule
 
 MULTIPROCESSORS = 132
-GATE_UP = Problem(51200, 5120, Regions(19200, 6400), "output", parts=2)
+GATE_UP = Problem(51200, 5120, Regions(19200, 6400), "output", projections=2)
 DOWN = Problem(5120, 25600, Regions(19200, 6400), "input")
 
 
@@ -42,9 +42,9 @@ def require_complete(problem: Problem, tokens: int, tiling: Tiling) -> list[list
     # Of each region of each projection: its first column of the output, its rows.
     regions = [(0, 0, problem.n, True, True)]
     if output:
-        each = problem.n // problem.parts
-        regions = [(p, p * each, sparse, True, False) for p in range(problem.parts)]
-        regions += [(p, p * each + sparse, dense, False, True) for p in range(problem.parts)]
+        each = problem.n // problem.projections
+        regions = [(p, p * each, sparse, True, False) for p in range(problem.projections)]
+        regions += [(p, p * each + sparse, dense, False, True) for p in range(problem.projections)]
     expected = {
         (first + row, token): (projection, row, rows, in_sparse, in_dense)
         for projection, first, rows, in_sparse, in_dense in regions
@@ -52,25 +52,25 @@ def require_complete(problem: Problem, tokens: int, tiling: Tiling) -> list[list
         for token in range(0, tokens, tiling.tokens)
     }
     assert set(done) == set(expected)
-    counters, slots = set(), set()
+    semaphores, partials = set(), set()
     for place, (projection, row, rows, in_sparse, in_dense) in expected.items():
-        parts = sorted(done[place], key=lambda segment: segment["part"])
-        assert [part["part"] for part in parts] == list(range(len(parts)))
-        agreed = {(p["part_count"], p["projection"], p["row"], p["row_end"]) for p in parts}
-        assert agreed == {(len(parts), projection, row, rows)}
+        splits = sorted(done[place], key=lambda segment: segment["split"])
+        assert [split["split"] for split in splits] == list(range(len(splits)))
+        agreed = {(s["split_count"], s["projection"], s["row"], s["row_end"]) for s in splits}
+        assert agreed == {(len(splits), projection, row, rows)}
         steps = (-(-problem.sparse_shape[1] // tiling.sparse_k), -(-problem.dense_shape[1] // DENSE_K))
         for name, wanted in (("sparse", steps[0] * in_sparse), ("dense", steps[1] * in_dense)):
-            covered = [step for part in parts for step in range(part[f"{name}_begin"], part[f"{name}_end"])]
+            covered = [step for split in splits for step in range(split[f"{name}_begin"], split[f"{name}_end"])]
             assert covered == list(range(wanted)), "every step once, and in order"
-        if len(parts) > 1:
-            (counter,) = {part["tile"] for part in parts}
-            counters.add(counter)
-            mine = {parts[0]["first_part"] + index for index in range(len(parts))}
-            assert not slots & mine
-            slots |= mine
+        if len(splits) > 1:
+            (semaphore,) = {split["semaphore"] for split in splits}
+            semaphores.add(semaphore)
+            mine = {splits[0]["first_partial"] + index for index in range(len(splits))}
+            assert not partials & mine
+            partials |= mine
     if not tiling.cluster:
-        assert counters == set(range(tables.arrivals))
-        assert slots == set(range(tables.parts))
+        assert semaphores == set(range(tables.semaphores))
+        assert partials == set(range(tables.partials))
     return blocks
 
 
@@ -85,22 +85,22 @@ def require_complete(problem: Problem, tokens: int, tiling: Tiling) -> list[list
 )
 def test_every_step_once(split, sizes, projections, tokens, tile, sparse_k) -> None:
     other, sparse, dense = (32 * size for size in sizes)
-    parts = projections if split == "output" else 1
-    n, k = (parts * (sparse + dense), other) if split == "output" else (other, sparse + dense)
-    problem = Problem(n, k, Regions(sparse, dense), split, parts=parts)
+    projections = projections if split == "output" else 1
+    n, k = (projections * (sparse + dense), other) if split == "output" else (other, sparse + dense)
+    problem = Problem(n, k, Regions(sparse, dense), split, projections=projections)
     require_complete(problem, tokens, Tiling(tile, sparse_k))
 
 
 @pytest.mark.parametrize("cluster", [False, True])
-@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize("splits", [2, 3])
 @pytest.mark.parametrize("problem", [DOWN, Problem(160, 96, Regions(64, 32), "input")], ids=["down", "tiny"])
-def test_parts_of_a_tile_are_neighbours(problem: Problem, parts: int, cluster: bool) -> None:
-    """As they must be to form a cluster: block b has part b mod parts, even if there is nothing left for it to do."""
-    blocks = require_complete(problem, 32, Tiling(32, 256, parts, cluster))
+def test_splits_of_a_tile_are_neighbours(problem: Problem, splits: int, cluster: bool) -> None:
+    """As they must be to form a cluster: block b has split b mod splits, even if there is nothing left for it to do."""
+    blocks = require_complete(problem, 32, Tiling(32, 256, splits, cluster))
     for index, block in enumerate(blocks):
         (segment,) = block
-        assert (segment["part"], segment["part_count"]) == (index % parts, parts)
-        assert segment["row"] == index // parts * ROWS
+        assert (segment["split"], segment["split_count"]) == (index % splits, splits)
+        assert segment["row"] == index // splits * ROWS
 
 
 @pytest.mark.parametrize("tokens", [1, 32, 128, 2048])
@@ -121,6 +121,6 @@ def test_loads_are_even(problem: Problem, tokens: int) -> None:
 
 
 def test_a_few_tiles_too_many_are_not_cut_into_slivers() -> None:
-    """400 tiles for 132 thread blocks: parts of large tiles cost more than they bring."""
+    """400 tiles for 132 thread blocks: splits of large tiles cost more than they bring."""
     blocks = require_complete(Problem(51200, 5120, Regions(51200, 0), "output"), 256, Tiling(256, 128))
-    assert max(segment["part_count"] for block in blocks for segment in block) <= 4
+    assert max(segment["split_count"] for block in blocks for segment in block) <= 4

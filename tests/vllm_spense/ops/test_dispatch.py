@@ -51,7 +51,7 @@ def test_between_them_the_clock_decides(tokens: int, faster: Path) -> None:
 
 
 def test_a_dense_copy_competes_with_both() -> None:
-    assert candidates(PROBLEM, HOPPER, copied=True) == ALL
+    assert candidates(PROBLEM, HOPPER, dense_copy=True) == ALL
     for tokens, rivals in ((ALWAYS_ONE_LAUNCH, ()), (100, ALL), (1000, ALL[1:])):
         for faster in rivals:
             asked = []
@@ -65,7 +65,7 @@ def test_a_dense_copy_competes_with_both() -> None:
     assert choose(ALL, ALWAYS_ONE_LAUNCH, never) is Path.ONE_LAUNCH
     # Without the one-launch path the other two compete for any number of tokens.
     assert choose(ALL[1:], 1, won_by(Path.DENSE)) is Path.DENSE
-    assert candidates(PROBLEM, Device("cpu"), copied=True) == (Path.REFERENCE,)
+    assert candidates(PROBLEM, Device("cpu"), dense_copy=True) == (Path.REFERENCE,)
 
 
 @pytest.mark.parametrize("paths", [BOTH, ALL, ALL[1:]], ids=len)

@@ -4,52 +4,40 @@ from __future__ import annotations
 
 import inspect
 import re
-from types import SimpleNamespace
+from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.activation import SiluAndMul
-from vllm_models import module_of
+from vllm_models import QuantConfig, module_of
 
 from vllm_spense.kernels.region_gemm import reference
 from vllm_spense.ops import elementwise_ops
-from vllm_spense.plugin.activation import PLAIN_MLPS, Claim, FusedSiluAndMul, Quantized, RawSums
+from vllm_spense.plugin.activation import PLAIN_MLPS, FusedSiluAndMul, RawSums
+from vllm_spense.plugin.pairing import Pairing, Quantized
+from vllm_spense.plugin.vllm_internals import stand_in
 
 FP8 = torch.float8_e4m3fn
 
 
+GATE_UP = "model.layers.0.mlp.gate_up_proj"
+
+
 @pytest.fixture(autouse=True)
-def _settings() -> None:
-    with set_current_vllm_config(VllmConfig()):
-        yield
-
-
-def engine(architecture: str = "LlamaForCausalLM", lora: object = None) -> SimpleNamespace:
-    return SimpleNamespace(model_config=SimpleNamespace(architectures=[architecture]), lora_config=lora)
-
-
-def test_the_next_activation_answers_the_claim_and_no_other() -> None:
-    first, second = Claim.of_next_activation(engine()), Claim.of_next_activation(engine())
-    activation = SiluAndMul()
-    assert type(activation) is FusedSiluAndMul
-    assert (first.made, second.made) == (False, True)
-    later = Claim()
-    SiluAndMul()
-    assert not later.made
-
-
-@pytest.mark.parametrize("other", [engine("FalconH1ForCausalLM"), engine(lora=object())], ids=["architecture", "lora"])
-def test_no_claim_where_something_might_come_between(other: SimpleNamespace) -> None:
-    claim = Claim.of_next_activation(other)
-    SiluAndMul()
-    assert not claim.made
+def pairing() -> Iterator[Pairing]:
+    """Of the model that vLLM is building."""
+    assert stand_in(FusedSiluAndMul)
+    engine = VllmConfig()
+    engine.quant_config = QuantConfig(Pairing(activations=True, norms=False))
+    with set_current_vllm_config(engine):
+        yield engine.quant_config.pairing
 
 
 def test_it_goes_on_to_be_vllms_activation() -> None:
-    Claim.of_next_activation(engine())
     activation = SiluAndMul()
+    assert type(activation) is FusedSiluAndMul
     assert activation.name == SiluAndMul.name == "silu_and_mul"
     x = torch.randn(3, 64)
     # vLLM compiles it, which takes C++ twenty seconds and is not what is tested.
@@ -57,14 +45,15 @@ def test_it_goes_on_to_be_vllms_activation() -> None:
         torch.testing.assert_close(activation(x), F.silu(x[:, :32]) * x[:, 32:])
 
 
-def test_raw_sums_become_fp8() -> None:
-    Claim.of_next_activation(engine())
+def test_raw_sums_become_fp8(pairing: Pairing) -> None:
+    pairing.built_gate_up(GATE_UP)
     raw, x_scale, w_scale = torch.randn(5, 128) * 1000, torch.rand(5, 1) / 100, torch.rand(128, 1)
     raw[3] = 0
     gate_sparse, gate_dense, up_sparse, up_dense = raw.split((48, 16, 48, 16), -1)
     by_region = torch.cat([gate_sparse, up_sparse, gate_dense, up_dense], -1)
-    found = SiluAndMul()(RawSums(by_region, x_scale, w_scale, 48))
+    found = SiluAndMul()(RawSums(by_region, x_scale, w_scale, 48, GATE_UP))
     assert isinstance(found, Quantized)
+    assert found.reader == "model.layers.0.mlp"
     assert found.values.dtype == FP8
     gate, up = (raw.double() * x_scale.double() * w_scale.double().t()).chunk(2, -1)
     exact = F.silu(gate) * up

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,13 +27,13 @@ from vllm.model_executor.models.utils import WeightsMapper
 import vllm_spense
 from vllm_spense.errors import FormatError, SpenseError
 from vllm_spense.format import KEY, Annotation, Projections, Regions
-from vllm_spense.kernels.region_gemm.problem import COPY
-from vllm_spense.ops import gemm
-from vllm_spense.ops.gemm import INDUCTOR_OPTIONS
-from vllm_spense.plugin.config import SpenseConfig
+from vllm_spense.ops.dispatch import SWITCH
+from vllm_spense.ops.elementwise_ops import INDUCTOR_OPTIONS
+from vllm_spense.plugin.config import SpenseConfig, complete_engine
 from vllm_spense.plugin.linear import InputSplitLinearMethod, OutputSplitLinearMethod
-from vllm_spense.plugin.norms import Deferred, finished
-from vllm_spense.plugin.unpruned_linear import WholeFp8
+from vllm_spense.plugin.norms import DeferredGemm
+from vllm_spense.plugin.pairing import Pairing, Quantized
+from vllm_spense.plugin.unpruned_linear import UnprunedFp8
 
 HIDDEN, REGIONS = 64, Regions(64, 32)
 I = REGIONS.intermediate  # noqa: E741
@@ -145,24 +146,26 @@ def test_only_pruned_layers_are_ours(config: SpenseConfig) -> None:
     assert isinstance(other.quant_method, UnquantizedLinearMethod)
 
 
-def test_whole_fp8_layers_get_our_scheme_and_others_keep_vllms(
+def test_unpruned_fp8_layers_get_our_scheme_and_others_keep_vllms(
     config: SpenseConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(get_current_vllm_config(), "model_config", SimpleNamespace(dtype=torch.float32))
+    monkeypatch.setattr(
+        get_current_vllm_config(), "model_config", SimpleNamespace(dtype=torch.float32, architectures=[])
+    )
     layer = torch.nn.Linear(HIDDEN, HIDDEN)
-    whole = config.get_scheme(layer, "model.layers.0.self_attn.o_proj")
-    assert type(whole) is WholeFp8
-    static = CompressedTensorsW8A8Fp8(whole.weight_quant, is_static_input_scheme=True)
+    found = config.get_scheme(layer, "model.layers.0.self_attn.o_proj")
+    assert type(found) is UnprunedFp8
+    static = CompressedTensorsW8A8Fp8(found.weight_quant, is_static_input_scheme=True)
     per_tensor = CompressedTensorsW8A8Fp8(QuantizationArgs(num_bits=8, type="float", strategy="tensor"), False)
     for scheme in (static, per_tensor, None):
-        assert WholeFp8.instead_of(scheme, "model.layers.0.self_attn.o_proj") is scheme
+        assert UnprunedFp8.instead_of(scheme, "model.layers.0.self_attn.o_proj", Pairing(False, False)) is scheme
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_cpu_multiplies_whole_layers_in_a_type_it_has(
+def test_a_cpu_multiplies_unpruned_layers_in_a_type_it_has(
     config: SpenseConfig, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(get_current_vllm_config(), "model_config", SimpleNamespace(dtype=dtype))
+    monkeypatch.setattr(get_current_vllm_config(), "model_config", SimpleNamespace(dtype=dtype, architectures=[]))
     layer: Any = RowParallelLinear(
         I, HIDDEN, bias=False, params_dtype=dtype, quant_config=config, prefix="model.layers.0.self_attn.o_proj"
     )
@@ -233,10 +236,10 @@ def test_gate_and_up_with_biases(config: SpenseConfig) -> None:
     layer = gate_up(config, bias=True)
     weights = [sparse_weight(I, HIDDEN, (slice(0, 64), slice(None))) for _ in range(2)]
     scales, biases = torch.rand(2, I, 1) + 0.5, torch.randn(2, I)
-    for part in range(2):
-        load(layer, weights[part], part)
-        load(layer, scales[part], part, name="weight_scale")
-        load(layer, biases[part], part, name="bias")
+    for i in range(2):
+        load(layer, weights[i], i)
+        load(layer, scales[i], i, name="weight_scale")
+        load(layer, biases[i], i, name="bias")
     layer.quant_method.process_weights_after_loading(layer)
     assert {"weight_sparse", "weight_dense", "weight_scale", "bias"} <= dict(layer.named_parameters()).keys()
 
@@ -257,14 +260,14 @@ def test_a_gate_that_vllm_does_not_merge(config: SpenseConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "draft", "hands_on", "scaled"),
+    ("ranks", "draft", "defers", "scaled"),
     [(1, None, True, False), (2, None, False, True), (1, object(), False, True)],
     ids=["plain", "two ranks", "a draft model"],
 )
 def test_who_applies_the_scales_of_down(
-    config: SpenseConfig, monkeypatch: pytest.MonkeyPatch, ranks: int, draft: object, hands_on: bool, scaled: bool
+    config: SpenseConfig, monkeypatch: pytest.MonkeyPatch, ranks: int, draft: object, defers: bool, scaled: bool
 ) -> None:
-    """The norm behind it, if down's output goes there and nowhere else; the GEMM where something comes between."""
+    """The norm after it, if down's output goes there and nowhere else; the GEMM where something comes between."""
     engine = get_current_vllm_config()
     monkeypatch.setattr(engine, "model_config", SimpleNamespace(architectures=["LlamaForCausalLM"]))
     monkeypatch.setattr(engine, "speculative_config", draft)
@@ -274,12 +277,13 @@ def test_who_applies_the_scales_of_down(
     load(layer, weight)
     load(layer, scale, name="weight_scale")
     layer.quant_method.process_weights_after_loading(layer)
-    assert (layer.quant_method.runs.scaled, layer.quant_method.runs.apart) == (scaled, hands_on)
+    problem = layer.quant_method.plan.problem
+    assert (problem.scaled, problem.separate_outputs) == (scaled, defers)
     x = torch.randn(5, I)
     found, _ = layer(x)
-    assert isinstance(found, Deferred) == hands_on
-    if hands_on:
-        found = finished(found)
+    assert isinstance(found, DeferredGemm) == defers
+    if defers:
+        found = found.outputs()
     torch.testing.assert_close(found, dequantized(x) @ (weight.float() * scale).t(), rtol=1e-4, atol=1e-3)
 
 
@@ -300,7 +304,9 @@ def test_compiled_graphs_are_kept_apart_by_what_layers_run_on(
     untold = engine.compute_hash()
     first = loaded()
     assert untold != first == loaded()
-    monkeypatch.setattr(gemm, "dense_copy", lambda weight, *_: {COPY: weight})
+    monkeypatch.setattr(
+        InputSplitLinearMethod, "arrange", lambda self, weight: (weight, replace(self.problem, scaled=True))
+    )
     assert loaded() != first
     assert engine.additional_config["others"] == 1
 
@@ -355,3 +361,44 @@ def test_files_against_the_annotation(
     save_file(tensors | ({} if tensor is None else {f"{MLP}.{name}": tensor}), tmp_path / "model.safetensors")
     with pytest.raises(FormatError, match=said):
         config.maybe_update_config(str(tmp_path))
+
+
+def test_fp8_that_was_made_for_another_layer_is_refused(config: SpenseConfig) -> None:
+    """As a norm or an activation hands it on that vLLM built in another order."""
+    layer: Any = RowParallelLinear(I, HIDDEN, bias=False, quant_config=config, prefix=f"{MLP}.down_proj")
+    weight = sparse_weight(HIDDEN, I, (slice(None), slice(0, 64)))
+    load(layer, weight)
+    load(layer, torch.ones(HIDDEN, 1), name="weight_scale")
+    layer.quant_method.process_weights_after_loading(layer)
+    x = torch.randn(3, I).to(torch.float8_e4m3fn)
+    for reader in (MLP, f"{MLP}.down_proj"):
+        found, _ = layer(Quantized(x, torch.ones(3, 1), reader))
+        torch.testing.assert_close(found, x.float() @ weight.float().t(), rtol=1e-4, atol=1e-3)
+    other = "model.layers.1.mlp"
+    with pytest.raises(RuntimeError, match=rf"what was made for {other} reached {MLP}\.down_proj"):
+        layer(Quantized(x, torch.ones(3, 1), other))
+
+
+def engine_of(quant_config: Any, **settings: Any) -> Any:
+    """As much of an engine's configuration as `complete_engine` reads."""
+    hf_config = SimpleNamespace(quantization_config=quant_config)
+    model = {"quantization": "spense", "hf_config": hf_config, "hf_text_config": hf_config}
+    return SimpleNamespace(
+        model_config=SimpleNamespace(**model | settings, enforce_eager=True, architecture="LlamaForCausalLM"),
+        load_config=SimpleNamespace(load_format="auto"),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        lora_config=None,
+        compilation_config=SimpleNamespace(cudagraph_capture_sizes=None, max_cudagraph_capture_size=None),
+    )
+
+
+def test_an_engines_settings_are_checked_with_its_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = quantization_config()
+    nested = SimpleNamespace(quantization_config=ours)
+    complete_engine(engine_of(ours))
+    monkeypatch.setenv(SWITCH, "libary")
+    for engine in (engine_of(ours), engine_of(None, hf_text_config=nested)):
+        with pytest.raises(SpenseError, match="SPENSE_PATH: found libary"):
+            complete_engine(engine)
+    # Somebody else's.
+    complete_engine(engine_of(ours, quantization="compressed-tensors"))

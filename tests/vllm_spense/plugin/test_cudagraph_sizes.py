@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 from vllm.config import CUDAGraphMode, VllmConfig
-from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-from vllm_spense import register
 from vllm_spense.plugin import cudagraph_sizes
-from vllm_spense.plugin.cudagraph_sizes import CapturePrefill, beyond, capture_sizes
+from vllm_spense.plugin.cudagraph_sizes import beyond, capture_prefill, capture_sizes
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +18,13 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cudagraph_sizes, "current_platform", SimpleNamespace(is_cuda=lambda: True))
 
 
-def engine(requests: int = 256, tokens: int = 8192, quantization: str = "spense", **changed: Any) -> Any:
+def engine(
+    requests: int = 256,
+    tokens: int = 8192,
+    architecture: str = "LlamaForCausalLM",
+    mode: str = "balanced",
+    **changed: Any,
+) -> Any:
     """As much of a configuration as vLLM's own code for these sizes reads."""
     compilation = {
         "cudagraph_capture_sizes": None,
@@ -31,12 +35,12 @@ def engine(requests: int = 256, tokens: int = 8192, quantization: str = "spense"
     }
     return SimpleNamespace(
         compilation_config=SimpleNamespace(**compilation),
-        model_config=SimpleNamespace(quantization=quantization, enforce_eager=False),
+        model_config=SimpleNamespace(architecture=architecture, enforce_eager=False),
         scheduler_config=SimpleNamespace(max_num_seqs=requests, max_num_batched_tokens=tokens),
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
         num_speculative_tokens=0,
         uniform_decode_query_len=1,
-        performance_mode="balanced",
+        performance_mode=mode,
     )
 
 
@@ -50,7 +54,7 @@ def captured(config: Any) -> list[int]:
 @pytest.mark.parametrize("tokens", [256, 2000, 8192])
 def test_what_vllm_captures_stays(requests: int, tokens: int) -> None:
     mine = engine(requests, tokens)
-    CapturePrefill.verify_and_update_config(mine)
+    capture_prefill(mine)
     theirs = captured(engine(requests, tokens))
     assert set(theirs) <= set(captured(mine))
     assert max(captured(mine)) == min(2048, max(size for size in (*theirs, *beyond(0)) if size <= tokens))
@@ -68,16 +72,11 @@ def test_no_step_is_padded_by_more_than_a_third(requests: int) -> None:
     [
         engine(cudagraph_capture_sizes=[1, 2, 4]),
         engine(max_cudagraph_capture_size=64),
-        engine(quantization="compressed-tensors"),
+        engine(architecture="Gemma3ForCausalLM"),
+        engine(mode="throughput"),
     ],
 )
 def test_wishes_of_the_user_and_other_models_stay(config: Any) -> None:
     before = config.compilation_config.cudagraph_capture_sizes
-    CapturePrefill.verify_and_update_config(config)
+    capture_prefill(config)
     assert config.compilation_config.cudagraph_capture_sizes == before
-
-
-def test_vllm_asks_the_plugin() -> None:
-    register()
-    assert MODELS_CONFIG_MAP["LlamaForCausalLM"] is CapturePrefill
-    assert MODELS_CONFIG_MAP["GptOssForCausalLM"] is not CapturePrefill

@@ -8,7 +8,7 @@ from vllm_spense.errors import FormatError
 from vllm_spense.format import Regions
 from vllm_spense.kernels.region_gemm.problem import Problem
 from vllm_spense.layout import excess_groups, shard
-from vllm_spense.plugin.loaders import columns_loader, fill_dummy, rows_loader, whole_loader
+from vllm_spense.plugin.loaders import columns_loader, fill_dummy, replicated_loader, rows_loader
 
 REGIONS = Regions(sparse=192, dense=64)
 I = REGIONS.intermediate  # noqa: E741
@@ -31,7 +31,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 def test_gate_and_up_on_every_rank(size: int, fused: tuple[int, int] | bool | None) -> None:
     for rank in range(size):
         part = shard(REGIONS, rank, size)
-        load = rows_loader("mlp", I, part, parts=2)
+        load = rows_loader("mlp", I, part, projections=2)
         weight = empty(2 * I // size, 16)
         if fused is False:
             load(weight, UP, 1)
@@ -59,7 +59,7 @@ def test_ranks_together_hold_everything_once(regions: Regions, size: int) -> Non
     for rank in range(size):
         part = shard(regions, rank, size)
         weight, down = empty(I // size, 16), empty(16, I // size)
-        rows_loader("mlp", I, part, parts=1)(weight, GATE)
+        rows_loader("mlp", I, part, projections=1)(weight, GATE)
         columns_loader("mlp", I, part)(down, GATE.t())
         rows.append(bits(weight.data)[:, 0])
         columns.append(bits(down.data)[0])
@@ -69,7 +69,7 @@ def test_ranks_together_hold_everything_once(regions: Regions, size: int) -> Non
 
 def test_scales_and_biases_go_with_their_rows() -> None:
     part = shard(REGIONS, 1, 2)
-    load = rows_loader("mlp", I, part, parts=2)
+    load = rows_loader("mlp", I, part, projections=2)
     column = torch.arange(2.0 * I)
     scale, bias = empty(I, 1, dtype=torch.float32), empty(I, dtype=torch.float32)
     load(scale, column[:, None].bfloat16())
@@ -81,13 +81,17 @@ def test_scales_and_biases_go_with_their_rows() -> None:
 
 def test_every_rank_holds_downs_scale_whole() -> None:
     scale = empty(16, 1, dtype=torch.float32)
-    whole_loader("mlp")(scale, torch.arange(16.0)[:, None])
+    replicated_loader("mlp")(scale, torch.arange(16.0)[:, None])
     assert scale.data.flatten().tolist() == list(range(16))
 
 
 def test_wrong_tensors_are_refused() -> None:
     part = shard(REGIONS, 0, 2)
-    rows, columns, whole = rows_loader("a.up", I, part, 2), columns_loader("a.down", I, part), whole_loader("a.down")
+    rows, columns, whole = (
+        rows_loader("a.up", I, part, 2),
+        columns_loader("a.down", I, part),
+        replicated_loader("a.down"),
+    )
     with pytest.raises(FormatError, match=r"layer: a\.up; found: \(255, 16\); expected: \(256, 16\)"):
         rows(empty(I, 16), GATE[:-1], 0)
     with pytest.raises(FormatError, match=r"layer: a\.down; found: \(16, 255\); expected: \(16, 256\)"):
@@ -98,13 +102,13 @@ def test_wrong_tensors_are_refused() -> None:
         rows(empty(I, 16), GATE.bfloat16(), 0)
 
 
-@pytest.mark.parametrize(("split", "parts"), [("output", 1), ("output", 2), ("input", 1)])
-def test_dummy_weights_obey_the_format(split: str, parts: int) -> None:
-    regions = Regions(32 // parts, 32 // parts) if split == "output" else Regions(96, 32)
-    problem = Problem(64, 128, regions, split, parts=parts)
+@pytest.mark.parametrize(("split", "projections"), [("output", 1), ("output", 2), ("input", 1)])
+def test_dummy_weights_obey_the_format(split: str, projections: int) -> None:
+    regions = Regions(32 // projections, 32 // projections) if split == "output" else Regions(96, 32)
+    problem = Problem(64, 128, regions, split, projections=projections)
     weight, scale = torch.empty(64, 128).to(torch.float8_e4m3fn), torch.empty(64, 1)
     fill_dummy(weight, scale, problem)
-    assert len(problem.split_regions(weight)) == parts
+    assert len(problem.split_regions(weight)) == projections
     for sparse, dense in problem.split_regions(weight):
         assert (sparse.shape, dense.shape) == (problem.sparse_shape, problem.dense_shape)
         assert not excess_groups(sparse).any()

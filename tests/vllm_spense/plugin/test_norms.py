@@ -1,9 +1,10 @@
-"""A decoder layer's norms hand FP8 to the linear layers behind them, where and only where vLLM's model lets them."""
+"""A decoder layer's norms hand FP8 to the linear layers after them, where and only where vLLM's model lets them."""
 
 from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -11,75 +12,52 @@ import torch
 from torch.utils._pytree import tree_map_only
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm_models import module_of
+from vllm_models import QuantConfig, module_of
 
 from vllm_spense.format import Regions
 from vllm_spense.kernels.region_gemm import reference
 from vllm_spense.kernels.region_gemm.problem import Problem
 from vllm_spense.kernels.tuning.synthetic import random_2of4, random_fp8
 from vllm_spense.ops import gemm
-from vllm_spense.plugin.activation import Quantized
-from vllm_spense.plugin.norms import PLAIN_NORMS, Deferred, FusedRMSNorm, NormClaim, only_norms_read_layers
+from vllm_spense.ops.layer_plan import pack
+from vllm_spense.plugin.norms import PLAIN_NORMS, DeferredGemm, FusedRMSNorm, only_norms_read_layers
+from vllm_spense.plugin.pairing import Pairing, Quantized
+from vllm_spense.plugin.vllm_internals import stand_in
 
 FP8 = torch.float8_e4m3fn
 
 
 @pytest.fixture(autouse=True)
-def _settings() -> None:
-    with set_current_vllm_config(VllmConfig()):
-        yield
-    NormClaim.of_attention, NormClaim.waiting = None, []
+def pairing() -> Iterator[Pairing]:
+    """Of the model that vLLM is building."""
+    assert stand_in(FusedRMSNorm)
+    engine = VllmConfig()
+    engine.quant_config = QuantConfig(Pairing(activations=False, norms=True))
+    with set_current_vllm_config(engine):
+        yield engine.quant_config.pairing
 
 
-def engine(architecture: str = "LlamaForCausalLM", lora: object = None) -> SimpleNamespace:
-    return SimpleNamespace(model_config=SimpleNamespace(architectures=[architecture]), lora_config=lora)
+def norm_before_gate_up(pairing: Pairing, takes_fp8: bool) -> FusedRMSNorm:
+    link, _ = pairing.built_gate_up("model.layers.0.mlp.gate_up_proj")
+    RMSNorm(64), (norm := RMSNorm(64))
+    link.takes_fp8 = takes_fp8
+    return norm
 
 
-def decoder_layer(settings: SimpleNamespace, attention: bool = True) -> list[NormClaim | None]:
-    """Claims of a layer's linears, then what its norms found: of the heads, before attention, before the MLP."""
-    qkv = NormClaim.of_qkv(settings) if attention else None
-    heads = RMSNorm(16)
-    gate_up = NormClaim.of_gate_up(settings)
-    norms = [heads, RMSNorm(64), RMSNorm(64)]
-    return [qkv, gate_up, *(norm.claim for norm in norms)]
-
-
-def test_the_norms_before_attention_and_mlp_answer_their_claims_and_no_other() -> None:
-    for _ in range(2):
-        qkv, gate_up, heads, first, second = decoder_layer(engine())
-        assert (heads, first, second) == (None, qkv, gate_up)
-    assert type(final := RMSNorm(64)) is FusedRMSNorm
-    assert final.claim is None
-
-
-def test_attention_of_another_kind_leaves_its_norm_alone() -> None:
-    decoder_layer(engine())
-    _, gate_up, heads, first, second = decoder_layer(engine(), attention=False)
-    assert (heads, first, second) == (None, None, gate_up)
-
-
-@pytest.mark.parametrize("other", [engine("Gemma3ForCausalLM"), engine(lora=object())], ids=["architecture", "lora"])
-def test_no_claim_where_something_might_come_between(other: SimpleNamespace) -> None:
-    assert decoder_layer(other)[2:] == [None, None, None]
-
-
-def test_it_goes_on_to_be_vllms_norm() -> None:
-    decoder_layer(engine())
+def test_it_goes_on_to_be_vllms_norm(pairing: Pairing) -> None:
     norm, x, residual = RMSNorm(64), torch.randn(3, 64), torch.randn(3, 64)
+    assert type(norm) is FusedRMSNorm
     assert norm.name == RMSNorm.name == "rms_norm"
     exact = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
     torch.testing.assert_close(norm(x), exact)
-    NormClaim.of_gate_up(engine())
     # Nobody takes FP8 from it yet, and what has no residual stream beside it stays a tensor.
-    waiting = RMSNorm(64)
+    waiting = norm_before_gate_up(pairing, takes_fp8=False)
     assert isinstance(waiting(x, residual.clone())[0], torch.Tensor)
     assert isinstance(norm(x), torch.Tensor)
 
 
-def test_the_layer_behind_it_gets_fp8() -> None:
-    claim = NormClaim.of_gate_up(engine())
-    RMSNorm(64), (norm := RMSNorm(64))
-    claim.takes_fp8 = True
+def test_the_layer_after_it_gets_fp8(pairing: Pairing) -> None:
+    norm = norm_before_gate_up(pairing, takes_fp8=True)
     norm.weight.data.uniform_(0.5, 2)
     x, residual = torch.randn(2, 5, 64, dtype=torch.float32)
     x[3] = residual[3] = 0
@@ -99,25 +77,25 @@ def test_the_layer_behind_it_gets_fp8() -> None:
 WEIGHT = torch.cat([random_2of4(64, 64, torch.device("cpu")), random_fp8(64, 32, torch.device("cpu"))], 1)
 
 
-def deferred() -> Deferred:
-    problem = Problem(64, 96, Regions(64, 32), "input", torch.float32, apart=True)
-    x = Quantized(random_fp8(5, 96, torch.device("cpu")), torch.rand(5, 1) / 1000)
-    return Deferred(x, gemm.pack(WEIGHT, problem), problem, torch.rand(64, 1))
+def deferred() -> DeferredGemm:
+    problem = Problem(64, 96, Regions(64, 32), "input", torch.float32, separate_outputs=True)
+    x = random_fp8(5, 96, torch.device("cpu"))
+    return DeferredGemm(
+        x, *gemm.op_arguments(pack(WEIGHT, problem), problem), torch.rand(5, 1) / 1000, torch.rand(64, 1)
+    )
 
 
 @pytest.mark.parametrize("takes_fp8", [True, False], ids=["before a pruned layer", "at the model's end"])
-def test_the_norm_runs_down(takes_fp8: bool) -> None:
-    claim = NormClaim.of_gate_up(engine())
-    RMSNorm(64), (norm := RMSNorm(64))
-    claim.takes_fp8 = takes_fp8
+def test_the_norm_runs_down(pairing: Pairing, takes_fp8: bool) -> None:
+    norm = norm_before_gate_up(pairing, takes_fp8)
     down, residual = deferred(), torch.randn(5, 64)
     found, total = norm(down, residual.clone())
-    exact = (down.x.values.double() @ WEIGHT.double().t()) * down.x.scale * down.w_scale.t()
+    exact = (down.x.double() @ WEIGHT.double().t()) * down.x_scale * down.w_scale.t()
     expected, expected_total = norm(exact.float(), residual.clone())
     torch.testing.assert_close(total, expected_total, rtol=1e-4, atol=1e-4)
     assert isinstance(found, Quantized) == isinstance(expected, Quantized) == takes_fp8
     if takes_fp8:
-        assert reference.fp8_difference(found, expected) is None
+        assert reference.fp8_difference(found[:2], expected[:2]) is None
     else:
         torch.testing.assert_close(found, expected)
 
@@ -179,10 +157,10 @@ def source(function: object) -> str:
 def test_the_ops_and_their_fakes_agree() -> None:
     x, residual, weight = torch.randn(5, 64), torch.randn(5, 64), torch.rand(64)
     down = deferred()
-    scales = down.x.scale, down.w_scale
+    scales = down.x_scale, down.w_scale
     # opcheck compares inputs before and after, which torch cannot in FP8.
-    taken = (down.x.values.float(), *gemm.spell(down.packed, down.problem), *scales, residual, weight, 1e-6)
-    raw = gemm.region_gemm(down.x.values, down.packed, down.problem)
+    taken = (down.x.float(), down.tensors, down.key, *scales, residual, weight, 1e-6)
+    raw = gemm.region_gemm(down.x, down.tensors, down.key)
     for op, arguments, expected in (
         ("add_norm_quant", (x, residual, weight, 1e-6), reference.add_norm_quant(x, residual, weight, 1e-6)),
         ("gemm_add_norm_quant", taken, reference.add_norm_quant(raw, residual, weight, 1e-6, scales)),

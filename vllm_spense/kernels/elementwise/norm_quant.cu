@@ -3,9 +3,14 @@
 //
 // A thread block takes a row. The next kernel may begin before this one has read anything: a GEMM then fetches its first
 // weights meanwhile, and waits only for its x.
-//
-// Set by the compiler's caller (norm_quant.py): THREADS of a block, VECTORS of eight values that a thread has, NORM, SCALED.
-// elementwise.cuh comes before this.
+#include "elementwise.cuh"
+
+#ifndef THREADS
+#define THREADS 640   // of a block
+#define VECTORS 1     // of eight values that a thread has
+#define NORM 1        // add the residual and normalize; else only quantize
+#define SCALED 0      // x is a GEMM's raw sums
+#endif
 
 constexpr int WARPS = THREADS / 32;
 
@@ -25,55 +30,53 @@ struct Arguments {
 
 extern "C" __global__ __launch_bounds__(THREADS) void norm_quant(const __grid_constant__ Arguments arguments) {
     __shared__ float squares_of[32], largest_of[32];
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    griddepcontrol_launch_dependents();
     const int size = arguments.size, thread = threadIdx.x, lane = thread % 32;
     const u64 row = u64(blockIdx.x) * size;
     float values[VECTORS][WIDTH], squares = 0, largest = 0;
-#if NORM
     float weight[VECTORS][WIDTH];
+    if constexpr (NORM) {
 #pragma unroll
-    for (int vector = 0; vector < VECTORS; ++vector) {
-        const int at = (vector * THREADS + thread) * WIDTH;
-        if (at >= size) break;
-        load(arguments.weight + at, weight[vector]);
-#if SCALED
-        // Into the cache only: as many registers again are not to be had.
-        asm volatile("prefetch.L2 [%0];" ::"l"(arguments.w_scale + at));
-#endif
+        for (int vector = 0; vector < VECTORS; ++vector) {
+            const int at = (vector * THREADS + thread) * WIDTH;
+            if (at >= size) break;
+            load(arguments.weight + at, weight[vector]);
+            // Into the cache only: as many registers again are not to be had.
+            if constexpr (SCALED) prefetch_l2(arguments.w_scale + at);
+        }
     }
-#endif
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    griddepcontrol_wait();
 #pragma unroll
     for (int vector = 0; vector < VECTORS; ++vector) {
         const int at = (vector * THREADS + thread) * WIDTH;
         if (at >= size) break;
         float(&v)[WIDTH] = values[vector];
         load(arguments.x + row + at, v);
-#if SCALED
-        if (arguments.addend) {
-            float addend[WIDTH];
-            load(arguments.addend + row + at, addend);
+        if constexpr (SCALED) {
+            if (arguments.addend) {
+                float addend[WIDTH];
+                load(arguments.addend + row + at, addend);
 #pragma unroll
-            for (int i = 0; i < WIDTH; ++i) v[i] = __fadd_rn(v[i], addend[i]);
+                for (int i = 0; i < WIDTH; ++i) v[i] = __fadd_rn(v[i], addend[i]);
+            }
+            const float x_scale = arguments.x_scale[blockIdx.x];
+            float w_scale[WIDTH];
+            load(arguments.w_scale + at, w_scale);
+#pragma unroll
+            for (int i = 0; i < WIDTH; ++i) v[i] = __fmul_rn(__fmul_rn(v[i], x_scale), w_scale[i]);
         }
-        const float x_scale = arguments.x_scale[blockIdx.x];
-        float w_scale[WIDTH];
-        load(arguments.w_scale + at, w_scale);
+        if constexpr (NORM) {
+            float residual[WIDTH];
+            load(arguments.residual + row + at, residual);
 #pragma unroll
-        for (int i = 0; i < WIDTH; ++i) v[i] = __fmul_rn(__fmul_rn(v[i], x_scale), w_scale[i]);
-#endif
-#if NORM
-        float residual[WIDTH];
-        load(arguments.residual + row + at, residual);
+            for (int i = 0; i < WIDTH; ++i) {
+                v[i] = __fadd_rn(v[i], residual[i]); // rounded before and after, as the twin does it
+                squares += v[i] * v[i];
+            }
+            store(arguments.sum + row + at, v);
 #pragma unroll
-        for (int i = 0; i < WIDTH; ++i) {
-            v[i] = __fadd_rn(v[i], residual[i]); // rounded before and after, as the twin does it
-            squares += v[i] * v[i];
+            for (int i = 0; i < WIDTH; ++i) v[i] *= weight[vector][i];
         }
-        store(arguments.sum + row + at, v);
-#pragma unroll
-        for (int i = 0; i < WIDTH; ++i) v[i] *= weight[vector][i];
-#endif
 #pragma unroll
         for (int i = 0; i < WIDTH; ++i) largest = larger(fabsf(v[i]), largest);
     }
@@ -97,9 +100,6 @@ extern "C" __global__ __launch_bounds__(THREADS) void norm_quant(const __grid_co
     for (int vector = 0; vector < VECTORS; ++vector) {
         const int at = (vector * THREADS + thread) * WIDTH;
         if (at >= size) break;
-        const float(&v)[WIDTH] = values[vector];
-        *reinterpret_cast<uint2*>(arguments.out + row + at) = make_uint2(
-            pack_fp8(v[0] * factor, v[1] * factor, v[2] * factor, v[3] * factor),
-            pack_fp8(v[4] * factor, v[5] * factor, v[6] * factor, v[7] * factor));
+        store_fp8(arguments.out + row + at, values[vector], factor);
     }
 }

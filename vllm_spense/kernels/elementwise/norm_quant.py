@@ -8,7 +8,7 @@ from functools import cache, partial
 
 import torch
 
-from vllm_spense.kernels.jit import nvrtc
+from vllm_spense.kernels.jit import driver
 from vllm_spense.kernels.jit.nvmath_support import current_stream
 from vllm_spense.kernels.region_gemm import reference
 from vllm_spense.kernels.region_gemm.problem import Scales
@@ -98,13 +98,13 @@ def _launch(
     if tokens:
         tensors = (x, addend, residual, weight, out, scale, total, *(scales or (None, None)))
         addresses = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-        arguments = _Arguments(*addresses, size, epsilon)
+        arguments = Arguments(*addresses, size, epsilon)
         kernel = _kernel(size, weight is not None, scales is not None, x.device)
         kernel.launch(tokens, arguments, current_stream(x.device))
     return out, scale
 
 
-class _Arguments(ctypes.Structure):
+class Arguments(ctypes.Structure):
     """`Arguments` of the kernel."""
 
     _fields_ = (
@@ -123,7 +123,11 @@ def shape(size: int) -> tuple[int, int]:
 
 
 @cache
-def _kernel(size: int, norm: bool, scaled: bool, device: torch.device) -> nvrtc.Kernel:
+def _kernel(size: int, norm: bool, scaled: bool, device: torch.device) -> driver.Kernel:
+    return driver.elementwise_kernel("norm_quant", macros(size, norm, scaled), device)
+
+
+def macros(size: int, norm: bool, scaled: bool) -> dict[str, int]:
+    """What specializes the kernel."""
     threads, vectors = shape(size)
-    macros = {"VECTORS": vectors, "NORM": int(norm), "SCALED": int(scaled)}
-    return nvrtc.elementwise_kernel("norm_quant", threads, device, **macros)
+    return {"THREADS": threads, "VECTORS": vectors, "NORM": int(norm), "SCALED": int(scaled)}

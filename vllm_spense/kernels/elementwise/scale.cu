@@ -1,7 +1,10 @@
 // out = (out + addend) · scale of the token · scale of the column, in place: what follows a library's GEMMs where no
 // kernel of the compiler's takes their scales in.
-//
-// Set by the compiler's caller (scale.py): THREADS of a block. elementwise.cuh comes before this.
+#include "elementwise.cuh"
+
+#ifndef THREADS
+#define THREADS 128   // of a block
+#endif
 
 struct Arguments {
     bf16* out;                // (tokens, n)
@@ -14,8 +17,8 @@ struct Arguments {
 extern "C" __global__ __launch_bounds__(THREADS) void scale(const __grid_constant__ Arguments arguments) {
     const int token = blockIdx.x / arguments.blocks_each;
     const int column = (blockIdx.x % arguments.blocks_each * THREADS + threadIdx.x) * WIDTH;
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    griddepcontrol_launch_dependents();
+    griddepcontrol_wait();
     if (column >= arguments.n) return;
     const u64 at = u64(token) * arguments.n + column;
     const float x_scale = arguments.x_scale[token];

@@ -7,12 +7,14 @@ from functools import cache
 
 import torch
 
-from vllm_spense.kernels.jit import nvrtc
+from vllm_spense.kernels.jit import driver
 from vllm_spense.kernels.jit.nvmath_support import current_stream
 
 #: Values that a thread takes at once: N is a multiple of it.
 WIDTH = 8
 _THREADS = 128
+#: What specializes the kernel.
+MACROS = {"THREADS": _THREADS}
 
 
 def run(out: torch.Tensor, addend: torch.Tensor | None, x_scale: torch.Tensor, w_scale: torch.Tensor) -> None:
@@ -26,10 +28,10 @@ def run(out: torch.Tensor, addend: torch.Tensor | None, x_scale: torch.Tensor, w
     blocks_each = -(-n // (WIDTH * _THREADS))
     tensors = (out, addend, x_scale, w_scale)
     addresses = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-    _kernel(out.device).launch(tokens * blocks_each, _Arguments(*addresses, n, blocks_each), current_stream(out.device))
+    _kernel(out.device).launch(tokens * blocks_each, Arguments(*addresses, n, blocks_each), current_stream(out.device))
 
 
-class _Arguments(ctypes.Structure):
+class Arguments(ctypes.Structure):
     """`Arguments` of the kernel."""
 
     _fields_ = (
@@ -39,5 +41,5 @@ class _Arguments(ctypes.Structure):
 
 
 @cache
-def _kernel(device: torch.device) -> nvrtc.Kernel:
-    return nvrtc.elementwise_kernel("scale", _THREADS, device)
+def _kernel(device: torch.device) -> driver.Kernel:
+    return driver.elementwise_kernel("scale", MACROS, device)

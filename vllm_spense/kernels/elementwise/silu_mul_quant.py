@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from vllm_spense.kernels.jit import nvrtc
+from vllm_spense.kernels.jit import driver
 from vllm_spense.kernels.jit.nvmath_support import current_stream
 from vllm_spense.kernels.region_gemm import reference
 from vllm_spense.kernels.region_gemm.reference import FP8, fp8_difference
@@ -60,7 +60,7 @@ def run(
         return out, scale
     at_once = _tokens_at_once(tokens)
     kernel = _kernel(size, at_once, raw.dtype == torch.float32, raw.device)
-    arguments = _Arguments(
+    arguments = Arguments(
         raw.data_ptr(), x_scale.data_ptr(), w_scale.data_ptr(), out.data_ptr(), scale.data_ptr(), tokens, size,
         boundary,
     )  # fmt: skip
@@ -83,7 +83,7 @@ def _tokens_at_once(tokens: int) -> int:
     return 1 if tokens <= _FEW else 2
 
 
-class _Arguments(ctypes.Structure):
+class Arguments(ctypes.Structure):
     """`Arguments` of the kernel."""
 
     _fields_ = (
@@ -101,7 +101,11 @@ def shape(size: int) -> tuple[int, int]:
 
 
 @cache
-def _kernel(size: int, tokens: int, raw_float: bool, device: torch.device) -> nvrtc.Kernel:
+def _kernel(size: int, tokens: int, raw_float: bool, device: torch.device) -> driver.Kernel:
+    return driver.elementwise_kernel("silu_mul_quant", macros(size, tokens, raw_float), device)
+
+
+def macros(size: int, tokens: int, raw_float: bool) -> dict[str, int]:
+    """What specializes the kernel; a cluster takes `tokens` at once."""
     threads, vectors = shape(size)
-    macros = {"VECTORS": vectors, "TOKENS": tokens, "RAW_FLOAT": int(raw_float)}
-    return nvrtc.elementwise_kernel("silu_mul_quant", threads, device, **macros)
+    return {"THREADS": threads, "VECTORS": vectors, "TOKENS": tokens, "RAW_FLOAT": int(raw_float)}

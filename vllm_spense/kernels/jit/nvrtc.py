@@ -1,172 +1,77 @@
-"""CUDA C++ at run time: NVRTC compiles, the driver loads and launches. Nothing is compiled at installation."""
+"""CUDA C++ at run time: NVRTC compiles, on any machine. Nothing is compiled at installation."""
 
 from __future__ import annotations
 
-import ctypes
-import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache, lru_cache
-from importlib.resources import files
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-import torch
-from cuda.bindings import driver, nvrtc
+from cuda.bindings import nvrtc
 
-from vllm_spense.kernels.tuning.plan_cache import digest, load_or_make_bytes
+from vllm_spense.kernels.jit.sources import digest, with_includes
+from vllm_spense.kernels.tuning.plan_cache import load_or_make_bytes
 
-#: A CUtensorMap's bytes. Not of characters: ctypes would copy those up to the first zero only.
-TensorMap = ctypes.c_uint64 * 16
-_SWIZZLES = {
-    0: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_NONE,
-    64: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_64B,
-    128: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-}
-_TYPES = {
-    1: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
-    8: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_INT64,
-}
+
+class Compiled(NamedTuple):
+    """Machine code, and what the compiler said about it."""
+
+    cubin: bytes
+    log: str
+
+
+def cubin(name: str, arch: str, macros: Mapping[str, int]) -> bytes:
+    """Machine code of the CUDA file `name` of this package; compiled once, then kept beside the plans.
+
+    Args:
+        arch: the GPU's architecture: "sm_90a".
+        macros: what the file is specialized with.
+
+    Raises:
+        RuntimeError: with the compiler's messages.
+    """
+    sources = with_includes(name)
+    options = _options(arch, macros)
+    version = _checked(nvrtc.nvrtcVersion())
+    key = digest(*sources, *sources.values(), *options, str(version))
+    return load_or_make_bytes(f"{key}.cubin", lambda: compile_program(sources, options).cubin)
+
+
+def compile_file(name: str, arch: str, macros: Mapping[str, int], *options: str) -> Compiled:
+    """As `cubin`, but always compiled, with further options for the compiler."""
+    return compile_program(with_includes(name), [*_options(arch, macros), *options])
+
+
+def compile_program(sources: Mapping[str, str], options: Sequence[str]) -> Compiled:
+    """Compiles the first of `sources`, which may include the others.
+
+    Args:
+        sources: texts by file name.
+
+    Raises:
+        RuntimeError: with the compiler's messages.
+    """
+    (name, text), *headers = ((name.encode(), text.encode()) for name, text in sources.items())
+    header_names, header_texts = ([header[i] for header in headers] for i in (0, 1))
+    program = _checked(nvrtc.nvrtcCreateProgram(text, name, len(headers), header_texts, header_names))
+    try:
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+        _checked(nvrtc.nvrtcGetProgramLog(program, log))
+        messages = log.rstrip(b"\0").decode()
+        if status.value:
+            raise RuntimeError(f"NVRTC: {messages}")
+        cubin = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+        _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
+        return Compiled(cubin, messages)
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _options(arch: str, macros: Mapping[str, int]) -> list[str]:
+    return [f"--gpu-architecture={arch}", "--std=c++17", *(f"-D{macro}={value}" for macro, value in macros.items())]
 
 
 def _checked(result: tuple[Any, ...]) -> Any:
     status, *values = result
     if status.value:
-        raise RuntimeError(f"CUDA: {status!r}")
+        raise RuntimeError(f"NVRTC: {status!r}")
     return values[0] if len(values) == 1 else values
-
-
-def compile_cubin(source: str, options: Sequence[str]) -> bytes:
-    """Machine code of CUDA C++ `source`; compiled once, then kept beside the plans.
-
-    Raises:
-        RuntimeError: with the compiler's messages.
-    """
-    version = _checked(nvrtc.nvrtcVersion())
-    name = f"{digest(source, *options, str(version))}.cubin"
-    return load_or_make_bytes(name, lambda: _compile(source, options))
-
-
-def _compile(source: str, options: Sequence[str]) -> bytes:
-    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))
-    try:
-        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
-        if status.value:
-            log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
-            _checked(nvrtc.nvrtcGetProgramLog(program, log))
-            raise RuntimeError(f"NVRTC: {log.decode()}")
-        cubin = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
-        _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
-        return cubin
-    finally:
-        nvrtc.nvrtcDestroyProgram(program)
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A loaded function, and how it is launched: `threads` a block, `shared_bytes` of dynamic shared memory.
-
-    A launch may overlap the end of the kernel before it: the code must wait (`griddepcontrol.wait`) before it touches
-    anything but weights.
-    """
-
-    function: Any
-    threads: int
-    shared_bytes: int
-
-    def launch(self, blocks: int, arguments: ctypes.Structure, stream: int) -> None:
-        """Enqueues one launch; the arguments, one structure, are copied."""
-        config = _config(blocks, self.threads, self.shared_bytes, stream)
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        _checked(driver.cuLaunchKernelEx(config, self.function, ctypes.addressof(pointers), 0))
-
-
-class Event:
-    """Orders work of two streams, named by their handles: torch's own takes stream objects, which take time to make."""
-
-    def __init__(self) -> None:
-        flags = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
-        self._event = _checked(driver.cuEventCreate(flags))
-        weakref.finalize(self, driver.cuEventDestroy, self._event)
-
-    def record(self, stream: int) -> None:
-        _checked(driver.cuEventRecord(self._event, stream))
-
-    def hold(self, stream: int) -> None:
-        """What is enqueued in `stream` from now on waits for what was recorded."""
-        _checked(driver.cuStreamWaitEvent(stream, self._event, 0))
-
-
-# Launches of a model repeat, and making one takes longer than what is launched may run.
-@lru_cache(maxsize=1024)
-def _config(blocks: int, threads: int, shared_bytes: int, stream: int) -> driver.CUlaunchConfig:
-    config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
-    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-    config.sharedMemBytes, config.hStream = shared_bytes, stream
-    config.attrs, config.numAttrs = [_overlap()], 1
-    return config
-
-
-@cache
-def _overlap() -> driver.CUlaunchAttribute:
-    attribute = driver.CUlaunchAttribute()
-    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    attribute.value.programmaticStreamSerializationAllowed = 1
-    return attribute
-
-
-def load(cubin: bytes, name: str, threads: int, shared_bytes: int, device: torch.device) -> Kernel:
-    """The function `name` of machine code, for torch's context on `device`."""
-    with torch.cuda.device(device):
-        # Makes torch's context the current one, should nothing have yet.
-        torch.cuda.current_stream().synchronize()
-        module = _checked(driver.cuModuleLoadData(cubin))
-        function = _checked(driver.cuModuleGetFunction(module, name.encode()))
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _checked(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
-    return Kernel(function, threads, shared_bytes)
-
-
-def elementwise_kernel(name: str, threads: int, device: torch.device, **macros: int) -> Kernel:
-    """The function `name` of `name`.cu, one of the sources that elementwise.cuh comes before.
-
-    Args:
-        macros: that the source asks for beside THREADS.
-    """
-    folder = files("vllm_spense.kernels.elementwise")
-    source = "".join(folder.joinpath(file).read_text(encoding="utf-8") for file in ("elementwise.cuh", f"{name}.cu"))
-    given = {"THREADS": threads, **macros}
-    options = ["--gpu-architecture=sm_90a", "--std=c++17", *(f"-D{macro}={value}" for macro, value in given.items())]
-    return load(compile_cubin(source, options), name, threads, 0, device)
-
-
-def tensor_map(
-    address: int,
-    shape: tuple[int, int, int],
-    strides: tuple[int, int],
-    box: tuple[int, int],
-    swizzle: int,
-    item: int = 1,
-) -> ctypes.Array[ctypes.c_uint64]:
-    """How the copy engine reads boxes out of matrices that lie behind each other; what lies outside reads as zero.
-
-    Args:
-        address: of the first matrix, a multiple of 16.
-        shape: (matrices, rows, columns), in items.
-        strides: bytes from matrix to matrix and from row to row, multiples of 16.
-        box: (rows, columns), each at most 256.
-        swizzle: bytes of a box's row, 64 or 128, that are spread over banks; 0 for none.
-        item: bytes of an item, 1 or 8.
-    """
-    sizes, boxes = driver.cuuint64_t, driver.cuuint32_t
-    encoded = _checked(
-        driver.cuTensorMapEncodeTiled(
-            _TYPES[item], 3, address, [sizes(size) for size in reversed(shape)],
-            [sizes(stride) for stride in reversed(strides)], [boxes(size) for size in (*reversed(box), 1)],
-            [boxes(1)] * 3,
-            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE, _SWIZZLES[swizzle],
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
-    )  # fmt: skip
-    return TensorMap.from_buffer_copy(ctypes.string_at(encoded.getPtr(), ctypes.sizeof(TensorMap)))

@@ -12,17 +12,19 @@ from itertools import product
 import torch
 
 from vllm_spense.kernels.elementwise import scale
-from vllm_spense.kernels.jit import nvrtc
+from vllm_spense.kernels.jit import driver
 from vllm_spense.kernels.jit.nvmath_support import Shape, current_stream
 from vllm_spense.kernels.region_gemm import cublaslt, cusparselt
 from vllm_spense.kernels.region_gemm.problem import Problem, Scales
 from vllm_spense.kernels.tuning.plan_cache import environment, load_or_find
 from vllm_spense.kernels.tuning.synthetic import random_fp8, random_weight, unit_scales
-from vllm_spense.kernels.tuning.timing import cold_copies, medians_us
+from vllm_spense.kernels.tuning.timing import cold_copies, medians_us, require_no_capture
 
 logger = logging.getLogger("vllm.spense")
 
 Packed = Mapping[str, torch.Tensor]
+#: What `pack` returns, in this order.
+TENSORS = ("compressed", "dense")
 #: Of a weight, for a search. A region so small that this many copies fit into the cache takes no time to speak of.
 _MAX_COPIES = 8
 #: Largest number of tokens that vLLM captures in a CUDA graph unless told otherwise.
@@ -49,22 +51,22 @@ def pack(weight: torch.Tensor, problem: Problem) -> dict[str, torch.Tensor]:
         weight: (N, K) float8_e4m3fn on a GPU, 2:4 in its sparse regions. Not changed.
 
     Returns:
-        `compressed`: uint8 (parts, bytes), cuSPARSELt's own; `dense`: float8_e4m3fn (parts, rows, columns), the dense
-        regions. Either may be empty.
+        `compressed`: uint8 (projections, bytes), cuSPARSELt's own; `dense`: float8_e4m3fn (projections, rows,
+        columns), the dense regions. Either may be empty.
     """
     sparse, dense = zip(*problem.split_regions(weight), strict=True)
     if problem.regions.sparse:
-        compressed = _with_room_behind([cusparselt.compress(part.contiguous()) for part in sparse])
+        compressed = _with_overread([cusparselt.compress(region.contiguous()) for region in sparse])
     else:
-        compressed = weight.new_empty(problem.parts, 0, dtype=torch.uint8)
+        compressed = weight.new_empty(problem.projections, 0, dtype=torch.uint8)
     # Contiguous even within rows of a wider weight: that is worth a fifth of down's dense GEMM.
     return {"compressed": compressed, "dense": torch.stack(dense)}
 
 
-def _with_room_behind(parts: list[torch.Tensor]) -> torch.Tensor:
+def _with_overread(compressed: list[torch.Tensor]) -> torch.Tensor:
     """Compressed weights of equal size, stacked, in memory that goes on for `OVERREAD` bytes."""
-    room = parts[0].new_zeros(sum(map(len, parts)) + cusparselt.OVERREAD)
-    return torch.cat(parts, out=room[: -cusparselt.OVERREAD]).view(len(parts), -1)
+    room = compressed[0].new_zeros(sum(map(len, compressed)) + cusparselt.OVERREAD)
+    return torch.cat(compressed, out=room[: -cusparselt.OVERREAD]).view(len(compressed), -1)
 
 
 def padded(tokens: int) -> int:
@@ -176,12 +178,12 @@ class LibraryPlan:
         self.choice = choice
         both = problem.regions.sparse > 0 and problem.regions.dense > 0
         self._concurrent = both and choice.concurrent
-        #: Of the output, that one part has.
-        self._columns = problem.n // problem.parts
+        #: Of the output, that one projection has.
+        self._columns = problem.n // problem.projections
         # Made once: this runs layer after layer while the GPU waits for the host.
         if self._concurrent:
             self._side = _side_stream(device).cuda_stream
-            self._fork, self._join = nvrtc.Event(), nvrtc.Event()
+            self._fork, self._join = driver.Event(), driver.Event()
 
         def shape(n: int, k: int) -> Shape:
             return Shape(n, k, tokens, problem.k, problem.n, problem.out_dtype, device)
@@ -196,7 +198,7 @@ class LibraryPlan:
     def run(
         self, x: torch.Tensor, packed: Packed, out: torch.Tensor | None = None, scales: Scales | None = None
     ) -> torch.Tensor:
-        """At most one call of each library for each part.
+        """At most one call of each library for each projection.
 
         Args:
             x: (M, K) float8_e4m3fn, contiguous. If M is less than the plan's `tokens` it is copied; quantize into a
@@ -219,7 +221,7 @@ class LibraryPlan:
     def sums(
         self, x: torch.Tensor, packed: Packed, out: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `run`, but for what comes behind the libraries.
+        """As `run`, but without the kernel that follows the libraries.
 
         Returns:
             (M, N) twice, to be added up; or the sums and None.
@@ -252,10 +254,8 @@ class LibraryPlan:
         if self.sparse is None:
             return
         weights, step = packed["compressed"], self._columns * out.element_size()
-        for part in range(self.problem.parts):
-            self.sparse.run(
-                x.data_ptr(), weights.data_ptr() + part * weights.stride(0), out.data_ptr() + part * step, stream
-            )
+        for i in range(self.problem.projections):
+            self.sparse.run(x.data_ptr(), weights.data_ptr() + i * weights.stride(0), out.data_ptr() + i * step, stream)
 
     def _run_dense(self, x: torch.Tensor, packed: Packed, out: torch.Tensor, stream: int) -> None:
         if self.dense is None:
@@ -265,9 +265,9 @@ class LibraryPlan:
             first, begin = x.data_ptr(), out.data_ptr() + boundary * size
         else:
             first, begin = x.data_ptr() + boundary, out.data_ptr()
-        for part in range(self.problem.parts):
-            weight = weights.data_ptr() + part * weights.stride(0)
-            self.dense.run(first, weight, begin + part * self._columns * size, stream)
+        for i in range(self.problem.projections):
+            weight = weights.data_ptr() + i * weights.stride(0)
+            self.dense.run(first, weight, begin + i * self._columns * size, stream)
 
 
 def search(problem: Problem, tokens: int, device: torch.device) -> Choice:
@@ -276,8 +276,7 @@ def search(problem: Problem, tokens: int, device: torch.device) -> Choice:
     Raises:
         RuntimeError: a CUDA graph is being captured.
     """
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(f"a GEMM of {tokens} tokens was captured before it ran once: {problem}")
+    require_no_capture(problem, tokens)
     smallest = min(rows * columns for rows, columns in (problem.sparse_shape, problem.dense_shape) if rows * columns)
     weight = random_weight(problem, device)
     packs = [pack(weight, problem) for _ in range(min(_MAX_COPIES, cold_copies(smallest // 2, device)))]
@@ -297,7 +296,7 @@ def search(problem: Problem, tokens: int, device: torch.device) -> Choice:
     scales = unit_scales(problem, tokens, device)
 
     def run_both(plan: LibraryPlan, packed: Packed) -> None:
-        if problem.apart:
+        if problem.separate_outputs:
             plan.sums(x, packed, out)
         else:
             plan.run(x, packed, out, scales)

@@ -13,20 +13,22 @@ FP8 = torch.float8_e4m3fn
 _FP8_MAX = torch.finfo(FP8).max
 #: As vLLM's: rows of zeros have a scale too.
 _SMALLEST_SCALE = 1 / (_FP8_MAX * 512)
+#: What `pack` returns, in this order.
+TENSORS = ("sparse", "dense")
 
 
 def pack(weight: torch.Tensor, problem: Problem) -> dict[str, torch.Tensor]:
     """Separates the regions of `weight` (N, K) FP8 E4M3; zeros stay stored.
 
     Returns:
-        `sparse` and `dense`; output-split: (P·S, K) and (P·D, K) of all P parts, input-split: (N, S) and (N, D). On a
-        GPU FP8 E4M3. On a CPU in the problem's out_dtype: it has no FP8 arithmetic, and converting at every call takes
-        most of its time.
+        `sparse` and `dense`; output-split: (P·S, K) and (P·D, K) of all P projections, input-split: (N, S) and (N, D).
+        On a GPU FP8 E4M3. On a CPU in the problem's out_dtype: it has no FP8 arithmetic, and converting at every call
+        takes most of its time.
     """
     dtype = problem.out_dtype if weight.device.type == "cpu" else weight.dtype
     # Copies, because views would keep the whole weight alive.
     sparse, dense = (
-        torch.cat([part.to(dtype) for part in parts]) for parts in zip(*problem.split_regions(weight), strict=True)
+        torch.cat([rows.to(dtype) for rows in region]) for region in zip(*problem.split_regions(weight), strict=True)
     )
     return {"sparse": sparse, "dense": dense}
 
@@ -57,7 +59,7 @@ def run(
 def _raw_sums(x: torch.Tensor, packed: Mapping[str, torch.Tensor], problem: Problem) -> torch.Tensor:
     x, sparse, dense = (tensor.to(problem.out_dtype) for tensor in (x, packed["sparse"], packed["dense"]))
     if problem.split == "output":
-        regions = [F.linear(x, region).unflatten(-1, (problem.parts, -1)) for region in (sparse, dense)]
+        regions = [F.linear(x, region).unflatten(-1, (problem.projections, -1)) for region in (sparse, dense)]
         return torch.cat(regions, dim=-1).flatten(-2)
     x_sparse, x_dense = x.split((problem.regions.sparse, problem.regions.dense), dim=-1)
     return torch.addmm(F.linear(x_sparse, sparse), x_dense, dense.t())

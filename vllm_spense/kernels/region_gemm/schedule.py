@@ -4,9 +4,9 @@ A tile is `ROWS` rows of W × some tokens of the output, over all of its columns
 first, then dense ones. There are two ways to occupy the multiprocessors:
 
 - tiles go whole to the thread blocks as far as that comes out even, and the rest is cut so that it does (many tiles);
-- every tile is cut into the same number of parts (few tiles), which may form a cluster.
+- every tile is cut into the same number of splits (few tiles), which may form a cluster.
 
-Parts are summed by all thread blocks of a cluster, or by whichever of the tile's finish last. Nobody depends on work
+Splits are summed by all thread blocks of a cluster, or by whichever of the tile's finish last. Nobody depends on work
 that may not have begun, so that launches of several streams never block each other.
 """
 
@@ -22,12 +22,12 @@ import numpy as np
 
 from vllm_spense.kernels.region_gemm.problem import Problem
 
-#: Of W in a tile, and columns of a dense step, as in the kernel.
+#: Of W in a tile, and columns of a dense step, as in one_launch.cuh.
 ROWS, DENSE_K = 128, 128
-#: int32 fields of a segment, as in the kernel.
+#: int32 fields of a segment, as in one_launch.cuh.
 FIELDS = (
-    "projection", "row", "row_end", "column", "token", "sparse_begin", "sparse_end", "dense_begin", "dense_end", "part",
-    "part_count", "first_part", "tile", "last", "unused", "unused",
+    "projection", "row", "row_end", "column", "token", "sparse_begin", "sparse_end", "dense_begin", "dense_end",
+    "split", "split_count", "first_partial", "semaphore", "last", "unused", "unused",
 )  # fmt: skip
 #: Cost of a byte from or to the cache, against one from memory.
 _CACHE = 0.25
@@ -42,24 +42,24 @@ class Tiling:
     Attributes:
         tokens: of a tile, a power of two from 8 to 256.
         sparse_k: columns of a sparse step, 128 or 256.
-        parts: of every tile; 0 leaves that to `schedule`.
-        cluster: the parts of a tile form a cluster, which adds them up through shared memory.
+        splits: of every tile; 0 leaves that to `schedule`.
+        cluster: the splits of a tile form a cluster, which adds them up through shared memory.
     """
 
     tokens: int
     sparse_k: int
-    parts: int = 0
+    splits: int = 0
     cluster: bool = False
 
     @property
     def cluster_size(self) -> int:
-        return self.parts if self.cluster else 1
+        return self.splits if self.cluster else 1
 
     @property
     def slices(self) -> int:
-        """That a tile's sums are added up in, each by another of its parts: worth it for large tiles whose parts end
+        """That a tile's splits are added up in, each by another of them: worth it for large tiles whose splits end
         together."""
-        return 4 if self.parts and not self.cluster and self.tokens >= 128 else 1
+        return 4 if self.splits and not self.cluster and self.tokens >= 128 else 1
 
     @property
     def sparse_cost(self) -> float:
@@ -71,8 +71,8 @@ class Tiling:
         return DENSE_K * (ROWS + _CACHE * self.tokens)
 
     @property
-    def part_cost(self) -> float:
-        """Of writing or reading a part's float32 sums."""
+    def split_cost(self) -> float:
+        """Of writing or reading a split's float32 sums."""
         return 4 * _CACHE * ROWS * self.tokens
 
     def cost(self, tile: Tile) -> float:
@@ -129,19 +129,19 @@ class Schedule:
 
     Attributes:
         segments: int32 (thread blocks, most segments of one, len(FIELDS)), in the order of execution.
-        parts: how many times ROWS × tokens float32 sums need room.
-        arrivals: how many counters of arrivals.
+        partials: how many times ROWS × tokens float32 sums need room.
+        semaphores: how many tiles have several splits that form no cluster.
     """
 
     segments: np.ndarray
-    parts: int
-    arrivals: int
+    partials: int
+    semaphores: int
 
 
 def schedule(problem: Problem, tokens: int, tiling: Tiling, multiprocessors: int) -> Schedule:
     """Divides a GEMM with M = `tokens` among all multiprocessors."""
     work = list(tiles(problem, tokens, tiling))
-    if tiling.parts:
+    if tiling.splits:
         pieces = [[piece] for number, tile in enumerate(work) for piece in _share(number, tile, tiling)]
         return _tables(Division([[] for _ in pieces], work, pieces, 0))
     rounds = 1 + int(sum(map(tiling.cost, work)) / multiprocessors / max(map(tiling.cost, work)))
@@ -161,8 +161,8 @@ def tiles(problem: Problem, tokens: int, tiling: Tiling) -> Iterator[Tile]:
     else:
         regions = [(0, problem.n, sparse_steps, dense_steps)]
     for begin, rows, sparse_count, dense_count in regions:
-        for projection in range(problem.parts):
-            first = projection * problem.n // problem.parts + begin
+        for projection in range(problem.projections):
+            first = projection * problem.n // problem.projections + begin
             for row in range(0, rows, ROWS):
                 for token in range(0, tokens, tiling.tokens):
                     yield Tile(projection, row, rows, first + row, token, sparse_count, dense_count)
@@ -185,9 +185,9 @@ def divide(work: Sequence[Tile], tiling: Tiling, blocks: int, held: int) -> Divi
         return Division(whole, cut, [[] for _ in whole], max(loads)[0])
 
     rest = sum(map(tiling.cost, cut))
-    # More parts make a tile's columns faster and its sum slower; the optimum of a / parts + b · parts.
-    parts = max(1, round(sqrt(rest / len(cut) / tiling.part_cost)))
-    helpers = min(blocks, len(cut) * parts)
+    # More splits make a tile's columns faster and its sum slower; the optimum of a / splits + b · splits.
+    splits = max(1, round(sqrt(rest / len(cut) / tiling.split_cost)))
+    helpers = min(blocks, len(cut) * splits)
     room = np.zeros(blocks)
     if helpers < blocks:
         room[[block for _, block in sorted(loads)[:helpers]]] = rest / helpers
@@ -196,12 +196,12 @@ def divide(work: Sequence[Tile], tiling: Tiling, blocks: int, held: int) -> Divi
             room[block] = max(fair - load, 0)
     pieces = _cut(cut, tiling, room)
     counts = Counter(piece.tile for mine in pieces for piece in mine)
-    joining = tiling.part_cost * (1 + max(counts.values())) if max(counts.values()) > 1 else 0
+    joining = tiling.split_cost * (1 + max(counts.values())) if max(counts.values()) > 1 else 0
     return Division(whole, cut, pieces, max(load + room[block] for load, block in loads) + joining)
 
 
 def _borders(cut: Sequence[Tile], tiling: Tiling, room: np.ndarray) -> np.ndarray:
-    """Lays the steps of tiles end to end: where each part ends if their costs are to be as `room` (parts,) says."""
+    """Lays the steps of tiles end to end: where each piece ends if their costs are to be as `room` (pieces,) says."""
     costs = np.concatenate(
         [np.repeat([tiling.sparse_cost, tiling.dense_cost], [tile.sparse_steps, tile.dense_steps]) for tile in cut]
     )
@@ -212,9 +212,9 @@ def _borders(cut: Sequence[Tile], tiling: Tiling, room: np.ndarray) -> np.ndarra
 
 
 def _share(number: int, tile: Tile, tiling: Tiling) -> Iterator[Piece]:
-    """A tile's equal parts, some of them empty if it has fewer steps."""
+    """A tile's equal splits, some of them empty if it has fewer steps."""
     begin = 0
-    for end in _borders([tile], tiling, np.ones(tiling.parts)).tolist():
+    for end in _borders([tile], tiling, np.ones(tiling.splits)).tolist():
         yield Piece(number, begin, end)
         begin = end
 
@@ -238,19 +238,19 @@ def _cut(cut: Sequence[Tile], tiling: Tiling, room: np.ndarray) -> list[list[Pie
 
 def _tables(division: Division) -> Schedule:
     counts = Counter(piece.tile for mine in division.pieces for piece in mine)
-    assert max(counts.values(), default=0) < 256, "the kernel counts parts in bytes"
+    assert max(counts.values(), default=0) < 256, "the kernel counts splits in bytes"
     shared = [tile for tile, count in sorted(counts.items()) if count > 1]
-    counter = {tile: index for index, tile in enumerate(shared)}
+    semaphore = {tile: index for index, tile in enumerate(shared)}
     starts = np.cumsum([0, *(counts[tile] for tile in shared)])
     done: Counter[int] = Counter()
     lines = []
     for whole, pieces in zip(division.whole, division.pieces, strict=True):
         line = []
-        # Parts first: sums of others can then be added while whole tiles still keep the memory busy.
+        # Pieces first: sums of others can then be added while whole tiles still keep the memory busy.
         for piece in pieces:
-            index = counter.get(piece.tile, 0)
-            place = (done[piece.tile], counts[piece.tile], int(starts[index]), index)
-            line.append(_segment(division.cut[piece.tile], piece.begin, piece.end, place))
+            index = semaphore.get(piece.tile, 0)
+            split = (done[piece.tile], counts[piece.tile], int(starts[index]), index)
+            line.append(_segment(division.cut[piece.tile], piece.begin, piece.end, split))
             done[piece.tile] += 1
         line += [_segment(tile, 0, tile.steps, (0, 1, 0, 0)) for tile in whole]
         lines.append(line or [_segment(_NOTHING, 0, 0, (0, 1, 0, 0))])
@@ -261,9 +261,13 @@ def _tables(division: Division) -> Schedule:
     return Schedule(segments, int(starts[-1]), len(shared))
 
 
-def _segment(tile: Tile, begin: int, end: int, place: tuple[int, int, int, int]) -> tuple[int, ...]:
+def _segment(tile: Tile, begin: int, end: int, split: tuple[int, int, int, int]) -> tuple[int, ...]:
+    """
+    Args:
+        split: its number, how many the tile has, where their partial sums lie, the tile's semaphore.
+    """
     sparse = tile.sparse_steps
     return (
         tile.projection, tile.row, tile.row_end, tile.column, tile.token, min(begin, sparse), min(end, sparse),
-        max(begin - sparse, 0), max(end - sparse, 0), *place, 0, 0, 0,
+        max(begin - sparse, 0), max(end - sparse, 0), *split, 0, 0, 0,
     )  # fmt: skip

@@ -1,22 +1,19 @@
-"""Layers that nothing was pruned in: one dense FP8 weight, and scales inside the kernel.
+"""Unpruned layers: one dense FP8 weight, and scales inside the kernel.
 
-Behind attention's layers the compiler has no kernel that could take the scales in. The one-launch kernel serves small
-M, if it is faster there than the kernel that vLLM would run.
+After the GEMMs of attention the compiler has no kernel that could apply the scales. The one-launch kernel serves small
+M, where it is faster than the kernel that vLLM would run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 
 from vllm_spense.kernels.region_gemm import one_launch
-from vllm_spense.kernels.region_gemm.problem import Problem
-from vllm_spense.kernels.tuning import autotune
-from vllm_spense.kernels.tuning.synthetic import random_fp8, unit_scales
-from vllm_spense.kernels.tuning.timing import cold_copies
+from vllm_spense.kernels.region_gemm.problem import Problem, Scales
+from vllm_spense.kernels.tuning.compare import Packed, compare
 
 #: x (M, K), W (N, K), scales of tokens (M, 1) and rows (N, 1) → (M, N) bfloat16.
 Gemm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -24,71 +21,68 @@ Gemm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.
 MOST_TOKENS = 128
 
 
-class Stock(NamedTuple):
-    """The kernel that vLLM would run, and what says that it is another: vLLM's version."""
+class StockGemm(NamedTuple):
+    """The kernel that vLLM would run, and its version: vLLM's."""
 
     gemm: Gemm
     version: str
 
 
-def prepare(n: int, k: int, device: torch.device, stock: Stock) -> dict[int, bool]:
-    """Compares the kernel with vLLM's, for every number of tokens it may serve.
+class UnprunedPlan:
+    """How unpruned layers (N, K) run on one device: for every M the faster of the one-launch kernel and vLLM's.
 
-    Returns:
-        Whether it is faster, by the largest M of each of its plans.
+    Making one compares them for every number of tokens that the one-launch kernel may serve.
+
+    Attributes:
+        faster: whether the one-launch kernel is, by the largest M of each of its plans.
     """
-    tokens, faster = one_launch.MIN_TILE_TOKENS, {}
-    while tokens <= MOST_TOKENS:
-        faster[tokens] = _faster(_problem(n, k), tokens, device, stock)
-        if faster[tokens]:
-            one_launch.plan(_problem(n, k), tokens, device)
-        tokens *= 2
-    return faster
 
+    def __init__(self, n: int, k: int, device: torch.device, stock: StockGemm) -> None:
+        self.problem = Problem.unpruned(n, k)
+        self.stock = stock
+        self.faster: dict[int, bool] = {}
+        self._plans: dict[int, one_launch.OneLaunchPlan] = {}
+        tokens = one_launch.MIN_TILE_TOKENS
+        while tokens <= MOST_TOKENS:
+            self.faster[tokens] = self._compare(tokens, device)
+            if self.faster[tokens]:
+                self._plans[tokens] = one_launch.plan(self.problem, tokens, device)
+            tokens *= 2
 
-def run(
-    x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor, stock: Stock
-) -> torch.Tensor:
-    """x · Wᵀ · s_x · s_w by the faster of both kernels.
+    def _compare(self, tokens: int, device: torch.device) -> bool:
+        def run_ours(x: torch.Tensor, packed: Packed, scales: Scales | None) -> object:
+            return one_launch.plan(self.problem, tokens, device).run(x, packed, scales=scales)
 
-    Args:
-        x: (M, K) float8_e4m3fn.
-        weight: (N, K) float8_e4m3fn, contiguous.
-        x_scale, w_scale: float32 (M, 1) and (N, 1).
-        stock: what runs where the one-launch kernel does not.
+        def run_stock(x: torch.Tensor, packed: Packed, scales: Scales | None) -> object:
+            assert scales
+            return self.stock.gemm(x, packed["dense"], *scales)
 
-    Returns:
-        (M, N) bfloat16.
-    """
-    (n, k), m = weight.shape, len(x)
-    problem, tokens = _problem(n, k), one_launch.bucket(m)
-    if m > MOST_TOKENS or not _faster(problem, tokens, x.device, stock):
-        return stock.gemm(x, weight, x_scale, w_scale)
-    plan = one_launch.plan(problem, tokens, x.device)
-    return plan.run(x, _packed(weight), scales=(x_scale, w_scale))
+        us = compare(
+            self.problem,
+            tokens,
+            device,
+            {"one-launch": run_ours, "stock": run_stock},
+            lambda weight: _packed(weight.clone()),
+            {"one-launch": one_launch.found(self.problem, tokens, device), "stock": self.stock.version},
+        )
+        return us["one-launch"] < us["stock"]
+
+    def run(self, x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
+        """x · Wᵀ · s_x · s_w.
+
+        Args:
+            x: (M, K) float8_e4m3fn.
+            weight: (N, K) float8_e4m3fn, contiguous.
+            x_scale, w_scale: float32 (M, 1) and (N, 1).
+
+        Returns:
+            (M, N) bfloat16.
+        """
+        plan = self._plans.get(one_launch.bucket(len(x)))
+        if plan is None:
+            return self.stock.gemm(x, weight, x_scale, w_scale)
+        return plan.run(x, _packed(weight), scales=(x_scale, w_scale))
 
 
 def _packed(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"compressed": weight[:0], "dense": weight}
-
-
-@cache
-def _problem(n: int, k: int) -> Problem:
-    return Problem.whole(n, k)
-
-
-@cache
-def _faster(problem: Problem, tokens: int, device: torch.device, stock: Stock) -> bool:
-    def calls() -> autotune.Rivals:
-        plan = one_launch.plan(problem, tokens, device)
-        x, scales = random_fp8(tokens, problem.k, device), unit_scales(problem, tokens, device)
-        assert scales
-        weights = [random_fp8(problem.n, problem.k, device) for _ in range(cold_copies(problem.weight_bytes, device))]
-        return {
-            "one-launch": [partial(plan.run, x, _packed(weight), scales=scales) for weight in weights],
-            "stock": [partial(stock.gemm, x, weight, *scales) for weight in weights],
-        }
-
-    found = {"one-launch": one_launch.found(problem, tokens, device), "stock": stock.version}
-    times = autotune.times(problem, tokens, device, found, calls)
-    return times["one-launch"] < times["stock"]

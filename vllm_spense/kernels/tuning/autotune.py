@@ -13,7 +13,7 @@ import torch
 
 from vllm_spense.kernels.region_gemm.problem import Problem
 from vllm_spense.kernels.tuning.plan_cache import environment, load_or_find
-from vllm_spense.kernels.tuning.timing import medians_us
+from vllm_spense.kernels.tuning.timing import medians_us, require_no_capture
 
 #: By name, the same call on several weights, see `timing.median_us`.
 Rivals = Mapping[str, Sequence[Callable[[], object]]]
@@ -24,11 +24,6 @@ class Medians:
     """Of one call, in µs, by name."""
 
     us: dict[str, float]
-
-    def __post_init__(self) -> None:
-        # A damaged file of the plan cache may hold anything.
-        if not isinstance(self.us, dict) or not all(isinstance(us, float) for us in self.us.values()):
-            raise TypeError(f"{self.us} are no times by name")
 
 
 def times(
@@ -45,11 +40,18 @@ def times(
     """
 
     def measured() -> Medians:
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"a GEMM of {tokens} tokens was captured before it ran once: {problem}")
+        require_no_capture(problem, tokens)
         calls = rivals()
         medians = medians_us(list(calls.values()))
         return Medians({name: round(us, 2) for name, us in zip(calls, medians, strict=True)})
 
+    def known(us: object) -> Medians:
+        # A damaged file of the plan cache may hold anything.
+        if not isinstance(us, dict) or not all(isinstance(time, float) for time in us.values()):
+            raise TypeError(f"{us} are no times by name")
+        if us.keys() != set(found):
+            raise ValueError(f"found times of {sorted(us)}, expected of {sorted(found)}")
+        return Medians(us)
+
     key = {"path": "rivals", **environment(device), **problem.describe(), "tokens": tokens, "rivals": found}
-    return load_or_find(key, Medians, measured).us
+    return load_or_find(key, known, measured).us

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+
+from vllm_spense.kernels.jit.sources import code_digest, digest
 
 # A child of vLLM's logger: its handlers and level apply in every process that vLLM starts.
 logger = logging.getLogger("vllm.spense")
@@ -33,8 +36,9 @@ def folder() -> Path:
 
 @cache
 def environment(device: torch.device) -> Mapping[str, str]:
-    """The part of a key that every search depends on: GPU, driver and torch."""
-    return {"gpu": torch.cuda.get_device_name(device), "driver": _driver(), "torch": torch.__version__}
+    """The part of a key that every search depends on: GPU, driver, torch and this package's code."""
+    gpu = torch.cuda.get_device_name(device)
+    return {"gpu": gpu, "driver": _driver(), "torch": torch.__version__, "code": code_digest()}
 
 
 def _driver() -> str:
@@ -46,16 +50,18 @@ def _driver() -> str:
     return version.value.decode() if status == 0 else f"unknown ({status})"
 
 
-def load_or_find(key: Mapping[str, Any], kind: type[Found], find: Callable[[], Found]) -> Found:
+def load_or_find(key: Mapping[str, Any], kind: Callable[..., Found], find: Callable[[], Found]) -> Found:
     """What an earlier call found for this key, in this process or another, or else what `find` finds now.
 
     One file per key, named by its hash: processes never rewrite each other's results, and equal results that are
     written at once replace each other whole. A file that cannot be read, or is not about this key, is replaced with a
-    warning. A folder that cannot be written costs a warning and a new search next time.
+    warning. A folder that cannot be written costs a warning and a new search next time; so does one that others could
+    have written into, which is not used at all.
 
     Args:
         key: everything the result depends on, as JSON.
-        kind: the result's dataclass, its fields JSON.
+        kind: makes the result from its fields, which are JSON: its dataclass, or a function that also checks them and
+            raises ValueError or TypeError.
     """
     file = folder() / f"{digest(json.dumps(key, sort_keys=True))}.json"
     found = _load(file, key, kind)
@@ -74,7 +80,7 @@ def load_or_make_bytes(name: str, make: Callable[[], bytes]) -> bytes:
     """
     file = folder() / name
     try:
-        stored = file.read_bytes() if file.exists() else None
+        stored = _read(file)
         if stored is not None:
             content = stored[_CHECKSUM_BYTES:]
             if _checksum(content) == stored[:_CHECKSUM_BYTES]:
@@ -87,20 +93,16 @@ def load_or_make_bytes(name: str, make: Callable[[], bytes]) -> bytes:
     return content
 
 
-def digest(*texts: str) -> str:
-    """A name for exactly these texts."""
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:32]
-
-
 def _checksum(content: bytes) -> bytes:
     return hashlib.sha256(content).digest()
 
 
-def _load(file: Path, key: Mapping[str, Any], kind: type[Found]) -> Found | None:
-    if not file.exists():
-        return None
+def _load(file: Path, key: Mapping[str, Any], kind: Callable[..., Found]) -> Found | None:
     try:
-        entry = json.loads(file.read_text(encoding="utf-8"))
+        stored = _read(file)
+        if stored is None:
+            return None
+        entry = json.loads(stored)
         if entry["key"] != key:
             raise ValueError("it is about something else")
         return kind(**entry["found"])
@@ -109,10 +111,61 @@ def _load(file: Path, key: Mapping[str, Any], kind: type[Found]) -> Found | None
         return None
 
 
+def _read(file: Path) -> bytes | None:
+    """The content of a file of the cache; None if there is no such file, or the folder is not to be trusted.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: others could have written it.
+    """
+    if not _is_safe(file.parent):
+        return None
+    try:
+        stream = file.open("rb")
+    except FileNotFoundError:
+        return None
+    with stream:
+        if reason := _reason_against(os.fstat(stream.fileno())):
+            raise ValueError(reason)
+        return stream.read()
+
+
+def _is_safe(folder: Path) -> bool:
+    """Whether nobody else can put plans and machine code there, which this process would run. If not, says so once."""
+    try:
+        reason = _reason_against(folder.stat())
+    except OSError:
+        return True  # there is nothing in it
+    if reason:
+        _warn_of_folder(folder, reason)
+    return not reason
+
+
+def _reason_against(about: os.stat_result) -> str | None:
+    if about.st_uid not in (0, os.geteuid()):
+        return f"it belongs to the user with the number {about.st_uid}"
+    if about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"others may write into it (mode {stat.S_IMODE(about.st_mode):o})"
+    return None
+
+
+@cache
+def _warn_of_folder(folder: Path, reason: str) -> None:
+    logger.warning(
+        "Spense: works without its cache %s, so that every start searches and compiles again: %s. chmod go-w it if it "
+        "is yours, or choose another folder with SPENSE_CACHE_DIR",
+        folder,
+        reason,
+    )
+
+
 def _keep(file: Path, content: bytes) -> None:
     """Writes a file whole, or not at all; that it cannot be written costs a warning."""
+    if not _is_safe(file.parent):
+        return
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        # Whatever the umask: nobody else may write there.
+        file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
         try:
             with os.fdopen(descriptor, "wb") as stream:

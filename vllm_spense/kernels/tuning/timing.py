@@ -7,8 +7,20 @@ from statistics import median
 
 import torch
 
+from vllm_spense.kernels.region_gemm.semaphores import temporary_captures
+
 #: µs of work in a graph, so that starting it does not count.
 _MIN_WORK_US = 400
+
+
+def require_no_capture(problem: object, tokens: int) -> None:
+    """What a GEMM needs is searched for, timed and made before it is captured in a CUDA graph.
+
+    Raises:
+        RuntimeError: one is being captured.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"a GEMM of {tokens} tokens was captured before it ran once: {problem}")
 
 
 def median_us(calls: Sequence[Callable[[], object]], replays: int = 7) -> float:
@@ -21,11 +33,12 @@ def median_us(calls: Sequence[Callable[[], object]], replays: int = 7) -> float:
 
 def medians_us(rivals: Sequence[Sequence[Callable[[], object]]], replays: int = 7) -> list[float]:
     """As `median_us`, for each of `rivals`; their graphs take turns, because a GPU that gets warm gets slower."""
-    graphs = [_Graph(calls) for calls in rivals]
-    for graph in graphs:
-        graph.us_of_a_call()
-    times = zip(*([graph.us_of_a_call() for graph in graphs] for _ in range(replays)), strict=True)
-    return [median(of_one) for of_one in times]
+    with temporary_captures():
+        graphs = [_Graph(calls) for calls in rivals]
+        for graph in graphs:
+            graph.us_of_a_call()
+        times = zip(*([graph.us_of_a_call() for graph in graphs] for _ in range(replays)), strict=True)
+        return [median(of_one) for of_one in times]
 
 
 class _Graph:

@@ -1,0 +1,150 @@
+"""Every CUDA kernel compiles, without a GPU, for every architecture that it is for: without spills, in few registers.
+And Python knows its sizes and arguments."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+import torch
+
+from vllm_spense.kernels.elementwise import norm_quant, scale, silu_mul_quant
+from vllm_spense.kernels.jit import nvrtc, sources
+from vllm_spense.kernels.region_gemm import one_launch_kernel
+from vllm_spense.kernels.region_gemm.packing import TILE, TILE_BYTES
+from vllm_spense.kernels.region_gemm.schedule import DENSE_K, FIELDS, ROWS, Tiling
+
+BF16, FLOAT = torch.bfloat16, torch.float32
+HOPPER, BLACKWELL = ("sm_90a",), ("sm_100a", "sm_120a")
+#: GEMMs that searches try: every tile, the ways to cut it, the kinds of outputs; the largest of each.
+GEMMS = [
+    *((Tiling(tokens, 256), BF16, False) for tokens in (8, 16, 32, 64, 128)),
+    (Tiling(256, 128), BF16, False),
+    (Tiling(32, 128, 3), BF16, False),
+    (Tiling(128, 256, 3), BF16, False),
+    (Tiling(256, 128, 4), BF16, False),
+    (Tiling(8, 256, 8, cluster=True), BF16, False),
+    (Tiling(64, 256, 3, cluster=True), BF16, False),
+    (Tiling(256, 128, 2, cluster=True), BF16, False),
+    (Tiling(128, 128, 2), BF16, True),
+    (Tiling(256, 128, 3), FLOAT, False),
+]
+#: Source, macros, architectures, most registers of a thread. A GEMM may have what its launch bounds allow; the others,
+#: a tenth more than was found.
+KERNELS: list[tuple[str, Mapping[str, int], tuple[str, ...], int]] = [
+    *(
+        ("one_launch.cu", one_launch_kernel.macros(dtype, scaled, tiling), HOPPER, 168)
+        for tiling, dtype, scaled in GEMMS
+    ),
+    ("scale.cu", scale.MACROS, ("sm_89", *HOPPER, *BLACKWELL), 40),
+    *(
+        ("norm_quant.cu", norm_quant.macros(size, norm, scaled), ("sm_89", *HOPPER, *BLACKWELL), registers)
+        for size, norm, scaled, registers in (
+            (64, True, True, 55),
+            (5120, False, False, 30),
+            (5120, True, False, 40),
+            (5120, True, True, 53),
+            (18432, True, True, 82),
+        )
+    ),
+    *(
+        ("silu_mul_quant.cu", silu_mul_quant.macros(size, tokens, raw_float), (*HOPPER, *BLACKWELL), registers)
+        for size, tokens, raw_float, registers in (
+            (64, 1, False, 47),
+            (8192, 2, False, 57),
+            (8192, 2, True, 62),
+            (34816, 2, True, 77),
+        )
+    ),
+]
+CASES = [(name, macros, arch, most) for name, macros, archs, most in KERNELS for arch in archs]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[list[Future[nvrtc.Compiled]]]:
+    """Of every case; threads make them."""
+    with ThreadPoolExecutor() as pool:
+        yield [
+            pool.submit(nvrtc.compile_file, name, arch, macros, "--ptxas-options=-v") for name, macros, arch, _ in CASES
+        ]
+        pool.shutdown(cancel_futures=True)
+
+
+def number(pattern: str, log: str) -> int:
+    (found,) = re.findall(pattern, log)
+    return int(found)
+
+
+@pytest.mark.parametrize(
+    "case", range(len(CASES)), ids=[f"{n}-{a}-{'-'.join(map(str, m.values()))}" for n, m, a, _ in CASES]
+)
+def test_it_compiles_in_few_registers(case: int, compiled: list[Future[nvrtc.Compiled]]) -> None:
+    cubin, log = compiled[case].result()
+    assert cubin.startswith(b"\x7fELF")
+    assert number(r"(\d+) bytes spill stores", log) == 0
+    assert number(r"(\d+) bytes spill loads", log) == 0
+    assert number(r"Used (\d+) registers", log) <= CASES[case][3], log
+
+
+def test_no_kernel_is_forgotten() -> None:
+    assert {name for name, *_ in KERNELS} == {name for name in sources._sources() if name.endswith(".cu")}
+    assert all(one_launch_kernel.fits(tiling) for tiling, *_ in GEMMS)
+
+
+def require(name: str, macros: Mapping[str, int], facts: Mapping[str, int]) -> None:
+    """That the compiler agrees with these facts about a CUDA file."""
+    asserts = (f'static_assert({what} == {value}, "{what} is not {value}");' for what, value in facts.items())
+    text = "\n".join((f'#include "{name}"', *asserts, "__global__ void nothing() {}"))
+    options = ["--gpu-architecture=sm_90a", "--std=c++17", *(f"-D{macro}={value}" for macro, value in macros.items())]
+    nvrtc.compile_program({"facts.cu": text, **sources.with_includes(name)}, options)
+
+
+def layout(structure: type[ctypes.Structure]) -> dict[str, int]:
+    facts = {"sizeof(Arguments)": ctypes.sizeof(structure)}
+    for name, *_ in structure._fields_:
+        facts[f"__builtin_offsetof(Arguments, {name})"] = getattr(structure, name).offset
+    return facts
+
+
+@pytest.mark.parametrize(("tiling", "dtype", "scaled"), GEMMS, ids=str)
+def test_python_and_the_gemm_agree(tiling: Tiling, dtype: torch.dtype, scaled: bool) -> None:
+    facts = {
+        "THREADS": one_launch_kernel.THREADS,
+        "ROWS": ROWS,
+        "DENSE_K": DENSE_K,
+        "MMA_ROWS": TILE,
+        "METADATA_TILE_BYTES": TILE_BYTES,
+        "SHARED_BYTES": one_launch_kernel.stages(tiling)[1],
+        "sizeof(Segment)": 4 * len(FIELDS),
+    }
+    named = [field for field in FIELDS if field != "unused"]
+    facts |= {f"__builtin_offsetof(Segment, {field})": 4 * place for place, field in enumerate(named)}
+    macros = one_launch_kernel.macros(dtype, scaled, tiling)
+    require("one_launch.cuh", macros, facts | layout(one_launch_kernel.Arguments))
+
+
+@pytest.mark.parametrize("module", [norm_quant, silu_mul_quant, scale], ids=lambda module: module.__name__)
+def test_python_and_an_elementwise_kernel_agree(module) -> None:
+    name = module.__name__.rpartition(".")[2]
+    require(f"{name}.cu", {}, {"WIDTH": module.WIDTH, **layout(module.Arguments)})
+
+
+def test_a_wrong_fact_is_found() -> None:
+    with pytest.raises(RuntimeError, match="THREADS is not 256"):
+        require("one_launch.cuh", {}, {"THREADS": 256})
+
+
+def test_a_changed_header_is_another_program(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    """What was compiled is kept under a name that every included file counts for."""
+    monkeypatch.setenv("SPENSE_CACHE_DIR", str(tmp_path))
+    first = nvrtc.cubin("scale.cu", "sm_90a", scale.MACROS)
+    assert nvrtc.cubin("scale.cu", "sm_90a", scale.MACROS) == first
+    assert len(list(tmp_path.iterdir())) == 1
+    texts = dict(sources._sources())
+    assert list(sources.with_includes("scale.cu")) == ["scale.cu", "elementwise.cuh", "ptx.cuh"]
+    monkeypatch.setattr(sources, "_sources", lambda: texts | {"ptx.cuh": texts["ptx.cuh"] + "\n"})
+    nvrtc.cubin("scale.cu", "sm_90a", scale.MACROS)
+    assert len(list(tmp_path.iterdir())) == 2

@@ -1,0 +1,121 @@
+"""Modules that hand on what is no tensor find each other, and say so where vLLM builds them in another order."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm_models import PLAIN, QuantConfig
+
+from vllm_spense.plugin.activation import FusedSiluAndMul, RawSums
+from vllm_spense.plugin.norms import FusedRMSNorm
+from vllm_spense.plugin.pairing import Pairing, Quantized, is_plain
+from vllm_spense.plugin.vllm_internals import stand_in
+
+
+@pytest.fixture
+def pairing() -> Iterator[Pairing]:
+    """Of the model that vLLM is building."""
+    assert stand_in(FusedSiluAndMul)
+    assert stand_in(FusedRMSNorm)
+    engine = VllmConfig()
+    engine.quant_config = QuantConfig(Pairing(activations=True, norms=True))
+    with set_current_vllm_config(engine):
+        yield engine.quant_config.pairing
+
+
+def layer(index: int, of: str) -> str:
+    return f"model.layers.{index}.{'self_attn' if of == 'qkv' else 'mlp'}.{of}_proj"
+
+
+def test_the_norms_of_a_decoder_layer_know_their_readers(pairing: Pairing) -> None:
+    for index in range(2):
+        pairing.built_qkv(layer(index, "qkv"))
+        heads = RMSNorm(16)
+        pairing.built_gate_up(layer(index, "gate_up"))
+        norms = [heads, RMSNorm(64), RMSNorm(64)]
+        assert [norm.link and norm.link.reader for norm in norms] == [
+            None,
+            layer(index, "qkv"),
+            layer(index, "gate_up"),
+        ]
+    assert RMSNorm(64).link is None, "the model's last"
+
+
+def test_a_qkv_without_a_pruned_mlp_is_nobodys_neighbour(pairing: Pairing) -> None:
+    """The next layer's attention may be of a kind that takes no FP8."""
+    pairing.built_qkv(layer(0, "qkv"))
+    pairing.built_gate_up(layer(1, "gate_up"))
+    norms = [RMSNorm(64), RMSNorm(64)]
+    assert [norm.link and norm.link.reader for norm in norms] == [None, layer(1, "gate_up")]
+
+
+def test_the_next_activation_is_the_only_one(pairing: Pairing) -> None:
+    (_, first), (_, second) = (pairing.built_gate_up(layer(index, "gate_up")) for index in range(2))
+    assert type(activation := SiluAndMul()) is FusedSiluAndMul
+    assert (activation.link, first.found, second.found) == (second, False, True)
+    assert SiluAndMul().link is None
+
+
+def sums_of(name: str) -> RawSums:
+    return RawSums(torch.randn(3, 64), torch.rand(3, 1), torch.rand(64, 1), 16, name)
+
+
+def test_sums_of_another_mlp_are_refused(pairing: Pairing) -> None:
+    """As if vLLM had built the activations the other way round."""
+    gate_ups = [layer(index, "gate_up") for index in range(2)]
+    activations = []
+    for name in reversed(gate_ups):
+        pairing.built_gate_up(name)
+        activations.append(SiluAndMul())
+    assert isinstance(activations[1](sums_of(gate_ups[0])), Quantized)
+    with pytest.raises(RuntimeError, match=rf"made for {gate_ups[0]} reached the activation of {gate_ups[1]}"):
+        activations[0](sums_of(gate_ups[0]))
+    with pytest.raises(RuntimeError, match=rf"made for {gate_ups[0]} reached another activation"):
+        SiluAndMul()(sums_of(gate_ups[0]))
+
+
+def test_a_norm_says_for_whom_its_output_is(pairing: Pairing) -> None:
+    pairing.built_qkv(layer(0, "qkv"))
+    link, _ = pairing.built_gate_up(layer(0, "gate_up"))
+    RMSNorm(64), (norm := RMSNorm(64))
+    link.takes_fp8 = True
+    found, _ = norm(torch.randn(3, 64), torch.randn(3, 64))
+    assert found.reader == layer(0, "gate_up")
+
+
+def test_no_links_in_models_that_are_not_plain() -> None:
+    pairing = Pairing(activations=False, norms=False)
+    pairing.built_qkv(layer(0, "qkv"))
+    pairing.built_gate_up(layer(0, "gate_up"))
+    assert (pairing.next_norm(), pairing.next_activation()) == (None, None)
+
+
+def test_no_links_without_a_pruned_model() -> None:
+    stand_in(FusedSiluAndMul)
+    with set_current_vllm_config(VllmConfig()):
+        assert SiluAndMul().link is None
+
+
+@pytest.mark.parametrize(
+    ("architectures", "lora", "plain"),
+    [(PLAIN, None, True), (["FalconH1ForCausalLM"], None, False), ([], None, False), (PLAIN, object(), False)],
+    ids=["plain", "another architecture", "unknown", "lora"],
+)
+def test_which_models_are_plain(architectures: list[str], lora: object, plain: bool) -> None:
+    model = SimpleNamespace(architectures=architectures)
+    assert is_plain(SimpleNamespace(model_config=model, lora_config=lora), frozenset(PLAIN)) == plain
+
+
+def test_it_travels_with_the_quantization_config(pairing: Pairing) -> None:
+    link = pairing.built_qkv(layer(0, "qkv"))
+    for copied in (pickle.loads(pickle.dumps(pairing)), copy.deepcopy(pairing)):
+        copied.built_gate_up(layer(0, "gate_up"))
+        assert copied.next_norm() == link
