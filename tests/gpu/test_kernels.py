@@ -17,8 +17,8 @@ if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 pytest.importorskip("nvmath", reason="needs nvmath-python")
 
+from vllm_spense.kernels.one_launch.schedule import Tiling
 from vllm_spense.kernels.region_gemm import cusparselt, dense, library, one_launch, packing, reference
-from vllm_spense.kernels.region_gemm.schedule import Tiling
 from vllm_spense.kernels.tuning import autotune
 from vllm_spense.kernels.tuning.synthetic import random_2of4, random_fp8, random_weight, unit_scales
 from vllm_spense.ops import gemm, layer_plan, path_timing

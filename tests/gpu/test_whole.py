@@ -12,9 +12,9 @@ pytest.importorskip("vllm", reason="needs vLLM's kernel")
 
 import vllm._custom_ops  # noqa: F401 - registers the kernel
 
+from vllm_spense.kernels.one_launch.schedule import Tiling
 from vllm_spense.kernels.region_gemm import one_launch
 from vllm_spense.kernels.region_gemm.problem import Problem
-from vllm_spense.kernels.region_gemm.schedule import Tiling
 from vllm_spense.kernels.tuning.synthetic import random_fp8
 from vllm_spense.ops.unpruned_ops import prepare_unpruned, unpruned_gemm
 from vllm_spense.plugin.vllm_internals import stock_gemm

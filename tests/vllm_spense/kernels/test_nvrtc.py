@@ -13,9 +13,9 @@ import torch
 
 from vllm_spense.kernels.elementwise import norm_quant, scale, silu_mul_quant
 from vllm_spense.kernels.jit import nvrtc, sources
-from vllm_spense.kernels.region_gemm import one_launch_kernel
+from vllm_spense.kernels.one_launch import instances
+from vllm_spense.kernels.one_launch.schedule import DENSE_K, FIELDS, ROWS, Tiling
 from vllm_spense.kernels.region_gemm.packing import TILE, TILE_BYTES
-from vllm_spense.kernels.region_gemm.schedule import DENSE_K, FIELDS, ROWS, Tiling
 
 BF16, FLOAT = torch.bfloat16, torch.float32
 HOPPER, BLACKWELL = ("sm_90a",), ("sm_100a", "sm_120a")
@@ -35,10 +35,7 @@ GEMMS = [
 #: Source, macros, architectures, most registers of a thread. A GEMM may have what its launch bounds allow; the others,
 #: a tenth more than was found.
 KERNELS: list[tuple[str, Mapping[str, int], tuple[str, ...], int]] = [
-    *(
-        ("one_launch.cu", one_launch_kernel.macros(dtype, scaled, tiling), HOPPER, 168)
-        for tiling, dtype, scaled in GEMMS
-    ),
+    *(("one_launch.cu", instances.macros(dtype, scaled, tiling), HOPPER, 168) for tiling, dtype, scaled in GEMMS),
     ("scale.cu", scale.MACROS, ("sm_89", *HOPPER, *BLACKWELL), 40),
     *(
         ("norm_quant.cu", norm_quant.macros(size, norm, scaled), ("sm_89", *HOPPER, *BLACKWELL), registers)
@@ -91,7 +88,7 @@ def test_it_compiles_in_few_registers(case: int, compiled: list[Future[nvrtc.Com
 
 def test_no_kernel_is_forgotten() -> None:
     assert {name for name, *_ in KERNELS} == {name for name in sources._sources() if name.endswith(".cu")}
-    assert all(one_launch_kernel.fits(tiling) for tiling, *_ in GEMMS)
+    assert all(instances.fits(tiling) for tiling, *_ in GEMMS)
 
 
 def require(name: str, macros: Mapping[str, int], facts: Mapping[str, int]) -> None:
@@ -112,18 +109,18 @@ def layout(structure: type[ctypes.Structure]) -> dict[str, int]:
 @pytest.mark.parametrize(("tiling", "dtype", "scaled"), GEMMS, ids=str)
 def test_python_and_the_gemm_agree(tiling: Tiling, dtype: torch.dtype, scaled: bool) -> None:
     facts = {
-        "THREADS": one_launch_kernel.THREADS,
+        "THREADS": instances.THREADS,
         "ROWS": ROWS,
         "DENSE_K": DENSE_K,
         "MMA_ROWS": TILE,
         "METADATA_TILE_BYTES": TILE_BYTES,
-        "SHARED_BYTES": one_launch_kernel.stages(tiling)[1],
+        "SHARED_BYTES": instances.stages(tiling)[1],
         "sizeof(Segment)": 4 * len(FIELDS),
     }
     named = [field for field in FIELDS if field != "unused"]
     facts |= {f"__builtin_offsetof(Segment, {field})": 4 * place for place, field in enumerate(named)}
-    macros = one_launch_kernel.macros(dtype, scaled, tiling)
-    require("one_launch.cuh", macros, facts | layout(one_launch_kernel.Arguments))
+    macros = instances.macros(dtype, scaled, tiling)
+    require("one_launch.cuh", macros, facts | layout(instances.Arguments))
 
 
 @pytest.mark.parametrize("module", [norm_quant, silu_mul_quant, scale], ids=lambda module: module.__name__)

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_spense.format import Regions
+from vllm_spense.kernels.one_launch.schedule import DENSE_K, FIELDS, ROWS, Schedule, Tiling, schedule
 from vllm_spense.kernels.region_gemm.problem import Problem
-from vllm_spense.kernels.region_gemm.schedule import DENSE_K, FIELDS, ROWS, Schedule, Tiling, schedule
 
 MULTIPROCESSORS = 132
 GATE_UP = Problem(51200, 5120, Regions(19200, 6400), "output", projections=2)

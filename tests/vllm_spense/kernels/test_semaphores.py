@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_spense.kernels.region_gemm import semaphores as module
-from vllm_spense.kernels.region_gemm.semaphores import Semaphores, temporary_captures
+from vllm_spense.kernels.one_launch import semaphores as module
+from vllm_spense.kernels.one_launch.semaphores import Semaphores, temporary_captures
 
 
 class Pool(Semaphores):

@@ -15,8 +15,7 @@ import torch
 from vllm_spense.format import Regions
 from vllm_spense.kernels.jit import driver
 from vllm_spense.kernels.jit.nvmath_support import current_stream
-from vllm_spense.kernels.region_gemm import cusparselt, library
-from vllm_spense.kernels.region_gemm.one_launch_kernel import (
+from vllm_spense.kernels.one_launch.instances import (
     MAX_TILE_TOKENS,
     MIN_TILE_TOKENS,
     THREADS,
@@ -25,10 +24,11 @@ from vllm_spense.kernels.region_gemm.one_launch_kernel import (
     machine_code,
     stages,
 )
+from vllm_spense.kernels.one_launch.schedule import DENSE_K, ROWS, Tiling, schedule, tiles
+from vllm_spense.kernels.one_launch.semaphores import semaphores
+from vllm_spense.kernels.region_gemm import cusparselt, library
 from vllm_spense.kernels.region_gemm.packing import TILE, TILE_BYTES, compress, metadata_shape, value_bytes
 from vllm_spense.kernels.region_gemm.problem import Problem, Scales
-from vllm_spense.kernels.region_gemm.schedule import DENSE_K, ROWS, Tiling, schedule, tiles
-from vllm_spense.kernels.region_gemm.semaphores import semaphores
 from vllm_spense.kernels.tuning.plan_cache import environment, load_or_find
 from vllm_spense.kernels.tuning.synthetic import random_2of4, random_fp8, random_weight, unit_scales
 from vllm_spense.kernels.tuning.timing import cold_copies, medians_us, require_no_capture

@@ -7,7 +7,7 @@ from statistics import median
 
 import torch
 
-from vllm_spense.kernels.region_gemm.semaphores import temporary_captures
+from vllm_spense.kernels.one_launch.semaphores import temporary_captures
 
 #: µs of work in a graph, so that starting it does not count.
 _MIN_WORK_US = 400

@@ -8,8 +8,8 @@ import torch
 
 from vllm_spense.kernels.jit import nvrtc
 from vllm_spense.kernels.jit.driver import TensorMap
+from vllm_spense.kernels.one_launch.schedule import DENSE_K, ROWS, Tiling
 from vllm_spense.kernels.region_gemm.packing import TILE, TILE_BYTES
-from vllm_spense.kernels.region_gemm.schedule import DENSE_K, ROWS, Tiling
 
 #: The only architecture that has its instructions.
 ARCH = "sm_90a"
