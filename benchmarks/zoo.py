@@ -1,8 +1,8 @@
 """Every architecture of the installed transformers, made tiny: does it prune, and if not, why not?
 
 `python -m benchmarks.zoo` tries all causal and image-text language models, compares with results/zoo.json, and exits
-with 1 if anything is different. `--write` keeps what it found and makes docs/models.md from it. Names of model types
-as arguments restrict it to them; `--part 2/4` takes every fourth from the second on.
+with 1 if anything is different. `--write` keeps what it found and makes docs/notes/models.md from it. Names of model
+types as arguments restrict it to them; `--part 2/4` takes every fourth from the second on.
 
 A model is tried three times: its hidden states stream through block after block as they go through the whole model;
 pruned at sparsity 0 without quantization, it gives the original's logits; pruned at 37.5% in FP8, it verifies.
@@ -42,7 +42,7 @@ from vllm_spense.errors import SpenseError
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPECTED = ROOT / "benchmarks/results/zoo.json"
-TABLE = ROOT / "docs/models.md"
+TABLE = ROOT / "docs/notes/models.md"
 
 LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 4, 64, 128, 320
 #: Settings that have these names in some configuration, whatever the architecture.
@@ -296,7 +296,7 @@ _WORDS = {
 
 
 def table(outcomes: dict[str, Outcome]) -> str:
-    """docs/models.md."""
+    """docs/notes/models.md."""
     lines = [
         "# Models",
         "",
