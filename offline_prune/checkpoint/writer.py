@@ -19,15 +19,15 @@ from safetensors.torch import load_file, save_file
 from offline_prune.checkpoint.journal import FILE as JOURNAL
 from offline_prune.checkpoint.journal import Journal, Part
 from offline_prune.methods.fp8 import SCALE_DTYPE, dequantize, to_fp8
-from offline_prune.model.prequantized import HF_QUANT_CONFIG
-from offline_prune.model.safetensors_reader import COMPANIONS, INDEX_NAME, SINGLE_NAME
+from offline_prune.model.safetensors_reader import INDEX_NAME, SINGLE_NAME
 from offline_prune.runtime.activation_store import Outbox
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import KEY, SIDECAR, Annotation
 
 MAX_SHARD_BYTES = 4 * 2**30
-#: What does not travel along: files of our own, how the source's weights were stored, an adapter to the dense model.
-_OWN = ("config.json", INDEX_NAME, SIDECAR, HF_QUANT_CONFIG, "adapter_config.json")
+#: What travels along from the source folder: tokenizer, chat template, generation config, remote code, licence.
+_COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
+_OWN = ("config.json", INDEX_NAME, SIDECAR, "hf_quant_config.json", "adapter_config.json")
 
 Say = Callable[[str], None]
 
@@ -102,7 +102,6 @@ class CheckpointWriter:
         overwrite: replace a checkpoint, or an unfinished one, that is there.
         resume: go on with an unfinished one, if there is one.
         say: told when an unfinished one is kept.
-        stored: the name that a tensor of the model gets in the files.
 
     Attributes:
         journal: of what is finished.
@@ -111,22 +110,13 @@ class CheckpointWriter:
         SpenseError: at construction, when there is something that may not be replaced or resumed.
     """
 
-    def __init__(
-        self,
-        out: Path,
-        run: Mapping[str, Any],
-        overwrite: bool,
-        resume: bool,
-        say: Say,
-        stored: Callable[[str], str] = str,
-    ) -> None:
+    def __init__(self, out: Path, run: Mapping[str, Any], overwrite: bool, resume: bool, say: Say) -> None:
         self.out = out
         refuse_filled(out, overwrite)
         self._hidden = out.parent / f".{out.name}.partial-{os.getpid()}"
         self.journal = Journal(self._hidden, run)
         self._resumed: Path | None = None
         self._say = say
-        self._stored = stored
         self._background = ThreadPoolExecutor(1, "write")
         self._outbox = Outbox()
         self._last: Future[None] | None = None
@@ -177,7 +167,7 @@ class CheckpointWriter:
         return self._hidden / file
 
     def copy_companions(self, source: Path) -> None:
-        for pattern in COMPANIONS:
+        for pattern in _COMPANIONS:
             for file in source.glob(pattern):
                 if file.name not in _OWN and file.is_file():
                     shutil.copyfile(file, self._hidden / file.name)
@@ -225,7 +215,7 @@ class CheckpointWriter:
         if arrived:
             arrived.synchronize()
         try:
-            save_file({self._stored(key): tensor for key, tensor in tensors.items()}, file, metadata={"format": "pt"})
+            save_file(tensors, file, metadata={"format": "pt"})
             with file.open("rb") as written:
                 os.fsync(written.fileno())
             file.chmod(0o644)
