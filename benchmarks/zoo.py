@@ -94,8 +94,23 @@ SIZES: dict[str, Any] = {
     "index_topk": 8,
 }
 #: What single configuration classes need beside these, or otherwise.
+_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
+#: The last two layers read keys and values that the first two leave.
+_SHARED_KV = {
+    "layer_types": 2 * ["sliding_attention", "full_attention"],
+    "num_kv_shared_layers": 2,
+}
 SPECIAL: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("Qwen2VLTextConfig", "Qwen2_5_VLTextConfig", "Qwen2_5OmniTextConfig"), _MROPE),
+    **dict.fromkeys(("Glm4vTextConfig", "Glm4vMoeTextConfig", "GlmOcrTextConfig", "Glm46VTextConfig"), _MROPE),
+    **dict.fromkeys(("PaddleOCRTextConfig", "HunYuanVLTextConfig", "Cosmos3EdgeTextConfig"), _MROPE),
+    **dict.fromkeys(("Gemma3nTextConfig", "Gemma4TextConfig"), _SHARED_KV),
+    "CohereCompassTextConfig": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "GPTNeoConfig": {"attention_types": [[["global", "local"], 2]]},
+    "Lfm2MoeConfig": {"layer_types": 2 * ["conv", "full_attention"]},
+    "Mamba2Config": {"num_heads": 8},
     "RecurrentGemmaConfig": {"intermediate_size": 2 * INTERMEDIATE},
+    "xLSTMConfig": {"ffn_proj_factor": 2.0},
 }
 
 TOKENS = (4, 24)
