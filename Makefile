@@ -20,7 +20,7 @@ test: setup ## lint, check types, run all tests
 	$(RUN) ruff check
 	$(RUN) ruff format --check
 	$(RUN) mypy
-	$(RUN) pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(RUN) pytest -n auto --dist loadfile --no-loadscope-reorder
 
 format: setup ## format the code
 	$(RUN) ruff check --fix

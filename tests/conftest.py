@@ -19,23 +19,18 @@ from scripts.smollm2 import smollm2
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     # They share the cores with each other; what they start inherits this.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(workers))))
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Function]) -> None:
-    """Orders and groups the tests for `pytest -n N --dist loadgroup`.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Of `pytest -n auto`: two, because engines take memory, but one where all would share a GPU."""
+    return 1 if shutil.which("nvidia-smi") else 2
 
-    What starts engines or prunes the real model comes first, because it takes longest. A module's tests stay together,
-    for the sake of its fixtures, and so do all that use the GPU where there is one.
-    """
+
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """What starts engines or prunes the real model comes first: it takes longest, and no worker shall end with it."""
     items.sort(key=lambda item: not (item.get_closest_marker("engine") or "smollm2_folder" in item.fixturenames))
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    busy = {"engine", "gpu"} if shutil.which("nvidia-smi") else set()
-    for item in items:
-        on_gpu = any(mark.name in busy for mark in item.iter_markers())
-        item.add_marker(pytest.mark.xdist_group("gpu" if on_gpu else item.path.stem))
 
 
 @pytest.fixture(autouse=True)

@@ -38,6 +38,8 @@ Spense = Callable[..., subprocess.CompletedProcess[str]]
 def spense_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Spense:
     """The command in this process, which has long imported what a new one needs ten seconds for."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)
+    # A temporary folder's name would break the lines of a table, a longer one elsewhere.
+    monkeypatch.setenv("COLUMNS", "300")
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         with pytest.raises(SystemExit) as end:
