@@ -167,6 +167,10 @@ def _check_architecture(checkpoint: Checkpoint, trust_remote_code: bool) -> None
             )
         if known in linears or (converted and len(header.shape) == 2):
             _check_linear(checkpoint, name)
+    head = model.get_output_embeddings()
+    if type(model).__name__ not in (checkpoint.config.get("architectures") or [type(model).__name__]):
+        # A model saved without its head: transformers gives the skeleton one all the same.
+        found |= {id(parameter) for parameter in (head.parameters() if head is not None else ())}
     for name, parameter in parameters.items():
         if id(parameter) not in found:
             raise FormatError(

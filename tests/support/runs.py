@@ -17,7 +17,7 @@ from offline_prune.settings import PruneSettings
 
 
 def run(model: Path, out: Path, text: Path, **options: Any) -> Report:
-    given = {"samples": 8, "length": 64, "calibration": str(text), "device": "cpu", **options}
+    given = {"method": "spensegpt+", "samples": 8, "length": 64, "calibration": str(text), "device": "cpu", **options}
     return prune(PruneSettings(str(model), out, **given))
 
 

@@ -29,10 +29,9 @@ from vllm.model_executor.models.utils import WeightsMapper
 import vllm_spense
 from vllm_spense.errors import FormatError, SpenseError
 from vllm_spense.format import KEY, Annotation, Projections, Regions
-from vllm_spense.ops.dispatch import SWITCH
 from vllm_spense.ops.elementwise_ops import INDUCTOR_OPTIONS
 from vllm_spense.plugin.activation import RawSums
-from vllm_spense.plugin.config import SpenseConfig, complete_engine
+from vllm_spense.plugin.config import SpenseConfig
 from vllm_spense.plugin.linear import InputSplitLinearMethod, OutputSplitLinearMethod
 from vllm_spense.plugin.norms import DeferredGemm
 from vllm_spense.plugin.pairing import Pairing, Quantized
@@ -417,28 +416,3 @@ def test_a_plain_mlp_between_its_norms_is_one_graph(config: SpenseConfig, monkey
     compiled = torch.compile(mlp, backend="eager", fullgraph=True, dynamic=True)
     for found, exact in zip(compiled(x.clone(), residual.clone()), expected, strict=True):
         torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-3)
-
-
-def engine_of(quant_config: Any, **settings: Any) -> Any:
-    """As much of an engine's configuration as `complete_engine` reads."""
-    hf_config = SimpleNamespace(quantization_config=quant_config)
-    model = {"quantization": "spense", "hf_config": hf_config, "hf_text_config": hf_config}
-    return SimpleNamespace(
-        model_config=SimpleNamespace(**model | settings, enforce_eager=True, architecture="LlamaForCausalLM"),
-        load_config=SimpleNamespace(load_format="auto"),
-        parallel_config=SimpleNamespace(tensor_parallel_size=1),
-        lora_config=None,
-        compilation_config=SimpleNamespace(cudagraph_capture_sizes=None, max_cudagraph_capture_size=None),
-    )
-
-
-def test_an_engines_settings_are_checked_with_its_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = quantization_config()
-    nested = SimpleNamespace(quantization_config=ours)
-    complete_engine(engine_of(ours))
-    monkeypatch.setenv(SWITCH, "libary")
-    for engine in (engine_of(ours), engine_of(None, hf_text_config=nested)):
-        with pytest.raises(SpenseError, match="SPENSE_PATH: found libary"):
-            complete_engine(engine)
-    # Somebody else's.
-    complete_engine(engine_of(ours, quantization="compressed-tensors"))
