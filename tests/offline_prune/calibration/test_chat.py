@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tiny_models import _byte_tokenizer
+from tiny_models import byte_tokenizer
 
 from offline_prune.calibration.chat import Chat, RefusedChat, chat_template, plain_text, read_row, templated
 from vllm_spense.errors import SpenseError
 
-TOKENIZER = _byte_tokenizer()
+TOKENIZER = byte_tokenizer()
 ANY = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + ANY
 ALTERNATING = (

@@ -101,7 +101,9 @@ def test_the_norm_runs_down(pairing: Pairing, takes_fp8: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pipeline", "draft", "alone"), [(1, None, True), (2, None, False), (1, object(), False)], ids=str
+    ("pipeline", "draft", "alone"),
+    [(1, None, True), (2, None, False), (1, object(), False)],
+    ids=["alone", "pipeline", "draft model"],
 )
 def test_who_reads_what_a_decoder_layer_returns(pipeline: int, draft: object, alone: bool) -> None:
     parallel = SimpleNamespace(pipeline_parallel_size=pipeline)
