@@ -277,7 +277,7 @@ def search_first(runs: Sequence[EngineRun]) -> None:
 
 def layer_kernels(runs: Sequence[float], layers: int) -> int | None:
     """Kernels in each layer, from how often each kernel runs in a step; what runs once in a step is in none."""
-    # Some run once less: before the first layer or behind the last, something else does their work.
+    # Some run once less: before the first layer or after the last, something else does their work.
     return sum(round(count / layers) for count in runs) if runs else None
 
 

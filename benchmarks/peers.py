@@ -31,7 +31,7 @@ from benchmarks.quality_tables import markdown
 from benchmarks.texts import DOMAINS, heldout
 from offline_prune.calibration.data import calibration_tokens
 from offline_prune.checkpoint.evaluate import load_dense
-from offline_prune.model.gated_mlp import Glu
+from offline_prune.model.gated_mlp import GatedMlp
 from offline_prune.model.loading import SourceModel
 from offline_prune.pipeline import prune
 from offline_prune.runtime.device import pick_device
@@ -173,7 +173,7 @@ def mlp_layers(folder: Path) -> list[str]:
     return [
         f"{block.name}.{block.mlp.path}.{projection}"
         for block in SourceModel(str(folder)).blocks
-        if isinstance(block.mlp, Glu)
+        if isinstance(block.mlp, GatedMlp)
         for projection in block.mlp.projections.to_dict().values()
     ]
 

@@ -82,15 +82,15 @@ def main() -> None:
     options = parser.parse_args()
 
     device = pick_device(options.device)
-    with distributed.joined(device):
+    with distributed.process_group(device):
         file = options.out or RESULTS / f"prune_time{suffix(options)}.json"
         rows: list[Row] = []
         for row in real_rows(options) if options.model else shape_rows(options, device):
             rows.append(row)
-            if distributed.first():
+            if distributed.is_first():
                 print(json.dumps(row, indent=2), flush=True)
                 write_result(file, "prune_time", rows)
-        if distributed.first():
+        if distributed.is_first():
             draw(rows, file.with_suffix(".png"))
 
 
@@ -105,7 +105,7 @@ def real_rows(options: argparse.Namespace) -> Iterator[Row]:
     """A whole model with each method, as a user would prune it."""
     with tempfile.TemporaryDirectory(dir=options.folder) as own:
         for method in options.methods:
-            out = Path(distributed.from_first(lambda own=own: own)) / "pruned"
+            out = Path(distributed.broadcast_from_first(lambda own=own: own)) / "pruned"
             report = prune(settings_for(options.model, out, method, options.samples, options), say=say)
             yield {
                 **about(report, options.model.name, method, len(report.blocks), report.blocks),
@@ -119,11 +119,11 @@ def shape_rows(options: argparse.Namespace, device: torch.device) -> Iterator[Ro
         with tempfile.TemporaryDirectory(dir=options.folder) as own:
             # All ranks read the first one's.
             blocks = options.blocks + 1 + options.profile
-            model = distributed.from_first(partial(write_model, Path(own) / shape, shape, blocks, device))
+            model = distributed.broadcast_from_first(partial(write_model, Path(own) / shape, shape, blocks, device))
             once = max(warm_up(model, shape, method, options) for method in options.methods)
             for method in options.methods:
                 profile = options.profile and method == options.methods[0]
-                distributed.from_first(partial(configure, model, shape, options.blocks + 1 + profile))
+                distributed.broadcast_from_first(partial(configure, model, shape, options.blocks + 1 + profile))
                 yield measure(model, shape, method, profile, once, options)
 
 
@@ -179,10 +179,11 @@ def random_tokens(settings: PruneSettings) -> torch.Tensor:
 
 def warm_up(model: Path, shape: str, method: str, options: argparse.Namespace) -> float:
     """Prunes two blocks on an eighth of the text; the seconds that the first of them takes longer than the second."""
-    distributed.from_first(partial(configure, model, shape, 2))
+    distributed.broadcast_from_first(partial(configure, model, shape, 2))
     # As many as ranks can divide.
     samples = min(
-        options.samples, max(options.samples // 8 // deterministic_reduce.MOST, 1) * deterministic_reduce.MOST
+        options.samples,
+        max(options.samples // 8 // deterministic_reduce.MAX_SHARDS, 1) * deterministic_reduce.MAX_SHARDS,
     )
     settings = settings_for(model, model.with_name("pruned"), method, samples, options)
     first, second = prune(settings, say=lambda _: None, tokens=random_tokens(settings)).blocks

@@ -24,7 +24,7 @@ from offline_prune.calibration.hessian import Energy
 from offline_prune.calibration.hidden_states import Stream
 from offline_prune.methods.dense_selection import order_by_priority, spensegpt_plus_priority
 from offline_prune.methods.regions import fit_regions
-from offline_prune.model.gated_mlp import Glu
+from offline_prune.model.gated_mlp import GatedMlp
 from offline_prune.model.loading import SourceModel
 from offline_prune.runtime.device import pick_device
 
@@ -78,7 +78,7 @@ def overlaps(model: SourceModel, tokens: torch.Tensor, sparsity: float) -> Itera
     stream = Stream(model, tokens, device, dtype, batch_tokens=length)
     for index, block in enumerate(model.blocks):
         module, mlp = model.load(block.name, device, dtype), block.mlp
-        assert isinstance(mlp, Glu)
+        assert isinstance(mlp, GatedMlp)
         regions, _ = fit_regions(mlp.intermediate, sparsity, None, block.name)
         energy, samples_seen = Energy(mlp.hidden, device), _Squares()
         stream.attend(index, module, mlp, energy.add, samples_seen)

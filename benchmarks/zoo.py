@@ -33,7 +33,7 @@ from transformers.models.auto import modeling_auto
 
 from offline_prune.calibration.hidden_states import Stream
 from offline_prune.checkpoint.verify import verify
-from offline_prune.model.gated_mlp import Glu
+from offline_prune.model.gated_mlp import GatedMlp
 from offline_prune.model.loading import SourceModel
 from offline_prune.pipeline import prune
 from offline_prune.report import Report
@@ -206,8 +206,8 @@ def attempt(architecture: Architecture, folder: Path) -> Outcome:
     gated, blocks = False, 0
     try:
         source = SourceModel(str(folder / "model"))
-        gated, blocks = any(isinstance(block.mlp, Glu) for block in source.blocks), len(source.blocks)
-        skip = gated and not all(isinstance(block.mlp, Glu) for block in source.blocks)
+        gated, blocks = any(isinstance(block.mlp, GatedMlp) for block in source.blocks), len(source.blocks)
+        skip = gated and not all(isinstance(block.mlp, GatedMlp) for block in source.blocks)
         tokens = torch.randint(0, VOCABULARY - 8, TOKENS, generator=torch.Generator().manual_seed(0))
         pruned = _prune_both(source, folder, tokens, skip)
     except SpenseError as error:
@@ -263,7 +263,7 @@ def _require_same_stream(source: SourceModel, folder: Path, tokens: torch.Tensor
     stream = Stream(source, tokens, device, torch.float32, 2 * tokens.shape[1])
     for index, block in enumerate(source.blocks[:-1]):
         module = source.load(block.name, device, torch.float32)
-        if isinstance(block.mlp, Glu):
+        if isinstance(block.mlp, GatedMlp):
             stream.attend(index, module, block.mlp, lambda *_: None)
         stream.advance(index, module, block.name)
         source.unload(block.name)

@@ -25,8 +25,8 @@ from offline_prune.methods.prune_mlp import (
 )
 from offline_prune.methods.recipe import Grouping, Quantize, Recipe, Selection
 from offline_prune.methods.sparsegpt import InverseFactor
-from offline_prune.model.block_state_dict import StoredBlock
-from offline_prune.model.gated_mlp import Glu
+from offline_prune.model.block_state_dict import BlockStateDict
+from offline_prune.model.gated_mlp import GatedMlp
 from offline_prune.report import LayerReport, ProjectionReport, projection_report
 from offline_prune.runtime.profiler import stage
 from vllm_spense.format import Regions
@@ -51,7 +51,7 @@ class _Solved:
 
 
 @dataclass(frozen=True)
-class BlockMlp:
+class BlockPruning:
     """One block's MLP and all that decides what becomes of it.
 
     Attributes:
@@ -66,10 +66,10 @@ class BlockMlp:
 
     index: int
     block: str
-    mlp: Glu
+    mlp: GatedMlp
     module: nn.Module
     stream: Stream
-    stored: StoredBlock
+    stored: BlockStateDict
     regions: Regions
     recipe: Recipe
     tokens_at_once: int

@@ -206,9 +206,9 @@ def prune(
         overwrite=overwrite,
         resume=resume,
     )
-    with _progress(shown=distributed.first()) as progress:
+    with _progress(shown=distributed.is_first()) as progress:
         report = run(settings, progress, lambda line: console.print(line, soft_wrap=True))
-    if distributed.first():
+    if distributed.is_first():
         _print_report(report, out)
 
 

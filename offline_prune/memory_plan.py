@@ -14,7 +14,7 @@ from offline_prune.checkpoint.output_folder import PARTIAL
 from offline_prune.checkpoint.writer import merges
 from offline_prune.methods.recipe import Layout, Quantize, Selection
 from offline_prune.model.companions import companions
-from offline_prune.model.gated_mlp import Glu
+from offline_prune.model.gated_mlp import GatedMlp
 from offline_prune.model.loading import SourceModel
 from offline_prune.runtime import deterministic_reduce, distributed
 from offline_prune.runtime.activation_store import Place
@@ -95,7 +95,7 @@ def memory_plan(model: SourceModel, settings: PruneSettings, device: torch.devic
     recipe = settings.recipe
     tokens = settings.samples * settings.length // distributed.size()
     batch = max(settings.length, batch_tokens(settings, device))
-    mlps = [block.mlp for block in model.blocks if isinstance(block.mlp, Glu)]
+    mlps = [block.mlp for block in model.blocks if isinstance(block.mlp, GatedMlp)]
     hidden = max(mlp.hidden for mlp in mlps)
     widest = max(mlp.intermediate for mlp in mlps)
     parameters = max(sum(p.numel() for p in model.module(block.name).parameters()) for block in model.blocks)
@@ -106,7 +106,7 @@ def memory_plan(model: SourceModel, settings: PruneSettings, device: torch.devic
     weights = 5 * 4 * widest * hidden
     # A tree of sums keeps one of each level, and one that is exchanged.
     sums = max(
-        len(deterministic_reduce.cut(settings.samples // distributed.size())).bit_length(),
+        len(deterministic_reduce.local_shards(settings.samples // distributed.size())).bit_length(),
         2 if distributed.size() > 1 else 1,
     )
     phases = {

@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 
 import vllm_spense
-from offline_prune.block_pruning import BlockMlp
+from offline_prune.block_pruning import BlockPruning
 from offline_prune.calibration.context_length import context_length, fit_to_context
 from offline_prune.calibration.data import calibration_tokens, check_vocabulary
 from offline_prune.calibration.hidden_states import Stream
@@ -28,13 +28,13 @@ from offline_prune.memory_plan import GIB, MemoryPlan, batch_tokens, memory_plan
 from offline_prune.methods.recipe import Quantize
 from offline_prune.methods.regions import mean_sparsity, model_regions
 from offline_prune.methods.unpruned_fp8 import InputHessians, compensated, nearest
-from offline_prune.model.block_state_dict import StoredBlock
-from offline_prune.model.gated_mlp import Glu, Unsupported
+from offline_prune.model.block_state_dict import BlockStateDict
+from offline_prune.model.gated_mlp import GatedMlp, Unsupported
 from offline_prune.model.loading import Block, SourceModel
 from offline_prune.report import FILE, PICTURE, BlockTime, LayerReport, Report
 from offline_prune.runtime import deterministic_reduce, distributed
 from offline_prune.runtime.device import compute_dtype, pick_device
-from offline_prune.runtime.profiler import Meter
+from offline_prune.runtime.profiler import Profiler
 from offline_prune.settings import PruneSettings
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import Annotation, Calibration
@@ -70,12 +70,12 @@ def prune(
         SpenseError: bad input of any kind. Parts that were finished before are kept for `resume`.
     """
     device = pick_device(settings.device)
-    with distributed.joined(device), ExitStack() as context:
+    with distributed.process_group(device), ExitStack() as context:
         _check_ranks(settings.samples)
-        if not distributed.first():
+        if not distributed.is_first():
             progress, say = (lambda *_: None), (lambda _: None)
         out = OutputFolder(settings.out, settings.overwrite, settings.resume, say)
-        distributed.from_first(lambda: _take(out, settings.model, context))
+        distributed.broadcast_from_first(lambda: _take(out, settings.model, context))
         model = SourceModel(settings.model, settings.trust_remote_code)
         if tokens is None:
             settings = _within_context(settings, model, say)
@@ -105,9 +105,9 @@ def _within_context(settings: PruneSettings, model: SourceModel, say: Say) -> Pr
 def _check_ranks(samples: int) -> None:
     """Raises SpenseError where the calibration text does not divide evenly among the ranks."""
     size = distributed.size()
-    if size & (size - 1) or size > deterministic_reduce.MOST:
+    if size & (size - 1) or size > deterministic_reduce.MAX_SHARDS:
         raise SpenseError(
-            f"--nproc-per-node: found {size}, expected a power of two of at most {deterministic_reduce.MOST}"
+            f"--nproc-per-node: found {size}, expected a power of two of at most {deterministic_reduce.MAX_SHARDS}"
         )
     if samples % size:
         raise SpenseError(f"--samples: found {samples}, expected a multiple of the number of processes, {size}")
@@ -120,7 +120,7 @@ def _intermediate_sizes(model: SourceModel, settings: PruneSettings) -> dict[str
         SpenseError: a block without a gated MLP that may not be skipped, none with one, or MLPs whose projections have
             different names.
     """
-    if not any(isinstance(block.mlp, Glu) for block in model.blocks):
+    if not any(isinstance(block.mlp, GatedMlp) for block in model.blocks):
         first = model.blocks[0]
         assert isinstance(first.mlp, Unsupported)
         raise SpenseError(
@@ -129,14 +129,14 @@ def _intermediate_sizes(model: SourceModel, settings: PruneSettings) -> dict[str
         )
     sizes = {}
     for block in model.blocks:
-        if isinstance(block.mlp, Glu):
+        if isinstance(block.mlp, GatedMlp):
             sizes[f"{block.name}.{block.mlp.path}"] = block.mlp.intermediate
         elif not settings.skip_unsupported:
             raise SpenseError(
                 f"{block.name}: found {block.mlp.found}; expected one gated MLP (gate, up, down). "
                 "--skip-unsupported leaves such blocks as they are"
             )
-    projections = {block.mlp.projections for block in model.blocks if isinstance(block.mlp, Glu)}
+    projections = {block.mlp.projections for block in model.blocks if isinstance(block.mlp, GatedMlp)}
     if len(projections) > 1:
         raise SpenseError(f"{settings.model}: its MLPs name their projections differently: {projections}")
     return sizes
@@ -160,7 +160,7 @@ class _Run:
         self.out = out
         self.progress = progress
         self.say = say
-        self.meter = Meter(device)
+        self.profiler = Profiler(device)
         #: Of the dense model, where blocks are tuned towards it or rounded by its inputs.
         self.dense: Stream | None = None
         #: Only the first rank has one.
@@ -182,14 +182,16 @@ class _Run:
 
     def run(self, tokens: torch.Tensor | None) -> Report:
         start = time.perf_counter()
-        with self.meter.running(), ExitStack() as context:
-            plan = distributed.from_first(lambda: memory_plan(self.model, self.settings, self.device, self.dtype))
+        with self.profiler.running(), ExitStack() as context:
+            plan = distributed.broadcast_from_first(
+                lambda: memory_plan(self.model, self.settings, self.device, self.dtype)
+            )
             for line in plan.lines():
                 self.say(line)
-            with self.meter.stage("calibration text"):
-                tokens = distributed.from_first(lambda: self._tokens(tokens))
-            journal = distributed.from_first(lambda: self._open(self._identity(tokens), context))
-            self._blocks(distributed.share(tokens), plan, journal)
+            with self.profiler.stage("calibration text"):
+                tokens = distributed.broadcast_from_first(lambda: self._tokens(tokens))
+            journal = distributed.broadcast_from_first(lambda: self._open(self._identity(tokens), context))
+            self._blocks(distributed.local_shard(tokens), plan, journal)
             if self.writer:
                 self._close(self.writer, plan, start)
         return self.report
@@ -206,7 +208,7 @@ class _Run:
             self.say("all of it was finished by an earlier run")
             return
         self._copy_outside_blocks(writer)
-        with self.meter.stage("write"):
+        with self.profiler.stage("write"):
             writer.copy_companions(self.model.folder)
             ignore = self._ignored() if self.settings.quantize is Quantize.FP8 else None
             writer.write_config(self.model.config_json, self._annotation(), ignore)
@@ -247,29 +249,29 @@ class _Run:
         if all(self._part(name) in finished for name in names):
             self.report.layers += [LayerReport.from_dict(finished[self._part(name)]) for name in self._pruned_blocks()]
             return
-        with self.meter.stage("forward"):
+        with self.profiler.stage("forward"):
             tokens_at_once = batch_tokens(self.settings, self.device)
             place = self.device, self.dtype, tokens_at_once, plan.place, journal.folder
             stream = Stream(self.model, tokens, *place)
             self.dense = Stream(self.model, tokens, *place) if self.settings.recipe.follows_dense else None
         for index, block in enumerate(self.model.blocks):
-            before, start = dict(self.meter.seconds), time.perf_counter()
+            before, start = dict(self.profiler.seconds), time.perf_counter()
             if self._part(block.name) in finished:
                 self._pass_through(index, block, stream, journal)
             else:
                 self._block(index, block, stream)
             self.model.unload(block.name)
-            stages = {name: seconds - before.get(name, 0.0) for name, seconds in self.meter.seconds.items()}
+            stages = {name: seconds - before.get(name, 0.0) for name, seconds in self.profiler.seconds.items()}
             self.report.blocks.append(BlockTime(block.name, time.perf_counter() - start, stages))
             self.progress(index + 1, len(names), block.name)
 
     def _close_report(self, plan: MemoryPlan, start: float) -> None:
         report = self.report
-        report.stages = dict(self.meter.seconds)
+        report.stages = dict(self.profiler.seconds)
         report.seconds = time.perf_counter() - start
         report.planned_host_gib, report.planned_device_gib = plan.host / GIB, plan.on_device / GIB
-        report.peak_host_gib, report.peak_pinned_gib = self.meter.peak_host / GIB, self.meter.peak_pinned / GIB
-        report.peak_device_gib = self.meter.peak_device / GIB
+        report.peak_host_gib, report.peak_pinned_gib = self.profiler.peak_host / GIB, self.profiler.peak_pinned / GIB
+        report.peak_device_gib = self.profiler.peak_device / GIB
 
     def _quantized_linears(self) -> Iterator[str]:
         skipped = tuple(f"{block.name}." for block in self.model.blocks if isinstance(block.mlp, Unsupported))
@@ -288,7 +290,7 @@ class _Run:
         return {self.model.tensors.stored(name): tensor for name, tensor in tensors.items()}
 
     def _pruned_blocks(self) -> list[str]:
-        return [block.name for block in self.model.blocks if isinstance(block.mlp, Glu)]
+        return [block.name for block in self.model.blocks if isinstance(block.mlp, GatedMlp)]
 
     def _ignored(self) -> list[str]:
         return ignored(self.model, self.quantized)
@@ -296,8 +298,8 @@ class _Run:
     def _annotation(self) -> Annotation:
         sizes = list(self.regions.values())
         default = max(set(sizes), key=sizes.count)
-        block = next(block for block in self.model.blocks if isinstance(block.mlp, Glu))
-        assert isinstance(block.mlp, Glu)
+        block = next(block for block in self.model.blocks if isinstance(block.mlp, GatedMlp))
+        assert isinstance(block.mlp, GatedMlp)
         settings = self.settings
         return Annotation(
             method=settings.method,
@@ -317,8 +319,8 @@ class _Run:
         if _OUTSIDE in writer.journal.finished:
             return
         inside = tuple(f"{block.name}." for block in self.model.blocks)
-        stored = StoredBlock(self.model.tensors)
-        with self.meter.stage("write"):
+        stored = BlockStateDict(self.model.tensors)
+        with self.profiler.stage("write"):
             for name in self.model.tensors:
                 layer = name.rpartition(".")[0]
                 if name.startswith(inside):
@@ -333,21 +335,21 @@ class _Run:
     def _pass_through(self, index: int, block: Block, stream: Stream, journal: Journal) -> None:
         """Takes the hidden states through a block that an earlier run finished, exactly as that run did."""
         if self.dense:
-            with self.meter.stage("load"):
+            with self.profiler.stage("load"):
                 module = self.model.load(block.name, self.device, self.dtype)
-            with self.meter.stage("forward"):
+            with self.profiler.stage("forward"):
                 self.dense.advance(index, module, block.name)
-        with self.meter.stage("load"):
+        with self.profiler.stage("load"):
             stored = self.model.tensors.named(journal.tensors(self._part(block.name)))
             module = self.model.load(block.name, self.device, self.dtype, restored(stored, self.device))
-        with self.meter.stage("forward"):
-            if isinstance(block.mlp, Glu):
+        with self.profiler.stage("forward"):
+            if isinstance(block.mlp, GatedMlp):
                 self.report.layers.append(LayerReport.from_dict(journal.finished[self._part(block.name)]))
                 stream.attend(index, module, block.mlp)
             stream.advance(index, module, block.name)
 
     def _block(self, index: int, block: Block, stream: Stream) -> None:
-        with self.meter.stage("load"):
+        with self.profiler.stage("load"):
             module = self.model.load(block.name, self.device, self.dtype)
         more = index + 1 < len(self.model.blocks)
         if more and self.device.type == "cuda":
@@ -355,15 +357,15 @@ class _Run:
         unpruned, hessians = self._unpruned(block), InputHessians(self.device)
         if self.dense:
             observers = hessians.observers(unpruned) if self.settings.recipe.rounds_everywhere else {}
-            with self.meter.stage("forward"):
+            with self.profiler.stage("forward"):
                 self.dense.advance(index, module, block.name, observers)
-        stored = StoredBlock(self.model.tensors)
-        with self.meter.stage("quantize"), torch.inference_mode():
+        stored = BlockStateDict(self.model.tensors)
+        with self.profiler.stage("quantize"), torch.inference_mode():
             self._quantize_unpruned(block.name, unpruned, hessians, module, stored)
         layer = None
-        if isinstance(block.mlp, Glu):
+        if isinstance(block.mlp, GatedMlp):
             regions = self.regions[f"{block.name}.{block.mlp.path}"]
-            work = BlockMlp(
+            work = BlockPruning(
                 index,
                 block.name,
                 block.mlp,
@@ -378,20 +380,22 @@ class _Run:
             layer = work.process(self.dense)
             self.report.layers.append(layer)
         if more:
-            with self.meter.stage("forward"):
+            with self.profiler.stage("forward"):
                 stream.advance(index, module, block.name)
         if self.writer:
-            with self.meter.stage("write"):
+            with self.profiler.stage("write"):
                 tensors = self._as_stored(stored.complete(f"{block.name}."))
                 self.writer.add(self._part(block.name), tensors, asdict(layer) if layer else None)
 
     def _unpruned(self, block: Block) -> list[str]:
         """The linear layers of a block that are only rounded, by their names inside it."""
         inside = [name.removeprefix(f"{block.name}.") for name in self.quantized if name.startswith(f"{block.name}.")]
-        return [name for name in inside if not (isinstance(block.mlp, Glu) and name.startswith(f"{block.mlp.path}."))]
+        return [
+            name for name in inside if not (isinstance(block.mlp, GatedMlp) and name.startswith(f"{block.mlp.path}."))
+        ]
 
     def _quantize_unpruned(
-        self, block_name: str, layers: list[str], hessians: InputHessians, module: nn.Module, stored: StoredBlock
+        self, block_name: str, layers: list[str], hessians: InputHessians, module: nn.Module, stored: BlockStateDict
     ) -> None:
         """Rounds the block's other linear layers first, so that the MLP's Hessians see what inference will see."""
         linears = {name: cast(nn.Linear, module.get_submodule(name)) for name in layers}

@@ -63,7 +63,7 @@ class PruneSettings:
             compensated too; `everywhere`: in a column loop for the other linear layers too, of tuned weights after
             tuning, and with scales by least squared error. None for the method's own.
         damping: λ / mean(diag H).
-        descent_passes: of coordinate descent behind the solver, which chooses masks anew; None for the method's own.
+        descent_passes: of coordinate descent after the solver, which chooses masks anew; None for the method's own.
         true_sequential: collect down's Hessian through the pruned gate and up.
         tune_steps: steps of Adam on each block's kept weights after it is pruned, in all one pass over the calibration
             text; 0 for none, None for the method's own.

@@ -47,6 +47,6 @@ def fit_to_context(samples: int, length: int, context: int | None) -> tuple[int,
     """
     if context is None or length <= context:
         return samples, length
-    step = math.gcd(samples, deterministic_reduce.MOST)
+    step = math.gcd(samples, deterministic_reduce.MAX_SHARDS)
     more = -(-samples * length // (context * step)) * step
     return more, samples * length // more

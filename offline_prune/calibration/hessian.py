@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from offline_prune.runtime.deterministic_reduce import PartSums
+from offline_prune.runtime.deterministic_reduce import ShardSums
 from offline_prune.runtime.profiler import stage
 
 
@@ -19,14 +19,14 @@ class Hessian:
     _NARROWEST = 512
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self._sums = PartSums((size, size), device)
+        self._sums = ShardSums((size, size), device)
         width = max(self._NARROWEST, -(-size // self._PANELS))
         self._panels = [(start, min(start + width, size)) for start in range(0, size, width)]
 
-    def add(self, inputs: torch.Tensor, part: int = 0) -> None:
-        """Adds (tokens, K), any float type, of a part of the text. Products of BF16 values are exact in FP32."""
+    def add(self, inputs: torch.Tensor, shard: int = 0) -> None:
+        """Adds (tokens, K), any float type, of a shard of the text. Products of BF16 values are exact in FP32."""
         with stage("Hessian"):
-            whole = self._sums.of(part)
+            whole = self._sums.of(shard)
             native = inputs.is_cuda and inputs.dtype in (torch.bfloat16, torch.float16)
             x = inputs if native else inputs.float()
             for start, stop in self._panels:
@@ -51,12 +51,12 @@ class Energy:
     """diag(H) = Σ x_j² of one linear layer's inputs, float32 (K,)."""
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self._sums = PartSums((size,), device)
+        self._sums = ShardSums((size,), device)
 
-    def add(self, inputs: torch.Tensor, part: int = 0) -> None:
-        """Adds (tokens, K), any float type, of a part of the text."""
+    def add(self, inputs: torch.Tensor, shard: int = 0) -> None:
+        """Adds (tokens, K), any float type, of a shard of the text."""
         with stage("Hessian"):
-            self._sums.of(part).add_(torch.linalg.vector_norm(inputs, dim=0, dtype=torch.float32).square_())
+            self._sums.of(shard).add_(torch.linalg.vector_norm(inputs, dim=0, dtype=torch.float32).square_())
 
     def diagonal(self) -> torch.Tensor:
         """float32 (K,). Nothing can be added after this, and it cannot be asked for twice."""

@@ -1,4 +1,4 @@
-"""The hidden states of the calibration text, between two blocks and behind a block's attention."""
+"""The hidden states of the calibration text, between two blocks and after a block's attention."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from torch import nn
 from offline_prune.calibration import recording
 from offline_prune.model.block_forward import Observer, Split, find_split, watch
 from offline_prune.model.fused_ops import Elementwise, find_elementwise
-from offline_prune.model.gated_mlp import Glu
+from offline_prune.model.gated_mlp import GatedMlp
 from offline_prune.model.loading import SourceModel
 from offline_prune.runtime import deterministic_reduce, distributed
 from offline_prune.runtime.activation_store import Place, allocate
 from offline_prune.runtime.profiler import stage
 from vllm_spense.errors import SpenseError
 
-#: Is shown inputs (tokens, K) and which of this rank's parts of the text they are of.
-PartObserver = Callable[[torch.Tensor, int], None]
+#: Is shown inputs (tokens, K) and which of this rank's shards of the text they are of.
+ShardObserver = Callable[[torch.Tensor, int], None]
 
 
 class Stream:
     """The hidden states of this rank's calibration sequences, and how to call the blocks.
 
     One buffer holds them and is overwritten as they move on: while a block is worked on, its input becomes the
-    residual stream behind the block's attention, and that becomes its output.
+    residual stream after the block's attention, and that becomes its output.
 
     Args:
         model: its embeddings are loaded for the duration of the call.
@@ -54,8 +54,8 @@ class Stream:
         self.device = device
         samples, length = tokens.shape
         at_once = max(1, batch_tokens // length)
-        self._parts = [_batches(part, at_once) for part in deterministic_reduce.cut(samples)]
-        self._batches = [batch for part in self._parts for batch in part]
+        self._shards = [_batches(shard, at_once) for shard in deterministic_reduce.local_shards(samples)]
+        self._batches = [batch for shard in self._shards for batch in shard]
         self._mlps = [block.mlp for block in model.blocks]
         self._splits: dict[Hashable, Split | None] = {}
         self._elementwise: dict[int, Elementwise] = {}
@@ -79,9 +79,9 @@ class Stream:
         self,
         index: int,
         block: nn.Module,
-        mlp: Glu,
-        on_input: PartObserver | None = None,
-        on_mid: PartObserver | None = None,
+        mlp: GatedMlp,
+        on_input: ShardObserver | None = None,
+        on_mid: ShardObserver | None = None,
         mid_tokens: int | None = None,
     ) -> None:
         """Takes the hidden states through a block's attention, once.
@@ -98,12 +98,12 @@ class Stream:
                 self._splits[kind] = find_split(block, mlp, self._get(first), self.arguments(index, first))
             self._split = self._splits[kind]
             entrance, exit_ = f"{mlp.path}.{mlp.projections.gate}", f"{mlp.path}.{mlp.projections.down}"
-            for part, batches in enumerate(self._parts):
+            for shard, batches in enumerate(self._shards):
                 shown = self._spread(batches, mid_tokens) if on_mid else []
                 for batch in batches:
-                    observers: dict[str, Observer] = {entrance: _flat(on_input, part)} if on_input else {}
+                    observers: dict[str, Observer] = {entrance: _flat(on_input, shard)} if on_input else {}
                     if on_mid and batch in shown:
-                        observers[exit_] = _flat(on_mid, part)
+                        observers[exit_] = _flat(on_mid, shard)
                     arrived: list[torch.Tensor] = []
                     if self._split:
                         observers[self._split.point] = arrived.append
@@ -112,19 +112,19 @@ class Stream:
                     if self._split:
                         self._put(batch, arrived[0])
 
-    def observe(self, index: int, block: nn.Module, mlp: Glu, on_mid: PartObserver) -> None:
+    def observe(self, index: int, block: nn.Module, mlp: GatedMlp, on_mid: ShardObserver) -> None:
         """Shows an observer the intermediate activations, (tokens, I), of a block that `attend` has been called for."""
         exit_ = f"{mlp.path}.{mlp.projections.down}"
         with self._with_kernels(index, block), self.entered(block):
-            for part, batches in enumerate(self._parts):
+            for shard, batches in enumerate(self._shards):
                 for batch in batches:
                     kwargs = self.arguments(index, batch)
-                    watch(block, self._get(batch), kwargs, {exit_: _flat(on_mid, part)}, exit_)
+                    watch(block, self._get(batch), kwargs, {exit_: _flat(on_mid, shard)}, exit_)
 
     def advance(
-        self, index: int, block: nn.Module, name: str, observers: Mapping[str, PartObserver] = MappingProxyType({})
+        self, index: int, block: nn.Module, name: str, observers: Mapping[str, ShardObserver] = MappingProxyType({})
     ) -> None:
-        """Replaces the hidden states by the block's outputs, from behind its attention if `attend` went there.
+        """Replaces the hidden states by the block's outputs, from after its attention if `attend` went there.
 
         Args:
             name: the block's, for errors.
@@ -135,8 +135,8 @@ class Stream:
         """
         broken = torch.zeros((), dtype=torch.int32, device=self.device)
         with self._with_kernels(index, block), self.entered(block):
-            for part, batches in enumerate(self._parts):
-                flat = {submodule: _flat(observer, part) for submodule, observer in observers.items()}
+            for shard, batches in enumerate(self._shards):
+                flat = {submodule: _flat(observer, shard) for submodule, observer in observers.items()}
                 for batch in batches:
                     output = watch(block, self._get(batch), self.arguments(index, batch), flat, None)
                     assert output is not None
@@ -144,12 +144,12 @@ class Stream:
                     broken += ~torch.isfinite(output.sum(dtype=torch.float32))
                     self._put(batch, output)
         self._split = None
-        distributed.add_up(broken)
+        distributed.all_reduce(broken)
         if broken.item():
             raise SpenseError(f"{name}: its output on the calibration text is not finite")
 
     def _with_kernels(self, index: int, block: nn.Module) -> AbstractContextManager[None]:
-        """On a GPU the block runs inside with one kernel for each elementwise part that is found to be the same."""
+        """On a GPU the block runs inside with one kernel for each elementwise piece that is found to be the same."""
         if self.device.type != "cuda":
             return nullcontext()
         if index not in self._elementwise:
@@ -158,7 +158,7 @@ class Stream:
 
     @contextmanager
     def entered(self, block: nn.Module) -> Iterator[None]:
-        """Inside, the block is entered where the hidden states are: behind its attention if `attend` was there."""
+        """Inside, the block is entered where the hidden states are: after its attention if `attend` was there."""
         if self._split is None:
             yield
         else:
@@ -166,10 +166,10 @@ class Stream:
                 yield
 
     def units(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states (samples, length, H) in parts that the block as it is entered now can take each on its own.
+        """Hidden states (samples, length, H) in units that the block as it is entered now can take each on its own.
 
         Returns:
-            A view: (tokens, 1, H) behind the attention, else the sequences as they are.
+            A view: (tokens, 1, H) after the attention, else the sequences as they are.
         """
         return hidden if self._split is None else hidden.flatten(0, 1).unsqueeze(1)
 
@@ -188,7 +188,7 @@ class Stream:
         self.hidden[batch].copy_(self.packed(hidden), non_blocking=True)
 
     def _spread(self, batches: list[slice], tokens: int | None) -> list[slice]:
-        """Of a part's batches so many, evenly spread, that all parts together show about so many tokens."""
+        """Of a shard's batches so many, evenly spread, that all shards together show about so many tokens."""
         if tokens is None:
             return batches
         samples, length = self.hidden.shape[:2]
@@ -196,12 +196,12 @@ class Stream:
         return [batches[i * len(batches) // wanted] for i in range(wanted)]
 
 
-def _batches(part: range, at_once: int) -> list[slice]:
-    return [slice(start, min(start + at_once, part.stop)) for start in part[::at_once]]
+def _batches(shard: range, at_once: int) -> list[slice]:
+    return [slice(start, min(start + at_once, shard.stop)) for start in shard[::at_once]]
 
 
-def _flat(observer: PartObserver, part: int) -> Observer:
-    return lambda inputs: observer(inputs.flatten(0, -2), part)
+def _flat(observer: ShardObserver, shard: int) -> Observer:
+    return lambda inputs: observer(inputs.flatten(0, -2), shard)
 
 
 def _kind(block: nn.Module) -> Hashable:

@@ -243,7 +243,7 @@ class _Passages:
                 try:
                     decoder.decode(chunk, final=not chunk)
                 except UnicodeDecodeError as error:
-                    # What it was given is the chunk behind the bytes of an unfinished character, which end no line.
+                    # What it was given is the chunk after the bytes of an unfinished character, which end no line.
                     lines += error.object[: error.start].count(b"\n")
                     raise _not_utf8(f"{self._path}, line {lines}", error) from None
                 if not chunk:

@@ -16,7 +16,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from offline_prune.model.loading import load_tokenizer
 from offline_prune.model.model_tensors import ModelTensors
-from offline_prune.model.safetensors_reader import TensorFiles
+from offline_prune.model.safetensors_reader import SafetensorsReader
 from offline_prune.model.skeleton import empty_model
 from offline_prune.runtime.matmul_precision import exact_matmul, fast_matmul
 from vllm_spense.checkpoint_files import read_object
@@ -38,7 +38,7 @@ def load_dense(
     """
     folder = Path(folder)
     model = empty_model(folder, trust_remote_code)
-    tensors = ModelTensors(TensorFiles(folder), model, read_object(folder / "config.json"), torch.float32)
+    tensors = ModelTensors(SafetensorsReader(folder), model, read_object(folder / "config.json"), torch.float32)
     for parameter in model.parameters():
         # What is loaded takes the type of what it replaces.
         parameter.data = parameter.data.float()

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 
-from offline_prune.model.safetensors_reader import TensorFiles
+from offline_prune.model.safetensors_reader import SafetensorsReader
 from offline_prune.model.skeleton import empty_model
 from vllm_spense.checkpoint_files import read_object
 from vllm_spense.conformance import (
@@ -44,7 +44,7 @@ class Checkpoint:
     annotation_file: Path
     config: dict[str, Any]
     ignored: Ignored | None
-    tensors: TensorFiles
+    tensors: SafetensorsReader
 
     @property
     def fp8(self) -> bool:
@@ -66,7 +66,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise FormatError(
             "not a Spense checkpoint", file=config_file, key=f"quantization_config.{KEY}", found="nothing", expected=KEY
         )
-    tensors = TensorFiles(folder)
+    tensors = SafetensorsReader(folder)
     quantization = found.quantization
     check_tensors(found.annotation, tensors.headers, folder, quantized=quantization is not None)
     ignored = None if quantization is None else Ignored.read(quantization, found.file)
@@ -209,7 +209,7 @@ def _check_linear(checkpoint: Checkpoint, name: str) -> None:
         )
 
 
-def _check_values(files: TensorFiles, name: str) -> None:
+def _check_values(files: SafetensorsReader, name: str) -> None:
     tensor, where = files.read(name), files.file_of(name)
     if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
         raise FormatError("NaN or infinity", file=where, layer=name, found="not finite", expected="finite values")

@@ -66,7 +66,7 @@ def tune(
 ) -> tuple[dict[str, torch.Tensor], TuningReport]:
     """Adam on the non-zero weights of some linear layers, zeros fixed.
 
-    It minimizes the mean over the tokens of ‖f(x̃) − t‖² / ‖t‖², t = ½·(y + f₀(x̃)), with f the pruned block behind its
+    It minimizes the mean over the tokens of ‖f(x̃) − t‖² / ‖t‖², t = ½·(y + f₀(x̃)), with f the pruned block after its
     attention, f₀ the same with the dense MLP, x̃ the residual stream there *of the pruned model* and y the block's
     output *in the dense model*. So it undoes, as far as this MLP can, what pruning and rounding did here and half of
     what they did before. The division weighs tokens as the norm at the next layer's entrance will. Where a layer has
@@ -78,7 +78,7 @@ def tune(
         original: the dense MLP's parameters, by name inside the block.
         index: of the block.
         stream: the pruned model's hidden states; `attend` has been called for this block.
-        dense: the dense model's hidden states behind this block.
+        dense: the dense model's hidden states after this block.
         recipe: `tune_steps` make one pass over the calibration text, in an order drawn from `seed`; `tune_rate` is
             Adam's largest learning rate relative to the root mean square of each layer's kept weights.
         tokens_at_once: about how many go through the block together.
@@ -109,17 +109,17 @@ def tune(
 
     def losses(units: torch.Tensor) -> Iterator[torch.Tensor]:
         """Their sum is the loss; each is as much of it as goes through the block at once."""
-        for part in units.split(at_once):
+        for chunk in units.split(at_once):
             served = {
                 f"{name}.weight": _AsServed.apply(w, kept[name], layers[name], linears[name].weight.dtype)
                 for name, w in weights.items()
             }
-            x, y = (source.index_select(0, part).to(stream.device) for source in (inputs, targets))
-            kwargs = stream.unit_arguments(index, part)
+            x, y = (source.index_select(0, chunk).to(stream.device) for source in (inputs, targets))
+            kwargs = stream.unit_arguments(index, chunk)
             with torch.no_grad():
                 target = torch.lerp(output(original, x, kwargs), y.float(), _INHERITED)
             error, power = (output(served, x, kwargs) - target).square().sum(-1), target.square().sum(-1)
-            yield (error / power).mean() * (len(part) / len(units))
+            yield (error / power).mean() * (len(chunk) / len(units))
 
     averages: dict[str, torch.Tensor] = {}
 
@@ -139,7 +139,7 @@ def tune(
     def judge() -> float:
         units = order[: max(1, min(int(_JUDGED_SHARE * len(order)), _JUDGED_TOKENS // (length * distributed.size())))]
         total = torch.stack([loss.detach() for loss in losses(units)]).sum() / distributed.size()
-        distributed.add_up(total)
+        distributed.all_reduce(total)
         return total.item()
 
     with stream.entered(block), fast_matmul():
@@ -150,7 +150,7 @@ def tune(
                 (loss / distributed.size()).backward()
             for weight in weights.values():
                 assert weight.grad is not None
-                distributed.add_up(weight.grad)
+                distributed.all_reduce(weight.grad)
             optimizer.step()
             schedule.step()
             average(step)

@@ -40,7 +40,7 @@ class Groups(NamedTuple):
     quadratic: torch.Tensor
     follow: torch.Tensor
 
-    def part(self, groups: slice) -> Groups:
+    def subset(self, groups: slice) -> Groups:
         return Groups(*(table[groups] for table in self))
 
 
@@ -58,7 +58,7 @@ def descend(
     sparse_columns: torch.Tensor,
     passes: int,
     block_size: int = 128,
-    row_parts: int = 1,
+    row_chunks: int = 1,
 ) -> torch.Tensor:
     """Passes over all groups of four, and over the dense columns of rows that have any, left to right.
 
@@ -74,7 +74,7 @@ def descend(
         sparse_columns: bool (K,); True comes in runs of whole groups of four.
         passes: how many.
         block_size: sparse columns at a time.
-        row_parts: see `sparsegpt.sparsegpt`.
+        row_chunks: see `sparsegpt.sparsegpt`.
 
     Returns:
         float32 (N, K).
@@ -84,7 +84,7 @@ def descend(
     everywhere = bool(sparse_rows.all())
     work = pruned.clone() if everywhere else pruned[sparse_rows]
     delta = work - (weight if everywhere else weight[sparse_rows])
-    heights = [int(part.sum()) for part in sparse_rows.tensor_split(row_parts)]
+    heights = [int(chunk.sum()) for chunk in sparse_rows.tensor_split(row_chunks)]
     added = damping * hessian.diagonal().double().mean().item()
     blocks = list(_blocks(sparse_columns, block_size))
     groups = group_tables(hessian, added, sparse_columns)
@@ -95,11 +95,11 @@ def descend(
         for here, sparse in blocks:
             corner = hessian[here, here].clone()
             corner.diagonal().add_(added)
-            slope = torch.cat([part @ hessian[:, here] for part in delta.split(heights)])
+            slope = torch.cat([chunk @ hessian[:, here] for chunk in delta.split(heights)])
             slope.add_(delta[:, here], alpha=added)
             if sparse:
                 count = slope.shape[1] // GROUP
-                change = solve(work[:, here], slope, corner, *groups.part(slice(done, done + count)))
+                change = solve(work[:, here], slope, corner, *groups.subset(slice(done, done + count)))
                 done += count
             else:
                 change = -torch.cholesky_solve(slope.T, torch.linalg.cholesky(corner)).T

@@ -94,7 +94,7 @@ def _priority(*scores: torch.Tensor) -> torch.Tensor:
 
 
 def order_by_priority(priority: torch.Tensor, regions: Regions) -> torch.Tensor:
-    """The `regions.dense` indices of largest priority go to the back; both parts keep their original order.
+    """The `regions.dense` indices of largest priority go to the back; both regions keep their original order.
 
     Args:
         priority: (I,).

@@ -52,13 +52,13 @@ def least_squares_scales(weight: torch.Tensor, headroom: float = 1.0) -> torch.T
         As `channel_scales`.
     """
     found = []
-    for part in weight.split(max(1, _AT_ONCE[weight.device.type] // weight.shape[1])):
-        part = part.float()
-        largest = part.abs().amax(dim=1, keepdim=True)
+    for chunk in weight.split(max(1, _AT_ONCE[weight.device.type] // weight.shape[1])):
+        chunk = chunk.float()
+        largest = chunk.abs().amax(dim=1, keepdim=True)
         best = least = torch.full_like(largest, torch.inf)
         for step in range(_STEPS):
             scales = _scales_for(largest, headroom * 2 ** (step / _STEPS))
-            error = (round_to_fp8(part, scales) - part).square_().sum(1, keepdim=True)
+            error = (round_to_fp8(chunk, scales) - chunk).square_().sum(1, keepdim=True)
             best = torch.where(error < least, scales, best)
             least = torch.minimum(least, error)
         found.append(best)

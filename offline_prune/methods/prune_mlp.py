@@ -206,29 +206,31 @@ def _prune(
         factor = inverse_factor(hessian, recipe.damping, layer)
 
     def unrounded(rows: slice) -> torch.Tensor:
-        part, sparse = weight[rows], sparse_rows[rows]
+        chunk, sparse = weight[rows], sparse_rows[rows]
         if compensates and factor:
-            result = sparsegpt(part, factor, sparse_rows=sparse, sparse_columns=sparse_columns, row_parts=_row_parts())
+            result = sparsegpt(
+                chunk, factor, sparse_rows=sparse, sparse_columns=sparse_columns, row_chunks=_row_chunks()
+            )
         else:
-            scores = wanda_scores(part, hessian.diagonal()) if recipe.solver is Solver.WANDA else part.abs()
-            result = prune_by_score(part, scores, sparse_rows=sparse, sparse_columns=sparse_columns)
+            scores = wanda_scores(chunk, hessian.diagonal()) if recipe.solver is Solver.WANDA else chunk.abs()
+            result = prune_by_score(chunk, scores, sparse_rows=sparse, sparse_columns=sparse_columns)
         if not factor:
             return result
         return descend(
-            part,
+            chunk,
             result,
             hessian,
             factor.damping,
             sparse_rows=sparse,
             sparse_columns=sparse_columns,
             passes=passes,
-            row_parts=_row_parts(),
+            row_chunks=_row_chunks(),
         )
 
     result, scales = weight, None
     if recipe.prunes_unrounded:
         if all_rows_pruned is None:
-            result = distributed.divided(len(weight), unrounded)
+            result = distributed.row_parallel(len(weight), unrounded)
         else:
             result = torch.where(sparse_rows[:, None], all_rows_pruned.weight, weight)
     if recipe.rounds_inside:
@@ -257,15 +259,15 @@ def _rounded(
             sparse_rows=sparse_rows[rows],
             sparse_columns=sparse_columns,
             scales=scales[rows],
-            row_parts=_row_parts(),
+            row_chunks=_row_chunks(),
         )
 
-    return distributed.divided(len(weight), rounded), scales
+    return distributed.row_parallel(len(weight), rounded), scales
 
 
-def _row_parts() -> int:
+def _row_chunks() -> int:
     """Of this rank's rows, so that all ranks' make the same products however many ranks there are."""
-    return deterministic_reduce.MOST // distributed.size()
+    return deterministic_reduce.MAX_SHARDS // distributed.size()
 
 
 def _scale_rule(recipe: Recipe) -> Callable[..., torch.Tensor]:

@@ -131,7 +131,7 @@ def sparsegpt(
     sparse_columns: torch.Tensor,
     scales: torch.Tensor | None = None,
     block_size: int = 128,
-    row_parts: int = 1,
+    row_chunks: int = 1,
 ) -> torch.Tensor:
     """Prunes to 2:4 with Optimal Brain Surgeon compensation, and rounds to FP8 in the same loop if asked to.
 
@@ -148,7 +148,7 @@ def sparsegpt(
         sparse_columns: bool (K,); True comes in runs of whole groups of four. Other columns are never pruned.
         scales: (N, 1) float32; rounds every weight to FP8 with these, or None.
         block_size: columns between two updates of everything to the right.
-        row_parts: in how many products such an update is made; how a library multiplies may depend on the number of
+        row_chunks: in how many products such an update is made; how a library multiplies may depend on the number of
             rows, and so in the last bit the result.
 
     Returns:
@@ -162,7 +162,7 @@ def sparsegpt(
     everywhere = bool(rows.all())
     work = result if everywhere else result[rows]
     prunable = sparse_rows[rows]
-    heights = [int(part.sum()) for part in rows.tensor_split(row_parts)]
+    heights = [int(chunk.sum()) for chunk in rows.tensor_split(row_chunks)]
     channel = None if scales is None else scales.float().squeeze(1)
 
     for block in _blocks(sparse_columns, block_size, dense_too=scales is not None):

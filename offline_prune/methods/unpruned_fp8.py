@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from offline_prune.calibration.hessian import Hessian
-from offline_prune.calibration.hidden_states import PartObserver
+from offline_prune.calibration.hidden_states import ShardObserver
 from offline_prune.methods.fp8 import channel_scales, least_squares_scales, round_to_fp8
 from offline_prune.methods.sparsegpt import inverse_factor, sparsegpt
 from offline_prune.runtime import deterministic_reduce, distributed
@@ -22,7 +22,7 @@ class InputHessians:
         self._hessians: dict[tuple[str, ...], Hessian] = {}
         self._last: tuple[tuple[str, ...], torch.Tensor] = (), torch.empty(0)
 
-    def observers(self, layers: Sequence[str]) -> Mapping[str, PartObserver]:
+    def observers(self, layers: Sequence[str]) -> Mapping[str, ShardObserver]:
         """For `Stream.advance`: what adds a layer's inputs, by the layer's name inside the block."""
         return {name: partial(self._add, name) for name in layers}
 
@@ -32,7 +32,7 @@ class InputHessians:
         for names in list(self._hessians):
             yield names, self._hessians.pop(names).matrix()
 
-    def _add(self, name: str, inputs: torch.Tensor, part: int) -> None:
+    def _add(self, name: str, inputs: torch.Tensor, shard: int) -> None:
         group, seen = self._last
         # While the last inputs are held here, no others can be at their address.
         if seen.data_ptr() == inputs.data_ptr() and seen.shape == inputs.shape:
@@ -41,7 +41,7 @@ class InputHessians:
                 group = (*group, name)
         else:
             group = next((names for names in self._hessians if name in names), (name,))
-            self._hessians.setdefault(group, Hessian(inputs.shape[-1], self._device)).add(inputs, part)
+            self._hessians.setdefault(group, Hessian(inputs.shape[-1], self._device)).add(inputs, shard)
         self._last = group, inputs
 
 
@@ -55,7 +55,7 @@ def compensated(
     weight: torch.Tensor, hessian: torch.Tensor, damping: float, layer: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `nearest`, in a column loop without sparse columns, which is GPTQ (Frantar et al. 2023): each column's
-    rounding error is spread over the columns behind it such that the outputs change least.
+    rounding error is spread over the columns after it such that the outputs change least.
 
     Args:
         weight: float (N, K).
@@ -73,7 +73,7 @@ def compensated(
             sparse_rows=torch.zeros(len(weight[rows]), dtype=torch.bool, device=weight.device),
             sparse_columns=torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device),
             scales=scales[rows],
-            row_parts=deterministic_reduce.MOST // distributed.size(),
+            row_chunks=deterministic_reduce.MAX_SHARDS // distributed.size(),
         )
 
-    return distributed.divided(len(weight), rounded), scales
+    return distributed.row_parallel(len(weight), rounded), scales

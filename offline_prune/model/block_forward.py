@@ -1,4 +1,4 @@
-"""Calling one decoder block of any architecture, in whole or only the part behind its attention."""
+"""Calling one decoder block of any architecture, in whole or only the part after its attention."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from offline_prune.model.gated_mlp import Glu
+from offline_prune.model.gated_mlp import GatedMlp
 from offline_prune.runtime.matmul_precision import fast_matmul
 
 Observer = Callable[[torch.Tensor], None]
@@ -67,7 +67,7 @@ def watch(
     """Runs the block and shows observers the inputs of the submodules they name.
 
     Args:
-        last: submodule that need not run any more, nor what is behind it; None for the whole block.
+        last: submodule that need not run any more, nor what is after it; None for the whole block.
 
     Returns:
         The block's output if it ran to its end.
@@ -125,7 +125,7 @@ class Split:
     """Where a block's attention ends: the residual stream there, and only it, decides the block's output.
 
     Attributes:
-        point: the child that gets the residual stream behind the attention as its input.
+        point: the child that gets the residual stream after the attention as its input.
         before: children that run ahead of the attention and only feed it.
         attention: the attention children, and what each returns.
     """
@@ -136,7 +136,7 @@ class Split:
 
     @contextmanager
     def skipping(self, block: nn.Module) -> Iterator[None]:
-        """Inside, the block takes the residual stream behind its attention as its input.
+        """Inside, the block takes the residual stream after its attention as its input.
 
         Attention that returns zeros adds nothing to it, to the bit.
         """
@@ -148,8 +148,8 @@ class Split:
             yield
 
 
-def find_split(block: nn.Module, mlp: Glu, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Split | None:
-    """Tries out where the block can be entered behind its attention.
+def find_split(block: nn.Module, mlp: GatedMlp, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Split | None:
+    """Tries out where the block can be entered after its attention.
 
     Whatever child has linear layers and runs before the one that holds the MLP counts as attention. Every child that
     runs after it is a candidate; the right one is found by running the rest of the block on its input.

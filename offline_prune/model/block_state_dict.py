@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from offline_prune.checkpoint.writer import stored_form
-from offline_prune.model.gated_mlp import Glu
+from offline_prune.model.gated_mlp import GatedMlp
 from offline_prune.model.model_tensors import ModelTensors
 
 
-class StoredBlock:
+class BlockStateDict:
     """Tensors by full name, in the form in which the checkpoint has them.
 
     Attributes:
@@ -35,7 +35,7 @@ class StoredBlock:
     def put_gate_up(
         self,
         name: str,
-        mlp: Glu,
+        mlp: GatedMlp,
         layers: tuple[nn.Linear, ...],
         weight: torch.Tensor,
         scales: torch.Tensor | None,

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from offline_prune.model.block_forward import calling
-from offline_prune.model.gated_mlp import Glu, Unsupported
+from offline_prune.model.gated_mlp import GatedMlp, Unsupported
 
 #: How far a kernel's output may be from the part's, relative to its norm for one token. BF16 rounds by up to 2⁻⁹.
 TOLERANCE = 2**-7
@@ -33,7 +33,7 @@ class Elementwise:
     """
 
     norms: dict[str, float]
-    mlp: Glu | None
+    mlp: GatedMlp | None
     rotary: ModuleType | None
 
     @contextmanager
@@ -51,7 +51,7 @@ class Elementwise:
 
 
 @torch.inference_mode()
-def find_elementwise(block: nn.Module, mlp: Glu | Unsupported) -> Elementwise:
+def find_elementwise(block: nn.Module, mlp: GatedMlp | Unsupported) -> Elementwise:
     """Tries out what of a block, its weights in place, the kernels can stand for; the rest runs as it is."""
     norms: dict[str, float] = {}
     for path, module in block.named_modules():
@@ -71,7 +71,7 @@ def _normalizing(norm: nn.Module, eps: float) -> Callable[[torch.Tensor], torch.
     return lambda x: rms_norm(x, norm.weight, eps)  # type: ignore[arg-type]
 
 
-def _silu_glu(block: nn.Module, mlp: Glu | Unsupported) -> Glu | None:
+def _silu_glu(block: nn.Module, mlp: GatedMlp | Unsupported) -> GatedMlp | None:
     """The MLP if it computes down(silu(gate(x)) ⊙ up(x)) with three linear layers."""
     if isinstance(mlp, Unsupported) or mlp.projections.gate == mlp.projections.up:
         return None
@@ -82,7 +82,7 @@ def _silu_glu(block: nn.Module, mlp: Glu | Unsupported) -> Glu | None:
     return mlp if _alike(module(x), _gated(block, mlp)(x)) else None
 
 
-def _gated(block: nn.Module, mlp: Glu) -> Callable[[torch.Tensor], torch.Tensor]:
+def _gated(block: nn.Module, mlp: GatedMlp) -> Callable[[torch.Tensor], torch.Tensor]:
     from offline_prune.model.fused_ops_triton import silu_mul
 
     gate, up = mlp.gate_up(block)

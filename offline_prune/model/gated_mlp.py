@@ -19,7 +19,7 @@ from vllm_spense.format import Projections
 
 
 @dataclass(frozen=True)
-class Glu:
+class GatedMlp:
     """A gated MLP inside a decoder block.
 
     Attributes:
@@ -50,7 +50,7 @@ class Unsupported:
     found: str
 
 
-def find_glu(block: nn.Module) -> Glu | Unsupported:
+def find_gated_mlp(block: nn.Module) -> GatedMlp | Unsupported:
     """The gated MLP of one decoder block, on any device, the meta device included."""
     glus = [glu for path, module in block.named_modules() if path and (glu := _as_glu(path, module))]
     experts = _describe_experts(block, glus)
@@ -68,7 +68,7 @@ def find_glu(block: nn.Module) -> Glu | Unsupported:
     return Unsupported("no gated MLP among its linear layers " + (", ".join(linears) or "(it has none)"))
 
 
-def _describe_experts(block: nn.Module, glus: list[Glu]) -> str:
+def _describe_experts(block: nn.Module, glus: list[GatedMlp]) -> str:
     stacked = [f"{name} {shape}" for name, shape in _stacked_maps(block, {glu.hidden for glu in glus})]
     if stacked:
         return "a mixture of experts: " + ", ".join(stacked)
@@ -96,7 +96,7 @@ def _stacked_maps(block: nn.Module, hidden: set[int]) -> Iterator[tuple[str, tup
                 yield name, tuple(parameter.shape)
 
 
-def _as_glu(path: str, module: nn.Module) -> Glu | None:
+def _as_glu(path: str, module: nn.Module) -> GatedMlp | None:
     linears = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
     for down_name, down in linears.items():
         intermediate, hidden = down.in_features, down.out_features
@@ -108,7 +108,7 @@ def _as_glu(path: str, module: nn.Module) -> Glu | None:
             continue
         names = _probe(module, list(others), down_name, hidden, intermediate)
         if names:
-            return Glu(path, names, hidden, intermediate)
+            return GatedMlp(path, names, hidden, intermediate)
     return None
 
 

@@ -19,10 +19,10 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
-from offline_prune.model.gated_mlp import Glu, Unsupported, find_glu
+from offline_prune.model.gated_mlp import GatedMlp, Unsupported, find_gated_mlp
 from offline_prune.model.model_tensors import ModelTensors
 from offline_prune.model.prequantized import config_of_weights, refuse_unreadable
-from offline_prune.model.safetensors_reader import TensorFiles, resolve_model
+from offline_prune.model.safetensors_reader import SafetensorsReader, resolve_model
 from offline_prune.model.skeleton import empty_model, find_text_model
 from offline_prune.runtime.pinned_buffers import Inbox
 from vllm_spense.checkpoint_files import read_object
@@ -35,7 +35,7 @@ class Block:
     """One decoder block: its full name and what its MLP is."""
 
     name: str
-    mlp: Glu | Unsupported
+    mlp: GatedMlp | Unsupported
 
 
 class SourceModel:
@@ -62,7 +62,7 @@ class SourceModel:
         refuse_unreadable(self.folder, config)
         self.config_json: dict[str, Any] = config_of_weights(config)
         self._trust = trust_remote_code
-        files = TensorFiles(self.folder)
+        files = SafetensorsReader(self.folder)
         require_sane_depth(config, len(files.headers), self.folder / "config.json")
         self.skeleton = empty_model(self.folder, trust_remote_code)
         self.tensors = ModelTensors(files, self.skeleton, config)
@@ -233,11 +233,11 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
 
 def _described(blocks: list[tuple[str, nn.Module]], tensors: ModelTensors) -> list[Block]:
     """What the MLP of every block is. One that several blocks share sees inputs of all of them, and is not pruned."""
-    found = [Block(name, _stored_alike(find_glu(module), name, tensors)) for name, module in blocks]
+    found = [Block(name, _stored_alike(find_gated_mlp(module), name, tensors)) for name, module in blocks]
     weights = {
         block.name: id(block.mlp.down(module).weight)
         for block, (_, module) in zip(found, blocks, strict=True)
-        if isinstance(block.mlp, Glu)
+        if isinstance(block.mlp, GatedMlp)
     }
     users = Counter(weights.values())
     return [
@@ -248,9 +248,9 @@ def _described(blocks: list[tuple[str, nn.Module]], tensors: ModelTensors) -> li
     ]
 
 
-def _stored_alike(mlp: Glu | Unsupported, block: str, tensors: ModelTensors) -> Glu | Unsupported:
+def _stored_alike(mlp: GatedMlp | Unsupported, block: str, tensors: ModelTensors) -> GatedMlp | Unsupported:
     """An MLP whose files hold one tensor for each of its linear layers; a permutation could not be told to others."""
-    if isinstance(mlp, Glu):
+    if isinstance(mlp, GatedMlp):
         for name in dict.fromkeys(mlp.projections.to_dict().values()):
             layer = f"{block}.{mlp.path}.{name}"
             parts = [part for part in tensors.parts_of(layer) if part in tensors.converted]

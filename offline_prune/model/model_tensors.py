@@ -17,7 +17,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from offline_prune.model.prequantized import Fp8Weights
-from offline_prune.model.safetensors_reader import TensorFiles
+from offline_prune.model.safetensors_reader import SafetensorsReader
 from vllm_spense.errors import SpenseError
 
 #: How the name of an FP8 weight's scale differs from the weight's own.
@@ -25,7 +25,7 @@ _SCALE = "_scale"
 
 
 class ModelTensors:
-    """What `TensorFiles` has, under the modules' names; weights that are stored in FP8 come multiplied by their scales.
+    """What `SafetensorsReader` has, under the modules' names. Weights stored in FP8 come multiplied by their scales.
 
     A tensor that is no parameter of the model, or only in another form (experts that the model stacks), keeps the
     files' name.
@@ -46,7 +46,7 @@ class ModelTensors:
 
     def __init__(
         self,
-        files: TensorFiles,
+        files: SafetensorsReader,
         model: PreTrainedModel,
         config: Mapping[str, Any],
         dtype: torch.dtype | None = None,
@@ -129,7 +129,7 @@ class ModelTensors:
         return self._fp8.read(name) if name in self._fp8 else self._files.read(name)
 
 
-def _targets(files: TensorFiles, model: PreTrainedModel) -> tuple[dict[str, str], set[str]]:
+def _targets(files: SafetensorsReader, model: PreTrainedModel) -> tuple[dict[str, str], set[str]]:
     """Names in the files → in the model, and which of the former are converted on the way and not only renamed."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from offline_prune.model.safetensors_reader import TensorFiles
+from offline_prune.model.safetensors_reader import SafetensorsReader
 from vllm_spense.checkpoint_files import read_object
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import KEY
@@ -50,7 +50,7 @@ class Fp8Weights:
 
     def __init__(
         self,
-        files: TensorFiles,
+        files: SafetensorsReader,
         parameters: Iterable[str],
         config: Mapping[str, Any],
         dtype: torch.dtype | None = None,

@@ -53,7 +53,7 @@ def resolve_model(model: str) -> Path:
         raise SpenseError(f"{model}: no such folder, and the Hugging Face hub did not give it: {reason}") from None
 
 
-class TensorFiles:
+class SafetensorsReader:
     """The tensors of a folder of safetensors files, by name; no tensor is read before it is asked for.
 
     Attributes:

@@ -26,7 +26,7 @@ _PATIENCE = timedelta(hours=4)
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[None]:
+def process_group(device: torch.device) -> Iterator[None]:
     """Inside, the processes that torchrun started work together: through NCCL on GPUs, Gloo on CPUs."""
     if dist.is_initialized() or not dist.is_torchelastic_launched():
         yield
@@ -55,17 +55,17 @@ def on_this_machine() -> int:
     return int(os.environ["LOCAL_WORLD_SIZE"]) if size() > 1 else 1
 
 
-def first() -> bool:
+def is_first() -> bool:
     """Whether this is the process that talks and writes."""
     return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
 
 
-def share(tensor: torch.Tensor) -> torch.Tensor:
+def local_shard(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor that all ranks have, a view; its length is a multiple of their number."""
     return tensor.chunk(size())[rank()]
 
 
-def add_up(tensor: torch.Tensor) -> None:
+def all_reduce(tensor: torch.Tensor) -> None:
     """Replaces a tensor by its sum over all ranks, to the same bits on each.
 
     Neighbours add theirs, then pairs of neighbours, and so on: the upper levels of `parts`' tree, whose order a
@@ -84,7 +84,7 @@ def add_up(tensor: torch.Tensor) -> None:
             tensor += other
 
 
-def divided(height: int, rows_of: Callable[[slice], torch.Tensor]) -> torch.Tensor:
+def row_parallel(height: int, rows_of: Callable[[slice], torch.Tensor]) -> torch.Tensor:
     """`rows_of(all rows)` of a function that treats each row for itself; each rank does some.
 
     Args:
@@ -100,11 +100,11 @@ def divided(height: int, rows_of: Callable[[slice], torch.Tensor]) -> torch.Tens
     part = rows_of(mine)
     whole = part.new_zeros(height, part.shape[1])
     whole[mine] = part
-    add_up(whole)
+    all_reduce(whole)
     return whole
 
 
-def from_first(make: Callable[[], T]) -> T:
+def broadcast_from_first(make: Callable[[], T]) -> T:
     """What the first rank makes, on all of them.
 
     Args:
@@ -116,7 +116,7 @@ def from_first(make: Callable[[], T]) -> T:
     if size() == 1:
         return make()
     made: list[T | SpenseError | None] = [None]
-    if first():
+    if is_first():
         try:
             made = [make()]
         except SpenseError as error:

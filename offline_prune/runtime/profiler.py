@@ -11,10 +11,10 @@ from contextvars import ContextVar
 import psutil
 import torch
 
-_active: ContextVar[Meter | None] = ContextVar("meter", default=None)
+_active: ContextVar[Profiler | None] = ContextVar("meter", default=None)
 
 
-class Meter:
+class Profiler:
     """Seconds by stage, and peaks of memory.
 
     A stage entered inside another one stops the outer one's clock meanwhile, so the seconds add up to the whole.
@@ -33,7 +33,7 @@ class Meter:
         self._since = 0.0
 
     @contextmanager
-    def running(self) -> Iterator[Meter]:
+    def running(self) -> Iterator[Profiler]:
         """Makes `stage` count here."""
         if self.device.type == "cuda":
             torch.cuda.init()

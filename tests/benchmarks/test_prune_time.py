@@ -57,7 +57,7 @@ def test_a_real_model_is_pruned_whole(tmp_path: Path, llama: Path, monkeypatch: 
 
 
 def test_the_projection() -> None:
-    """Ten blocks: the first, eight like the mean of those behind it, the last; and what is around them."""
+    """Ten blocks: the first, eight like the mean of those after it, the last; and what is around them."""
     times = [5.0, 2.0, 4.0, 1.0]
     report = Report("model", {}, 0.375, seconds=20.0, blocks=[BlockTime(str(i), s, {}) for i, s in enumerate(times)])
     assert prune_time.projected(report, report.blocks[:3], report.blocks[-1], 10) == 8.0 + 5.0 + 8 * 3.0 + 1.0

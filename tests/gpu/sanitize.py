@@ -28,7 +28,7 @@ def main() -> None:
     for kernel in (one_launch, silu_mul_quant, norm_quant):
         if reason := kernel.fault(device):
             sys.exit(f"{kernel.__name__}: {reason}")
-    # The libraries, and the kernel behind them that adds and scales.
+    # The libraries, and the next kernel that adds and scales.
     problem = Problem(160, 1216, Regions(704, 512), "input", scaled=True)
     packed = library.pack(random_weight(problem, device), problem)
     for tokens in (1, 40, 530):

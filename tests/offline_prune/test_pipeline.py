@@ -18,7 +18,7 @@ from offline_prune.checkpoint.evaluate import load_dense, perplexity
 from offline_prune.checkpoint.verify import open_checkpoint, verify
 from offline_prune.methods.recipe import METHODS, Selection
 from offline_prune.model.loading import SourceModel
-from offline_prune.model.safetensors_reader import TensorFiles
+from offline_prune.model.safetensors_reader import SafetensorsReader
 from offline_prune.pipeline import prune
 from offline_prune.runtime.matmul_precision import fast_matmul
 from offline_prune.settings import PruneSettings
@@ -28,7 +28,7 @@ from vllm_spense.format import Regions
 SPARSE = 96
 
 
-def stacked(files: TensorFiles, layer: int) -> dict[str, torch.Tensor]:
+def stacked(files: SafetensorsReader, layer: int) -> dict[str, torch.Tensor]:
     """gate, up and down of a layer, whether fused on disk or not."""
     mlp = f"model.layers.{layer}.mlp"
     down = files.read(f"{mlp}.down_proj.weight").float()
@@ -61,7 +61,7 @@ def test_sequences_are_no_longer_than_the_context(tmp_path: Path, text: Path) ->
     assert calibration is not None
     assert (calibration.samples, calibration.length) == (24, 21)
     run(model, tmp_path / "short", text, samples=24, length=21)
-    files = [TensorFiles(tmp_path / name) for name in ("long", "short")]
+    files = [SafetensorsReader(tmp_path / name) for name in ("long", "short")]
     assert list(files[0]) == list(files[1])
     assert all(torch.equal(files[0].read(name), files[1].read(name)) for name in files[0])
 
@@ -104,7 +104,7 @@ def test_every_family_is_pruned_consistently(name: str, grouping: Any, tmp_path:
     how = {"method": "magnitude", "selection": "random", "grouping": grouping, "quantize": "none"}
     run(model, tmp_path / "out", text, sparsity=0.375, **how)
     verify(tmp_path / "out")
-    before, after = TensorFiles(model), TensorFiles(tmp_path / "out")
+    before, after = SafetensorsReader(model), SafetensorsReader(tmp_path / "out")
     for layer in range(LAYERS):
         old, new = stacked(before, layer), stacked(after, layer)
         found = (new["gate"] @ old["gate"].T).argmax(1)
@@ -145,7 +145,7 @@ def test_blocks_of_experts_are_left_as_they_are_by_request(tmp_path: Path, text:
     annotation = open_checkpoint(tmp_path / "out").annotation
     assert annotation.modules == ("model.layers.1.mlp",)
     verify(tmp_path / "out")
-    before, after = TensorFiles(model), TensorFiles(tmp_path / "out")
+    before, after = SafetensorsReader(model), SafetensorsReader(tmp_path / "out")
     for name in before:
         if ".layers.0." in name:
             assert torch.equal(after.read(name), before.read(name)), name
@@ -260,7 +260,7 @@ def test_large_checkpoints_are_sharded(
     run(llama, tmp_path / "one", text)
     verify(tmp_path / "many")
     assert len(list((tmp_path / "many").glob("model-*-of-*.safetensors"))) > 1
-    many, one = TensorFiles(tmp_path / "many"), TensorFiles(tmp_path / "one")
+    many, one = SafetensorsReader(tmp_path / "many"), SafetensorsReader(tmp_path / "one")
     assert sorted(many) == sorted(one)
     assert all(torch.equal(many.read(n).float(), one.read(n).float()) for n in one)
 

@@ -97,7 +97,7 @@ def find_and_run(family: str, folder: Path, device: torch.device, dtype: torch.d
     split = find_split(block, mlp, hidden, kwargs)
     with found.replaced(block):
         kernels = forward(block, hidden, kwargs)
-        # It is entered behind its attention as without the kernels, and leaving that leaves them in place.
+        # It is entered after its attention as without the kernels, and leaving that leaves them in place.
         assert split is not None
         assert find_split(block, mlp, hidden, kwargs) == split
         assert torch.equal(forward(block, hidden, kwargs), kernels)

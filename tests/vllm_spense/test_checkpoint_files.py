@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from offline_prune.model.safetensors_reader import TensorFiles
+from offline_prune.model.safetensors_reader import SafetensorsReader
 from vllm_spense import checkpoint_files
 from vllm_spense.checkpoint_files import (
     DTYPE_BITS,
@@ -44,7 +44,7 @@ def test_headers_are_those_of_the_library(tmp_path: Path) -> None:
         "d": torch.zeros(0, 7, dtype=torch.uint16),
     }
     save_file(tensors, tmp_path / SINGLE_NAME, metadata={"format": "pt"})
-    files = TensorFiles(tmp_path)
+    files = SafetensorsReader(tmp_path)
     assert {name: (files.dtype(name), files.shape(name), files.nbytes(name)) for name in files} == {
         name: (value.dtype, tuple(value.shape), value.nbytes) for name, value in tensors.items()
     }
@@ -96,7 +96,7 @@ def test_damaged_weights(raw: bytes, words: str, tmp_path: Path) -> None:
 def test_every_type_is_read_or_refused_by_name(dtype: str, tmp_path: Path) -> None:
     raw = safetensors({"a": tensor(dtype, [8], [0, DTYPE_BITS[dtype]])}, bytes(DTYPE_BITS[dtype]))
     (tmp_path / SINGLE_NAME).write_bytes(raw)
-    files = TensorFiles(tmp_path)
+    files = SafetensorsReader(tmp_path)
     assert files.nbytes("a") == DTYPE_BITS[dtype]
     if dtype in ("F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"):
         with pytest.raises(FormatError, match=rf"cannot hold.*layer: a; found: {dtype}"):
@@ -135,7 +135,7 @@ def test_bad_indexes(weight_map: Any, words: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.safetensors")
     (tmp_path / "folder.safetensors").mkdir()
     start = time.monotonic()
-    for read in (tensor_headers, TensorFiles):
+    for read in (tensor_headers, SafetensorsReader):
         with pytest.raises(FormatError, match=words):
             read(index(tmp_path, weight_map))
     assert time.monotonic() - start < 30

@@ -87,5 +87,5 @@ def test_the_number_of_tokens_stays(samples: int, length: int, context: int) -> 
     more, shorter = fit_to_context(samples, length, context)
     assert 1 <= shorter <= max(1, min(length, context))
     assert samples * length - more < more * shorter <= samples * length
-    for ranks in (1, 2, 4, deterministic_reduce.MOST):
+    for ranks in (1, 2, 4, deterministic_reduce.MAX_SHARDS):
         assert samples % ranks or more % ranks == 0

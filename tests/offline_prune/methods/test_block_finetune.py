@@ -13,7 +13,7 @@ from tiny_models import FAMILIES, tiny_model
 from offline_prune.checkpoint.verify import open_checkpoint, verify
 from offline_prune.methods.block_finetune import _AsServed, _share, tune
 from offline_prune.methods.fp8 import channel_scales, round_to_fp8
-from offline_prune.model.safetensors_reader import TensorFiles
+from offline_prune.model.safetensors_reader import SafetensorsReader
 
 MLP = "model.layers.{}.mlp.{}_proj.weight"
 MORE = {"samples": 64, "length": 64}
@@ -35,7 +35,7 @@ def test_it_brings_the_model_closer_to_the_dense_one(quantize: Any, llama: Path,
 def test_zeros_stay_where_they_are(llama: Path, tmp_path: Path, text: Path) -> None:
     for method in ("spensegpt+", "spensegpt++"):
         run(llama, tmp_path / method, text, method=method, selection="spensegpt+", rounding="inside", descent_passes=0)
-    before, after = TensorFiles(tmp_path / "spensegpt+"), TensorFiles(tmp_path / "spensegpt++")
+    before, after = SafetensorsReader(tmp_path / "spensegpt+"), SafetensorsReader(tmp_path / "spensegpt++")
     for name in ("gate", "up", "down"):
         # In the first layer, tuning is the only difference between the two.
         old, new = (files.read(MLP.format(0, name)).float() for files in (before, after))
@@ -45,7 +45,7 @@ def test_zeros_stay_where_they_are(llama: Path, tmp_path: Path, text: Path) -> N
 
 def test_a_block_that_nothing_was_done_to_is_left_alone(llama: Path, tmp_path: Path, text: Path) -> None:
     report = run(llama, tmp_path / "out", text, method="spensegpt++", sparsity=0.0, quantize="none")
-    before, after = TensorFiles(llama), TensorFiles(tmp_path / "out")
+    before, after = SafetensorsReader(llama), SafetensorsReader(tmp_path / "out")
     assert all(torch.equal(after.read(name), before.read(name)) for name in before)
     assert [layer.tuning.after for layer in report.layers if layer.tuning] == [0.0, 0.0]
 

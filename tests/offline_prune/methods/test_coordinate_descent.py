@@ -80,7 +80,7 @@ def test_the_loss_falls_with_every_pass_and_regions_stay(case: str) -> None:
     assert (results[2][1][rows][:, ~columns] != 0).all()
 
 
-@pytest.mark.parametrize("options", [{"block_size": 8}, {"block_size": 256}, {"row_parts": 8}])
+@pytest.mark.parametrize("options", [{"block_size": 8}, {"block_size": 256}, {"row_chunks": 8}])
 def test_how_the_work_is_cut_does_not_matter(options: dict[str, int]) -> None:
     rows, columns = CASES["rows"]
     weight, hessian = problem(64, 160)

@@ -16,7 +16,7 @@ from offline_prune.checkpoint.verify import open_checkpoint, verify
 from offline_prune.methods.fp8 import round_to_fp8
 from offline_prune.methods.unpruned_fp8 import InputHessians, compensated, nearest
 from offline_prune.model.loading import SourceModel
-from offline_prune.model.safetensors_reader import TensorFiles
+from offline_prune.model.safetensors_reader import SafetensorsReader
 
 ATTENTION = [f"self_attn.{name}_proj" for name in "qkvo"]
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ def test_every_family_is_rounded_everywhere(name: str, tmp_path: Path, text: Pat
         verify(tmp_path / rounding)
         found.append((logits(tmp_path / rounding) - logits(model)).square().mean())
     assert found[1] < 0.9 * found[0]
-    before, after = (TensorFiles(tmp_path / rounding) for rounding in ("after", "everywhere"))
+    before, after = (SafetensorsReader(tmp_path / rounding) for rounding in ("after", "everywhere"))
     attention = [key for key in before if "self_attn" in key and key.endswith("proj.weight")]
     assert len(attention) >= 4
     assert not any(torch.equal(before.read(key).float(), after.read(key).float()) for key in attention)

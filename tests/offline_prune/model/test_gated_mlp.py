@@ -8,7 +8,7 @@ from tiny_models import _SIZES, FAMILIES, HIDDEN, INTERMEDIATE, UNSUPPORTED
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from offline_prune.model.gated_mlp import Glu, Unsupported, find_glu
+from offline_prune.model.gated_mlp import GatedMlp, Unsupported, find_gated_mlp
 from offline_prune.model.skeleton import find_text_model
 from vllm_spense.format import Projections
 
@@ -23,7 +23,9 @@ def first_block(name: str) -> nn.Module:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families(name: str) -> None:
     projections = ("gate_up_proj", "gate_up_proj") if name == "phi3" else ("gate_proj", "up_proj")
-    assert find_glu(first_block(name)) == Glu("mlp", Projections(*projections, "down_proj"), HIDDEN, INTERMEDIATE)
+    assert find_gated_mlp(first_block(name)) == GatedMlp(
+        "mlp", Projections(*projections, "down_proj"), HIDDEN, INTERMEDIATE
+    )
 
 
 @pytest.mark.parametrize(
@@ -36,7 +38,7 @@ def test_families(name: str) -> None:
     ],
 )
 def test_what_else_was_found_is_said(name: str, words: str) -> None:
-    found = find_glu(first_block(name))
+    found = find_gated_mlp(first_block(name))
     assert isinstance(found, Unsupported)
     assert pytest.raises(AssertionError, match=words).matches(AssertionError(found.found))
 
@@ -87,20 +89,22 @@ class Holder(nn.Module):
 
 
 def test_the_linear_factor_is_up_whatever_its_name() -> None:
-    assert find_glu(Holder(OddNames())) == Glu("part0", Projections("first", "second", "third"), 8, 16)
-    assert find_glu(Holder(OddNames(swapped=True))) == Glu("part0", Projections("second", "first", "third"), 8, 16)
+    assert find_gated_mlp(Holder(OddNames())) == GatedMlp("part0", Projections("first", "second", "third"), 8, 16)
+    assert find_gated_mlp(Holder(OddNames(swapped=True))) == GatedMlp(
+        "part0", Projections("second", "first", "third"), 8, 16
+    )
 
 
 def test_square_projections_are_told_apart() -> None:
-    assert find_glu(Holder(OddNames(width=8))) == Glu("part0", Projections("first", "second", "third"), 8, 8)
+    assert find_gated_mlp(Holder(OddNames(width=8))) == GatedMlp("part0", Projections("first", "second", "third"), 8, 8)
 
 
 @pytest.mark.parametrize("module", [Sum(), Mixing(), Interleaved()])
 def test_matching_shapes_are_not_enough(module: nn.Module) -> None:
-    assert isinstance(find_glu(Holder(module)), Unsupported)
+    assert isinstance(find_gated_mlp(Holder(module)), Unsupported)
 
 
 def test_two_gated_mlps_in_a_block_are_refused() -> None:
-    found = find_glu(Holder(OddNames(), OddNames()))
+    found = find_gated_mlp(Holder(OddNames(), OddNames()))
     assert isinstance(found, Unsupported)
     assert "2 gated MLPs: part0, part1" in found.found

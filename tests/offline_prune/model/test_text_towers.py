@@ -19,7 +19,7 @@ from torch import nn
 from benchmarks.zoo import Architecture, tiny_model
 from offline_prune.checkpoint.verify import open_checkpoint, verify
 from offline_prune.model.loading import SourceModel
-from offline_prune.model.safetensors_reader import TensorFiles
+from offline_prune.model.safetensors_reader import SafetensorsReader
 from vllm_spense.errors import SpenseError
 
 KINDS = {
@@ -55,7 +55,7 @@ def pruned(multimodal: Path, text: Path) -> Path:
 
 def test_all_but_the_language_model_is_untouched(multimodal: Path, pruned: Path) -> None:
     verify(pruned)
-    before, after = TensorFiles(multimodal), TensorFiles(pruned)
+    before, after = SafetensorsReader(multimodal), SafetensorsReader(pruned)
     assert set(before) == {name for name in after if not name.endswith(".weight_scale")}
     changed = {name for name in before if before.dtype(name) != after.dtype(name)}
     assert all(re.search(r"(^|\.)layers\.\d+\..*\.weight$", name) for name in changed)
@@ -84,7 +84,7 @@ def test_whatever_is_not_quantized_is_ignored(multimodal: Path, pruned: Path) ->
             for entry in config["ignore"]
         )
 
-    files = TensorFiles(pruned)
+    files = SafetensorsReader(pruned)
     for name in files:
         if name.endswith(".weight") and len(files.shape(name)) == 2 and "embed" not in name:
             layer = name.removesuffix(".weight")
@@ -177,5 +177,5 @@ def test_a_checkpoint_of_the_model_without_its_head(llama: Path, text: Path, tmp
     (tmp_path / "model/config.json").write_text(json.dumps({**config, "architectures": ["LlamaModel"]}))
     run(tmp_path / "model", tmp_path / "out", text)
     verify(tmp_path / "out")
-    names = set(TensorFiles(tmp_path / "out"))
+    names = set(SafetensorsReader(tmp_path / "out"))
     assert {name for name in names if not name.endswith("_scale")} == set(bare)

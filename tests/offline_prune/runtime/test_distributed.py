@@ -19,7 +19,7 @@ from tiny_models import tiny_model
 
 from offline_prune import pipeline
 from offline_prune.runtime import deterministic_reduce, distributed
-from offline_prune.runtime.deterministic_reduce import PartSums
+from offline_prune.runtime.deterministic_reduce import ShardSums
 from offline_prune.runtime.device import pick_device
 from offline_prune.settings import PruneSettings
 from vllm_spense.errors import SpenseError
@@ -155,19 +155,19 @@ def test_every_rank_has_a_gpu_of_its_own(device: str, words: str, monkeypatch: p
 
 @pytest.mark.parametrize("samples", [1, 2, 3, 5, 8, 9, 12, 128])
 def test_parts_are_the_same_for_any_number_of_ranks(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = deterministic_reduce.cut(samples)
+    whole = deterministic_reduce.local_shards(samples)
     assert [sample for part in whole for sample in part] == list(range(samples))
     assert all(len(part) > 0 for part in whole)
     for size in (2, 4, 8):
         if samples % size == 0:
             monkeypatch.setattr(distributed, "size", lambda size=size: size)
-            mine = deterministic_reduce.cut(samples // size)
+            mine = deterministic_reduce.local_shards(samples // size)
             assert mine == [range(part.start, part.stop) for part in whole[: len(whole) // size]]
 
 
 def test_sums_are_those_of_a_tree() -> None:
     leaves = torch.randn(8, 1000, generator=torch.Generator().manual_seed(0))
-    sums = PartSums((1000,), CPU)
+    sums = ShardSums((1000,), CPU)
     for part, leaf in enumerate(leaves):
         sums.of(part).add_(leaf)
     pairs = leaves[0::2] + leaves[1::2]

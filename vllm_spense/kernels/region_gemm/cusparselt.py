@@ -54,7 +54,7 @@ def compress(weight: torch.Tensor) -> torch.Tensor:
             must have been checked (`layout.require_2of4`): the library's own check answers nothing for FP8.
 
     Returns:
-        uint8 (bytes,), to be read by the installed version of the library only, with `OVERREAD` bytes behind it.
+        uint8 (bytes,), to be read by the installed version of the library only, with `OVERREAD` bytes after it.
     """
     n, k = weight.shape
     assert weight.is_contiguous(), "compress takes a contiguous weight"
@@ -129,7 +129,7 @@ class SparsePlan:
 
         Args:
             x: (M, K) float8_e4m3fn of the shape's stride.
-            compressed: from `compress`, with `OVERREAD` bytes behind it.
+            compressed: from `compress`, with `OVERREAD` bytes after it.
             out: (M, N) of the shape's dtype and stride.
             stream: CUDA's handle.
         """
