@@ -110,7 +110,7 @@ class BlockPruning:
         reads_mid = recipe.selection.reads_activations or recipe.grouping is Grouping.MIXED
         on_mid = before.add if whole_mid or reads_mid else None
         with stage("forward"):
-            self.stream.attend(
+            attended = self.stream.attend(
                 self.index, self.module, mlp, hessian_in.add, on_mid, None if whole_mid else ENERGY_TOKENS
             )
         hessian = hessian_in.matrix()
@@ -141,7 +141,7 @@ class BlockPruning:
         if recipe.true_sequential:
             after = Hessian(mlp.intermediate, device)
             with stage("forward"):
-                self.stream.observe(self.index, self.module, mlp, after.add)
+                self.stream.observe(attended, after.add)
             mid = after.matrix()
         else:
             mid = mid[order][:, order]

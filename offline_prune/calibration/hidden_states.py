@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,6 +25,16 @@ from vllm_spense.errors import SpenseError
 
 #: Is shown inputs (tokens, K) and which of this rank's shards of the text they are of.
 ShardObserver = Callable[[torch.Tensor, int], None]
+
+
+@dataclass(frozen=True)
+class Attended:
+    """A block whose attention the hidden states have passed: what `Stream.attend` returns and `Stream.observe` takes."""
+
+    index: int
+    block: nn.Module
+    mlp: GatedMlp
+    split: Split | None
 
 
 class Stream:
@@ -83,7 +94,7 @@ class Stream:
         on_input: ShardObserver | None = None,
         on_mid: ShardObserver | None = None,
         mid_tokens: int | None = None,
-    ) -> None:
+    ) -> Attended:
         """Takes the hidden states through a block's attention, once.
 
         Args:
@@ -111,9 +122,12 @@ class Stream:
                     watch(block, self._get(batch), kwargs, observers, exit_ if batch in shown else entrance)
                     if self._split:
                         self._put(batch, arrived[0])
+        return Attended(index, block, mlp, self._split)
 
-    def observe(self, index: int, block: nn.Module, mlp: GatedMlp, on_mid: ShardObserver) -> None:
-        """Shows an observer the intermediate activations, (tokens, I), of a block that `attend` has been called for."""
+    def observe(self, attended: Attended, on_mid: ShardObserver) -> None:
+        """Shows an observer the intermediate activations, (tokens, I), of a block."""
+        index, block, mlp = attended.index, attended.block, attended.mlp
+        assert attended.split is self._split, "the hidden states have moved on"
         exit_ = f"{mlp.path}.{mlp.projections.down}"
         with self._with_kernels(index, block), self.entered(block):
             for shard, batches in enumerate(self._shards):

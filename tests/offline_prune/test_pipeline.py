@@ -81,9 +81,9 @@ def test_every_family_streams_like_the_whole_model(name: str, tmp_path: Path) ->
     for index, block in enumerate(model.blocks):
         module = model.load(block.name, torch.device("cpu"), torch.float32)
         seen, first, again = Shown(), Shown(), Shown()
-        stream.attend(index, module, block.mlp, seen, first)
+        attended = stream.attend(index, module, block.mlp, seen, first)
         assert torch.cat(seen.inputs).shape == (120, HIDDEN)
-        stream.observe(index, module, block.mlp, again)
+        stream.observe(attended, again)
         assert torch.cat(first.inputs).shape == (120, INTERMEDIATE)
         assert all(torch.equal(*pair) for pair in zip(first.inputs, again.inputs, strict=True))
         stream.advance(index, module, block.name)
