@@ -29,7 +29,7 @@ ShardObserver = Callable[[torch.Tensor, int], None]
 
 @dataclass(frozen=True)
 class Attended:
-    """A block whose attention the hidden states have passed: what `Stream.attend` returns and `Stream.observe` takes."""
+    """A block whose attention the hidden states have passed: `Stream.attend` returns it, `Stream.observe` takes it."""
 
     index: int
     block: nn.Module
