@@ -2,7 +2,7 @@
 
 `python -m benchmarks.zoo` tries all causal and image-text language models, compares with results/zoo.json, and exits
 with 1 if anything is different. `--write` keeps what it found and makes docs/models.md from it. Names of model types
-as arguments restrict it to them; `--part 2/4` takes every fourth from the second on.
+as arguments restrict it to them; `--part 2/4` takes every fourth from the second on, for processes side by side.
 
 A model is tried three times: its hidden states stream through block after block as they go through the whole model;
 pruned at sparsity 0 without quantization, it gives the original's logits; pruned at 37.5% in FP8, it verifies.
@@ -94,8 +94,23 @@ SIZES: dict[str, Any] = {
     "index_topk": 8,
 }
 #: What single configuration classes need beside these, or otherwise.
+_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
+#: The last two layers read keys and values that the first two leave.
+_SHARED_KV = {
+    "layer_types": 2 * ["sliding_attention", "full_attention"],
+    "num_kv_shared_layers": 2,
+}
 SPECIAL: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("Qwen2VLTextConfig", "Qwen2_5_VLTextConfig", "Qwen2_5OmniTextConfig"), _MROPE),
+    **dict.fromkeys(("Glm4vTextConfig", "Glm4vMoeTextConfig", "GlmOcrTextConfig", "Glm46VTextConfig"), _MROPE),
+    **dict.fromkeys(("PaddleOCRTextConfig", "HunYuanVLTextConfig", "Cosmos3EdgeTextConfig"), _MROPE),
+    **dict.fromkeys(("Gemma3nTextConfig", "Gemma4TextConfig"), _SHARED_KV),
+    "CohereCompassTextConfig": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "GPTNeoConfig": {"attention_types": [[["global", "local"], 2]]},
+    "Lfm2MoeConfig": {"layer_types": 2 * ["conv", "full_attention"]},
+    "Mamba2Config": {"num_heads": 8},
     "RecurrentGemmaConfig": {"intermediate_size": 2 * INTERMEDIATE},
+    "xLSTMConfig": {"ffn_proj_factor": 2.0},
 }
 
 TOKENS = (4, 24)
@@ -159,12 +174,10 @@ def tiny_config(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
         elif name.endswith(("_token_id", "_token_index")) and isinstance(value, int):
             values[name] = VOCABULARY - 1
     if "qk_rope_head_dim" in values:
-        values.pop("head_dim", None)
+        values["head_dim"] = values["qk_rope_head_dim"]
     rope = getattr(default, "rope_parameters", None)
     if isinstance(rope, dict) and "mrope_section" in rope:
         values["rope_parameters"] = {**rope, "mrope_section": [2, 3, 3]}
-    aliases = {new: old for old, new in getattr(kind, "attribute_map", {}).items()}
-    values |= {aliases.get(name, name): SIZES[name] for name in SIZES if aliases.get(name) in vars(default)}
     return kind(**{**values, **SPECIAL.get(kind.__name__, {})})
 
 
@@ -350,10 +363,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("types", nargs="*")
     parser.add_argument("--part", default="1/1")
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--trace", action="store_true")
+    parser.add_argument("--missing", action="store_true", help="only those without an outcome")
     options = parser.parse_args(arguments)
     first, step = map(int, options.part.split("/"))
     every = [each for each in architectures() if not options.types or each.model_type in options.types]
+    if options.missing:
+        every = [each for each in every if each.key not in known()]
     chosen = every[first - 1 :: step]
     expected = known()
     different = []

@@ -274,7 +274,10 @@ class _Run:
     def _quantized_linears(self) -> Iterator[str]:
         skipped = tuple(f"{block.name}." for block in self.model.blocks if isinstance(block.mlp, Unsupported))
         if self.settings.quantize is Quantize.FP8:
-            yield from (name for name in self.model.linears() if not (skipped and name.startswith(skipped)))
+            for name in self.model.linears():
+                # What transformers makes of other tensors stays as the files have it.
+                if f"{name}.weight" in self.model.tensors and not (skipped and name.startswith(skipped)):
+                    yield name
 
     def _pruned_blocks(self) -> list[str]:
         return [block.name for block in self.model.blocks if isinstance(block.mlp, Glu)]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from offline_prune.calibration.recording import record
+from offline_prune.calibration import recording
 from offline_prune.model.block_forward import Observer, Split, find_split, watch
 from offline_prune.model.fused_ops import Elementwise, find_elementwise
 from offline_prune.model.gated_mlp import Glu
@@ -65,7 +65,7 @@ class Stream:
             return allocate((samples, length, width), dtype, device, place, folder)
 
         with stage("forward"):
-            self.hidden, self._arguments = record(model, tokens, self._batches, device, dtype, room)
+            self.hidden, self._arguments = recording.record(model, tokens, self._batches, device, dtype, room)
 
     def arguments(self, index: int, sequences: slice) -> dict[str, Any]:
         """What a block is called with beside the hidden states of some sequences."""
@@ -173,11 +173,19 @@ class Stream:
         """
         return hidden if self._split is None else hidden.flatten(0, 1).unsqueeze(1)
 
+    def packed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """A block's output as `hidden` has it."""
+        return recording.packed(hidden, self._arguments.streams)
+
+    def unpacked(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What `hidden` has as a block takes it."""
+        return recording.unpacked(hidden, self._arguments.streams)
+
     def _get(self, batch: slice) -> torch.Tensor:
-        return self.hidden[batch].to(self.device, non_blocking=True)
+        return self.unpacked(self.hidden[batch].to(self.device, non_blocking=True))
 
     def _put(self, batch: slice, hidden: torch.Tensor) -> None:
-        self.hidden[batch].copy_(hidden, non_blocking=True)
+        self.hidden[batch].copy_(self.packed(hidden), non_blocking=True)
 
     def _spread(self, batches: list[slice], tokens: int | None) -> list[slice]:
         """Of a part's batches so many, evenly spread, that all parts together show about so many tokens."""

@@ -34,6 +34,8 @@ class Arguments:
     """What each block is called with beside the hidden states.
 
     Attributes:
+        streams: how many hidden states a token has at once, in a dimension before the sequences (Gemma 3n); 0 for
+            one without that dimension.
         common: of each block by name, what is the same whatever the text: masks, positions, settings. Made for one
             sequence.
         own: of each block by name, what depends on the tokens, (samples, length, …), such as Gemma's inputs of each
@@ -42,6 +44,7 @@ class Arguments:
     """
 
     device: torch.device
+    streams: int
     common: list[dict[str, Any]]
     own: list[dict[str, torch.Tensor]]
     passed: dict[str, Callable[[], MutableMapping[Any, Any]]]
@@ -109,7 +112,7 @@ def record(
         room: where the hidden states, and other arguments that depend on the tokens, are kept.
 
     Returns:
-        The first block's input (samples, length, H), and all blocks' other arguments.
+        The first block's input (samples, length, H), `packed` if a token has several, and all blocks' other arguments.
 
     Raises:
         SpenseError: the model calls its blocks in a way that cannot be repeated block by block.
@@ -127,11 +130,12 @@ def record(
         # Other tokens of the same number: what is different now depends on them.
         _run(text, (one + 1) % (int(tokens.max()) + 1))
         depends = [_differing(model, i, common[i], recorder.kwargs) for i, recorder in enumerate(recorders)]
-        hidden = room(recorders[0].hidden.shape[-1])
+        streams = len(recorders[0].hidden) if recorders[0].hidden.ndim > 3 else 0
+        hidden = room(max(1, streams) * recorders[0].hidden.shape[-1])
         own: list[dict[str, torch.Tensor]] = [{} for _ in recorders]
         for batch in batches:
             _run(text, tokens[batch].to(device))
-            hidden[batch].copy_(recorders[0].hidden, non_blocking=True)
+            hidden[batch].copy_(packed(recorders[0].hidden, streams), non_blocking=True)
             rooms: dict[int, torch.Tensor] = {}
             for mine, names, recorder in zip(own, depends, recorders, strict=True):
                 for name in names:
@@ -145,7 +149,17 @@ def record(
         for kwargs, names in zip(common, depends, strict=True):
             for name in names:
                 del kwargs[name]
-    return hidden, Arguments(device, common, own, passed)
+    return hidden, Arguments(device, streams, common, own, passed)
+
+
+def packed(hidden: torch.Tensor, streams: int) -> torch.Tensor:
+    """Hidden states as they are kept: several of a token, (streams, n, length, H), become (n, length, streams · H)."""
+    return hidden.permute(1, 2, 0, 3).flatten(2) if streams else hidden
+
+
+def unpacked(hidden: torch.Tensor, streams: int) -> torch.Tensor:
+    """The opposite of `packed`: hidden states as blocks take them."""
+    return hidden.unflatten(-1, (streams, -1)).permute(2, 0, 1, 3) if streams else hidden
 
 
 def _run(text: nn.Module, tokens: torch.Tensor) -> Any:
@@ -177,10 +191,9 @@ def _find_form(model: SourceModel, text: nn.Module, recorders: list[_Recorder], 
             continue
         if any(getattr(recorder.hidden, "shape", None) != shape for recorder in recorders):
             continue
-        if len(shape) != 3:
+        if shape[-3:-1] != tokens.shape or len(shape) > 4:
             raise SpenseError(
-                f"{model.blocks[0].name}: found hidden states of shape {tuple(shape)}, expected (sequences, length, "
-                "H): blocks that take several streams at once are not pruned"
+                f"{model.blocks[0].name}: found hidden states of shape {tuple(shape)}, expected (sequences, length, H)"
             )
         return
     raise SpenseError(

@@ -23,7 +23,12 @@ def ignored(model: SourceModel, quantized: Set[str]) -> list[str]:
     linears = {name for name, module in model.skeleton.named_modules() if isinstance(module, nn.Linear)}
     files = {tensors.stored(f"{name}.weight").removesuffix(".weight") for name in quantized}
     spelled = {tensors.stored(f"{name}.weight").removesuffix(".weight") for name in linears - quantized}
-    foreign = {name.removesuffix(".weight") for name in tensors if name.endswith(".weight") and not tensors.known(name)}
+    # In the files alone, or in another form there.
+    foreign = {
+        name.removesuffix(".weight")
+        for name in tensors
+        if name.endswith(".weight") and (name in tensors.converted or not tensors.known(name))
+    }
     kept = _roots(linears - quantized, quantized) | _roots(spelled | foreign, files)
     whole = (linears - quantized) | spelled
     found = [root if root in whole else _subtree(root, quantized | files) for root in kept]

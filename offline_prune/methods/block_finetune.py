@@ -104,8 +104,8 @@ def tune(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, len(chosen)))
 
     def output(parameters: dict[str, torch.Tensor], x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-        found = functional_call(block, parameters, (x,), kwargs)
-        return (found[0] if isinstance(found, tuple) else found).float()
+        found = functional_call(block, parameters, (stream.unpacked(x),), kwargs)
+        return stream.packed(found[0] if isinstance(found, tuple) else found).float()
 
     def losses(units: torch.Tensor) -> Iterator[torch.Tensor]:
         """Their sum is the loss; each is as much of it as goes through the block at once."""

@@ -68,7 +68,7 @@ class SourceModel:
         self.tensors = ModelTensors(files, self.skeleton, config)
         found = find_text_model(self.skeleton)
         self.text_name, self.text = found.name, found.model
-        self.blocks = _described(found.blocks)
+        self.blocks = _described(found.blocks, self.tensors)
         self._reader = ThreadPoolExecutor(1, "prefetch")
         self._ahead: dict[str, Future[dict[str, torch.Tensor]]] = {}
         self._inbox = Inbox()
@@ -231,9 +231,9 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
         raise SpenseError(f"{folder}: no usable tokenizer: {reason}") from None
 
 
-def _described(blocks: list[tuple[str, nn.Module]]) -> list[Block]:
+def _described(blocks: list[tuple[str, nn.Module]], tensors: ModelTensors) -> list[Block]:
     """What the MLP of every block is. One that several blocks share sees inputs of all of them, and is not pruned."""
-    found = [Block(name, find_glu(module)) for name, module in blocks]
+    found = [Block(name, _stored_alike(find_glu(module), name, tensors)) for name, module in blocks]
     weights = {
         block.name: id(block.mlp.down(module).weight)
         for block, (_, module) in zip(found, blocks, strict=True)
@@ -246,3 +246,14 @@ def _described(blocks: list[tuple[str, nn.Module]]) -> list[Block]:
         else block
         for block in found
     ]
+
+
+def _stored_alike(mlp: Glu | Unsupported, block: str, tensors: ModelTensors) -> Glu | Unsupported:
+    """An MLP whose files hold one tensor for each of its linear layers; a permutation could not be told to others."""
+    if isinstance(mlp, Glu):
+        for name in dict.fromkeys(mlp.projections.to_dict().values()):
+            layer = f"{block}.{mlp.path}.{name}"
+            parts = [part for part in tensors.parts_of(layer) if part in tensors.converted]
+            if parts:
+                return Unsupported(f"a gated MLP whose {layer} transformers makes of {', '.join(parts)}")
+    return mlp

@@ -38,6 +38,7 @@ class ModelTensors:
 
     Attributes:
         targets: name in the files → name of the parameter or buffer that it becomes, or a part of.
+        converted: names in the files of tensors that become a part of one, or are otherwise not only renamed.
 
     Raises:
         SpenseError: FP8 weights without scales, or another quantization.
@@ -52,10 +53,10 @@ class ModelTensors:
     ) -> None:
         self._files = files
         self.folder: Path = files.folder
-        self.targets, converted = _targets(files, model)
+        self.targets, self.converted = _targets(files, model)
         self._fp8 = Fp8Weights(files, self.targets, config, dtype)
         self._stored = {
-            self.targets[name] if name in self.targets and name not in converted else name: name
+            self.targets[name] if name in self.targets and name not in self.converted else name: name
             for name in files
             if name not in self._fp8.hidden
         }
@@ -75,14 +76,11 @@ class ModelTensors:
             return self._stored[name]
         if name.endswith(_SCALE) and (weight := name.removesuffix(_SCALE)) in self._stored:
             return self._stored[weight] + _SCALE
-        inside = next((key for key in self._stored if key.startswith(f"{name}.")), None)
-        if inside is None:
-            return name
-        rest = inside.removeprefix(name)
-        stored = self._stored[inside]
-        if not stored.endswith(rest):
-            raise SpenseError(f"{self.folder}: {stored} is {inside} in the model; expected a name that ends in {rest}")
-        return stored.removesuffix(rest)
+        for inside in (key for key in self._stored if key.startswith(f"{name}.")):
+            rest, stored = inside.removeprefix(name), self._stored[inside]
+            if stored.endswith(rest):
+                return stored.removesuffix(rest)
+        return name
 
     def named(self, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Tensors by the files' names → by the modules'."""
@@ -100,13 +98,13 @@ class ModelTensors:
         return [name for name, to in self.targets.items() if to.startswith(f"{module}.") and name not in hidden]
 
     def file_of(self, name: str) -> Path:
-        return self._files.file_of(self._stored[name])
+        return self._files.file_of(self._in_files(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._files.shape(self._stored[name])
+        return self._files.shape(self._in_files(name))
 
     def dtype(self, name: str) -> torch.dtype:
-        stored = self._stored[name]
+        stored = self._in_files(name)
         return self._fp8.dtype if stored in self._fp8 else self._files.dtype(stored)
 
     def nbytes(self, name: str) -> int:
@@ -119,7 +117,12 @@ class ModelTensors:
         Raises:
             SpenseError: no such tensor.
         """
-        return self.read_stored(self._stored.get(name, name))
+        return self.read_stored(self._in_files(name))
+
+    def _in_files(self, name: str) -> str:
+        if name not in self._stored:
+            raise SpenseError(f"{self.folder}: no tensor {name} in its safetensors files")
+        return self._stored[name]
 
     def read_stored(self, name: str) -> torch.Tensor:
         """The tensor of a name in the files."""
