@@ -102,7 +102,8 @@ _SHARED_KV = {
 }
 SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("Qwen2VLTextConfig", "Qwen2_5_VLTextConfig", "Qwen2_5OmniTextConfig"), _MROPE),
-    **dict.fromkeys(("Glm4vTextConfig", "Glm4vMoeTextConfig", "GlmOcrTextConfig", "Glm46VTextConfig"), _MROPE),
+    **dict.fromkeys(("Glm4vTextConfig", "GlmOcrTextConfig", "Glm46VTextConfig"), _MROPE),
+    "Glm4vMoeTextConfig": {"rope_parameters": {**_MROPE["rope_parameters"], "mrope_section": [1, 1, 2]}},
     **dict.fromkeys(("PaddleOCRTextConfig", "HunYuanVLTextConfig", "Cosmos3EdgeTextConfig"), _MROPE),
     **dict.fromkeys(("Gemma3nTextConfig", "Gemma4TextConfig"), _SHARED_KV),
     "CohereCompassTextConfig": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
@@ -289,7 +290,10 @@ def _keep(key: str, outcome: Outcome) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         every = dict(sorted({**known(), key: outcome}.items()))
         text = json.dumps({key: vars(each) for key, each in every.items()}, indent=1, ensure_ascii=False)
-        EXPECTED.write_text(text + "\n", encoding="utf-8")
+        # Others read it meanwhile.
+        whole = EXPECTED.with_suffix(".new")
+        whole.write_text(text + "\n", encoding="utf-8")
+        whole.replace(EXPECTED)
         TABLE.write_text(table(every), encoding="utf-8")
 
 
@@ -394,9 +398,13 @@ def _outcomes(chosen: list[Architecture]) -> Iterator[tuple[Architecture, Outcom
             yield architecture, attempt(architecture, Path(folder))
 
 
+def _blank(report: Report, path: Path) -> None:
+    path.touch()
+
+
 def undrawn() -> AbstractContextManager[object]:
     """Inside, reports have no picture, which would take longer than all else."""
-    return mock.patch.object(Report, "draw")
+    return mock.patch.object(Report, "draw", _blank)
 
 
 if __name__ == "__main__":

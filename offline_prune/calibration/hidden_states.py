@@ -48,7 +48,7 @@ class Stream:
         device: torch.device,
         dtype: torch.dtype,
         batch_tokens: int,
-        place: Place = "device",
+        place: Place = Place.DEVICE,
         folder: Path | None = None,
     ) -> None:
         self.device = device
