@@ -50,7 +50,7 @@ OURS: dict[str, Row] = {
 }
 PEERS = ("llmcompressor sparsegpt", "llmcompressor wanda")
 LEARNED = ("proxsparse", "hyperprune")
-#: Of ProxSparse; what they mean is said at `proxsparse.learned_masks`, how they were chosen in docs/quality.md.
+#: Of ProxSparse; what they mean is said at `proxsparse.learned_masks`, how they were chosen in docs/notes/pruning.md.
 PROX_RATE, PROX_STRENGTH = 0.016, 0.02
 #: Of HyperPrune: steps on each layer, and their learning rate.
 HYPER_STEPS, HYPER_RATE = 40, 0.01

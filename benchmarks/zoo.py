@@ -1,8 +1,8 @@
 """Every architecture of the installed transformers, made tiny: does it prune, and if not, why not?
 
 `python -m benchmarks.zoo` tries all causal and image-text language models, compares with results/zoo.json, and exits
-with 1 if anything is different. `--write` keeps what it found and makes docs/models.md from it. Names of model types
-as arguments restrict it to them; `--part 2/4` takes every fourth from the second on, for processes side by side.
+with 1 if anything is different. `--write` keeps what it found and makes docs/notes/models.md from it. Names of model
+types as arguments restrict it to them; `--part 2/4` takes every fourth from the second on, for processes side by side.
 
 A model is tried three times: its hidden states stream through block after block as they go through the whole model;
 pruned at sparsity 0 without quantization, it gives the original's logits; pruned at 37.5% in FP8, it verifies.
@@ -42,7 +42,7 @@ from vllm_spense.errors import SpenseError
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPECTED = ROOT / "benchmarks/results/zoo.json"
-TABLE = ROOT / "docs/models.md"
+TABLE = ROOT / "docs/notes/models.md"
 
 LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 4, 64, 128, 320
 #: Settings that have these names in some configuration, whatever the architecture.
@@ -175,7 +175,8 @@ def tiny_config(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
         elif name.endswith(("_token_id", "_token_index")) and isinstance(value, int):
             values[name] = VOCABULARY - 1
     if "qk_rope_head_dim" in values:
-        values["head_dim"] = values["qk_rope_head_dim"]
+        # Latent attention has as many keys as queries, and rotates a part of them alone.
+        values |= {"head_dim": values["qk_rope_head_dim"], "num_key_value_heads": SIZES["num_attention_heads"]}
     rope = getattr(default, "rope_parameters", None)
     if isinstance(rope, dict) and "mrope_section" in rope:
         values["rope_parameters"] = {**rope, "mrope_section": [2, 3, 3]}
@@ -313,7 +314,7 @@ _WORDS = {
 
 
 def table(outcomes: dict[str, Outcome]) -> str:
-    """docs/models.md."""
+    """docs/notes/models.md."""
     lines = [
         "# Models",
         "",

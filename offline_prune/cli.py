@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from offline_prune.methods.recipe import DEFAULT_METHOD, Grouping, Layout, Quantize, Rounding, Selection
 from offline_prune.runtime.threads import sleep_while_waiting
 from vllm_spense.errors import SpenseError
 
@@ -50,44 +51,23 @@ def _spense() -> None:
     """Keeps `prune` a subcommand, however many there are."""
 
 
+#: Panels of `spense prune --help`.
+_RUN, _RESEARCH = "How to run", "Research: what methods and ablations are made of"
+
+
 @app.command()
 def prune(
-    model: Annotated[str, typer.Argument(help="Folder of a Hugging Face causal LM, or its hub name.")],
+    model: Annotated[str, typer.Argument(help="Folder of a Hugging Face language model, or its hub name.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; must be empty or not there yet.")],
-    method: Annotated[
-        str, typer.Option(help="spensegpt++ | spensegpt+ | spensegpt | sparsegpt | wanda | magnitude")
-    ] = "spensegpt+",
     sparsity: Annotated[
         float | None,
-        typer.Option(help="Share of zeros in the MLP weights, 0 to 0.5. \\[default: 0.375; 0.5 for the last three]"),
-    ] = None,
-    dense_first: Annotated[
-        bool | None,
         typer.Option(
-            help="Keep the first MLP dense; the others take over its sparsity. \\[default: the method's, in models of "
-            "more than ten blocks]"
+            help="Share of zeros in the MLP weights, 0 to 0.5. \\[default: 0.375; 0.5 for sparsegpt, wanda, magnitude]"
         ),
     ] = None,
-    selection: Annotated[
-        str | None,
-        typer.Option(
-            help="Which indices stay dense: last | spensegpt+ | sparsegpt-score | output-loss | random. "
-            "\\[default: the method's]"
-        ),
-    ] = None,
-    grouping: Annotated[
-        str | None,
-        typer.Option(
-            help="Which sparse indices share a group of four in down: original (neighbours) | mixed (two strong, two "
-            "weak). \\[default: the method's]"
-        ),
-    ] = None,
-    layout: Annotated[
-        str, typer.Option(help="Where dense columns stand while down is pruned: back | front | none")
-    ] = "back",
-    alignment: Annotated[
-        int | None, typer.Option(help="Region sizes are multiples of this. \\[default: largest of 256 … 32 that fits]")
-    ] = None,
+    method: Annotated[
+        str, typer.Option(help="spensegpt++ | spensegpt+ | spensegpt | sparsegpt | wanda | magnitude")
+    ] = DEFAULT_METHOD,
     calibration: Annotated[
         str,
         typer.Option(help="Hugging Face data set, .jsonl/.txt/.parquet file or folder, or `builtin` (no download)."),
@@ -96,45 +76,98 @@ def prune(
         int, typer.Option(help="Calibration sequences; more where the model's context is shorter than --length.")
     ] = 128,
     length: Annotated[int, typer.Option(help="Tokens in each, at most the model's context.")] = 16384,
-    seed: Annotated[int, typer.Option(help="Seed of the calibration text's order.")] = 0,
-    quantize: Annotated[str, typer.Option(help="fp8 | none (the model's own type, same zeros, for research)")] = "fp8",
-    fp8_rounding: Annotated[
-        str | None,
+    overwrite: Annotated[
+        bool,
+        typer.Option(help="Replace the Spense checkpoint, or the unfinished one, in OUT.", rich_help_panel=_RUN),
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Go on with an unfinished run to OUT, if there is one.", rich_help_panel=_RUN)
+    ] = False,
+    skip_unsupported: Annotated[
+        bool,
+        typer.Option(help="Leave blocks without a gated MLP (experts, plain MLPs) as they are.", rich_help_panel=_RUN),
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option(help="Run the Python code that MODEL brings along.", rich_help_panel=_RUN)
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto | cpu | cuda | cuda:N", rich_help_panel=_RUN)] = "auto",
+    activations: Annotated[
+        str,
         typer.Option(
-            help="Round after pruning | inside the column loop that prunes | in column loops everywhere: "
-            "after | inside | everywhere. \\[default: everywhere for spensegpt++, else inside]"
+            help="Where hidden states are kept: auto (the first with room) | device | host | disk", rich_help_panel=_RUN
+        ),
+    ] = "auto",
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens that pass through a block at once. \\[default: 2048 on a CPU, 16384]", rich_help_panel=_RUN
         ),
     ] = None,
-    damping: Annotated[float, typer.Option(help="λ over the mean of the Hessian's diagonal.")] = 0.01,
+    alignment: Annotated[
+        int | None,
+        typer.Option(
+            help="Region sizes are multiples of this. \\[default: largest of 256 … 32 that fits]", rich_help_panel=_RUN
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the calibration text's order.", rich_help_panel=_RUN)] = 0,
+    selection: Annotated[
+        Selection | None,
+        typer.Option(help="Which indices stay dense. \\[default: the method's]", rich_help_panel=_RESEARCH),
+    ] = None,
+    dense_first: Annotated[
+        bool | None,
+        typer.Option(
+            help="Keep the first MLP dense; the others take over its sparsity. \\[default: the method's, in models of "
+            "more than ten blocks]",
+            rich_help_panel=_RESEARCH,
+        ),
+    ] = None,
+    grouping: Annotated[
+        Grouping | None,
+        typer.Option(
+            help="Which sparse indices share a group of four in down: neighbours, or two strong and two weak. "
+            "\\[default: the method's]",
+            rich_help_panel=_RESEARCH,
+        ),
+    ] = None,
+    layout: Annotated[
+        Layout, typer.Option(help="Where dense columns stand while down is pruned.", rich_help_panel=_RESEARCH)
+    ] = Layout.BACK,
+    quantize: Annotated[
+        Quantize, typer.Option(help="none: the model's own type, with the same zeros.", rich_help_panel=_RESEARCH)
+    ] = Quantize.FP8,
+    fp8_rounding: Annotated[
+        Rounding | None,
+        typer.Option(
+            help="Round after pruning, inside the column loop that prunes, or in column loops everywhere. "
+            "\\[default: everywhere for spensegpt++, else inside]",
+            rich_help_panel=_RESEARCH,
+        ),
+    ] = None,
+    damping: Annotated[
+        float, typer.Option(help="λ over the mean of the Hessian's diagonal.", rich_help_panel=_RESEARCH)
+    ] = 0.01,
     descent_passes: Annotated[
         int | None,
         typer.Option(
-            help="Passes of coordinate descent that choose masks anew. \\[default: 1 for spensegpt++, else 0]"
+            help="Passes of coordinate descent that choose masks anew. \\[default: 1 for spensegpt++, else 0]",
+            rich_help_panel=_RESEARCH,
         ),
     ] = None,
     true_sequential: Annotated[
-        bool, typer.Option(help="Calibrate down on the outputs of the pruned gate and up.")
+        bool,
+        typer.Option(help="Calibrate down on the outputs of the pruned gate and up.", rich_help_panel=_RESEARCH),
     ] = True,
     tune_steps: Annotated[
         int | None,
-        typer.Option(help="Steps of tuning each block after it is pruned. \\[default: 128 for spensegpt++, else 0]"),
+        typer.Option(
+            help="Steps of tuning each block after it is pruned. \\[default: 128 for spensegpt++, else 0]",
+            rich_help_panel=_RESEARCH,
+        ),
     ] = None,
-    tune_rate: Annotated[float, typer.Option(help="Of those steps, relative to the weights.")] = 0.016,
-    skip_unsupported: Annotated[
-        bool, typer.Option(help="Leave blocks without a gated MLP (experts, plain MLPs) as they are.")
-    ] = False,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run the Python code that MODEL brings along.")] = False,
-    device: Annotated[str, typer.Option(help="auto | cpu | cuda | cuda:N")] = "auto",
-    batch_tokens: Annotated[
-        int | None, typer.Option(help="Tokens that pass through a block at once. \\[default: 2048 on a CPU, 16384]")
-    ] = None,
-    activations: Annotated[
-        str, typer.Option(help="Where hidden states are kept: auto (the first with room) | device | host | disk")
-    ] = "auto",
-    overwrite: Annotated[
-        bool, typer.Option(help="Replace the Spense checkpoint, or the unfinished one, in OUT.")
-    ] = False,
-    resume: Annotated[bool, typer.Option(help="Go on with an unfinished run to OUT, if there is one.")] = False,
+    tune_rate: Annotated[
+        float, typer.Option(help="Of those steps, relative to the weights.", rich_help_panel=_RESEARCH)
+    ] = 0.016,
 ) -> None:
     """Prune MODEL in one shot and write a checkpoint that vLLM serves."""
     # Bars of libraries, which read this when they are imported, would flood a log.

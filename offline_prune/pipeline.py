@@ -196,7 +196,7 @@ class _Run:
 
     def _open(self, run: dict[str, object], context: ExitStack) -> Journal:
         """Starts the checkpoint; what is finished of it already."""
-        writer = CheckpointWriter(self.out, run, self.say, self.model.tensors.stored)
+        writer = CheckpointWriter(self.out, run, self.say)
         self.writer = context.enter_context(writer)
         return writer.journal
 
@@ -244,8 +244,8 @@ class _Run:
         """Prunes block after block; those that are finished are only passed through."""
         names = [block.name for block in self.model.blocks]
         finished = journal.finished
-        if all(name in finished for name in names):
-            self.report.layers += [LayerReport.from_dict(finished[name]) for name in self._pruned_blocks()]
+        if all(self._part(name) in finished for name in names):
+            self.report.layers += [LayerReport.from_dict(finished[self._part(name)]) for name in self._pruned_blocks()]
             return
         with self.meter.stage("forward"):
             tokens_at_once = batch_tokens(self.settings, self.device)
@@ -254,7 +254,7 @@ class _Run:
             self.dense = Stream(self.model, tokens, *place) if self.settings.recipe.follows_dense else None
         for index, block in enumerate(self.model.blocks):
             before, start = dict(self.meter.seconds), time.perf_counter()
-            if block.name in finished:
+            if self._part(block.name) in finished:
                 self._pass_through(index, block, stream, journal)
             else:
                 self._block(index, block, stream)
@@ -275,9 +275,17 @@ class _Run:
         skipped = tuple(f"{block.name}." for block in self.model.blocks if isinstance(block.mlp, Unsupported))
         if self.settings.quantize is Quantize.FP8:
             for name in self.model.linears():
-                # What transformers makes of other tensors stays as the files have it.
+                # Whatever transformers makes of other tensors stays as the files have it.
                 if f"{name}.weight" in self.model.tensors and not (skipped and name.startswith(skipped)):
                     yield name
+
+    def _part(self, block: str) -> str:
+        """The checkpoint's part of a block: what its tensors' names in the files begin with."""
+        return self.model.tensors.stored(block)
+
+    def _as_stored(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors under the names that the files have for them."""
+        return {self.model.tensors.stored(name): tensor for name, tensor in tensors.items()}
 
     def _pruned_blocks(self) -> list[str]:
         return [block.name for block in self.model.blocks if isinstance(block.mlp, Glu)]
@@ -320,7 +328,7 @@ class _Run:
                     stored.keep(layer, *nearest(tensor.float()))
                 else:
                     stored.tensors[name] = tensor
-            writer.add(_OUTSIDE, stored.tensors)
+            writer.add(_OUTSIDE, self._as_stored(stored.tensors))
 
     def _pass_through(self, index: int, block: Block, stream: Stream, journal: Journal) -> None:
         """Takes the hidden states through a block that an earlier run finished, exactly as that run did."""
@@ -330,11 +338,11 @@ class _Run:
             with self.meter.stage("forward"):
                 self.dense.advance(index, module, block.name)
         with self.meter.stage("load"):
-            stored = self.model.tensors.named(journal.tensors(block.name))
+            stored = self.model.tensors.named(journal.tensors(self._part(block.name)))
             module = self.model.load(block.name, self.device, self.dtype, restored(stored, self.device))
         with self.meter.stage("forward"):
             if isinstance(block.mlp, Glu):
-                self.report.layers.append(LayerReport.from_dict(journal.finished[block.name]))
+                self.report.layers.append(LayerReport.from_dict(journal.finished[self._part(block.name)]))
                 stream.attend(index, module, block.mlp)
             stream.advance(index, module, block.name)
 
@@ -374,7 +382,8 @@ class _Run:
                 stream.advance(index, module, block.name)
         if self.writer:
             with self.meter.stage("write"):
-                self.writer.add(block.name, stored.complete(f"{block.name}."), asdict(layer) if layer else None)
+                tensors = self._as_stored(stored.complete(f"{block.name}."))
+                self.writer.add(self._part(block.name), tensors, asdict(layer) if layer else None)
 
     def _unpruned(self, block: Block) -> list[str]:
         """The linear layers of a block that are only rounded, by their names inside it."""

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import TypeVar
 
 from offline_prune.calibration.data import DEFAULT_SOURCE
-from offline_prune.methods.recipe import METHODS, Grouping, Layout, Quantize, Recipe, Rounding, Selection
+from offline_prune.methods.recipe import (
+    DEFAULT_METHOD,
+    METHODS,
+    Grouping,
+    Layout,
+    Quantize,
+    Recipe,
+    Rounding,
+    Selection,
+)
 from offline_prune.runtime.activation_store import Place
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import MIN_ALIGNMENT
@@ -73,7 +82,7 @@ class PruneSettings:
 
     model: str
     out: Path
-    method: str = "spensegpt+"
+    method: str = DEFAULT_METHOD
     sparsity: float | None = None
     dense_first: bool | None = None
     selection: Selection | None = None

@@ -6,7 +6,6 @@ import argparse
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -19,15 +18,13 @@ from scripts.smollm2 import smollm2
 
 #: The method to prune with and to serve, beside the dense model.
 METHOD = "SpenseGPT+"
-#: A calibration text that two slow cores prune with in about a minute.
-_with_text = partial(Pruning, samples=16, length=512)
-#: What `--all` compares.
+#: What `--all` compares; each takes two slow cores about a minute.
 PRUNINGS = {
-    "Wanda 2:4": _with_text("wanda", 0.5),
-    "SparseGPT 2:4": _with_text("sparsegpt", 0.5),
-    "SpenseGPT": _with_text("spensegpt", 0.375),
-    "SpenseGPT+": _with_text("spensegpt+", 0.375),
-    "SpenseGPT++": _with_text("spensegpt++", 0.375),
+    "Wanda 2:4": Pruning("wanda", 0.5),
+    "SparseGPT 2:4": Pruning("sparsegpt", 0.5),
+    "SpenseGPT": Pruning("spensegpt", 0.375),
+    "SpenseGPT+": Pruning("spensegpt+", 0.375),
+    "SpenseGPT++": Pruning("spensegpt++", 0.375),
 }
 SERVED = PRUNINGS[METHOD]
 #: One that a model of this size still answers after losing 37.5% of its MLP weights.

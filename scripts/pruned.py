@@ -19,7 +19,7 @@ SOURCES = ("offline_prune/**/*.py", "vllm_spense/format.py", "vllm_spense/layout
 
 @dataclass(frozen=True)
 class Pruning:
-    """One call of `spense prune` with the built-in calibration text; by default so little of it as the tests take."""
+    """One call of `spense prune` with the built-in calibration text; by default as little as the demo takes."""
 
     method: str
     sparsity: float

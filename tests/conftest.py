@@ -13,7 +13,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 # Before torch is imported, it says how threads wait.
-from scripts.pruned import CACHE, Pruning, pruned
+from scripts.demo import SERVED
+from scripts.pruned import CACHE, pruned
 from scripts.smollm2 import smollm2
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
@@ -53,8 +54,8 @@ def smollm2_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def pruned_folder(smollm2_folder: Path) -> Path:
-    """The same model at 37.5% with SpenseGPT+ in FP8; made anew when the pruner has changed."""
-    return pruned(smollm2_folder, Pruning("spensegpt+", 0.375))
+    """The same model as the demo serves it; made anew when the pruner has changed."""
+    return pruned(smollm2_folder, SERVED)
 
 
 @pytest.fixture(scope="session")

@@ -112,37 +112,60 @@ def read_quantization(quantization: Mapping[str, Any], file: object = None) -> A
     return annotation
 
 
+#: Beginnings and ends of the patterns that `ignore` may hold, around an escaped name, and whether that name may come
+#: after others.
+_PATTERNS = ((r"re:(.*\.)?", r"(\..*)?$", True), ("re:", r"(\..*)?$", False), ("re:", r"\..*", False))
+
+
 @dataclass(frozen=True)
 class Ignored:
-    """Which linear layers `ignore` leaves unquantized: some by name, and all whose names have a prefix."""
+    """Which linear layers `ignore` leaves unquantized.
+
+    Attributes:
+        names: of layers.
+        roots: of modules with all that is inside them.
+        tails: likewise, but of names that may begin with others: a server's names differ from the files' in that.
+    """
 
     names: frozenset[str]
-    prefixes: tuple[str, ...]
+    roots: frozenset[str]
+    tails: frozenset[str]
 
     @classmethod
     def read(cls, quantization: Mapping[str, Any], file: object = None) -> Ignored:
         """
         Raises:
-            FormatError: `ignore` holds something else than names and patterns `re:PREFIX\\..*`. A stranger's regular
+            FormatError: `ignore` holds something else than names and patterns of a few kinds. A stranger's regular
                 expressions are not run: some take for ever.
         """
-        key, names, prefixes = "ignore", set(), set()
+        key = "ignore"
+        names: set[str] = set()
+        roots: set[str] = set()
+        tails: set[str] = set()
         listed = quantization.get(key) or []
         if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
             raise _wrong(file, key, listed, "a list of names")
         for name in listed:
-            if name.startswith("re:"):
-                escaped = name.removeprefix("re:").removesuffix(r"\..*")
-                prefix = re.sub(r"\\(.)", r"\1", escaped)
-                if f"re:{re.escape(prefix)}\\..*" != name:
-                    raise _wrong(file, key, name, "a name, or re: with a block's escaped name and \\..*")
-                prefixes.add(f"{prefix}.")
-            else:
+            if not name.startswith("re:"):
                 names.add(name)
-        return cls(frozenset(names), tuple(sorted(prefixes)))
+                continue
+            for head, end, anywhere in _PATTERNS:
+                root = re.sub(r"\\(.)", r"\1", name.removeprefix(head).removesuffix(end))
+                if root and f"{head}{re.escape(root)}{end}" == name:
+                    (tails if anywhere else roots).add(root)
+                    break
+            else:
+                raise _wrong(
+                    file, key, name, r"a name, or re:NAME\..*, re:NAME(\..*)?$, re:(.*\.)?NAME(\..*)?$, escaped"
+                )
+        return cls(frozenset(names), frozenset(roots), frozenset(tails))
 
     def __contains__(self, layer: str) -> bool:
-        return layer in self.names or layer.startswith(self.prefixes)
+        parts = layer.split(".")
+        beginnings = {".".join(parts[:stop]) for stop in range(1, len(parts) + 1)}
+        if layer in self.names or not self.roots.isdisjoint(beginnings):
+            return True
+        return any(f".{tail}." in f".{layer}." for tail in self.tails)
 
 
 def _check_groups(groups: object, file: object) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,7 +96,6 @@ class CheckpointWriter:
         out: entered.
         run: whatever decides the result, by name; a run that is resumed must have had the same.
         say: told when an unfinished one is kept.
-        stored: the name that a tensor of the model gets in the files.
 
     Attributes:
         journal: of what is finished.
@@ -105,12 +104,11 @@ class CheckpointWriter:
         SpenseError: at construction, when the run that would be resumed is another one; and when the disk fails.
     """
 
-    def __init__(self, out: OutputFolder, run: Mapping[str, Any], say: Say, stored: Callable[[str], str] = str) -> None:
+    def __init__(self, out: OutputFolder, run: Mapping[str, Any], say: Say) -> None:
         self._out = out
         self._folder = out.partial
         self.journal = out.start(run)
         self._say = say
-        self._stored = stored
         self._background = ThreadPoolExecutor(1, "write")
         self._outbox = Outbox()
         self._last: Future[None] | None = None
@@ -205,8 +203,7 @@ class CheckpointWriter:
             arrived.synchronize()
         try:
             with self._out.writing(file):
-                named = {self._stored(key): tensor for key, tensor in tensors.items()}
-                save_file(named, file, metadata={"format": "pt"})
+                save_file(tensors, file, metadata={"format": "pt"})
                 with file.open("rb") as written:
                     os.fsync(written.fileno())
                 file.chmod(0o644)

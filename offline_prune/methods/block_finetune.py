@@ -21,7 +21,7 @@ MIN_STEP_TOKENS = 128
 #: Share of the steps in which the learning rate rises.
 _WARM_UP = 0.05
 #: It then falls linearly to this share of the largest and stays there for the same share of the steps. What these
-#: make of the weights is averaged, which serves unseen text better than a rate that falls to zero: docs/quality.md.
+#: make of the weights is averaged, which serves unseen text better than one that falls to zero: docs/notes/pruning.md.
 _AVERAGED = 0.3
 #: How far the target is the dense model's output, and not what the dense block makes of the pruned model's input.
 #: All of the former would teach every block what the blocks before it get wrong on the calibration text alone.

@@ -42,7 +42,7 @@ def run(scheme: Stock, weights: Any) -> torch.Tensor:
 
 
 def test_every_scheme_computes_the_mlp() -> None:
-    """Within what two sums in bfloat16 instead of one add, and what FP8 makes of that."""
+    """Within what two sums in bfloat16 instead of one add, and what FP8 makes of that: 0.025. Other weights: 0.4."""
     torch.manual_seed(0)
     stock, slide, *spenses = schemes("tiny", (0.25, 0.375, 0.5), CPU)
     assert [type(scheme) for scheme in spenses] == [Spense] * 3
@@ -56,7 +56,7 @@ def test_every_scheme_computes_the_mlp() -> None:
             # It runs region by region.
             dense["gate_up"] = by_projection(dense["gate_up"].t(), scheme.regions.sparse).t().contiguous()
         found, expected = run(scheme, weights), run(stock, dense)
-        assert (found - expected).norm() <= 0.03 * expected.norm(), scheme.name
+        assert (found - expected).norm() <= 0.06 * expected.norm(), scheme.name
         assert (run(stock, stock.weights()) - expected).norm() > 0.2 * expected.norm()
 
 

@@ -18,9 +18,11 @@ if not torch.cuda.is_available():
 pytest.importorskip("nvmath", reason="needs nvmath-python")
 
 from vllm_spense.kernels.one_launch.schedule import Tiling
+from vllm_spense.kernels.one_launch.semaphores import semaphores
 from vllm_spense.kernels.region_gemm import cusparselt, dense, library, one_launch, packing, reference
 from vllm_spense.kernels.tuning import autotune
 from vllm_spense.kernels.tuning.synthetic import random_2of4, random_fp8, random_weight, unit_scales
+from vllm_spense.kernels.tuning.timing import median_us
 from vllm_spense.ops import gemm, layer_plan, path_timing
 from vllm_spense.ops.layer_plan import op_key, pack, plan_of
 
@@ -229,6 +231,50 @@ def test_launches_of_two_streams_do_not_disturb_each_other(tokens: int) -> None:
         torch.cuda.synchronize()
         for expected, found in zip(alone, outs, strict=True):
             assert all(torch.equal(out, expected) for out in found), tiling
+
+
+@pytest.mark.parametrize("tokens", [32, 256])
+def test_graphs_replayed_at_once_do_not_disturb_each_other(tokens: int) -> None:
+    """Each has several launches, which share semaphores among themselves but not with those of another graph."""
+    problem = Problem(1024, 8192, Regions(4096, 4096), "input")
+    packed = library.pack(random_weight(problem, DEVICE), problem)
+    xs = [random_fp8(tokens, problem.k, DEVICE) for _ in range(2)]
+    for tiling in (Tiling(tokens, 128), Tiling(tokens, 128, 3)):
+        plan = one_launch.OneLaunchPlan(problem, tokens, DEVICE, tiling)
+        alone = [plan.run(x, packed) for x in xs]
+        graphs, outs = [torch.cuda.CUDAGraph() for _ in xs], []
+        for x, graph in zip(xs, graphs, strict=True):
+            with torch.cuda.graph(graph):
+                outs.append([plan.run(x, packed) for _ in range(8)])
+        streams = [torch.cuda.Stream() for _ in xs]
+        for _ in range(20):
+            for out in outs[0] + outs[1]:
+                out.fill_(torch.nan)
+            torch.cuda.synchronize()
+            for graph, stream in zip(graphs, streams, strict=True):
+                with torch.cuda.stream(stream):
+                    graph.replay()
+            torch.cuda.synchronize()
+            for expected, found in zip(alone, outs, strict=True):
+                assert all(torch.equal(out, expected) for out in found), tiling
+
+
+def test_a_plan_is_not_made_during_a_capture() -> None:
+    problem = Problem(1024, 4096, Regions(2048, 2048), "input")
+    with pytest.raises(RuntimeError, match="captured before it ran once"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        one_launch.OneLaunchPlan(problem, 32, DEVICE, Tiling(32, 128, 3))
+
+
+def test_timing_returns_its_semaphores() -> None:
+    problem = Problem(1024, 4096, Regions(2048, 2048), "input")
+    packed = library.pack(random_weight(problem, DEVICE), problem)
+    x = random_fp8(32, problem.k, DEVICE)
+    plan = one_launch.OneLaunchPlan(problem, 32, DEVICE, Tiling(32, 128, 3))
+    plan.run(x, packed)
+    left = semaphores(DEVICE).left
+    for _ in range(3):
+        median_us([lambda: plan.run(x, packed)])
+        assert semaphores(DEVICE).left == left
 
 
 @pytest.mark.parametrize(("n", "k"), [(32, 32), (64, 64), (160, 96), (96, 352), (1024, 512)])

@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "offline_prune/checkpoint"))
 
 import elementwise_parts
 from column_problems import compare, every_problem, ties

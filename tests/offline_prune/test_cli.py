@@ -149,7 +149,7 @@ def test_names_are_not_markup(odd: str, out: Path, tmp_path: Path) -> None:
     folder = tmp_path / odd
     shutil.copytree(out, folder)
     annotation = json.loads((folder / SIDECAR).read_text())
-    (folder / SIDECAR).write_text(json.dumps({**annotation, "method": odd}))
+    (folder / SIDECAR).write_text(json.dumps({**annotation, "method": {**annotation["method"], "name": odd}}))
     said = spense("verify", folder)
     assert said.stdout.startswith(f"{folder}: good"), said.stderr
     said = spense("inspect", folder)

@@ -315,7 +315,7 @@ def test_code_that_came_with_a_model_runs_only_when_trusted(
 
     folder = edited(good, tmp_path / "out", custom)
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise ValueError('code ran')\n")
-    with pytest.raises(SpenseError, match=r"custom code.*--trust-remote-code"):
+    with pytest.raises(SpenseError, match=r"its code comes with the model; --trust-remote-code"):
         verify(folder)
     assert open_checkpoint(folder).annotation == open_checkpoint(good).annotation
     assert estimate.load(str(folder), None)[1] == [Regions(96, 32)] * 2

@@ -57,6 +57,8 @@ KERNELS: list[tuple[str, Mapping[str, int], tuple[str, ...], int]] = [
         )
     ),
 ]
+#: C++'s offsetof, which NVRTC has not in every version.
+OFFSET = "#define OFFSET(type, field) __INTADDR__(&static_cast<type*>(nullptr)->field)"
 CASES = [(name, macros, arch, most) for name, macros, archs, most in KERNELS for arch in archs]
 
 
@@ -94,7 +96,7 @@ def test_no_kernel_is_forgotten() -> None:
 def require(name: str, macros: Mapping[str, int], facts: Mapping[str, int]) -> None:
     """That the compiler agrees with these facts about a CUDA file."""
     asserts = (f'static_assert({what} == {value}, "{what} is not {value}");' for what, value in facts.items())
-    text = "\n".join((f'#include "{name}"', *asserts, "__global__ void nothing() {}"))
+    text = "\n".join((f'#include "{name}"', OFFSET, *asserts, "__global__ void nothing() {}"))
     options = ["--gpu-architecture=sm_90a", "--std=c++17", *(f"-D{macro}={value}" for macro, value in macros.items())]
     nvrtc.compile_program({"facts.cu": text, **sources.with_includes(name)}, options)
 
@@ -102,7 +104,7 @@ def require(name: str, macros: Mapping[str, int], facts: Mapping[str, int]) -> N
 def layout(structure: type[ctypes.Structure]) -> dict[str, int]:
     facts = {"sizeof(Arguments)": ctypes.sizeof(structure)}
     for name, *_ in structure._fields_:
-        facts[f"__builtin_offsetof(Arguments, {name})"] = getattr(structure, name).offset
+        facts[f"OFFSET(Arguments, {name})"] = getattr(structure, name).offset
     return facts
 
 
@@ -118,7 +120,7 @@ def test_python_and_the_gemm_agree(tiling: Tiling, dtype: torch.dtype, scaled: b
         "sizeof(Segment)": 4 * len(FIELDS),
     }
     named = [field for field in FIELDS if field != "unused"]
-    facts |= {f"__builtin_offsetof(Segment, {field})": 4 * place for place, field in enumerate(named)}
+    facts |= {f"OFFSET(Segment, {field})": 4 * place for place, field in enumerate(named)}
     macros = instances.macros(dtype, scaled, tiling)
     require("one_launch.cuh", macros, facts | layout(instances.Arguments))
 
@@ -130,8 +132,9 @@ def test_python_and_an_elementwise_kernel_agree(module) -> None:
 
 
 def test_a_wrong_fact_is_found() -> None:
-    with pytest.raises(RuntimeError, match="THREADS is not 256"):
-        require("one_launch.cuh", {}, {"THREADS": 256})
+    for what, value in (("THREADS", 256), ("sizeof(Arguments)", 512), ("OFFSET(Arguments, partials)", 512)):
+        with pytest.raises(RuntimeError, match=re.escape(f"{what} is not {value}")):
+            require("one_launch.cuh", {}, {what: value})
 
 
 def test_a_changed_header_is_another_program(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:

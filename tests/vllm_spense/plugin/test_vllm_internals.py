@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.model_executor.models.utils import WeightsMapper
 
+import vllm_spense
 from vllm_spense.plugin.activation import FusedSiluAndMul
 from vllm_spense.plugin.config import SpenseConfig, complete_engine
 from vllm_spense.plugin.unpruned_linear import UnprunedKernel, UnprunedOnCpu
@@ -27,6 +29,15 @@ from vllm_spense.plugin.vllm_internals import (
     on_engine_completion,
     stand_in,
 )
+
+#: What no other file of the plugin may use.
+INTERNAL = ("MODELS_CONFIG_MAP", "op_registry_oot", "register_oot", "_map_name", "currentframe", "f_back", "ops._C")
+
+
+def test_internals_are_used_in_one_file() -> None:
+    files = [file for folder in vllm_spense.__path__ for file in Path(folder).rglob("*.py")]
+    used = {(file.name, word) for file in files for word in INTERNAL if word in file.read_text(encoding="utf-8")}
+    assert {name for name, _ in used} == {"vllm_internals.py"}
 
 
 @pytest.fixture

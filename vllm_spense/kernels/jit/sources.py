@@ -6,8 +6,8 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
-from importlib.abc import Traversable
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 
 _INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
 

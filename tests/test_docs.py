@@ -76,6 +76,33 @@ def test_every_result_file_is_listed_with_its_script() -> None:
         assert (ROOT / "benchmarks" / script).exists(), script
 
 
+def test_pages_that_sources_name_exist() -> None:
+    for folder in ("offline_prune", "vllm_spense", "benchmarks", "scripts", "examples"):
+        for source in (ROOT / folder).rglob("*.*"):
+            if source.suffix in (".py", ".cu", ".cuh"):
+                for page in re.findall(r"\bdocs/[\w/-]+\.md", source.read_text(encoding="utf-8")):
+                    assert (ROOT / page).exists(), f"{source}: {page}"
+
+
+#: Where pages name files from: the root, or the package that the text is about.
+BASES = tuple(ROOT / base for base in ("", "offline_prune", "vllm_spense", "vllm_spense/kernels", "benchmarks"))
+
+
+@functools.cache
+def source_names() -> set[str]:
+    folders = ("offline_prune", "vllm_spense", "benchmarks", "scripts", "examples", "tests")
+    return {path.name for folder in folders for path in (ROOT / folder).rglob("*.*")}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_named_source_files_exist(page: Path) -> None:
+    for path in re.findall(r"`([\w./-]+(?:\.py|\.cu|\.cuh|/))`", text(page)):
+        if "/" in path:
+            assert any((base / path).exists() for base in BASES), path
+        else:
+            assert path in source_names(), path
+
+
 @pytest.mark.parametrize("page", ["docs/guide.md", "docs/pruning.md"])
 def test_options_of_spense_exist(page: str) -> None:
     import typer.main
@@ -84,7 +111,7 @@ def test_options_of_spense_exist(page: str) -> None:
 
     command = typer.main.get_command(app)
     known = {option for sub in command.commands.values() for param in sub.params for option in param.opts}  # type: ignore[attr-defined]
-    of_others = {"--quantization", "--dtype", "--url", "--tasks", "--model"}
+    of_others = {"--quantization", "--dtype", "--url", "--tasks", "--model", "--help"}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text(ROOT / page))) - of_others
     assert "--layout" in named or "--sparsity" in named
     assert named <= known, named - known
