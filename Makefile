@@ -5,7 +5,7 @@ ALL ?=
 RUN := .venv/bin/python -m
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test format clean
+.PHONY: help setup demo test zoo format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -21,6 +21,9 @@ test: setup ## lint, check types, run all tests
 	$(RUN) ruff format --check
 	$(RUN) mypy
 	$(RUN) pytest -n auto --dist loadfile --no-loadscope-reorder
+
+zoo: setup ## prune every architecture that transformers knows, tiny
+	$(RUN) benchmarks.zoo
 
 format: setup ## format the code
 	$(RUN) ruff check --fix

@@ -138,7 +138,10 @@ class Ignored:
             FormatError: `ignore` holds something else than names and patterns of a few kinds. A stranger's regular
                 expressions are not run: some take for ever.
         """
-        key, names, roots, tails = "ignore", set(), set(), set()
+        key = "ignore"
+        names: set[str] = set()
+        roots: set[str] = set()
+        tails: set[str] = set()
         listed = quantization.get(key) or []
         if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
             raise _wrong(file, key, listed, "a list of names")

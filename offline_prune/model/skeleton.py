@@ -93,7 +93,7 @@ def find_text_model(model: PreTrainedModel) -> TextModel:
     Raises:
         SpenseError: there is none, or it is an encoder with a decoder.
     """
-    if model.config.get_text_config().is_encoder_decoder:
+    if model.config.is_encoder_decoder or model.config.get_text_config().is_encoder_decoder:
         raise SpenseError(f"{type(model).__name__}: found an encoder with a decoder, expected a decoder alone")
     embedding = model.get_input_embeddings()
     place = next((name for name, module in model.named_modules() if module is embedding), None)

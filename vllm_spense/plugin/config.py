@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,7 +19,8 @@ from vllm_spense.ops.dense_copies import DenseCopies
 from vllm_spense.ops.elementwise_ops import INDUCTOR_OPTIONS
 from vllm_spense.plugin.activation import PLAIN_MLPS, FusedSiluAndMul
 from vllm_spense.plugin.cudagraph_sizes import capture_prefill
-from vllm_spense.plugin.linear import InputSplitLinearMethod, OutputSplitLinearMethod, RegionLinearMethod
+from vllm_spense.plugin.layer_role import split_of
+from vllm_spense.plugin.linear import InputSplitLinearMethod, OutputSplitLinearMethod
 from vllm_spense.plugin.norms import PLAIN_NORMS, FusedRMSNorm
 from vllm_spense.plugin.pairing import Pairing, is_plain
 from vllm_spense.plugin.preflight import check_engine, check_files
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 NAME = "spense"
 
-Method = Callable[[Regions, str, Pairing, DenseCopies], RegionLinearMethod]
+Method = type[OutputSplitLinearMethod] | type[InputSplitLinearMethod]
 
 
 def register_config() -> None:
@@ -128,7 +129,7 @@ class SpenseConfig(CompressedTensorsConfig):
             FormatError: a layer inside a pruned module is not one that the annotation names, or a pruned layer is not
                 quantized to FP8 per channel and per token.
         """
-        found = self._find(prefix) if isinstance(layer, LinearBase) else None
+        found = self._find(layer, prefix) if isinstance(layer, LinearBase) else None
         if found is None:
             return super().get_quant_method(layer, prefix)
         engine = get_current_vllm_config()
@@ -153,13 +154,21 @@ class SpenseConfig(CompressedTensorsConfig):
             )
         return self.pairing
 
-    def _find(self, prefix: str) -> tuple[Regions, Method] | None:
+    def _find(self, layer: LinearBase, prefix: str) -> tuple[Regions, Method] | None:
+        """The regions and method of a layer in a pruned module: by its name, or by what it is."""
         parent, _, leaf = prefix.rpartition(".")
+        siblings = {name: each for name, each in self.layers.items() if name.rpartition(".")[0] == parent}
+        if not siblings:
+            return None
         merged = self.packed_modules_mapping.get(leaf, [leaf])
-        projections = {self.layers.get(f"{parent}.{projection}") for projection in merged}
-        siblings = [name for name in self.layers if name.rpartition(".")[0] == parent]
+        named = {siblings.get(f"{parent}.{projection}") for projection in merged}
+        if len(named) == 1 and None not in named:
+            return named.pop()
+        regions, _ = next(iter(siblings.values()))
+        split = split_of(layer, regions, prefix)
+        found = next((each for each in siblings.values() if each[1].split == split), None)
         # Going on dense would give the right answers, and no reason to notice.
-        if siblings and (len(projections) > 1 or None in projections):
+        if found is None:
             raise FormatError(
                 "vLLM has a layer in a pruned module that is not one of its projections",
                 layer=prefix,
@@ -167,7 +176,7 @@ class SpenseConfig(CompressedTensorsConfig):
                 found=leaf,
                 expected=" | ".join(siblings),
             )
-        return projections.pop()
+        return found
 
     def _require_fp8(self, layer: torch.nn.Module, prefix: str) -> None:
         scheme = self.get_scheme_dict(layer, prefix) or {}

@@ -92,7 +92,9 @@ class RegionLinearMethod(LinearMethodBase):
             FormatError: the regions do not add up to the intermediate size, or the tensor parallel size does not
                 divide them.
         """
-        self.projections = len(output_partition_sizes)
+        # transformers may have gate and up in one layer, which vLLM then takes for one matrix.
+        both = self.split == "output" and output_size == 2 * self.regions.intermediate
+        self.projections = 2 if both else len(output_partition_sizes)
         intermediate = output_size // self.projections if self.split == "output" else input_size
         require_extent(self.regions, intermediate, self.name)
         shard = layout.shard(self.regions, layer.tp_rank, layer.tp_size, self.name)

@@ -192,12 +192,36 @@ def test_names_follow_vllms_twice(config: SpenseConfig) -> None:
 
 
 def test_no_layer_of_a_pruned_module_is_left_dense(config: SpenseConfig) -> None:
-    said = r"not one of its projections \(layer: {}; key: projections; found: {}; expected: .*gate_proj \| "
-    with pytest.raises(FormatError, match=said.format(f"{MLP}.w13", "w13")):
-        gate_up(config, f"{MLP}.w13")
-    del config.layers[f"{MLP}.up_proj"]
-    with pytest.raises(FormatError, match=said.format(f"{MLP}.gate_up_proj", "gate_up_proj")):
-        gate_up(config)
+    said = rf"not one of its projections \(layer: {MLP}.w1; key: projections; found: w1; expected: .*gate_proj \| "
+    for make in (
+        lambda: ColumnParallelLinear(HIDDEN, I, bias=False, quant_config=config, prefix=f"{MLP}.w1"),
+        lambda: MergedColumnParallelLinear(HIDDEN, [I, HIDDEN], bias=False, quant_config=config, prefix=f"{MLP}.w1"),
+        lambda: RowParallelLinear(HIDDEN, I, bias=False, quant_config=config, prefix=f"{MLP}.w1"),
+    ):
+        with pytest.raises(FormatError, match=said):
+            make()
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["three tensors", "fused in the files"])
+@pytest.mark.parametrize("mapped", [{}, {"gate_up_proj": ["gate_proj", "up_proj"]}], ids=["unmapped", "mapped"])
+@pytest.mark.parametrize("merged", [True, False], ids=["vLLM merges", "one layer of transformers'"])
+def test_gate_and_up_are_found_whatever_the_model_says(fused: bool, mapped: Any, merged: bool) -> None:
+    """GLM-4 maps what the files have fused, StableLM maps nothing, transformers' Phi-3 is not merged by vLLM."""
+    names = {"gate": "gate_up_proj", "up": "gate_up_proj", "down": "down_proj"}
+    config = SpenseConfig.from_config(quantization_config(**({"projections": names} if fused else {})))
+    config.packed_modules_mapping = mapped
+    if merged:
+        layer: Any = gate_up(config)
+    else:
+        layer = ColumnParallelLinear(HIDDEN, 2 * I, bias=False, quant_config=config, prefix=f"{MLP}.gate_up_proj")
+    down = RowParallelLinear(I, HIDDEN, bias=False, quant_config=config, prefix=f"{MLP}.down_proj")
+    assert isinstance(down.quant_method, InputSplitLinearMethod)
+    weight = torch.cat([sparse_weight(I, HIDDEN, (slice(0, 64), slice(None))) for _ in range(2)])
+    load(layer, weight)
+    load(layer, torch.ones(2 * I, 1), name="weight_scale")
+    layer.quant_method.process_weights_after_loading(layer)
+    x = torch.randn(3, HIDDEN)
+    torch.testing.assert_close(layer(x)[0], dequantized(x) @ weight.float().t(), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(
