@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("out", type=Path)
     parser.add_argument("--sparsity", type=float, default=0.375)
-    parser.add_argument("--method", default="spensegpt+")
+    parser.add_argument("--method", default="spensegpt++")
     parser.add_argument("--calibration", default="builtin", help="a data set, a file, or `builtin`")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
