@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -29,9 +29,6 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks.zoo import tiny_config, undrawn
 from offline_prune.pipeline import prune
 from offline_prune.settings import PruneSettings
-
-if TYPE_CHECKING:
-    from vllm import LLM
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPECTED = ROOT / "benchmarks/results/served.json"
@@ -64,17 +61,18 @@ SIZES: dict[str, Any] = {
     "vocab_size": 288,
     "max_position_embeddings": 512,
 }
-#: Beside the 256 bytes.
+#: Beside the 256 bytes, with the names that processors look for.
+_NAMES = (
+    "<end>",
+    "<pad>",
+    "<|image_pad|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|video_pad|>",
+    "[IMG_BREAK]",
+    *("\n" * count for count in range(1, 5)),
+)
 END, PAD, IMAGE, START_OF_IMAGE, END_OF_IMAGE, VIDEO, BREAK = range(256, 263)
-_NAMES = {
-    END: "<end>",
-    PAD: "<pad>",
-    IMAGE: "<image>",
-    START_OF_IMAGE: "<start_of_image>",
-    END_OF_IMAGE: "<end_of_image>",
-    VIDEO: "<video>",
-    BREAK: "<break>",
-}
 _SPECIAL_TOKENS = {"eos_token_id": END, "pad_token_id": PAD, "bos_token_id": END}
 
 
@@ -88,6 +86,7 @@ class Model:
         top: settings of the whole configuration, if that is another one.
         vision: of its vision tower.
         implementation: vLLM's --model-impl.
+        dtype: of its activations.
         processor: saves what turns images into tensors, for a model that sees.
         image: how a prompt shows an image.
     """
@@ -97,9 +96,14 @@ class Model:
     top: dict[str, Any] = field(default_factory=dict)
     vision: dict[str, Any] = field(default_factory=dict)
     implementation: str = "auto"
+    dtype: str = "float32"
     skip_unsupported: bool = False
     processor: Callable[[PreTrainedTokenizerFast, Path], object] | None = None
     image: str = ""
+
+
+def _name(token: int) -> str:
+    return _NAMES[token - END]
 
 
 def _gemma3(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -121,9 +125,9 @@ def _pixtral(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
         tokenizer,
         patch_size=14,
         spatial_merge_size=2,
-        image_token=_NAMES[IMAGE],
-        image_break_token=_NAMES[BREAK],
-        image_end_token=_NAMES[END_OF_IMAGE],
+        image_token=_name(IMAGE),
+        image_break_token=_name(BREAK),
+        image_end_token=_name(END_OF_IMAGE),
     ).save_pretrained(folder)
 
 
@@ -164,7 +168,7 @@ MODELS = {
         },
         {**_VISION, "image_size": 56, "patch_size": 14},
         processor=_gemma3,
-        image="<start_of_image>",
+        image="<|vision_start|>",
     ),
     "Qwen2.5-VL": Model(
         "Qwen2_5_VLForConditionalGeneration",
@@ -172,7 +176,7 @@ MODELS = {
         _QWEN_TOKENS,
         {**_QWEN_VISION, "window_size": 56, "fullatt_block_indexes": [1]},
         processor=_qwen2_5_vl,
-        image="<start_of_image><image><end_of_image>",
+        image="<|vision_start|><|image_pad|><|vision_end|>",
     ),
     "Mistral-3": Model(
         "Mistral3ForConditionalGeneration",
@@ -180,9 +184,9 @@ MODELS = {
         {"image_token_index": IMAGE, "spatial_merge_size": 2, "vision_feature_layer": -1},
         {**_VISION, "image_size": 56, "patch_size": 14, "head_dim": 32},
         processor=_pixtral,
-        image="<image>",
+        image="<|image_pad|>",
     ),
-    "Qwen3.5, text": Model("Qwen3_5ForCausalLM", _HYBRID),
+    "Qwen3.5, text": Model("Qwen3_5ForCausalLM", _HYBRID, dtype="bfloat16"),
 }
 
 
@@ -224,13 +228,13 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([_NAMES[token] for token in sorted(_NAMES)])
+    tokenizer.add_special_tokens(list(_NAMES))
     named = {"boi_token": START_OF_IMAGE, "eoi_token": END_OF_IMAGE, "image_token": IMAGE}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token=_NAMES[END],
-        pad_token=_NAMES[PAD],
-        extra_special_tokens={name: _NAMES[token] for name, token in named.items()},
+        eos_token=_name(END),
+        pad_token=_name(PAD),
+        extra_special_tokens={name: _name(token) for name, token in named.items()},
     )
 
 
@@ -333,7 +337,7 @@ def _run(model: Model, folder: str, quantization: str) -> dict[str, Any]:
             quantization=quantization,
             model_impl=model.implementation,
             enforce_eager=True,
-            dtype="float32",
+            dtype=model.dtype,
             max_model_len=256,
             max_num_seqs=16,
             seed=0,
