@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
@@ -29,6 +30,7 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks.zoo import tiny_config, undrawn
 from offline_prune.pipeline import prune
 from offline_prune.settings import PruneSettings
+from vllm_spense.errors import SpenseError
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPECTED = ROOT / "benchmarks/results/served.json"
@@ -89,6 +91,7 @@ class Model:
         dtype: of its activations.
         processor: saves what turns images into tensors, for a model that sees.
         image: how a prompt shows an image.
+        renamed: parts of tensors' names that published checkpoints have and transformers' newest no longer saves.
     """
 
     architecture: str
@@ -100,6 +103,7 @@ class Model:
     skip_unsupported: bool = False
     processor: Callable[[PreTrainedTokenizerFast, Path], object] | None = None
     image: str = ""
+    renamed: dict[str, str] = field(default_factory=dict)
 
 
 def _name(token: int) -> str:
@@ -143,9 +147,9 @@ _QWEN_TOKENS = {
 _HYBRID = {
     "layer_types": ["linear_attention", "full_attention"],
     "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
     **_MROPE,
 }
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "mlp_only_layers": [0]}
@@ -169,6 +173,7 @@ MODELS = {
         {**_VISION, "image_size": 56, "patch_size": 14},
         processor=_gemma3,
         image="<|vision_start|>",
+        renamed={"vision_tower.": "vision_tower.vision_model."},
     ),
     "Qwen2.5-VL": Model(
         "Qwen2_5_VLForConditionalGeneration",
@@ -217,6 +222,10 @@ def make(model: Model, folder: Path) -> None:
         elif name.endswith("bias"):
             nn.init.normal_(parameter, std=0.1)
     made.to(torch.bfloat16).save_pretrained(folder)
+    file = folder / "model.safetensors"
+    for old, new in model.renamed.items():
+        tensors = {name.replace(old, new): tensor for name, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
     tokenizer = _tokenizer()
     tokenizer.save_pretrained(folder)
     if model.processor:
@@ -269,7 +278,7 @@ class Outcome:
 
     Attributes:
         vllm_class: that served it.
-        result: served | differs | refused | stock cannot.
+        result: served | differs | left dense | refused | stock cannot.
         why: the error.
         images: whether it was asked about an image as well.
     """
@@ -310,8 +319,10 @@ def _judge(name: str, answers: dict[str, Any]) -> Outcome:
     if "error" in ours:
         return Outcome("refused", theirs["class"], ours["error"], images)
     apart = [i for i, (a, b) in enumerate(zip(ours["tokens"], theirs["tokens"], strict=True)) if a != b]
-    if len(apart) > EXCEPTIONS or not ours["pruned"]:
-        return Outcome("differs", theirs["class"], f"answers {apart}; {ours['pruned']} layers by Spense", images)
+    if ours["dense"] or not ours["spense"] or theirs["spense"]:
+        return Outcome("left dense", theirs["class"], ours["dense"], images)
+    if len(apart) > EXCEPTIONS:
+        return Outcome("differs", theirs["class"], f"answers {apart}", images)
     return Outcome("served", theirs["class"], "", images)
 
 
@@ -346,8 +357,8 @@ def _run(model: Model, folder: str, quantization: str) -> dict[str, Any]:
         outputs = llm.generate(
             _prompts(model), SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True), use_tqdm=False
         )
-        (described,) = llm.apply_model(_describe)
-        return described | {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
+        (found,) = llm.apply_model(_describe)
+        return found | {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         return {"error": f"{type(error).__name__}: {lines[0][:300]}"}
@@ -369,11 +380,19 @@ def _prompts(model: Model) -> list[Any]:
 
 
 def _describe(model: nn.Module) -> dict[str, Any]:
-    from vllm_spense.plugin.linear import RegionLinearMethod
+    """The model's class, and what Spense does not run although it was pruned."""
+    from vllm_spense.plugin.config import SpenseConfig
+    from vllm_spense.plugin.serving_check import require_served
 
-    methods = [getattr(module, "quant_method", None) for module in model.modules()]
-    pruned = sum(isinstance(method, RegionLinearMethod) for method in methods)
-    return {"class": type(model).__name__, "pruned": pruned}
+    configs = (getattr(module, "quant_config", None) for module in model.modules())
+    config = next((each for each in configs if isinstance(each, SpenseConfig)), None)
+    dense = ""
+    if config is not None:
+        try:
+            require_served(model, config)
+        except SpenseError as error:
+            dense = str(error)
+    return {"class": type(model).__name__, "spense": config is not None, "dense": dense}
 
 
 def known() -> dict[str, Outcome]:
