@@ -2,7 +2,7 @@
 
 `python -m benchmarks.served` makes each model with random weights, prunes it, and has two engines answer the same
 prompts from the same files: `--quantization spense` and stock's `--quantization compressed-tensors`. It exits with 1
-unless every outcome is what results/served.json says; `--write` keeps what it found. Names of models as arguments
+unless every outcome is what results/served.json says; `--write` keeps what it found, also in docs/notes/models.md. Names of models as arguments
 restrict it to them. It needs vLLM, and no GPU.
 """
 
@@ -27,13 +27,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.zoo import tiny_config, undrawn
+from benchmarks import zoo
+from benchmarks.zoo import ROOT, SERVED, tiny_config, undrawn
 from offline_prune.pipeline import prune
 from offline_prune.settings import PruneSettings
 from vllm_spense.errors import SpenseError
-
-ROOT = Path(__file__).resolve().parents[1]
-EXPECTED = ROOT / "benchmarks/results/served.json"
 
 STOCK = "compressed-tensors"
 QUANTIZATIONS = ("spense", STOCK)
@@ -397,9 +395,9 @@ def _describe(model: nn.Module) -> dict[str, Any]:
 
 def known() -> dict[str, Outcome]:
     """What was found before."""
-    if not EXPECTED.exists():
+    if not SERVED.exists():
         return {}
-    return {name: Outcome(**found) for name, found in json.loads(EXPECTED.read_text(encoding="utf-8")).items()}
+    return {name: Outcome(**found) for name, found in json.loads(SERVED.read_text(encoding="utf-8")).items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -416,7 +414,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name}: {outcome.result} {outcome.vllm_class} {outcome.why}", flush=True)
     if options.write:
         every = {name: asdict(found) for name, found in sorted({**known(), **outcomes}.items())}
-        EXPECTED.write_text(json.dumps(every, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        SERVED.write_text(json.dumps(every, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        zoo.TABLE.write_text(zoo.table(zoo.known()), encoding="utf-8")
         return 0
     return 0 if all(known().get(name) == outcome for name, outcome in outcomes.items()) else 1
 

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from vllm_spense.errors import SpenseError
-
 if TYPE_CHECKING:
     from offline_prune.report import Report
 
@@ -74,14 +72,10 @@ def print_report(report: Report, out: Path, console: Console) -> None:
 
 def print_serving_class(out: Path, console: Console) -> None:
     """Says nothing where vLLM is not installed."""
-    from vllm_spense.plugin.serving_check import find_class, has_vllm
+    from vllm_spense.plugin.serving_check import find_class
 
-    if not has_vllm():
-        return
-    try:
-        found = find_class(out)
-    except SpenseError as error:  # the checkpoint is written, and good
-        console.print(str(error), soft_wrap=True)
+    found = find_class(out)
+    if found is None:
         return
     if found.vllm_class is None:
         said = f"vLLM has no class of its own for {found.architecture}; it may serve it by way of transformers"

@@ -1,12 +1,13 @@
 """Which of vLLM's classes serves a checkpoint, and whether it gives every pruned layer to Spense.
 
-vLLM is asked in a process of its own, which this module is the program of: building a model there changes settings of
-the whole process. Importing this module does not load vLLM.
+vLLM builds a model in a process of its own, which this module is the program of: it changes settings of the whole
+process. Importing this module does not load vLLM.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib.util
 import json
 import os
@@ -43,18 +44,31 @@ class Serving:
     layers: int | None = None
 
 
-def has_vllm() -> bool:
-    """Whether vLLM is installed here."""
-    return importlib.util.find_spec("vllm") is not None
+def find_class(folder: Path) -> Serving | None:
+    """Looks a checkpoint's architecture up in vLLM's registry; None where vLLM is not installed."""
+    entries, architecture = registry(), _architecture(folder)
+    return Serving(architecture, entries.get(architecture)) if entries else None
 
 
-def find_class(folder: Path) -> Serving:
-    """Looks a checkpoint's architecture up in vLLM's registry; builds nothing.
+def registry() -> dict[str, str]:
+    """vLLM's class for each architecture that it has a class of its own for.
 
-    Raises:
-        SpenseError: vLLM does not start.
+    Read from the registry's source: importing it takes longer than pruning a small model. Empty without vLLM.
     """
-    return _ask(folder, "--only-class")
+    vllm = importlib.util.find_spec("vllm")
+    if vllm is None or vllm.origin is None:
+        return {}
+    source = Path(vllm.origin).parent / "model_executor/models/registry.py"
+    if not source.exists():
+        return {}
+    entries: dict[str, str] = {}
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Dict):
+            for key, value in zip(node.keys, node.values, strict=True):
+                match key, value:
+                    case ast.Constant(value=str(name)), ast.Tuple(elts=[_, ast.Constant(value=str(found))]):
+                        entries[name] = found
+    return entries
 
 
 def prove_serving(folder: Path, trust_remote_code: bool = False) -> Serving:
@@ -64,17 +78,13 @@ def prove_serving(folder: Path, trust_remote_code: bool = False) -> Serving:
         SpenseError: vLLM is not installed, or does not build this model.
         FormatError: a pruned layer is not run by Spense.
     """
-    if not has_vllm():
+    if importlib.util.find_spec("vllm") is None:
         raise SpenseError("vLLM is not installed here, so it cannot say whether it serves this checkpoint")
-    return _ask(folder, *(["--trust-remote-code"] if trust_remote_code else []))
-
-
-def _ask(folder: Path, *options: str) -> Serving:
     environment = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", **os.environ}
     with tempfile.TemporaryDirectory() as temporary:
         answer = Path(temporary, "answer.json")
         done = subprocess.run(
-            [sys.executable, "-m", __spec__.name, str(folder), str(answer), *options],
+            [sys.executable, "-m", __spec__.name, folder, answer, *(["--trust-remote-code"] * trust_remote_code)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -82,9 +92,9 @@ def _ask(folder: Path, *options: str) -> Serving:
             errors="replace",
             check=False,
         )
-        if done.returncode or not answer.exists():
+        if done.returncode:
             said = "\n".join(done.stdout.strip().splitlines()[-_LAST_LINES:])
-            raise SpenseError(f"{folder}: vLLM was asked who serves this, and failed:\n{said}")
+            raise SpenseError(f"{folder}: vLLM does not build this model:\n{said}")
         found = json.loads(answer.read_text(encoding="utf-8"))
     if "error" in found:
         raise SpenseError(found["error"])
@@ -151,13 +161,6 @@ def _build(folder: Path, trust_remote_code: bool) -> Serving:
     return Serving(_architecture(folder), type(model).__name__, require_served(model, config))
 
 
-def _look_up(folder: Path) -> Serving:
-    from vllm_spense.plugin.vllm_internals import registered_class
-
-    architecture = _architecture(folder)
-    return Serving(architecture, registered_class(architecture))
-
-
 def _architecture(folder: Path) -> str:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return next(iter(config.get("architectures") or ()), "")
@@ -167,12 +170,10 @@ def _main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("answer", type=Path)
-    parser.add_argument("--only-class", action="store_true")
     parser.add_argument("--trust-remote-code", action="store_true")
     options = parser.parse_args()
     try:
-        found = _look_up(options.folder) if options.only_class else _build(options.folder, options.trust_remote_code)
-        answer: dict[str, object] = asdict(found)
+        answer: dict[str, object] = asdict(_build(options.folder, options.trust_remote_code))
     except SpenseError as error:
         answer = {"error": str(error)}
     options.answer.write_text(json.dumps(answer), encoding="utf-8")

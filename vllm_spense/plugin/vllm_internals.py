@@ -8,7 +8,7 @@ in the sources of `CHECKED`. Two more dependencies are lists of models whose sou
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from vllm import __version__
@@ -17,7 +17,6 @@ from vllm.model_executor.kernels.linear.scaled_mm.cutlass import CutlassFP8Scale
 from vllm.model_executor.kernels.linear.scaled_mm.pytorch import ChannelWiseTorchFP8ScaledMMLinearKernel
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Fp8
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
-from vllm.model_executor.models.registry import ModelRegistry
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -34,7 +33,6 @@ __all__ = [
     "CutlassFP8ScaledMMLinearKernel",
     "mapped_name",
     "on_engine_completion",
-    "registered_class",
     "stand_in",
     "stock_gemm",
 ]
@@ -70,17 +68,6 @@ def _then(theirs: type[VerifyAndUpdateConfig], complete: Callable[[VllmConfig], 
         "completed_by": staticmethod(complete),
     }
     return type(f"{theirs.__name__}ThenSpense", (theirs,), members)
-
-
-def registered_class(architecture: str) -> str | None:
-    """The name of vLLM's class for an architecture, without importing it; None if vLLM has none of its own.
-
-    Depends on the registry's `models`, whose entries have a `class_name` until they are imported, then a `model_cls`.
-    """
-    found: Any = ModelRegistry.models.get(architecture)
-    if found is None:
-        return None
-    return found.class_name if hasattr(found, "class_name") else found.model_cls.__name__
 
 
 def stand_in(ours: type[CustomOp]) -> bool:
