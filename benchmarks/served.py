@@ -2,8 +2,8 @@
 
 `python -m benchmarks.served` makes each model with random weights, prunes it, and has two engines answer the same
 prompts from the same files: `--quantization spense` and stock's `--quantization compressed-tensors`. It exits with 1
-unless every outcome is what results/served.json says; `--write` keeps what it found, also in docs/notes/models.md. Names of models as arguments
-restrict it to them. It needs vLLM, and no GPU.
+unless every outcome is what results/served.json says; `--write` keeps what it found, also in docs/notes/models.md.
+Names of models as arguments restrict it to them. It needs vLLM, torchvision for models that see, and no GPU.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ PROMPTS = (
     "Water boils at",
     "Once the rain had stopped, the children ran out into the garden and",
 )
-#: Of these, two answers may part from stock's: of many activations one or two lie so close to the middle between two
+#: Nats, by type of the activations. Where answers part, no engine may prefer its own token by more.
+ROUNDING = {"float32": 1e-3, "bfloat16": 0.2}
+#: Of the prompts, two may be answered otherwise: of many activations one or two lie so close to the middle between two
 #: FP8 numbers that another order of sums rounds them the other way. A wrong product moves all answers.
 EXCEPTIONS = 2
 TOKENS = 16
@@ -113,11 +115,14 @@ def _gemma3(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     transformers.Gemma3Processor(images, tokenizer, image_seq_length=4).save_pretrained(folder)
 
 
-def _qwen2_5_vl(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    images = transformers.Qwen2VLImageProcessorPil(
-        patch_size=14, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 3136, "longest_edge": 3136 * 4}
-    )
-    images.save_pretrained(folder)
+def _qwen(patch: int) -> Callable[[PreTrainedTokenizerFast, Path], None]:
+    def save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+        pixels = (4 * patch) ** 2
+        transformers.Qwen2VLImageProcessorPil(
+            patch_size=patch, merge_size=2, size={"shortest_edge": pixels, "longest_edge": 4 * pixels}
+        ).save_pretrained(folder)
+
+    return save
 
 
 def _pixtral(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -178,7 +183,7 @@ MODELS = {
         _MROPE,
         _QWEN_TOKENS,
         {**_QWEN_VISION, "window_size": 56, "fullatt_block_indexes": [1]},
-        processor=_qwen2_5_vl,
+        processor=_qwen(14),
         image="<|vision_start|><|image_pad|><|vision_end|>",
     ),
     "Mistral-3": Model(
@@ -188,6 +193,23 @@ MODELS = {
         {**_VISION, "image_size": 56, "patch_size": 14, "head_dim": 32},
         processor=_pixtral,
         image="<|image_pad|>",
+    ),
+    "Qwen3-VL": Model(
+        "Qwen3VLForConditionalGeneration",
+        _MROPE,
+        _QWEN_TOKENS,
+        {**_QWEN_VISION, "patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
+        processor=_qwen(16),
+        image="<|vision_start|><|image_pad|><|vision_end|>",
+    ),
+    "Qwen3.5": Model(
+        "Qwen3_5ForConditionalGeneration",
+        _HYBRID,
+        _QWEN_TOKENS,
+        {**_QWEN_VISION, "patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": []},
+        dtype="bfloat16",
+        processor=_qwen(16),
+        image="<|vision_start|><|image_pad|><|vision_end|>",
     ),
     "Qwen3.5, text": Model("Qwen3_5ForCausalLM", _HYBRID, dtype="bfloat16"),
 }
@@ -316,12 +338,26 @@ def _judge(name: str, answers: dict[str, Any]) -> Outcome:
         return Outcome("stock cannot", "", theirs["error"], images)
     if "error" in ours:
         return Outcome("refused", theirs["class"], ours["error"], images)
-    apart = [i for i, (a, b) in enumerate(zip(ours["tokens"], theirs["tokens"], strict=True)) if a != b]
+    tolerance = ROUNDING[MODELS[name].dtype]
+    gaps = [_gap(a, b) for a, b in zip(ours["answers"], theirs["answers"], strict=True)]
+    apart = [f"{gap:.3f}" for gap in gaps if gap > tolerance]
     if ours["dense"] or not ours["spense"] or theirs["spense"]:
         return Outcome("left dense", theirs["class"], ours["dense"], images)
     if len(apart) > EXCEPTIONS:
-        return Outcome("differs", theirs["class"], f"answers {apart}", images)
+        return Outcome("differs", theirs["class"], f"{len(apart)} answers, by {', '.join(apart)} nats", images)
     return Outcome("served", theirs["class"], "", images)
+
+
+def _gap(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> float:
+    """By how much an engine prefers its own token where two answers part, in nats; 0 where they do not.
+
+    Answers have for each token the log probabilities of the likeliest, the token first.
+    """
+    for a, b in zip(ours, theirs, strict=True):
+        mine, other = next(iter(a)), next(iter(b))
+        if mine != other:
+            return max(a[mine] - a.get(other, -float("inf")), b[other] - b.get(mine, -float("inf")))
+    return 0.0
 
 
 def _answer(order: Path, answers: Path) -> None:
@@ -353,10 +389,12 @@ def _run(model: Model, folder: str, quantization: str) -> dict[str, Any]:
             **limits,
         )
         outputs = llm.generate(
-            _prompts(model), SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True), use_tqdm=False
+            _prompts(model),
+            SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=5),
+            use_tqdm=False,
         )
         (found,) = llm.apply_model(_describe)
-        return found | {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
+        return found | {"answers": [_likeliest(output.outputs[0].logprobs or []) for output in outputs]}
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         return {"error": f"{type(error).__name__}: {lines[0][:300]}"}
@@ -364,6 +402,11 @@ def _run(model: Model, folder: str, quantization: str) -> dict[str, Any]:
         llm = None
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def _likeliest(steps: Sequence[Any]) -> list[dict[str, float]]:
+    ordered = (sorted(step.items(), key=lambda entry: entry[1].rank) for step in steps)
+    return [{str(token): entry.logprob for token, entry in step} for step in ordered]
 
 
 def _prompts(model: Model) -> list[Any]:

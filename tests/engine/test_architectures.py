@@ -1,4 +1,4 @@
-"""Models that vLLM names, maps or fuses otherwise than Llama are served with stock's answers, by Spense in every layer."""
+"""Models that vLLM names, maps or fuses otherwise than Llama get stock's answers, from Spense in every pruned layer."""
 
 from __future__ import annotations
 

@@ -352,6 +352,6 @@ def test_one_tensor_of_the_files_may_be_several_of_transformers(text: Path, tmp_
     del tensors[next(name for name in tensors if name.endswith("attn.in_proj_weight"))]
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        FormatError, match=r"a tensor of the model is missing .*vision_model\.layers\.0\.self_attn\.q_proj"
+        FormatError, match=r"a tensor of the model is missing .*vision_model\.layers\.0\.self_attn\.[qkv]_proj"
     ):
         verify(out)
