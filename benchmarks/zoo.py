@@ -42,6 +42,8 @@ from vllm_spense.errors import SpenseError
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPECTED = ROOT / "benchmarks/results/zoo.json"
+#: Made by `benchmarks/served.py`.
+SERVED = ROOT / "benchmarks/results/served.json"
 TABLE = ROOT / "docs/notes/models.md"
 
 LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 4, 64, 128, 320
@@ -343,7 +345,28 @@ def table(outcomes: dict[str, Outcome]) -> str:
                 reasons.setdefault(_reason(outcome), []).append(f"`{key.split()[1]}`")
             lines += ["| why | models |", "|---|---|"]
             lines += [f"| {why} | {', '.join(dict.fromkeys(names))} |" for why, names in sorted(reasons.items())]
+    lines += served_table(json.loads(SERVED.read_text(encoding="utf-8")))
     return "\n".join(lines) + "\n"
+
+
+def served_table(outcomes: dict[str, dict[str, Any]]) -> list[str]:
+    """The section about vLLM, from results/served.json."""
+    lines = [
+        "",
+        "## Served",
+        "",
+        "`python -m benchmarks.served --write` has vLLM answer eight prompts from the same pruned files with",
+        "`--quantization spense` and with its own `--quantization compressed-tensors`, on a CPU; half of the prompts",
+        "show an image where the model sees. Served: the answers are equal, and Spense ran every pruned layer.",
+        "",
+        "| model | vLLM's class | images | outcome |",
+        "|---|---|---|---|",
+    ]
+    for name, found in outcomes.items():
+        why = f": {found['why']}".replace("|", "\\|") if found["why"] else ""
+        images, kind = "yes" if found["images"] else "", f"`{found['vllm_class']}`" if found["vllm_class"] else ""
+        lines.append(f"| {name} | {kind} | {images} | {found['result']}{why} |")
+    return lines
 
 
 def _reason(outcome: Outcome) -> str:

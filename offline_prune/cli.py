@@ -5,25 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from offline_prune.methods.recipe import DEFAULT_METHOD, Grouping, Layout, Quantize, Rounding, Selection
 from offline_prune.runtime.threads import sleep_while_waiting
+from offline_prune.terminal import make_console, print_report, print_serving_class, progress_of
 from vllm_spense.errors import SpenseError
-
-if TYPE_CHECKING:
-    from offline_prune.report import Report
 
 #: Exit code after Ctrl-C or SIGTERM, as typer has it.
 INTERRUPTED = 130
@@ -38,12 +31,7 @@ app = typer.Typer(
 )
 
 
-def _console(stderr: bool = False) -> Console:
-    """Prints text as it is: names of folders, models and methods may look like markup."""
-    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
-
-
-console = _console(stderr=True)
+console = make_console(stderr=True)
 
 
 @app.callback()
@@ -169,7 +157,10 @@ def prune(
         float, typer.Option(help="Of those steps, relative to the weights.", rich_help_panel=_RESEARCH)
     ] = 0.016,
 ) -> None:
-    """Prune MODEL in one shot and write a checkpoint that vLLM serves."""
+    """Prune MODEL in one shot and write a checkpoint that vLLM serves.
+
+    Where vLLM is installed, the last line says which of its classes will serve it.
+    """
     # Bars of libraries, which read this when they are imported, would flood a log.
     if not console.is_terminal:
         os.environ.setdefault("TQDM_DISABLE", "1")
@@ -206,59 +197,12 @@ def prune(
         overwrite=overwrite,
         resume=resume,
     )
-    with _progress(shown=distributed.is_first()) as progress:
+    with progress_of(console, shown=distributed.is_first()) as progress:
         report = run(settings, progress, lambda line: console.print(line, soft_wrap=True))
     if distributed.is_first():
-        _print_report(report, out)
-
-
-@contextmanager
-def _progress(shown: bool) -> Iterator[Callable[[int, int, str], None]]:
-    """What to tell about finished blocks: a bar on a terminal, elsewhere a line for every tenth of them."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    start = time.monotonic()
-
-    def line(done: int, total: int, name: str) -> None:
-        if shown and done * 10 // total > (done - 1) * 10 // total:
-            took = timedelta(seconds=round(time.monotonic() - start))
-            console.print(f"pruned {name}, {done} of {total} blocks, after {took}", soft_wrap=True)
-
-    if not console.is_terminal:
-        yield line
-        return
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not shown) as bar:
-        task = bar.add_task("preparing", total=None)
-        yield lambda done, total, name: bar.update(task, completed=done, total=total, description=f"pruned {name}")
-
-
-def _print_report(report: Report, out: Path) -> None:
-    table = Table(title=f"{out}: MLP sparsity {report.mlp_sparsity:.2%} in {report.seconds:.0f} s")
-    for heading in ("projection", "zeros", "loss, median", "loss, largest"):
-        table.add_column(heading, justify="left" if heading == "projection" else "right")
-    for name in ("gate", "up", "down"):
-        parts = [getattr(layer, name) for layer in report.layers]
-        losses = sorted(part.loss for part in parts)
-        zeros = sum(part.zeros for part in parts) / len(parts)
-        table.add_row(name, f"{zeros:.2%}", f"{losses[len(losses) // 2]:.4f}", f"{losses[-1]:.4f}")
-    _console().print(table)
-    for name, found in report.skipped.items():
-        console.print(f"left as it was: {name}: {found}")
+        print_report(report, out, console)
+        if quantize is Quantize.FP8:
+            print_serving_class(out, console)
 
 
 @app.command()
@@ -267,21 +211,36 @@ def verify(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the Python in FOLDER that says how the model is built.")
     ] = False,
+    serving: Annotated[
+        bool,
+        typer.Option(
+            "--serving",
+            help="Also have vLLM, which must be installed, build the model without weights, and prove that Spense "
+            "runs every pruned layer of it.",
+        ),
+    ] = False,
 ) -> None:
     """Prove that FOLDER holds what its annotation says: 2:4, regions, every tensor, shapes, scales."""
     from offline_prune.checkpoint.verify import verify as run
 
     result = run(folder, trust_remote_code)
-    _console().print(
+    make_console().print(
         f"{folder}: good. {result.tensors} tensors; {result.mlps} MLPs: sparse regions 2:4 "
         f"({result.sparse_zeros:.1%} zeros), dense regions {result.dense_zeros:.2%} zeros",
         soft_wrap=True,
     )
     if also := result.also_2of4:
-        _console().print(
+        make_console().print(
             f"{len(also)} dense regions are 2:4 as well, {also[0]} the first: the original model was pruned before, or "
             "the annotation counts too few sparse indices",
             soft_wrap=True,
+        )
+    if serving:
+        from vllm_spense.plugin.serving_check import prove_serving
+
+        proved = prove_serving(folder, trust_remote_code)
+        make_console().print(
+            f"vLLM serves it with {proved.vllm_class}: Spense runs all {proved.layers} pruned layers", soft_wrap=True
         )
 
 
@@ -316,7 +275,7 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A Spense checkpoint.")]
     table = Table(title=str(folder), show_header=False)
     for key, value in rows.items():
         table.add_row(key, value)
-    _console().print(table)
+    make_console().print(table)
 
 
 @app.command()
@@ -332,7 +291,7 @@ def doctor() -> None:
         if finding.remedy:
             found.append("\nneeds:", style="bold").append(f" {finding.remedy}")
         table.add_row(marks[finding.good], finding.subject, found)
-    _console().print(table)
+    make_console().print(table)
     if not findings[-1].good:
         raise typer.Exit(1)
 
@@ -371,7 +330,7 @@ def estimate(
     table.add_row("weights, GiB", *(f"{size / 2**30:.1f}" for size in weights))
     table.add_row("KV cache, GiB", *2 * [f"{found.kv_bytes / 2**30:.1f}"])
     table.add_row("fits the GPU", *(("no", "yes")[size + found.kv_bytes < GPUS[gpu].memory_bytes] for size in weights))
-    output = _console()
+    output = make_console()
     output.print(table)
     source = "times in this machine's plan cache" if found.calibrated else "what was measured on an H100"
     output.print(f"A roofline, calibrated on {source}.")

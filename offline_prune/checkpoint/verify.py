@@ -152,11 +152,12 @@ def _check_architecture(checkpoint: Checkpoint, trust_remote_code: bool) -> None
     for name, header in headers.items():
         if name.endswith(f".weight{SCALE_SUFFIX}"):
             continue
-        known, converted = rename(name)
-        if known not in parameters:
+        names, converted = rename(name)
+        held = [known for known in names if known in parameters]
+        if not held:
             continue
-        found.add(id(parameters[known]))
-        shape = tuple(parameters[known].shape)
+        found |= {id(parameters[known]) for known in held}
+        shape = tuple(parameters[held[0]].shape)
         if not converted and header.shape != shape:
             raise FormatError(
                 "wrong shape for the model of config.json",
@@ -165,7 +166,7 @@ def _check_architecture(checkpoint: Checkpoint, trust_remote_code: bool) -> None
                 found=header.shape,
                 expected=shape,
             )
-        if known in linears or (converted and len(header.shape) == 2):
+        if held[0] in linears or (converted and len(header.shape) == 2):
             _check_linear(checkpoint, name)
     head = model.get_output_embeddings()
     if type(model).__name__ not in (checkpoint.config.get("architectures") or [type(model).__name__]):
@@ -179,7 +180,10 @@ def _check_architecture(checkpoint: Checkpoint, trust_remote_code: bool) -> None
 
 
 class _Renaming:
-    """The name under which transformers keeps a tensor of the files, and whether it converts it on the way."""
+    """The names under which transformers keeps a tensor of the files, and whether it converts it on the way.
+
+    Converted, one tensor may become several: a vision tower's qkv, say, three weights.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         rules: Any = get_model_conversion_mapping(model)
@@ -187,9 +191,17 @@ class _Renaming:
         self._renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
         self._prefix, self._names = model.base_model_prefix, model.state_dict()
 
-    def __call__(self, name: str) -> tuple[str, bool]:
-        known, converted = rename_source_key(name, self._renamings, self._converters, self._prefix, self._names)
-        return known, converted is not None
+    def __call__(self, name: str) -> tuple[list[str], bool]:
+        known, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self._names)
+        if pattern is None:
+            return [known], False
+        for rule in self._converters:
+            # The name has the first of the targets in it.
+            first, *others = rule.target_patterns
+            if pattern in rule.source_patterns and first in known:
+                before, _, after = known.partition(first)
+                return [known, *(f"{before}{other}{after}" for other in others)], True
+        return [known], True
 
 
 def _check_linear(checkpoint: Checkpoint, name: str) -> None:

@@ -50,6 +50,8 @@ class SpenseConfig(CompressedTensorsConfig):
 
     #: Regions and method of every pruned linear layer, by its name in vLLM's spelling.
     layers: dict[str, tuple[Regions, Method]]
+    #: What `layers` has been renamed with.
+    mappers: list[WeightsMapper]
     #: Of the model's modules; made when vLLM builds the first of them.
     pairing: Pairing | None = None
     copies: DenseCopies
@@ -98,6 +100,7 @@ class SpenseConfig(CompressedTensorsConfig):
         annotation = read_quantization(config)
         spense = cast(SpenseConfig, super().from_config(config))
         spense.layers = _pruned_layers(annotation)
+        spense.mappers = []
         spense.copies = DenseCopies()
         return spense
 
@@ -115,11 +118,15 @@ class SpenseConfig(CompressedTensorsConfig):
             check_files(self.annotation, folder)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
-        """Renames layers as vLLM's model does. From the checkpoint's names each time: vLLM may call it twice."""
+        """Renames layers as vLLM's model does, and then as the language model inside a multimodal one does.
+
+        vLLM may call it twice with the same mapper.
+        """
         super().apply_vllm_mapper(hf_to_vllm_mapper)
-        named = (
-            (mapped_name(hf_to_vllm_mapper, name), layer) for name, layer in _pruned_layers(self.annotation).items()
-        )
+        if hf_to_vllm_mapper in self.mappers:
+            return
+        self.mappers.append(hf_to_vllm_mapper)
+        named = ((mapped_name(hf_to_vllm_mapper, name), layer) for name, layer in self.layers.items())
         self.layers = {name: layer for name, layer in named if name is not None}
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:

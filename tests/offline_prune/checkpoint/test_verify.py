@@ -12,8 +12,10 @@ import pytest
 import torch
 from runs import run
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_model
+from tiny_models import byte_tokenizer, tiny_model
 
+from benchmarks.zoo import Architecture
+from benchmarks.zoo import tiny_model as tiny_architecture
 from offline_prune.checkpoint.verify import open_checkpoint, verify
 from vllm_spense import estimate
 from vllm_spense.errors import FormatError, SpenseError
@@ -337,3 +339,19 @@ def test_a_missing_folder_is_said() -> None:
 def test_a_file_is_no_folder(good: Path) -> None:
     with pytest.raises(SpenseError, match=r"config\.json: found a file, expected the folder"):
         verify(good / "config.json")
+
+
+def test_one_tensor_of_the_files_may_be_several_of_transformers(text: Path, tmp_path: Path) -> None:
+    """Step-3's vision tower has q, k and v in one tensor of the files, and apart in transformers."""
+    tiny_architecture(Architecture("step3p7", "Step3p7ForConditionalGeneration"), tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    run(tmp_path / "model", out, text, skip_unsupported=True)
+    verify(out)
+    tensors = load_file(out / "model.safetensors")
+    del tensors[next(name for name in tensors if name.endswith("attn.in_proj_weight"))]
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        FormatError, match=r"a tensor of the model is missing .*vision_model\.layers\.0\.self_attn\.[qkv]_proj"
+    ):
+        verify(out)

@@ -191,6 +191,14 @@ def test_names_follow_vllms_twice(config: SpenseConfig) -> None:
     assert set(config.layers) == {f"language_model.{MLP}.{name}_proj" for name in ("gate", "up", "down")}
 
 
+def test_names_follow_the_model_inside_a_multimodal_one(config: SpenseConfig) -> None:
+    """Qwen2.5-VL renames its language model, which then renames nothing, and later another engine's does so again."""
+    outer, inner = WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}), WeightsMapper()
+    for mapper in (outer, inner, outer, inner):
+        config.apply_vllm_mapper(mapper)
+    assert set(config.layers) == {f"language_model.{MLP}.{name}_proj" for name in ("gate", "up", "down")}
+
+
 def test_no_layer_of_a_pruned_module_is_left_dense(config: SpenseConfig) -> None:
     said = rf"not one of its projections \(layer: {MLP}.w1; key: projections; found: w1; expected: .*gate_proj \| "
     for make in (

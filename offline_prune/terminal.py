@@ -1,0 +1,84 @@
+"""What `spense prune` shows: progress, the report, and who will serve the result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from offline_prune.report import Report
+
+
+def make_console(stderr: bool = False) -> Console:
+    """Prints text as it is: names of folders, models and methods may look like markup."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+@contextmanager
+def progress_of(console: Console, shown: bool) -> Iterator[Callable[[int, int, str], None]]:
+    """What to tell about finished blocks: a bar on a terminal, elsewhere a line for every tenth of them."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    start = time.monotonic()
+
+    def line(done: int, total: int, name: str) -> None:
+        if shown and done * 10 // total > (done - 1) * 10 // total:
+            took = timedelta(seconds=round(time.monotonic() - start))
+            console.print(f"pruned {name}, {done} of {total} blocks, after {took}", soft_wrap=True)
+
+    if not console.is_terminal:
+        yield line
+        return
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not shown) as bar:
+        task = bar.add_task("preparing", total=None)
+        yield lambda done, total, name: bar.update(task, completed=done, total=total, description=f"pruned {name}")
+
+
+def print_report(report: Report, out: Path, console: Console) -> None:
+    table = Table(title=f"{out}: MLP sparsity {report.mlp_sparsity:.2%} in {report.seconds:.0f} s")
+    for heading in ("projection", "zeros", "loss, median", "loss, largest"):
+        table.add_column(heading, justify="left" if heading == "projection" else "right")
+    for name in ("gate", "up", "down"):
+        parts = [getattr(layer, name) for layer in report.layers]
+        losses = sorted(part.loss for part in parts)
+        zeros = sum(part.zeros for part in parts) / len(parts)
+        table.add_row(name, f"{zeros:.2%}", f"{losses[len(losses) // 2]:.4f}", f"{losses[-1]:.4f}")
+    make_console().print(table)
+    for name, found in report.skipped.items():
+        console.print(f"left as it was: {name}: {found}")
+
+
+def print_serving_class(out: Path, console: Console) -> None:
+    """Says nothing where vLLM is not installed."""
+    from vllm_spense.plugin.serving_check import find_class
+
+    found = find_class(out)
+    if found is None:
+        return
+    if found.vllm_class is None:
+        said = f"vLLM has no class of its own for {found.architecture}; it may serve it by way of transformers"
+    else:
+        said = f"vLLM will serve it with {found.vllm_class}"
+    console.print(f"{said}; `spense verify {out} --serving` proves it", soft_wrap=True)
