@@ -1,8 +1,9 @@
 """Prunes a model from Python.
 
-    python examples/prune.py MODEL OUT [--sparsity 0.375] [--method spensegpt+] [--calibration FILE]
+    python examples/prune.py MODEL OUT [--sparsity 0.375] [--method spensegpt++] [--calibration FILE]
 
-MODEL is a folder or a hub name. Needs `pip install '.[prune]'`.
+MODEL is a folder or a hub name. By default it calibrates on little text that needs no download, for a trial; see `--samples`
+and `--length`. Needs `pip install '.[prune]'`.
 """
 
 from __future__ import annotations
