@@ -2,8 +2,8 @@
 
     python examples/prune.py MODEL OUT [--sparsity 0.375] [--method spensegpt++] [--calibration FILE]
 
-MODEL is a folder or a hub name. By default it calibrates on little text that needs no download, for a trial; see `--samples`
-and `--length`. Needs `pip install '.[prune]'`.
+MODEL is a folder or a hub name. By default it calibrates on little text that needs no download, for a
+trial; see `--samples` and `--length`. Needs `pip install '.[prune]'`.
 """
 
 from __future__ import annotations
