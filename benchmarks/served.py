@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import os
 import subprocess
@@ -104,6 +105,11 @@ class Model:
     processor: Callable[[PreTrainedTokenizerFast, Path], object] | None = None
     image: str = ""
     renamed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def needs_torchvision(self) -> bool:
+        """Whether vLLM's code of this model imports it, to read images."""
+        return bool(self.image) or self.architecture.startswith("Qwen3_5")
 
 
 def _name(token: int) -> str:
@@ -218,6 +224,11 @@ MODELS = {
     ),
     "Qwen3.5, text": Model("Qwen3_5ForCausalLM", _HYBRID, dtype="bfloat16"),
 }
+
+
+def runs_here(model: Model) -> bool:
+    """Whether this environment has what vLLM needs for it."""
+    return not model.needs_torchvision or importlib.util.find_spec("torchvision") is not None
 
 
 def make(model: Model, folder: Path) -> None:
@@ -457,7 +468,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.answer:
         _answer(*options.answer)
         return 0
-    outcomes = _outcomes(options.names or MODELS)
+    chosen = options.names or [name for name, model in MODELS.items() if runs_here(model)]
+    for name in () if options.names else MODELS.keys() - set(chosen):
+        print(f"{name}: not tried, torchvision is not installed")
+    outcomes = _outcomes(chosen)
     for name, outcome in outcomes.items():
         print(f"{name}: {outcome.result} {outcome.vllm_class} {outcome.why}", flush=True)
     if options.write:
