@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.served import MODELS, Outcome, known, make_pruned, runs_here, serve
+from benchmarks.served import Outcome, known, serve
+from benchmarks.served_models import MODELS, make_pruned, runs_here
 from vllm_spense.errors import SpenseError
 from vllm_spense.plugin.serving_check import Serving, find_class, prove_serving
 
