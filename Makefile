@@ -22,8 +22,9 @@ test: setup ## lint, check types, run all tests
 	$(RUN) mypy
 	$(RUN) pytest -n auto --dist loadfile --no-loadscope-reorder
 
-zoo: setup ## prune every architecture that transformers knows, tiny
+zoo: setup ## prune every architecture that transformers knows, tiny, and serve some
 	$(RUN) benchmarks.zoo
+	$(RUN) benchmarks.served
 
 format: setup ## format the code
 	$(RUN) ruff check --fix

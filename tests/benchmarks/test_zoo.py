@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import served
 from benchmarks.zoo import EXPECTED, TABLE, Architecture, Outcome, architectures, attempt, known, table, undrawn
 
 MOST_USED = {
@@ -57,6 +58,12 @@ def test_nothing_ends_in_a_traceback_and_everything_else_is_refused_for_a_reason
 
 def test_the_table_is_made_from_what_was_found() -> None:
     assert TABLE.read_text(encoding="utf-8") == table(known())
+
+
+def test_whatever_stock_vllm_serves_is_served() -> None:
+    outcomes = served.known()
+    assert set(outcomes) == set(served.MODELS)
+    assert {outcome.result for outcome in outcomes.values()} <= {"served", "stock cannot"}
 
 
 def test_the_table_has_every_model_type() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
-from benchmarks.served import MODELS, Outcome, known, make_pruned, serve
+from benchmarks.served import Outcome, known, serve
+from benchmarks.served_models import MODELS, make_pruned, runs_here
 from vllm_spense.errors import SpenseError
 from vllm_spense.plugin.serving_check import Serving, find_class, prove_serving
 
@@ -16,14 +16,12 @@ pytestmark = pytest.mark.engine
 #: One for each way: fused in the files and mapped by vLLM; mapped too late; by way of transformers; some layers dense.
 TEXT = ("GLM-4", "StableLM", "Phi-3 by way of transformers", "Qwen3-MoE with a dense layer")
 SEEING = tuple(name for name, model in MODELS.items() if model.image)
-#: What vLLM's own models import to read images, and what the CPU's environment lacks.
-CAN_SEE = importlib.util.find_spec("torchvision") is not None
 
 
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("architectures")
-    return {name: make_pruned(name, folder) for name in (*TEXT, *(SEEING if CAN_SEE else ()))}
+    return {name: make_pruned(name, folder) for name in (*TEXT, *SEEING) if runs_here(MODELS[name])}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +32,7 @@ def outcomes(pruned: dict[str, Path]) -> dict[str, Outcome]:
 
 @pytest.mark.parametrize("name", [*TEXT, *SEEING])
 def test_served_as_stock_serves_it(outcomes: dict[str, Outcome], name: str) -> None:
-    if MODELS[name].image and not CAN_SEE:
+    if not runs_here(MODELS[name]):
         pytest.skip("torchvision is not installed")
     assert outcomes[name] == known()[name]
     assert outcomes[name].result == "served"

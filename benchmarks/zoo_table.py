@@ -1,0 +1,93 @@
+"""docs/notes/models.md, from what `zoo.py` and `served.py` found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benchmarks.zoo import Outcome
+
+#: Made by `benchmarks/served.py`.
+SERVED = Path(__file__).parent / "results/served.json"
+
+_HEADINGS = {
+    "prunes": "Pruned in every block",
+    "prunes with --skip-unsupported": "Pruned where a block has a dense gated MLP",
+    "refused": "Refused",
+    "not built": "Not tried",
+}
+_WORDS = {
+    "prunes": "",
+    "prunes with --skip-unsupported": "The other blocks, experts most of the time, stay as they are, and "
+    "`--skip-unsupported` says that this is meant. Of four blocks so many were pruned:",
+    "refused": "",
+    "not built": "Small sizes alone do not make a configuration of these, or they need a package that is not there:",
+}
+
+
+def table(outcomes: dict[str, Outcome]) -> str:
+    """docs/notes/models.md."""
+    lines = [
+        "# Models",
+        "",
+        "`make zoo` tries every causal and image-text language model of transformers with small sizes and random",
+        "weights: hidden states stream through its blocks as through the whole model; pruned at sparsity 0 it gives",
+        "the original's logits; pruned at 37.5% in FP8 it passes `spense verify`. In a multimodal model the MLPs of",
+        "the language model are pruned; vision towers, projectors and draft heads (MTP) stay as they are, unquantized.",
+        "",
+        "This file is made by `python -m benchmarks.zoo --write`.",
+    ]
+    for result, heading in _HEADINGS.items():
+        chosen = {key: outcome for key, outcome in outcomes.items() if outcome.result == result}
+        lines += ["", f"## {heading} ({len(chosen)})", "", *([_WORDS[result], ""] if _WORDS[result] else [])]
+        if result == "prunes":
+            lines.append(", ".join(f"`{key.split()[1]}` ({key.split()[0]})" for key in chosen) + ".")
+        elif result == "prunes with --skip-unsupported":
+            lines.append(", ".join(f"`{key.split()[1]}` {each.pruned}" for key, each in chosen.items()) + ".")
+        else:
+            reasons: dict[str, list[str]] = {}
+            for key, outcome in chosen.items():
+                reasons.setdefault(_reason(outcome), []).append(f"`{key.split()[1]}`")
+            lines += ["| why | models |", "|---|---|"]
+            lines += [f"| {why} | {', '.join(dict.fromkeys(names))} |" for why, names in sorted(reasons.items())]
+    lines += _served(json.loads(SERVED.read_text(encoding="utf-8")))
+    return "\n".join(lines) + "\n"
+
+
+def _served(outcomes: dict[str, dict[str, Any]]) -> list[str]:
+    """The section about vLLM, from results/served.json."""
+    lines = [
+        "",
+        "## Served",
+        "",
+        "`python -m benchmarks.served --write` has vLLM answer eight prompts from the same pruned files with",
+        "`--quantization spense` and with its own `--quantization compressed-tensors`, on a CPU; half of the prompts",
+        "show an image where the model sees. Served: the answers are equal, and Spense ran every pruned layer.",
+        "",
+        "| model | vLLM's class | images | outcome |",
+        "|---|---|---|---|",
+    ]
+    for name, found in outcomes.items():
+        why = f": {found['why']}".replace("|", "\\|") if found["why"] else ""
+        images, kind = "yes" if found["images"] else "", f"`{found['vllm_class']}`" if found["vllm_class"] else ""
+        lines.append(f"| {name} | {kind} | {images} | {found['result']}{why} |")
+    return lines
+
+
+def _reason(outcome: Outcome) -> str:
+    """A refusal without what differs from model to model."""
+    for words in _REASONS:
+        if words in outcome.why:
+            return _REASONS[words]
+    return outcome.why.replace("|", "\\|")
+
+
+_REASONS = {
+    "found a mixture of": "all MLPs are mixtures of experts",
+    "found no gated MLP": "no gated MLP",
+    "found an encoder with a decoder": "an encoder with a decoder",
+    "several streams": "blocks take several streams of hidden states at once",
+    "blocks share": "its gated MLPs are shared between blocks",
+}
