@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cuda.bindings import nvrtc
@@ -54,16 +54,23 @@ def compile_program(sources: Mapping[str, str], options: Sequence[str]) -> Compi
     program = _checked(nvrtc.nvrtcCreateProgram(text, name, len(headers), header_texts, header_names))
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
-        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
-        _checked(nvrtc.nvrtcGetProgramLog(program, log))
-        messages = log.rstrip(b"\0").decode()
+        messages = _filled(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).rstrip(b"\0").decode()
         if status.value:
             raise RuntimeError(f"NVRTC: {messages}")
-        cubin = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
-        _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
-        return Compiled(cubin, messages)
+        return Compiled(_filled(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program), messages)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
+
+
+def _filled(size_of: Callable[..., Any], fill: Callable[..., Any], program: Any) -> bytes:
+    """What NVRTC writes into a bytes object that it is given."""
+    size = _checked(size_of(program))
+    # Python has one object for each single byte: NVRTC would write over the one that everybody shares.
+    if size < 2:
+        return b""
+    written = bytes(size)
+    _checked(fill(program, written))
+    return written
 
 
 def _options(arch: str, macros: Mapping[str, int]) -> list[str]:
