@@ -48,7 +48,7 @@ class Stock:
     """Dense FP8 through vLLM's CUTLASS kernel, which applies the scales. The other schemes override what differs."""
 
     name = "stock"
-    #: Inductor's, for the glue.
+    #: Inductor's, for the elementwise kernels.
     options: Mapping[str, int] = {}
 
     def __init__(self, sizes: Sizes, device: torch.device) -> None:
@@ -116,7 +116,7 @@ class Stock:
         return tuple(compiled(function, self.options) for function in (self.enter, self.between, self.leave))
 
     def run(self, x: torch.Tensor, residual: torch.Tensor, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
-        """The whole MLP with compiled glue.
+        """The whole MLP with compiled elementwise kernels.
 
         Args:
             x, residual: (M, hidden) bfloat16.

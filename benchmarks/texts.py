@@ -72,7 +72,8 @@ def write(folder: Path) -> None:
 def _read(file: Path) -> Iterator[str]:
     if not file.is_file():
         raise SpenseError(f"{file}: no such file; `python -m benchmarks.texts {file.parent}` writes it")
-    for line in file.read_text(encoding="utf-8").splitlines():
+    # Not `splitlines`: it also cuts at characters that JSON strings may hold.
+    for line in filter(None, file.read_text(encoding="utf-8").split("\n")):
         yield json.loads(line)["text"]
 
 

@@ -1,8 +1,9 @@
 """Prunes a model from Python.
 
-    python examples/prune.py MODEL OUT [--sparsity 0.375] [--method spensegpt+] [--calibration FILE]
+    python examples/prune.py MODEL OUT [--sparsity 0.375] [--method spensegpt++] [--calibration FILE]
 
-MODEL is a folder or a hub name. Needs `pip install '.[prune]'`.
+MODEL is a folder or a hub name. By default it calibrates on little text that needs no download, for a
+trial; see `--samples` and `--length`. Needs `pip install '.[prune]'`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("out", type=Path)
     parser.add_argument("--sparsity", type=float, default=0.375)
-    parser.add_argument("--method", default="spensegpt+")
+    parser.add_argument("--method", default="spensegpt++")
     parser.add_argument("--calibration", default="builtin", help="a data set, a file, or `builtin`")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)

@@ -11,6 +11,7 @@ from torch import nn
 
 from offline_prune.calibration.hessian import Energy, Hessian
 from offline_prune.calibration.hidden_states import Stream
+from offline_prune.checkpoint.block_state_dict import BlockStateDict
 from offline_prune.checkpoint.writer import Say
 from offline_prune.methods.block_finetune import TuningReport, tune
 from offline_prune.methods.dense_selection import selection_hash
@@ -25,7 +26,6 @@ from offline_prune.methods.prune_mlp import (
 )
 from offline_prune.methods.recipe import Grouping, Quantize, Recipe, Selection
 from offline_prune.methods.sparsegpt import InverseFactor
-from offline_prune.model.block_state_dict import BlockStateDict
 from offline_prune.model.gated_mlp import GatedMlp
 from offline_prune.report import LayerReport, ProjectionReport, projection_report
 from offline_prune.runtime.profiler import stage

@@ -46,7 +46,9 @@ _RUN, _RESEARCH = "How to run", "Research: what methods and ablations are made o
 @app.command()
 def prune(
     model: Annotated[str, typer.Argument(help="Folder of a Hugging Face language model, or its hub name.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; must be empty or not there yet.")],
+    out: Annotated[
+        Path, typer.Argument(help="Folder to write; empty or not there yet, unless --overwrite or --resume.")
+    ],
     sparsity: Annotated[
         float | None,
         typer.Option(

@@ -20,6 +20,7 @@ from offline_prune.block_pruning import BlockPruning
 from offline_prune.calibration.context_length import context_length, fit_to_context
 from offline_prune.calibration.data import calibration_tokens, check_vocabulary
 from offline_prune.calibration.hidden_states import Stream
+from offline_prune.checkpoint.block_state_dict import BlockStateDict
 from offline_prune.checkpoint.ignored import ignored
 from offline_prune.checkpoint.journal import Journal, Say
 from offline_prune.checkpoint.output_folder import OutputFolder, require_apart
@@ -28,7 +29,6 @@ from offline_prune.memory_plan import GIB, MemoryPlan, batch_tokens, memory_plan
 from offline_prune.methods.recipe import Quantize
 from offline_prune.methods.regions import mean_sparsity, model_regions
 from offline_prune.methods.unpruned_fp8 import InputHessians, compensated, nearest
-from offline_prune.model.block_state_dict import BlockStateDict
 from offline_prune.model.gated_mlp import GatedMlp, Unsupported
 from offline_prune.model.loading import Block, SourceModel
 from offline_prune.report import FILE, PICTURE, BlockTime, LayerReport, Report

@@ -55,7 +55,7 @@ class PruneSettings:
             two strong and two weak ones; None for the method's own.
         layout: where dense columns stand while down is pruned.
         alignment: S and D are multiples of it; None picks the largest power of two up to 256 that fits.
-        calibration: see `calibrate.calibration_tokens`.
+        calibration: see `calibration.data.calibration_tokens`.
         samples, length, seed: of the calibration text, in sequences and tokens. If `length` is beyond the model's
             context, `prune` takes more and shorter sequences: `context_length.fit_to_context`.
         quantize: `fp8`, or `none` for the source's own type with the same zeros.
@@ -67,13 +67,13 @@ class PruneSettings:
         true_sequential: collect down's Hessian through the pruned gate and up.
         tune_steps: steps of Adam on each block's kept weights after it is pruned, in all one pass over the calibration
             text; 0 for none, None for the method's own.
-        tune_rate: of those steps, relative to the weights: see `tune.tune`.
+        tune_rate: of those steps, relative to the weights: see `block_finetune.tune`.
         skip_unsupported: leave blocks without a gated MLP as they are instead of refusing the model.
         trust_remote_code: run the Python code that a model brings along.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         batch_tokens: about how many tokens pass through a block at once; None for what suits the device.
         activations: where the calibration text's hidden states are kept; `auto` takes the first place that has room.
-        overwrite: replace an existing checkpoint in `out`.
+        overwrite: replace the Spense checkpoint, or the unfinished run, in `out`.
         resume: go on with an unfinished run to `out` that had the same settings, if there is one.
 
     Raises:

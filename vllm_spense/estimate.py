@@ -71,8 +71,8 @@ KV_CACHE = 0.74
 _KNEE = 4
 #: Time of a layer outside its GEMMs and beyond reading the KV cache, in stock and in Spense, whose GEMMs load weights
 #: meanwhile: launches, and for each token what norms, activation functions and quantization take at
-#: `_GLUE_INTERMEDIATE`.
-_STOCK_GLUE, _SPENSE_GLUE, _GLUE_INTERMEDIATE = (33.0, 0.44), (22.5, 0.5), 25600
+#: `_ELEMENTWISE_INTERMEDIATE`.
+_STOCK_ELEMENTWISE, _SPENSE_ELEMENTWISE, _ELEMENTWISE_INTERMEDIATE = (33.0, 0.44), (22.5, 0.5), 25600
 
 DEFAULT_SPARSITY = 0.375
 KV_BYTES = {"auto": 2, "fp8": 1}
@@ -218,10 +218,10 @@ def estimate(
     def stock_us(shapes: Sequence[tuple[int, int]], efficiency: Efficiency) -> float:
         return sum(region_us(n * k, batch, gpu, efficiency) for n, k in shapes)
 
-    def beside_mlp_us(efficiency: Efficiency, glue: tuple[float, float]) -> float:
-        layer, token = glue
-        glue_us = layer + token * batch * model.intermediate_size / _GLUE_INTERMEDIATE
-        return model.num_hidden_layers * (stock_us(model.attention_shapes, efficiency) + glue_us)
+    def beside_mlp_us(efficiency: Efficiency, elementwise: tuple[float, float]) -> float:
+        layer, token = elementwise
+        elementwise_us = layer + token * batch * model.intermediate_size / _ELEMENTWISE_INTERMEDIATE
+        return model.num_hidden_layers * (stock_us(model.attention_shapes, efficiency) + elementwise_us)
 
     kv_bytes = model.kv_bytes(batch * context, kv_cache_dtype)
     shared = (
@@ -231,8 +231,8 @@ def estimate(
     )
     dense = stock_us(model.mlp_shapes, STOCK)
     # Without a pruned layer, nothing is Spense's.
-    stock_beside = beside_mlp_us(STOCK_ATTENTION, _STOCK_GLUE)
-    spense = beside_mlp_us(SPENSE_ATTENTION, _SPENSE_GLUE) if layers else stock_beside
+    stock_beside = beside_mlp_us(STOCK_ATTENTION, _STOCK_ELEMENTWISE)
+    spense = beside_mlp_us(SPENSE_ATTENTION, _SPENSE_ELEMENTWISE) if layers else stock_beside
     calibrated = False
     spense += (model.num_hidden_layers - len(layers)) * dense
     for regions, count in Counter(layers).items():

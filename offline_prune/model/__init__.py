@@ -1,4 +1,4 @@
 """The source model: reading its files, one decoder block at a time, and finding the gated MLP in each.
 
-May import: `runtime`, the format of `vllm_spense`. Knows no pruning method, no settings.
+May import: `runtime`, and of `vllm_spense` errors, format and the reading of files. Knows no method, no settings.
 """

@@ -62,7 +62,7 @@ def find_elementwise(block: nn.Module, mlp: GatedMlp | Unsupported) -> Elementwi
         x = _probe(16, 4, weights["weight"].shape[-1], like=weights["weight"])
         if _alike(module(x), _normalizing(module, eps)(x)):
             norms[path] = eps
-    return Elementwise(norms, _silu_glu(block, mlp), _rotary_home(block))
+    return Elementwise(norms, _silu_gated(block, mlp), _rotary_home(block))
 
 
 def _normalizing(norm: nn.Module, eps: float) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -71,7 +71,7 @@ def _normalizing(norm: nn.Module, eps: float) -> Callable[[torch.Tensor], torch.
     return lambda x: rms_norm(x, norm.weight, eps)  # type: ignore[arg-type]
 
 
-def _silu_glu(block: nn.Module, mlp: GatedMlp | Unsupported) -> GatedMlp | None:
+def _silu_gated(block: nn.Module, mlp: GatedMlp | Unsupported) -> GatedMlp | None:
     """The MLP if it computes down(silu(gate(x)) ⊙ up(x)) with three linear layers."""
     if isinstance(mlp, Unsupported) or mlp.projections.gate == mlp.projections.up:
         return None

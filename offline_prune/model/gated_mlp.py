@@ -52,14 +52,14 @@ class Unsupported:
 
 def find_gated_mlp(block: nn.Module) -> GatedMlp | Unsupported:
     """The gated MLP of one decoder block, on any device, the meta device included."""
-    glus = [glu for path, module in block.named_modules() if path and (glu := _as_glu(path, module))]
-    experts = _describe_experts(block, glus)
+    found = [mlp for path, module in block.named_modules() if path and (mlp := _as_gated_mlp(path, module))]
+    experts = _describe_experts(block, found)
     if experts:
         return Unsupported(experts)
-    if len(glus) == 1:
-        return glus[0]
-    if glus:
-        return Unsupported(f"{len(glus)} gated MLPs: " + ", ".join(glu.path for glu in glus))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        return Unsupported(f"{len(found)} gated MLPs: " + ", ".join(mlp.path for mlp in found))
     linears = [
         f"{path} ({module.out_features} × {module.in_features})"
         for path, module in block.named_modules()
@@ -68,12 +68,12 @@ def find_gated_mlp(block: nn.Module) -> GatedMlp | Unsupported:
     return Unsupported("no gated MLP among its linear layers " + (", ".join(linears) or "(it has none)"))
 
 
-def _describe_experts(block: nn.Module, glus: list[GatedMlp]) -> str:
-    stacked = [f"{name} {shape}" for name, shape in _stacked_maps(block, {glu.hidden for glu in glus})]
+def _describe_experts(block: nn.Module, found: list[GatedMlp]) -> str:
+    stacked = [f"{name} {shape}" for name, shape in _stacked_maps(block, {mlp.hidden for mlp in found})]
     if stacked:
         return "a mixture of experts: " + ", ".join(stacked)
     for path, module in block.named_modules():
-        inside = [glu for glu in glus if glu.path.startswith(f"{path}.")]
+        inside = [mlp for mlp in found if mlp.path.startswith(f"{path}.")]
         if isinstance(module, nn.ModuleList) and inside:
             return f"a mixture of {len(module)} experts: {path}"
     return ""
@@ -96,7 +96,7 @@ def _stacked_maps(block: nn.Module, hidden: set[int]) -> Iterator[tuple[str, tup
                 yield name, tuple(parameter.shape)
 
 
-def _as_glu(path: str, module: nn.Module) -> GatedMlp | None:
+def _as_gated_mlp(path: str, module: nn.Module) -> GatedMlp | None:
     linears = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
     for down_name, down in linears.items():
         intermediate, hidden = down.in_features, down.out_features

@@ -68,8 +68,8 @@ def local_shard(tensor: torch.Tensor) -> torch.Tensor:
 def all_reduce(tensor: torch.Tensor) -> None:
     """Replaces a tensor by its sum over all ranks, to the same bits on each.
 
-    Neighbours add theirs, then pairs of neighbours, and so on: the upper levels of `parts`' tree, whose order a
-    collective sum would not promise.
+    Neighbours add theirs, then pairs of neighbours, and so on: the upper levels of `deterministic_reduce`'s
+    tree, whose order a collective sum would not promise.
     """
     if size() == 1:
         return

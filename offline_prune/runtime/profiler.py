@@ -11,7 +11,7 @@ from contextvars import ContextVar
 import psutil
 import torch
 
-_active: ContextVar[Profiler | None] = ContextVar("meter", default=None)
+_active: ContextVar[Profiler | None] = ContextVar("profiler", default=None)
 
 
 class Profiler:
@@ -98,12 +98,12 @@ class Profiler:
 
 
 def stage(name: str) -> AbstractContextManager[None]:
-    """Counts the time inside towards a stage of the running meter, if one is running."""
-    meter = _active.get()
-    return nullcontext() if meter is None else meter.stage(name)
+    """Counts the time inside towards a stage of the running profiler, if one is running."""
+    profiler = _active.get()
+    return nullcontext() if profiler is None else profiler.stage(name)
 
 
 def spent() -> dict[str, float]:
-    """Seconds by stage so far, of the running meter."""
-    meter = _active.get()
-    return {} if meter is None else dict(meter.seconds)
+    """Seconds by stage so far, of the running profiler."""
+    profiler = _active.get()
+    return {} if profiler is None else dict(profiler.seconds)

@@ -216,6 +216,6 @@ def test_the_text_has_the_constants_of_the_code() -> None:
     words = " ".join(text.split())
     assert f"{min(memory) * 100:.0f} to {max(memory) * 100:.0f}% of the memory's bandwidth" in words
     assert f"{min(products) * 100:.0f} to {max(products) * 100:.0f}% of the tensor cores' peak" in words
-    (layer, token), (own_layer, own_token) = module._STOCK_GLUE, module._SPENSE_GLUE
+    (layer, token), (own_layer, own_token) = module._STOCK_ELEMENTWISE, module._SPENSE_ELEMENTWISE
     assert f"{layer:.0f} µs a layer and {token} µs a layer and token" in words
     assert f"in stock vLLM, {own_layer} and {own_token} in Spense" in words

@@ -54,7 +54,7 @@ def refusal(model: Path, **arguments: Any) -> str:
         pytest.param(
             lambda config: config[KEY]["regions"]["default"].update(sparse=384),
             None,
-            ["model.safetensors; layer: model.layers.0.mlp.gate_proj.weight", "found: 384 rows; expected: 512"],
+            ["model.safetensors; layer: model.layers.0.mlp.gate_proj; key: regions", "found: 384 rows; expected: 512"],
             id="wrong S",
         ),
         pytest.param(

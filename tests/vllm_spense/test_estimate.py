@@ -134,7 +134,7 @@ def test_only_times_are_read_from_a_plan_cache(tmp_path: Path) -> None:
     entries = {
         "good": {"key": key | {"tokens": 32}, "found": {"concurrent": True, "us": 71.5}},
         "compared": {
-            "key": key | {"path": "rivals", "tokens": 128},
+            "key": key | {"path": "candidates", "tokens": 128},
             "found": {"us": {"library": 85.0, "one-launch": 90.0}},
         },
         "searched": {"key": key | {"tokens": 128}, "found": {"us": 80.0}},

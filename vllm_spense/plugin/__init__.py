@@ -1,4 +1,4 @@
 """What vLLM calls: the quantization config, linear methods, weight loaders, norms and activations of pruned models.
 
-The only package here that imports vLLM. May import: `ops` and everything below it.
+The only package that imports vLLM. May import: `ops`, `kernels`, and the modules beside it that describe a checkpoint.
 """

@@ -24,7 +24,7 @@ PLAIN_MLPS = frozenset(
 
 
 class RawSums(NamedTuple):
-    """gate_up's output by region and before its scales: what `glue.silu_mul_quant` takes; and the layer's name."""
+    """gate_up's output by region, before its scales: what `elementwise_ops.silu_mul_quant` takes; the layer's name."""
 
     raw: torch.Tensor
     x_scale: torch.Tensor

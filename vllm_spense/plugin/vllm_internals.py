@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from vllm_spense.kernels.region_gemm.unpruned_gemm import StockGemm
 
-#: vLLM's classes that `unpruned.py` derives from: attributes `fp8_linear`, `config`, `layer_param_names`,
+#: vLLM's classes that `unpruned_linear.py` derives from: attributes `fp8_linear`, `config`, `layer_param_names`,
 #: `logical_output_size`, and the arguments of `apply_scaled_mm`.
 __all__ = [
     "CHECKED",

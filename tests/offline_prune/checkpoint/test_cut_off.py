@@ -20,7 +20,7 @@ from offline_prune.checkpoint import writer
 from offline_prune.checkpoint.journal import FILE, Journal
 from offline_prune.checkpoint.merge import merge
 from offline_prune.checkpoint.output_folder import PARTIAL, RECORD
-from offline_prune.runtime.activation_store import allocate
+from offline_prune.runtime.activation_store import Place, allocate
 from vllm_spense.errors import SpenseError
 
 
@@ -166,10 +166,10 @@ def test_activations_that_the_disk_has_no_room_for_are_refused(tmp_path: Path) -
 import resource, sys
 from pathlib import Path
 import torch
-from offline_prune.place import allocate
+from offline_prune.runtime.activation_store import Place, allocate
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-allocate((1 << 20,), torch.float32, torch.device("cpu"), "disk", Path(sys.argv[1]))
+allocate((1 << 20,), torch.float32, torch.device("cpu"), Place.DISK, Path(sys.argv[1]))
 """
     result = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=120)
     assert result.returncode == 1, "a signal nobody can explain"
@@ -179,7 +179,7 @@ allocate((1 << 20,), torch.float32, torch.device("cpu"), "disk", Path(sys.argv[1
 
 def test_activations_on_disk_have_their_room_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "unlink", lambda *arguments, **options: None)
-    tensor = allocate((3, 1 << 18), torch.float32, torch.device("cpu"), "disk", tmp_path)
+    tensor = allocate((3, 1 << 18), torch.float32, torch.device("cpu"), Place.DISK, tmp_path)
     (file,) = tmp_path.iterdir()
     assert 512 * file.stat().st_blocks >= tensor.nbytes == 3 << 20
     tensor[2, -1] = 5.0

@@ -151,7 +151,10 @@ def test_flipped_bytes(copied: Path) -> None:
 
 def test_times(tmp_path: Path) -> None:
     key = {"gpu": "NVIDIA H100", "path": "library", "tokens": 32, "n": 512, "k": 256, "split": "output"}
-    entry = {"key": key | {"parts": 2, "sparse": 96, "dense": 160}, "found": {"us": {"library": 9.5, "one-launch": 8}}}
+    entry = {
+        "key": key | {"projections": 2, "sparse": 96, "dense": 160},
+        "found": {"us": {"library": 9.5, "one-launch": 8}},
+    }
     model, layers = load("tiny", 0.375)
     found = set()
     for seed in range(500):

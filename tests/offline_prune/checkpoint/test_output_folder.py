@@ -40,7 +40,7 @@ def test_a_run_of_another_process_is_refused_whatever_its_process_id(tmp_path: P
     code = """
 import sys, time
 from pathlib import Path
-from offline_prune.output_folder import OutputFolder
+from offline_prune.checkpoint.output_folder import OutputFolder
 
 with OutputFolder(Path(sys.argv[1]), False, False) as folder:
     (folder.partial / "lock").write_text("process 1 on another")

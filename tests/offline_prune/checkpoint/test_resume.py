@@ -50,7 +50,7 @@ def cut_off(
         if done == blocks:
             raise error or Cut
 
-    given = {"samples": 8, "length": 64, "calibration": str(text), "device": "cpu", **options}
+    given = {"method": "spensegpt+", "samples": 8, "length": 64, "calibration": str(text), "device": "cpu", **options}
     settings = PruneSettings(str(model), out, **given)
     with pytest.raises(type(error) if error else Cut):
         pipeline.prune(settings, stop)
@@ -260,7 +260,7 @@ def test_a_run_that_is_cut_off_while_files_move_ends_the_same(
 def test_what_a_resumed_run_needs_on_the_disk(deep: Path, tmp_path: Path, text: Path) -> None:
     """What is there already needs no room again."""
     cut_off(deep, tmp_path / "out", text, 2)
-    settings = PruneSettings(str(deep), tmp_path / "out", samples=8, length=64)
+    settings = PruneSettings(str(deep), tmp_path / "out", method="spensegpt+", samples=8, length=64)
     cpu = torch.device("cpu")
     needs = memory_plan.memory_plan(SourceModel(str(deep)), settings, cpu, torch.float32)
     parts = sum(path.stat().st_size for path in (tmp_path / "out" / PARTIAL).glob("part-*"))

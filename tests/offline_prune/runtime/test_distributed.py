@@ -32,10 +32,10 @@ NOTED = """
 import hashlib, json, os, sys
 from pathlib import Path
 
-from offline_prune import block_mlp
-from vllm_spense.cli import main
+from offline_prune import block_pruning
+from offline_prune.cli import main
 
-tune, notes = block_mlp.tune, []
+tune, notes = block_pruning.tune, []
 
 
 def noted(*args):
@@ -45,7 +45,7 @@ def noted(*args):
     return weights, report
 
 
-block_mlp.tune = noted
+block_pruning.tune = noted
 try:
     main(["prune", *sys.argv[1:]])
 finally:
@@ -59,6 +59,7 @@ def torchrun(
     """Starts `prune` on two ranks."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, *program, str(model), str(out), "--calibration", str(text), "--device", "cpu"]
+    command += [] if "--method" in options else ["--method", "spensegpt+"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(
         [*command, "--samples", "12", "--length", "64", *options],

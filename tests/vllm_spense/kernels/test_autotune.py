@@ -1,4 +1,4 @@
-"""Rivals for one GEMM: measured together, once, and again when one of them is another."""
+"""Candidates for one GEMM: measured together, once, and again when one of them is another."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FOUND: dict[str, object] = {"library": {"sparse": 3}, "one-launch": {"parts": 2}
 
 @pytest.fixture
 def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rivals took turns, each time; the first takes 10 µs, the next 11, and so on."""
+    """How many candidates took turns, each time; the first takes 10 µs, the next 11, and so on."""
     counts: list[int] = []
 
     def medians_us(calls: Sequence[Sequence[Callable[[], object]]]) -> list[float]:
@@ -38,7 +38,7 @@ def times(found: dict[str, object] = FOUND, problem: Problem = PROBLEM, tokens: 
     return autotune.times(problem, tokens, CPU, found, lambda: {name: [lambda: None] for name in FOUND})
 
 
-def test_rivals_are_measured_together_and_once(measured: list[int]) -> None:
+def test_candidates_are_measured_together_and_once(measured: list[int]) -> None:
     for _ in range(2):
         assert times() == {"library": 10.0, "one-launch": 11.0}
     assert measured == [2]
@@ -67,7 +67,7 @@ def test_a_damaged_file_is_measured_again(
 
 
 @pytest.mark.parametrize("kept", [{"library": 10.0}, {}, {"library": 10.0, "one-launch": 11.0, "dense": 1.0}], ids=str)
-def test_a_file_of_other_rivals_is_measured_again(
+def test_a_file_of_other_candidates_is_measured_again(
     kept: dict[str, float], measured: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     times()

@@ -27,13 +27,13 @@ BOTH = (Path.ONE_LAUNCH, Path.LIBRARY)
 ALL = (*BOTH, Path.DENSE)
 
 
-def never(rivals: tuple[Path, ...]) -> dict[str, float]:
+def never(paths: tuple[Path, ...]) -> dict[str, float]:
     raise AssertionError("measured where nothing is in doubt")
 
 
 def won_by(faster: Path) -> Callable[[tuple[Path, ...]], dict[str, float]]:
     """Times of whatever is asked for."""
-    return lambda rivals: {path: 10.0 if path is faster else 11.0 for path in rivals}
+    return lambda paths: {path: 10.0 if path is faster else 11.0 for path in paths}
 
 
 def test_a_hopper_with_the_bindings_has_both_fast_paths() -> None:
@@ -52,8 +52,8 @@ def test_between_them_the_clock_decides(tokens: int, faster: Path) -> None:
 
 def test_a_dense_copy_competes_with_both() -> None:
     assert candidates(PROBLEM, HOPPER, dense_copy=True) == ALL
-    for tokens, rivals in ((ALWAYS_ONE_LAUNCH, ()), (100, ALL), (1000, ALL[1:])):
-        for faster in rivals:
+    for tokens, measured in ((ALWAYS_ONE_LAUNCH, ()), (100, ALL), (1000, ALL[1:])):
+        for faster in measured:
             asked = []
 
             def times(of: tuple[Path, ...], asked=asked, faster=faster) -> dict[str, float]:
@@ -61,7 +61,7 @@ def test_a_dense_copy_competes_with_both() -> None:
                 return won_by(faster)(of)
 
             assert choose(ALL, tokens, times) is faster
-            assert asked == [rivals]
+            assert asked == [measured]
     assert choose(ALL, ALWAYS_ONE_LAUNCH, never) is Path.ONE_LAUNCH
     # Without the one-launch path the other two compete for any number of tokens.
     assert choose(ALL[1:], 1, won_by(Path.DENSE)) is Path.DENSE

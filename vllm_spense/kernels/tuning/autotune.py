@@ -16,7 +16,7 @@ from vllm_spense.kernels.tuning.plan_cache import environment, load_or_find
 from vllm_spense.kernels.tuning.timing import medians_us, require_no_capture
 
 #: By name, the same call on several weights, see `timing.median_us`.
-Rivals = Mapping[str, Sequence[Callable[[], object]]]
+Candidates = Mapping[str, Sequence[Callable[[], object]]]
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,17 @@ class Medians:
 
 
 def times(
-    problem: Problem, tokens: int, device: torch.device, found: Mapping[str, object], rivals: Callable[[], Rivals]
+    problem: Problem,
+    tokens: int,
+    device: torch.device,
+    found: Mapping[str, object],
+    candidates: Callable[[], Candidates],
 ) -> dict[str, float]:
     """Median time of one call of each rival in µs; all of them take turns. Measured once, then kept beside the plans.
 
     Args:
         found: by name, what runs, as JSON: they are measured again when it is another.
-        rivals: makes their calls.
+        candidates: makes their calls.
 
     Raises:
         RuntimeError: a CUDA graph is being captured.
@@ -41,7 +45,7 @@ def times(
 
     def measured() -> Medians:
         require_no_capture(problem, tokens)
-        calls = rivals()
+        calls = candidates()
         medians = medians_us(list(calls.values()))
         return Medians({name: round(us, 2) for name, us in zip(calls, medians, strict=True)})
 
@@ -53,5 +57,5 @@ def times(
             raise ValueError(f"found times of {sorted(us)}, expected of {sorted(found)}")
         return Medians(us)
 
-    key = {"path": "rivals", **environment(device), **problem.describe(), "tokens": tokens, "rivals": found}
+    key = {"path": "candidates", **environment(device), **problem.describe(), "tokens": tokens, "candidates": found}
     return load_or_find(key, known, measured).us

@@ -36,7 +36,7 @@ def compare(
         RuntimeError: a CUDA graph is being captured.
     """
 
-    def calls() -> autotune.Rivals:
+    def calls() -> autotune.Candidates:
         weight = random_weight(problem, device)
         packs = [pack(weight) for _ in range(cold_copies(problem.weight_bytes, device))]
         x, scales = random_fp8(tokens, problem.k, device), unit_scales(problem, tokens, device)

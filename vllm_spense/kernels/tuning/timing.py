@@ -31,10 +31,10 @@ def median_us(calls: Sequence[Callable[[], object]], replays: int = 7) -> float:
     return medians_us([calls], replays)[0]
 
 
-def medians_us(rivals: Sequence[Sequence[Callable[[], object]]], replays: int = 7) -> list[float]:
-    """As `median_us`, for each of `rivals`; their graphs take turns, because a GPU that gets warm gets slower."""
+def medians_us(candidates: Sequence[Sequence[Callable[[], object]]], replays: int = 7) -> list[float]:
+    """As `median_us`, for each of `candidates`; their graphs take turns, because a GPU that gets warm gets slower."""
     with temporary_captures():
-        graphs = [_Graph(calls) for calls in rivals]
+        graphs = [_Graph(calls) for calls in candidates]
         for graph in graphs:
             graph.us_of_a_call()
         times = zip(*([graph.us_of_a_call() for graph in graphs] for _ in range(replays)), strict=True)
