@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -81,4 +82,4 @@ def print_serving_class(out: Path, console: Console) -> None:
         said = f"vLLM has no class of its own for {found.architecture}; it may serve it by way of transformers"
     else:
         said = f"vLLM will serve it with {found.vllm_class}"
-    console.print(f"{said}; `spense verify {out} --serving` proves it", soft_wrap=True)
+    console.print(f"{said}; `spense verify {shlex.quote(str(out))} --serving` proves it", soft_wrap=True)

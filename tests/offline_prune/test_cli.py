@@ -170,6 +170,7 @@ def test_a_run_to_an_odd_name_ends_well(tmp_path: Path, llama: Path, text: Path)
     assert result.returncode == 0, result.stderr
     assert "run[/x]out [red]:smile:" in " ".join(result.stdout.split())
     assert (out / "config.json").exists()
+    assert f"vLLM will serve it with LlamaForCausalLM; `spense verify '{out}' --serving` proves it" in result.stderr
     again = spense("prune", llama, out, *options)
     assert f"error: {out}: the folder is not empty" in again.stderr
 
