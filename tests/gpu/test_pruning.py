@@ -148,7 +148,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def on_gpu(model: Path, out: Path, text: Path, **options: object) -> Report:
-    settings = {"samples": 8, "length": 64, "calibration": str(text), "device": "cuda", "batch_tokens": 128}
+    sizes = {"samples": 8, "length": 64, "batch_tokens": 128}
+    settings = {"method": "spensegpt+", "calibration": str(text), "device": "cuda", **sizes}
     report = prune(PruneSettings(str(model), out, **{**settings, **options}))  # type: ignore[arg-type]
     verify(out)
     return report

@@ -57,7 +57,7 @@ def planned(folder: Path, shape: str, gpu_gib: float, monkeypatch: pytest.Monkey
     """The plan for 128 × 16384 tokens with so much free memory on a GPU, and 120 GiB beside it."""
     monkeypatch.setattr(memory_plan, "_free", lambda _: gpu_gib * GIB)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=120 * GIB))
-    given = {"samples": 128, "length": 16384, "device": "cuda", **options}
+    given = {"method": "spensegpt+", "samples": 128, "length": 16384, "device": "cuda", **options}
     settings = PruneSettings("model", folder / "out", **given)  # type: ignore[arg-type]
     return memory_plan.memory_plan(hollow_model(folder / shape, shape), settings, GPU, torch.bfloat16)
 

@@ -53,7 +53,8 @@ def test_sequences_are_no_longer_than_the_context(tmp_path: Path, text: Path) ->
     """And the checkpoint is that of a run that asked for what was taken."""
     model = tiny_model("llama", tmp_path / "model", max_position_embeddings=24)
     said: list[str] = []
-    settings = PruneSettings(str(model), tmp_path / "long", calibration=str(text), samples=8, length=64, device="cpu")
+    given = {"method": "spensegpt+", "calibration": str(text), "samples": 8, "length": 64, "device": "cpu"}
+    settings = PruneSettings(str(model), tmp_path / "long", **given)
     report = prune(settings, say=said.append)
     assert "calibration text: 24 × 21 tokens instead of 8 × 64, because the model's context is 24" in said
     assert (report.settings["samples"], report.settings["length"]) == (24, 21)

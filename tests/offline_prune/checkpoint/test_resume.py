@@ -204,7 +204,8 @@ def killed(model: Path, out: Path, text: Path, number: signal.Signals, blocks: i
     """Starts a real run, sends it a signal some time after a block is on disk, and returns what it said."""
     command = [sys.executable, "-m", "offline_prune", str(model), str(out), "--calibration", str(text), "--resume"]
     process = subprocess.Popen(
-        [*command, "--samples", "8", "--length", "64", "--device", "cpu"], stderr=subprocess.PIPE
+        [*command, "--method", "spensegpt+", "--samples", "8", "--length", "64", "--device", "cpu"],
+        stderr=subprocess.PIPE,
     )
     deadline = time.monotonic() + 120
     while len(list((out / PARTIAL).glob("part-*"))) < blocks:

@@ -91,7 +91,7 @@ def test_two_ranks_that_are_killed_and_resumed_end_as_one(model: Path, tmp_path:
     for child in psutil.Process(process.pid).children(recursive=True):
         child.kill()
     process.communicate(timeout=60)
-    assert not (tmp_path / "two").exists()
+    assert not (tmp_path / "two/config.json").exists()
     with pytest.raises(SpenseError, match=r"other settings \(processes: found 2, expected 1\)"):
         run(model, tmp_path / "two", text, samples=12, batch_tokens=128, resume=True)
     said = finished(torchrun(model, tmp_path / "two", text, "--batch-tokens", "128", "--resume"))
