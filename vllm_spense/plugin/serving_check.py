@@ -154,7 +154,9 @@ def _build(folder: Path, trust_remote_code: bool) -> Serving:
     with tempfile.TemporaryDirectory() as temporary, set_current_vllm_config(engine):
         init_distributed_environment(1, 0, f"file://{temporary}/store", 0, "gloo")
         initialize_model_parallel()
-        with set_default_torch_dtype(engine.model_config.dtype), torch.device("meta"):
+        dtype = engine.model_config.dtype
+        assert isinstance(dtype, torch.dtype), dtype
+        with set_default_torch_dtype(dtype), torch.device("meta"):
             model = initialize_model(engine)
     config: Any = engine.quant_config
     assert isinstance(config, SpenseConfig)
