@@ -148,3 +148,11 @@ def test_a_changed_header_is_another_program(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(sources, "_sources", lambda: texts | {"ptx.cuh": texts["ptx.cuh"] + "\n"})
     nvrtc.cubin("scale.cu", "sm_90a", scale.MACROS)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_an_empty_log_is_not_written_over_what_python_shares() -> None:
+    """Python has one object for each single byte, and NVRTC writes into the bytes that it is given."""
+    space = bytes([0x20])
+    source = 'extern "C" __global__ void empty() {}'
+    assert nvrtc.compile_program({"empty.cu": source}, ["--gpu-architecture=sm_90a"]).log == ""
+    assert (space[0], (b" " * 3)[0]) == (0x20, 0x20)
