@@ -34,14 +34,12 @@ class Checkpoint:
     """An opened Spense checkpoint.
 
     Attributes:
-        annotation_file: config.json, or spense.json for a checkpoint without FP8.
         config: the content of config.json.
         ignored: linear layers that are not FP8; None for a checkpoint without FP8.
     """
 
     folder: Path
     annotation: Annotation
-    annotation_file: Path
     config: dict[str, Any]
     ignored: Ignored | None
     tensors: SafetensorsReader
@@ -70,7 +68,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     quantization = found.quantization
     check_tensors(found.annotation, tensors.headers, folder, quantized=quantization is not None)
     ignored = None if quantization is None else Ignored.read(quantization, found.file)
-    return Checkpoint(folder, found.annotation, found.file, config, ignored, tensors)
+    return Checkpoint(folder, found.annotation, config, ignored, tensors)
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,11 @@ if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "offline_prune/checkpoint"))
 
 import elementwise_parts
 from column_problems import compare, every_problem, ties
 from descent_problems import every_problem as every_problem_of_descent
-from test_resume import contents, cut_off
+from runs import contents, cut_off
 from tiny_models import tiny_model
 
 from offline_prune.calibration.hessian import Energy, Hessian

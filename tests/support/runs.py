@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from offline_prune.checkpoint.evaluate import load_dense
@@ -16,9 +17,36 @@ from offline_prune.report import Report
 from offline_prune.settings import PruneSettings
 
 
-def run(model: Path, out: Path, text: Path, **options: Any) -> Report:
+class Cut(Exception):
+    """Stands for whatever ends a run."""
+
+
+def _settings(model: Path, out: Path, text: Path, **options: Any) -> PruneSettings:
     given = {"method": "spensegpt+", "samples": 8, "length": 64, "calibration": str(text), "device": "cpu", **options}
-    return prune(PruneSettings(str(model), out, **given))
+    return PruneSettings(str(model), out, **given)
+
+
+def run(model: Path, out: Path, text: Path, **options: Any) -> Report:
+    return prune(_settings(model, out, text, **options))
+
+
+def cut_off(
+    model: Path, out: Path, text: Path, blocks: int, error: BaseException | None = None, **options: Any
+) -> None:
+    """Prunes so many blocks and leaves an unfinished run."""
+
+    def stop(done: int, total: int, name: str) -> None:
+        if done == blocks:
+            raise error or Cut
+
+    with pytest.raises(type(error) if error else Cut):
+        prune(_settings(model, out, text, **options), stop)
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """All files but the report, which tells how long it took."""
+    files = [path for path in out.rglob("*") if path.is_file() and not path.name.startswith("report.")]
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
 def logits(folder: Path) -> torch.Tensor:

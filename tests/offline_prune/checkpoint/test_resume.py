@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import run
+from runs import contents, cut_off, run
 from tiny_models import tiny_model
 
 from offline_prune import memory_plan, pipeline
@@ -32,34 +32,9 @@ from vllm_spense.errors import SpenseError
 LAYERS = 4
 
 
-class Cut(Exception):
-    """Stands for whatever ends a run."""
-
-
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model("llama", tmp_path_factory.mktemp("deep") / "model", num_hidden_layers=LAYERS)
-
-
-def cut_off(
-    model: Path, out: Path, text: Path, blocks: int, error: BaseException | None = None, **options: Any
-) -> None:
-    """Prunes so many blocks and leaves an unfinished run."""
-
-    def stop(done: int, total: int, name: str) -> None:
-        if done == blocks:
-            raise error or Cut
-
-    given = {"method": "spensegpt+", "samples": 8, "length": 64, "calibration": str(text), "device": "cpu", **options}
-    settings = PruneSettings(str(model), out, **given)
-    with pytest.raises(type(error) if error else Cut):
-        pipeline.prune(settings, stop)
-
-
-def contents(out: Path) -> dict[str, bytes]:
-    """All files but the report, which tells how long it took."""
-    files = [path for path in out.rglob("*") if path.is_file() and not path.name.startswith("report.")]
-    return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
 @pytest.mark.parametrize("blocks", [1, LAYERS])

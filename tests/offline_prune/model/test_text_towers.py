@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from runs import run
+from runs import contents, cut_off, run
 from safetensors.torch import load_file, save_file
 from tiny_models import byte_tokenizer
 from torch import nn
@@ -97,6 +97,13 @@ def test_whatever_is_not_quantized_is_ignored(multimodal: Path, pruned: Path) ->
                 assert ignored(name) == (files.dtype(stored) != torch.float8_e4m3fn), name
     for name in ("model.mtp.layers.0.mlp.gate_proj", "mtp.fc"):
         assert ignored(name)
+
+
+def test_a_run_that_was_cut_off_ends_the_same(multimodal: Path, pruned: Path, text: Path, tmp_path: Path) -> None:
+    """Parts have the files' names, blocks the modules'."""
+    cut_off(multimodal, tmp_path / "out", text, 1)
+    run(multimodal, tmp_path / "out", text, resume=True)
+    assert contents(tmp_path / "out") == contents(pruned)
 
 
 def test_transformers_loads_it_as_it_loads_the_original(multimodal: Path, pruned: Path) -> None:

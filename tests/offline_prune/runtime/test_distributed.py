@@ -13,8 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from runs import run
-from test_resume import contents
+from runs import contents, run
 from tiny_models import tiny_model
 
 from offline_prune import pipeline
