@@ -55,12 +55,9 @@ def prune_tiny(dense: Path, out: Path, **settings: Any) -> Path:
     In float32, whatever this CPU is fastest in: the tests compare engines that add in other orders, and whether an
     activation lies so close to the middle between two FP8 numbers that this matters depends on the weights.
     """
+    given = {"method": "spensegpt+", "sparsity": 1 / 3, "calibration": "builtin", "samples": 2, "length": 64}
     with patch.object(pipeline, "compute_dtype", lambda device: torch.float32):
-        pipeline.prune(
-            PruneSettings(
-                str(dense), out, sparsity=1 / 3, calibration="builtin", samples=2, length=64, device="cpu", **settings
-            )
-        )
+        pipeline.prune(PruneSettings(str(dense), out, device="cpu", **given | settings))
     return out
 
 
