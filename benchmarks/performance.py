@@ -351,9 +351,9 @@ def fp8_scales(result: Result) -> list[str]:
     return [*quality_tables.rounding_errors(result["rows"]), "", source(result)]
 
 
-def zero_shot(result: Result) -> list[str]:
+def tasks(result: Result) -> list[str]:
     """Right answers of each model."""
-    return [*quality_tables.zero_shot(result["rows"]), "", source(result)]
+    return [*quality_tables.tasks(result["rows"]), "", source(result)]
 
 
 #: Result file → the command that makes it, and where, other than the benchmark of that name with its defaults on a GPU.
@@ -407,7 +407,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     "rounding": ("accuracy-smollm2-rounding", quality),
     "rounding_added": ("accuracy-smollm2-rounding", quality_rounding),
     "learned": ("learned-smollm2", quality),
-    "zero_shot": ("zero_shot", zero_shot),
+    "tasks": ("tasks", tasks),
     "peers": ("peers-smollm2", quality),
     "fp8_scales": ("fp8_scales", fp8_scales),
 }

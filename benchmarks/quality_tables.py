@@ -123,7 +123,7 @@ def rounding_errors(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def zero_shot(rows: Sequence[Row]) -> list[str]:
+def tasks(rows: Sequence[Row]) -> list[str]:
     """Models down, tasks across, in percent."""
     columns = list(dict.fromkeys((row["task"], row["metric"]) for row in rows))
     lines = ["| model | " + " | ".join(f"{task}, {metric}" for task, metric in columns) + " |"]

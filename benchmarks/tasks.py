@@ -1,15 +1,17 @@
-"""Zero-shot tasks: how often a model finds the right answer, by the rules of lm-evaluation-harness.
+"""Tasks: how often a model finds the right answer, by the rules of lm-evaluation-harness.
 
     pip install 'lm-eval[api]'
-    python -m benchmarks.zero_shot ORIGINAL ./pruned …
+    python -m benchmarks.tasks ORIGINAL ./pruned …
 
-asks every model the same questions and writes benchmarks/results/zero_shot.json. Tasks and their data come from the
-Hugging Face hub, or from files in `--task-folder`. Without a network there is `continuation`, from the texts of
-`benchmarks.texts`: which of four passages of a text comes next?
+asks every model the same questions and writes benchmarks/results/tasks.json. Tasks and their data come from the
+Hugging Face hub, or from files in `--task-folder`. Without a hub there are those of `packaged_tasks.py`, and
+`continuation`, from the texts of `benchmarks.texts`: which of four passages of a text comes next?
 
-    python -m benchmarks.zero_shot ./pruned --url http://localhost:8000/v1
+    python -m benchmarks.tasks ORIGINAL ./pruned … --engine
+    python -m benchmarks.tasks ./pruned --url http://localhost:8000/v1
 
-asks a server instead, which runs the files as they are, FP8 activations included; the folder is for the tokenizer.
+ask a vLLM engine in this process, or a server; both run the files as they are, FP8 activations included. For a server
+the folder is that of the tokenizer. Otherwise transformers runs the weights with activations as they are.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from typing import Any
 import torch
 
 from benchmarks.envelope import RESULTS, write_result
-from benchmarks.quality_tables import zero_shot
+from benchmarks.packaged_tasks import PACKAGED, packaged
+from benchmarks.quality_tables import tasks as table
 from benchmarks.texts import DOMAINS, documents
 from offline_prune.checkpoint.evaluate import load_dense
 from offline_prune.runtime.device import pick_device
@@ -48,33 +51,37 @@ def main() -> None:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
-        sys.exit("zero-shot tasks need lm-evaluation-harness: pip install 'lm-eval[api]'")
+        sys.exit("tasks need lm-evaluation-harness: pip install 'lm-eval[api]'")
     manager = TaskManager(include_path=str(options.task_folder) if options.task_folder else None)
     for name in options.tasks:
-        if name != CONTINUATION and not manager.match_tasks([name]):
+        if name not in (CONTINUATION, *PACKAGED) and not manager.match_tasks([name]):
             raise SpenseError(f"--tasks: found {name}, which lm-evaluation-harness does not know")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         tasks = [task for name in options.tasks for task in wanted(name, options.questions, Path(scratch))]
         for folder in options.models:
             rows += answers(model(folder, options), folder.name, tasks, manager, options)
-            write_result(options.out, "zero_shot", rows)
-    print("\n".join(zero_shot(rows)))
+            write_result(options.out, "tasks", rows)
+    print("\n".join(table(rows)))
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.zero_shot", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m benchmarks.tasks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("models", nargs="+", type=Path, metavar="FOLDER", help="plain or Spense checkpoints")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"[{' '.join(TASKS)}]")
     parser.add_argument("--task-folder", type=Path, help="more tasks, as YAML files")
     parser.add_argument("--limit", type=int, help="questions of each task; all by default")
     parser.add_argument("--questions", type=int, default=200, help=f"of each text, in {CONTINUATION}")
-    parser.add_argument("--url", help="of a server that runs the model, …/v1")
+    runs = parser.add_mutually_exclusive_group()
+    runs.add_argument("--url", help="of a server that runs the model, …/v1")
+    runs.add_argument("--engine", action="store_true", help="run each model with vLLM in this process")
+    parser.add_argument("--chat", action="store_true", help="ask by the chat template")
+    parser.add_argument("--context", type=int, default=4096, help="with --engine: tokens of a question and its answer")
     parser.add_argument("--batch", type=int, default=8, help="questions at a time")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=RESULTS / "zero_shot.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "tasks.json")
     options = parser.parse_args()
     if options.url and len(options.models) > 1:
         parser.error(f"--url: found {len(options.models)} models, expected the one that the server runs")
@@ -82,7 +89,10 @@ def parse() -> argparse.Namespace:
 
 
 def wanted(name: str, count: int, scratch: Path) -> Iterator[str | dict[str, Any]]:
-    """A task as the harness takes it: its name, or for `continuation` a description for each text."""
+    """A task as the harness takes it: its name or its description; `continuation` is a task for each text."""
+    if name in PACKAGED:
+        yield packaged(name)
+        return
     if name != CONTINUATION:
         yield name
         return
@@ -127,7 +137,7 @@ def questions(texts: Iterable[str], count: int) -> list[Question]:
 
 
 def model(folder: Path, options: argparse.Namespace) -> Any:
-    """The model, or the server that runs it, as the harness takes it."""
+    """The model, or what runs it, as the harness takes it."""
     if options.url:
         from lm_eval.models.openai_completions import LocalCompletionsAPI
 
@@ -137,6 +147,10 @@ def model(folder: Path, options: argparse.Namespace) -> Any:
             tokenizer=str(folder),
             batch_size=options.batch,
         )
+    if options.engine:
+        from lm_eval.models.vllm_causallms import VLLM
+
+        return VLLM(pretrained=str(folder), batch_size="auto", max_model_len=options.context, seed=0)
     from lm_eval.models.huggingface import HFLM
 
     device = pick_device(options.device)
@@ -170,7 +184,14 @@ def answers(
     from lm_eval import simple_evaluate
 
     try:
-        found = simple_evaluate(lm, tasks=list(tasks), task_manager=manager, limit=options.limit, log_samples=False)
+        found = simple_evaluate(
+            lm,
+            tasks=list(tasks),
+            task_manager=manager,
+            limit=options.limit,
+            log_samples=False,
+            apply_chat_template=options.chat,
+        )
     except ConnectionError as error:
         raise SpenseError(f"{error}; --tasks {CONTINUATION} needs no network") from None
     assert found is not None
@@ -184,7 +205,8 @@ def answers(
                     "task": task,
                     "metric": metric,
                     "value": value,
-                    "stderr": metrics.get(f"{metric}_stderr,{rule}"),
+                    # The harness says "N/A" of a single question.
+                    "stderr": stderr if isinstance(stderr := metrics.get(f"{metric}_stderr,{rule}"), float) else None,
                     "questions": found["n-samples"][task]["effective"],
                 }
 
