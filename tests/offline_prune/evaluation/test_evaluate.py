@@ -208,7 +208,9 @@ def test_models_that_are_not_alike_are_refused(llama: Path, text: Path, tmp_path
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(SpenseError, match="words: found another vocabulary in its tokenizer than .* has; expected the"):
+    with pytest.raises(
+        SpenseError, match=r"words: found another vocabulary in its tokenizer than .* has; expected the"
+    ):
         evaluate(str(other), str(llama), [text], device="cpu")
 
 
