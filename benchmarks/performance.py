@@ -340,16 +340,13 @@ quality_gains = of_quality(quality_tables.gains)
 quality_rounding = of_quality(quality_tables.added_by_fp8)
 #: Perplexity in both formats.
 perplexity = of_quality(quality_tables.by_format)
-
-
-def fp8_scales(result: Result) -> list[str]:
-    """What the rule for FP8 scales is worth."""
-    return [*quality_tables.rounding_errors(result["rows"]), "", source(result)]
+#: What the rule for FP8 scales is worth.
+fp8_scales = of_quality(quality_tables.rounding_errors)
 
 
 def zero_shot(result: Result) -> list[str]:
     """Right answers of each model."""
-    return [*quality_tables.zero_shot(result["rows"]), "", source(result)]
+    return [*quality_tables.zero_shot(quality_tables.renamed(result["rows"])), "", source(result)]
 
 
 #: Result file → the command that makes it, and where, other than the benchmark of that name with its defaults on a GPU.

@@ -1,4 +1,4 @@
-"""Calibration and held-out texts of the accuracy benchmark: what Python installations carry, a Debian package, or files.
+"""Calibration and held-out texts of the accuracy benchmark: what Python installations and Debian carry, or files.
 
     python -m benchmarks.texts FOLDER
 
@@ -90,8 +90,8 @@ def _handbook(folder: Path) -> Iterator[str]:
                 subprocess.run(["dpkg-deb", "--extract", package.name, "."], cwd=unfinished, check=True)
             except (OSError, ValueError, subprocess.CalledProcessError) as error:
                 raise SpenseError(
-                    f"{HANDBOOK}: `apt-get download {_PACKAGE}` does not work here: {error}; leave it out of --domains, "
-                    "or give a folder that `python -m benchmarks.texts` wrote on Debian"
+                    f"{HANDBOOK}: `apt-get download {_PACKAGE}` does not work here: {error}; leave it out of "
+                    "--domains, or give a folder that `python -m benchmarks.texts` wrote on Debian"
                 ) from None
             package.unlink()
             unfinished.rename(folder)
