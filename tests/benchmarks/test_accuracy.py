@@ -240,9 +240,7 @@ def test_a_page_of_the_handbook_is_its_paragraphs() -> None:
 def test_the_handbook_needs_debian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(texts, "CACHE", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(
-        SpenseError, match=r"handbook: `apt-get download debian-handbook` does not work here: .*"
-    ):
+    with pytest.raises(SpenseError, match=r"handbook: `apt-get download debian-handbook` does not work here: .*"):
         list(texts.documents(texts.HANDBOOK))
     assert not (tmp_path / "debian-handbook").exists()
 
