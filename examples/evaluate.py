@@ -25,9 +25,8 @@ def main() -> None:
     options = parser.parse_args()
 
     texts = [options.text] if options.text else []
-    found = evaluate(
-        options.pruned, options.original, texts, options.samples, options.length, options.device, say=print
-    )
+    sizes = options.samples, options.length
+    found = evaluate(options.pruned, options.original, texts, *sizes, options.device, say=print)
     for loss in found.domains:
         print(f"{loss.domain}, {loss.sequences} × {loss.length} tokens:")
         print(f"  perplexity            dense {loss.perplexity_model:.2f}, pruned {loss.perplexity_pruned:.2f}")
