@@ -41,6 +41,8 @@ SPARSITIES = (0.25, 0.375, 0.5)
 SAME = {("sparsegpt", 0.25), ("sparsegpt", 0.375), ("spensegpt", 0.5), ("spensegpt+", 0.5)}
 #: How the unpruned model is rounded: to the nearest values, and as `spensegpt++` does.
 DENSE = ("rounding=after", "rounding=everywhere")
+#: The first case of every model: the reference itself.
+DENSE_BF16 = {"method": "dense", "sparsity": 0.0, "format": "bf16", "seed": 0}
 #: The checkpoint's format and what `PruneSettings` calls it.
 FORMATS = {"bf16": "none", "fp8": "fp8"}
 
@@ -59,10 +61,10 @@ def main() -> None:
             domain: heldout(domain, tokenizer, options.heldout, options.heldout_length, options.texts)
             for domain in options.domains
         }
-        dense = {"method": "dense", "sparsity": 0.0, "format": "bf16", "seed": 0}
-        rows += measured(reference, reference, texts, {"model": model.name, **dense}, None)
-        for case in cases(options):
+        for case in [DENSE_BF16, *cases(options)]:
             known = [row for row in before if row.items() >= {"model": model.name, **case}.items()]
+            if not known and case is DENSE_BF16:
+                known = list(measured(reference, reference, texts, {"model": model.name, **case}, None))
             rows += known or pruned_rows(model, reference, texts, case, options, device)
             kls = "  ".join(f"{row['domain']} {row['kl']:.4f}" for row in rows[-len(texts) :])
             about = f"{case['method']} {case['sparsity']:.1%} {case['format']} seed {case['seed']}"

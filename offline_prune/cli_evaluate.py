@@ -26,7 +26,9 @@ def evaluate(
     samples: Annotated[int, typer.Option(help="Sequences of each text, or as many as it has.")] = 32,
     length: Annotated[int, typer.Option(help="Tokens in each, at most the model's context.")] = 512,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
-    card: Annotated[bool, typer.Option(help="Write the result into PRUNED's README.md.")] = True,
+    no_card: Annotated[
+        bool, typer.Option("--no-card", help="Leave PRUNED's README.md, which takes the table, alone.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto | cpu | cuda | cuda:N")] = "auto",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the Python code that the models bring along.")
@@ -57,7 +59,7 @@ def evaluate(
             json_file.write_text(json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         except OSError as error:
             raise SpenseError(f"{json_file}: cannot be written: {error.strerror}") from None
-    if card and result.method is not None and Path(pruned).is_dir():
+    if not no_card and result.method is not None and Path(pruned).is_dir():
         try:
             say(f"written into {write_measured(Path(pruned), card_section(result))}")
         except (OSError, UnicodeDecodeError) as error:

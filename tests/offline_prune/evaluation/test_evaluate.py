@@ -74,11 +74,10 @@ def whole(pruned: Path, model: Path, text: Path) -> DomainLoss:
 def compare(found: DomainLoss, expected: DomainLoss) -> None:
     assert (found.domain, found.sequences, found.length) == (expected.domain, expected.sequences, expected.length)
     for key in ("perplexity_model", "perplexity_pruned", "kl"):
-        assert getattr(found, key) == pytest.approx(getattr(expected, key), rel=1e-3), key
+        assert getattr(found, key) == pytest.approx(getattr(expected, key), rel=1e-4), key
     # A tie may fall either way at one of the positions.
     assert abs(found.top1_agreement - expected.top1_agreement) < 1.5 / (SAMPLES * (LENGTH - 1))
     assert expected.kl > 1e-2
-    assert found.perplexity_model != pytest.approx(found.perplexity_pruned, rel=1e-2)
 
 
 def test_a_pruned_checkpoint_block_by_block_is_as_in_whole(
