@@ -15,7 +15,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from scripts.gguf import continued, convert
+from scripts.from_gguf import continued, convert
 from scripts.lock import locked
 from scripts.pruned import CACHE
 from scripts.smollm2 import smollm2

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from scripts.gguf import convert
+from scripts.from_gguf import convert
 from scripts.lock import locked
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -16,10 +16,15 @@ def convert(gguf: Path, out: Path, end: str | None = None) -> None:
     # transformers shows bars of its own, and tqdm's own for GGUF, which reads this when it is imported.
     os.environ["TQDM_DISABLE"] = "1"
     import torch
+    from gguf import GGUFReader
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    begins = GGUFReader(gguf).fields.get("tokenizer.ggml.add_bos_token")
+    if begins is not None and begins.contents():
+        # transformers does not read it, and Gemma makes nothing of a text that does not begin with it.
+        tokenizer.add_bos_token = True
     if end is not None:
         tokenizer.eos_token = end
     model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
