@@ -6,9 +6,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import psutil
 import torch
+from torch import nn
 
 from offline_prune.calibration.hidden_states import Stream
 from offline_prune.calibration.recording import head
@@ -32,7 +34,8 @@ def last_hidden(model: SourceModel, tokens: torch.Tensor, device: torch.device, 
     Raises:
         SpenseError: the model cannot be run block by block, or a block's output is not finite.
     """
-    place = _place(2 * tokens.numel() * model.text.get_input_embeddings().weight.shape[-1] * DTYPE.itemsize, device)
+    width = cast(nn.Embedding, model.text.get_input_embeddings()).embedding_dim
+    place = _place(2 * tokens.numel() * width * DTYPE.itemsize, device)
     with tempfile.TemporaryDirectory() as folder:
         stream = Stream(model, tokens, device, DTYPE, _TOKENS_AT_ONCE[device.type], place, Path(folder))
     for index, block in enumerate(model.blocks):
