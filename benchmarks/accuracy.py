@@ -2,11 +2,11 @@
 
     python -m benchmarks.accuracy
 
-prunes SmolLM2-135M-Instruct (or `--model`) with each method, sparsity and calibration seed, and compares it with the
-dense model on three texts: docstrings of packages that the calibration text does not hold, Python's language reference,
-and the standard library's code. With `--texts`, a folder that `python -m benchmarks.texts` wrote stands for all texts.
-Left out is what another name stands for: sparsegpt with dense indices, spensegpt and spensegpt+ without any. The same
-command goes on where it was cut off.
+prunes SmolLM2-135M-Instruct (or `--models`) with each method, sparsity and calibration seed, and compares it with the
+dense model on four texts: docstrings of packages that the calibration text does not hold, Python's language reference,
+the standard library's code, and The Debian Administrator's Handbook. With `--texts`, a folder that
+`python -m benchmarks.texts` wrote stands for all texts. Left out is what another name stands for: sparsegpt with dense
+indices, spensegpt and spensegpt+ without any. The same command goes on where it was cut off.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from benchmarks.envelope import RESULTS, envelope, write_result
-from benchmarks.quality_tables import markdown
+from benchmarks.quality_tables import markdown, of_each_model
 from benchmarks.texts import CALIBRATION, DOMAINS, heldout
 from offline_prune.calibration.data import BUILTIN
 from offline_prune.checkpoint.evaluate import agreement, load_dense
@@ -34,14 +34,15 @@ from offline_prune.methods.recipe import METHODS
 from offline_prune.pipeline import prune
 from offline_prune.runtime.device import pick_device
 from offline_prune.settings import PruneSettings
-from scripts.pruned import CACHE
-from scripts.smollm2 import smollm2
+from scripts.models import KNOWN, SMOLLM2, known_model
 
 SPARSITIES = (0.25, 0.375, 0.5)
 #: SparseGPT with dense indices is SpenseGPT, and SpenseGPT without any is SparseGPT.
 SAME = {("sparsegpt", 0.25), ("sparsegpt", 0.375), ("spensegpt", 0.5), ("spensegpt+", 0.5)}
 #: How the unpruned model is rounded: to the nearest values, and as `spensegpt++` does.
 DENSE = ("rounding=after", "rounding=everywhere")
+#: The first case of every model: the reference itself.
+DENSE_BF16 = {"method": "dense", "sparsity": 0.0, "format": "bf16", "seed": 0}
 #: The checkpoint's format and what `PruneSettings` calls it.
 FORMATS = {"bf16": "none", "fp8": "fp8"}
 
@@ -52,20 +53,25 @@ def main() -> None:
     options = parse()
     console = Console(stderr=True)
     device = pick_device(options.device)
-    model = options.model or smollm2(CACHE / "smollm2-135m")
-    reference, tokenizer = load_dense(model, str(device))
-    texts = {name: heldout(name, tokenizer, options.heldout, options.length, options.texts) for name in DOMAINS}
-    dense = {"method": "dense", "sparsity": 0.0, "format": "bf16", "seed": 0}
-    rows = list(measured(reference, reference, texts, {"model": model.name, **dense}, None))
-    before = earlier_rows(options.out)
-    for case in cases(options):
-        known = [row for row in before if row.items() >= {"model": model.name, **case}.items()]
-        rows += known or pruned_rows(model, reference, texts, case, options, device)
-        kls = "  ".join(f"{row['domain']} {row['kl']:.4f}" for row in rows[-len(DOMAINS) :])
-        console.print(f"{case['method']} {case['sparsity']:.1%} {case['format']} seed {case['seed']}: KL {kls}")
-        write_result(options.out, "accuracy", rows)
+    before, rows = earlier_rows(options.out), []
+    for name in options.models:
+        model = known_model(name) if name in KNOWN else Path(name)
+        reference, tokenizer = load_dense(model, str(device))
+        texts = {
+            domain: heldout(domain, tokenizer, options.heldout, options.heldout_length, options.texts)
+            for domain in options.domains
+        }
+        for case in [DENSE_BF16, *cases(options)]:
+            known = [row for row in before if row.items() >= {"model": model.name, **case}.items()]
+            if not known and case is DENSE_BF16:
+                known = list(measured(reference, reference, texts, {"model": model.name, **case}, None))
+            rows += known or pruned_rows(model, reference, texts, case, options, device)
+            kls = "  ".join(f"{row['domain']} {row['kl']:.4f}" for row in rows[-len(texts) :])
+            about = f"{case['method']} {case['sparsity']:.1%} {case['format']} seed {case['seed']}"
+            console.print(f"{model.name}: {about}: KL {kls}")
+            write_result(options.out, "accuracy", rows)
     plot(rows, options.out.with_suffix(".png"))
-    print("\n".join(markdown(rows)))
+    print("\n".join(of_each_model(rows, markdown)))
     console.print(f"written: {options.out}")
 
 
@@ -73,7 +79,13 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.accuracy", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--model", type=Path, help="folder of a dense model [default: SmolLM2-135M-Instruct]")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=[SMOLLM2],
+        metavar="MODEL",
+        help=f"folders of dense models, or {' | '.join(KNOWN)}",
+    )
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -95,8 +107,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["fp8"], metavar="FORMAT")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the calibration text's order")
     parser.add_argument("--samples", type=int, default=64, help="calibration sequences")
-    parser.add_argument("--length", type=int, default=512, help="tokens in each sequence")
-    parser.add_argument("--heldout", type=int, default=32, help="sequences of each held-out text")
+    parser.add_argument("--length", type=int, default=512, help="tokens in each")
+    parser.add_argument(
+        "--domains", nargs="+", choices=DOMAINS, default=DOMAINS, metavar="DOMAIN", help=" ".join(DOMAINS)
+    )
+    parser.add_argument("--heldout", type=int, default=40, help="sequences of each held-out text")
+    parser.add_argument("--heldout-length", type=int, default=1024, help="tokens in each")
     parser.add_argument("--texts", type=Path, help="folder of texts [default: what is installed]")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=RESULTS / "accuracy-smollm2.json")
@@ -181,17 +197,21 @@ def measured(
     """One row for each domain."""
     for domain, tokens in texts.items():
         found = asdict(agreement(model, reference, tokens))
-        yield {**case, "domain": domain, **found, "prune_seconds": seconds}
+        size = dict(zip(("heldout", "heldout_length"), tokens.shape, strict=True))
+        yield {**case, "domain": domain, **size, **found, "prune_seconds": seconds}
 
 
 def plot(rows: Sequence[Row], file: Path) -> None:
-    """KL against MLP sparsity: a panel for each domain, a line for each method, a bar of one standard deviation."""
+    """KL against MLP sparsity: models down, domains across, a line for each method, a bar of one standard deviation."""
     from matplotlib.figure import Figure
 
     form = rows[-1]["format"]
-    figure = Figure(figsize=(4.2 * len(DOMAINS), 4), layout="constrained")
-    for axes, domain in zip(figure.subplots(1, len(DOMAINS), sharey=True), DOMAINS, strict=True):
-        here = [row for row in rows if row["domain"] == domain and row["format"] == form and row["sparsity"]]
+    models, domains = ([*dict.fromkeys(row[key] for row in rows)] for key in ("model", "domain"))
+    figure = Figure(figsize=(4.2 * len(domains), 4 * len(models)), layout="constrained")
+    panels = figure.subplots(len(models), len(domains), sharey="row", squeeze=False)
+    for place, axes in zip(itertools.product(models, domains), panels.flat, strict=True):
+        here = [row for row in rows if (row["model"], row["domain"]) == place]
+        here = [row for row in here if row["format"] == form and row["sparsity"]]
         for method in dict.fromkeys(row["method"] for row in here):
             points: dict[float, list[float]] = {}
             for row in here:
@@ -200,9 +220,10 @@ def plot(rows: Sequence[Row], file: Path) -> None:
             spread = [statistics.stdev(found) if len(found) > 1 else 0.0 for found in points.values()]
             means = [statistics.mean(found) for found in points.values()]
             axes.errorbar(list(points), means, yerr=spread, marker=".", label=method)
-        axes.set(title=domain, xlabel="MLP sparsity", yscale="log")
+        axes.set(title=", ".join(place), xlabel="MLP sparsity", yscale="log")
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel(f"KL from the dense model, nats ({form.upper()})")
+    for axes in panels[:, 0]:
+        axes.set_ylabel(f"KL from the dense model, nats ({form.upper()})")
     figure.axes[0].legend(fontsize=8)
     figure.savefig(file, dpi=120)
 

@@ -17,7 +17,8 @@ import torch
 from benchmarks.accuracy import Row, measured
 from benchmarks.envelope import RESULTS, write_result
 from benchmarks.quality_tables import rounding_errors
-from benchmarks.texts import DOMAINS, heldout
+from benchmarks.texts import heldout
+from offline_prune.calibration.heldout import HELDOUT
 from offline_prune.checkpoint.evaluate import load_dense
 from offline_prune.methods.fp8 import COMPENSATION_HEADROOM, channel_scales, least_squares_scales, round_to_fp8
 from offline_prune.model.loading import SourceModel
@@ -35,7 +36,7 @@ def main() -> None:
     options = parse()
     folder = smollm2(CACHE / "smollm2-135m")
     reference, tokenizer = load_dense(folder)
-    texts = {name: heldout(name, tokenizer, options.heldout, options.length, None) for name in DOMAINS}
+    texts = {name: heldout(name, tokenizer, options.heldout, options.length, None) for name in HELDOUT}
     rows: list[Row] = []
     for rule, scales in RULES.items():
         model, _ = load_dense(folder)

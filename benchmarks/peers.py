@@ -28,8 +28,9 @@ from benchmarks.accuracy import Row, calibration_source, earlier_rows, measured
 from benchmarks.baselines import hyperprune, proxsparse
 from benchmarks.envelope import RESULTS, ROOT, write_result
 from benchmarks.quality_tables import markdown
-from benchmarks.texts import DOMAINS, heldout
+from benchmarks.texts import heldout
 from offline_prune.calibration.data import calibration_tokens
+from offline_prune.calibration.heldout import HELDOUT
 from offline_prune.checkpoint.evaluate import load_dense
 from offline_prune.model.gated_mlp import GatedMlp
 from offline_prune.model.loading import SourceModel
@@ -62,7 +63,7 @@ def main() -> None:
     device = pick_device(options.device)
     folder = options.model or smollm2(CACHE / "smollm2-135m")
     reference, tokenizer = load_dense(folder, str(device))
-    texts = {name: heldout(name, tokenizer, options.heldout, options.length, options.texts) for name in DOMAINS}
+    texts = {name: heldout(name, tokenizer, options.heldout, options.length, options.texts) for name in HELDOUT}
     before, rows = earlier_rows(options.out), list[Row]()
     for seed in options.seeds:
         source = calibration_source(options.texts)

@@ -310,18 +310,19 @@ def selection(result: Result) -> list[str]:
     return [*markdown(headings, lines), "", source(result)]
 
 
-def quality(result: Result) -> list[str]:
-    """Perplexity and KL of each method."""
-    return [*quality_tables.markdown(result["rows"]), "", source(result)]
+def of_quality(table: Callable[[Sequence[Row]], list[str]]) -> Callable[[Result], list[str]]:
+    """A table of each model in a result of the quality benchmarks, and what it was measured on."""
 
+    def tables(result: Result) -> list[str]:
+        rows = quality_tables.renamed(result["rows"])
+        about = f"{quality_tables.measured_on(rows)}. {source(result)}"
+        return [*quality_tables.of_each_model(rows, table), "", about]
 
-def quality_summary(result: Result) -> list[str]:
-    """What each method loses, without spreads."""
-    return [*quality_tables.summary(result["rows"]), "", source(result)]
+    return tables
 
 
 def quality_headline(result: Result) -> list[str]:
-    """As `quality_summary`, without the methods that nobody should choose."""
+    """What each method loses, without spreads and the methods that nobody should choose."""
     weak = ("spensegpt", "magnitude")
     kept = [
         row
@@ -331,29 +332,21 @@ def quality_headline(result: Result) -> list[str]:
     return quality_summary({**result, "rows": kept})
 
 
-def perplexity(result: Result) -> list[str]:
-    """Perplexity in both formats."""
-    return [*quality_tables.by_format(result["rows"]), "", source(result)]
-
-
-def quality_gains(result: Result) -> list[str]:
-    """What tuning leaves of the losses without it."""
-    return [*quality_tables.gains(result["rows"]), "", source(result)]
-
-
-def quality_rounding(result: Result) -> list[str]:
-    """What FP8 adds to BF16's losses."""
-    return [*quality_tables.added_by_fp8(result["rows"]), "", source(result)]
-
-
-def fp8_scales(result: Result) -> list[str]:
-    """What the rule for FP8 scales is worth."""
-    return [*quality_tables.rounding_errors(result["rows"]), "", source(result)]
+quality = of_quality(quality_tables.markdown)
+quality_summary = of_quality(quality_tables.summary)
+#: What tuning leaves of the losses without it.
+quality_gains = of_quality(quality_tables.gains)
+#: What FP8 adds to BF16's losses.
+quality_rounding = of_quality(quality_tables.added_by_fp8)
+#: Perplexity in both formats.
+perplexity = of_quality(quality_tables.by_format)
+#: What the rule for FP8 scales is worth.
+fp8_scales = of_quality(quality_tables.rounding_errors)
 
 
 def tasks(result: Result) -> list[str]:
     """Right answers of each model."""
-    return [*quality_tables.tasks(result["rows"]), "", source(result)]
+    return [*quality_tables.tasks(quality_tables.renamed(result["rows"])), "", source(result)]
 
 
 #: Result file → the command that makes it, and where, other than the benchmark of that name with its defaults on a GPU.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -16,6 +16,34 @@ SUMMARIZED = {
 }
 #: What `gains` compares, and with what.
 BETTER, BASE = "spensegpt++", "spensegpt+"
+
+
+#: What older result files call a domain, or a task of it, that has another name now.
+RENAMED = {"prose": "reference", "continuation_prose": "continuation_reference"}
+
+
+def renamed(rows: Iterable[Row]) -> list[Row]:
+    """Rows of any age with the domains' present names."""
+    keys = ("domain", "task")
+    return [{key: RENAMED.get(value, value) if key in keys else value for key, value in row.items()} for row in rows]
+
+
+def of_each_model(rows: Sequence[Row], table: Callable[[Sequence[Row]], list[str]]) -> list[str]:
+    """The table of one model, or one after another of several, each after its name."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    if len(models) == 1:
+        return table(rows)
+    lines: list[str] = []
+    for model in models:
+        lines += ["", f"{model}:", "", *table([row for row in rows if row["model"] == model])]
+    return lines[1:]
+
+
+def measured_on(rows: Sequence[Row]) -> str:
+    """Which models and texts the rows are of, and how much of each text where they say so."""
+    models, domains = (", ".join(dict.fromkeys(row[key] for row in rows)) for key in ("model", "domain"))
+    sizes = {f"{row['heldout']} × {row['heldout_length']}" for row in rows if "heldout" in row}
+    return f"{models} on {domains}{''.join(f', {size} tokens each' for size in sorted(sizes))}"
 
 
 def markdown(rows: Sequence[Row]) -> list[str]:

@@ -31,7 +31,8 @@ import torch
 from benchmarks.envelope import RESULTS, write_result
 from benchmarks.packaged_tasks import PACKAGED, packaged
 from benchmarks.quality_tables import tasks as table
-from benchmarks.texts import DOMAINS, documents
+from benchmarks.texts import documents
+from offline_prune.calibration.heldout import HELDOUT
 from offline_prune.checkpoint.evaluate import load_dense
 from offline_prune.runtime.device import pick_device
 from vllm_spense.errors import SpenseError
@@ -96,7 +97,7 @@ def wanted(name: str, count: int, scratch: Path) -> Iterator[str | dict[str, Any
     if name != CONTINUATION:
         yield name
         return
-    for domain in DOMAINS:
+    for domain in HELDOUT:
         file = scratch / f"{domain}.jsonl"
         file.write_text("".join(json.dumps(question) + "\n" for question in questions(documents(domain), count)))
         yield {

@@ -1,4 +1,4 @@
-"""Calibration and held-out texts of the accuracy benchmark: what Python installations carry, or files of a folder.
+"""Calibration and held-out texts of the accuracy benchmark: what Python installations and Debian carry, or files.
 
     python -m benchmarks.texts FOLDER
 
@@ -9,44 +9,45 @@ folder measures on the same text.
 from __future__ import annotations
 
 import argparse
-import ast
 import json
-import random
-import sysconfig
+import subprocess
 from collections.abc import Iterator
+from html.parser import HTMLParser
 from itertools import islice
 from pathlib import Path
-from pydoc_data.topics import topics
-from typing import TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from offline_prune.calibration.data import BUILTIN_PACKAGES, HELDOUT_PACKAGES, docstrings, pack
+from offline_prune.calibration.data import BUILTIN_PACKAGES, docstrings, pack
+from offline_prune.calibration.heldout import HELDOUT, heldout_documents
+from scripts.lock import locked
+from scripts.pruned import CACHE
 from vllm_spense.errors import SpenseError
 
-#: No calibration text comes from these parts of the standard library.
-_CODE = ("asyncio", "concurrent", "email", "http", "importlib", "json", "logging", "multiprocessing", "unittest", "xml")
-Item = TypeVar("Item")
 CALIBRATION = "calibration"
-#: Held out, from the one most like the calibration text to the ones least like it.
-DOMAINS = ("docstrings", "prose", "code")
+HANDBOOK = "handbook"
+#: Held out, from the one most like the calibration text on. Only docstrings are in any calibration text.
+DOMAINS = (*HELDOUT, HANDBOOK)
 #: Of each text; more than any benchmark reads.
 _DOCUMENTS = 1000
+#: English prose about something else than Python: The Debian Administrator's Handbook.
+_PACKAGE, _PAGES = "debian-handbook", "usr/share/doc/debian-handbook/html/en-US"
 
 
 def documents(name: str) -> Iterator[str]:
     """The documents of a text, in an order that is always the same.
 
     Args:
-        name: `calibration` (docstrings of some packages) or a domain: `docstrings` (of other packages), `prose`
-            (Python's language reference) or `code` (the standard library's, without docstrings and comments).
+        name: `calibration` (docstrings of some packages) or a domain: `handbook` (Debian's, its paragraphs without
+            listings), or as `heldout_documents` has it.
+
+    Raises:
+        SpenseError: `handbook` on a machine that cannot download Debian's packages.
     """
-    if name == "code":
-        return _code()
-    if name == "prose":
-        return iter(_shuffled([topics[title] for title in sorted(topics)]))
-    return docstrings(BUILTIN_PACKAGES if name == CALIBRATION else HELDOUT_PACKAGES, seed=0)
+    if name == CALIBRATION:
+        return docstrings(BUILTIN_PACKAGES, seed=0)
+    return _handbook(CACHE / _PACKAGE) if name == HANDBOOK else heldout_documents(name)
 
 
 def heldout(
@@ -77,20 +78,57 @@ def _read(file: Path) -> Iterator[str]:
         yield json.loads(line)["text"]
 
 
-def _code() -> Iterator[str]:
-    library = Path(sysconfig.get_paths()["stdlib"])
-    for file in _shuffled(sorted(file for package in _CODE for file in (library / package).glob("*.py"))):
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-            if documented and ast.get_docstring(node) is not None:
-                node.body = node.body[1:] or [ast.Pass()]
-        yield ast.unparse(tree)
+def _handbook(folder: Path) -> Iterator[str]:
+    """Its sections, by file name; the package is downloaded into the folder unless it is there."""
+    with locked(folder):
+        if not folder.exists():
+            unfinished = folder.with_name(folder.name + ".unfinished")
+            unfinished.mkdir(parents=True, exist_ok=True)
+            try:
+                subprocess.run(["apt-get", "download", _PACKAGE], cwd=unfinished, check=True, capture_output=True)
+                (package,) = unfinished.glob("*.deb")
+                subprocess.run(["dpkg-deb", "--extract", package.name, "."], cwd=unfinished, check=True)
+            except (OSError, ValueError, subprocess.CalledProcessError) as error:
+                raise SpenseError(
+                    f"{HANDBOOK}: `apt-get download {_PACKAGE}` does not work here: {error}; leave it out of "
+                    "--domains, or give a folder that `python -m benchmarks.texts` wrote on Debian"
+                ) from None
+            package.unlink()
+            unfinished.rename(folder)
+    for page in sorted((folder / _PAGES).glob("*.html")):
+        if text := paragraphs(page.read_text(encoding="utf-8")):
+            yield text
 
 
-def _shuffled(items: list[Item]) -> list[Item]:
-    random.Random(0).shuffle(items)
-    return items
+def paragraphs(page: str) -> str:
+    """The text of a DocBook page's paragraphs, an empty line between them."""
+    reader = _Paragraphs()
+    reader.feed(page)
+    return "\n\n".join(" ".join(text.split()) for text in reader.found if text.strip())
+
+
+class _Paragraphs(HTMLParser):
+    """Collects what stands in `<div class="para">`, but no listings inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self._inside: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        paragraph = tag == "div" and ("class", "para") in attrs
+        if paragraph and not self._inside:
+            self.found.append("")
+        if paragraph or (self._inside and tag in ("div", "pre")):
+            self._inside.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if self._inside and tag == self._inside[-1]:
+            self._inside.pop()
+
+    def handle_data(self, data: str) -> None:
+        if self._inside and "pre" not in self._inside:
+            self.found[-1] += data
 
 
 def main() -> None:

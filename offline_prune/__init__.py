@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from offline_prune.checkpoint.verify import verify
+    from offline_prune.evaluation.evaluate import Evaluation, evaluate
     from offline_prune.methods.recipe import METHODS, Grouping, Layout, Quantize, Rounding, Selection
     from offline_prune.pipeline import prune
     from offline_prune.report import Report
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "METHODS",
+    "Evaluation",
     "Grouping",
     "Layout",
     "PruneSettings",
@@ -28,6 +30,7 @@ __all__ = [
     "Report",
     "Rounding",
     "Selection",
+    "evaluate",
     "prune",
     "verify",
 ]
@@ -35,6 +38,7 @@ __all__ = [
 _HOMES = {
     "prune": "pipeline",
     "verify": "checkpoint.verify",
+    **dict.fromkeys(("evaluate", "Evaluation"), "evaluation.evaluate"),
     "Report": "report",
     "PruneSettings": "settings",
     **dict.fromkeys(("METHODS", "Grouping", "Layout", "Quantize", "Rounding", "Selection"), "methods.recipe"),

@@ -13,6 +13,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from offline_prune.cli_evaluate import evaluate
 from offline_prune.methods.recipe import DEFAULT_METHOD, Grouping, Layout, Quantize, Rounding, Selection
 from offline_prune.runtime.threads import sleep_while_waiting
 from offline_prune.terminal import make_console, print_report, print_serving_class, progress_of
@@ -249,35 +250,19 @@ def verify(
 @app.command()
 def inspect(folder: Annotated[Path, typer.Argument(help="A Spense checkpoint.")]) -> None:
     """Show what FOLDER is: method, regions, calibration, size."""
+    from offline_prune.checkpoint.model_card import facts
     from offline_prune.checkpoint.verify import open_checkpoint
-    from offline_prune.methods.regions import mean_sparsity
 
     checkpoint = open_checkpoint(folder)
-    annotation = checkpoint.annotation
-    calibration = annotation.calibration
-    default = annotation.default
-    sparsity = mean_sparsity(map(annotation.regions, annotation.modules))
-    rows = {
-        "weights": "FP8 E4M3, one scale per output channel" if checkpoint.fp8 else "unquantized (research only)",
-        "method": annotation.method,
-        "settings": ", ".join(f"{key}={value}" for key, value in annotation.settings.items()),
-        "calibration": "none"
-        if calibration is None
-        else f"{calibration.source}, {calibration.samples} × {calibration.length} tokens, seed {calibration.seed}",
-        "MLPs": f"{len(annotation.modules)}, {annotation.modules[0]} … {annotation.modules[-1]}",
-        "regions": f"sparse {default.sparse} + dense {default.dense} = {default.intermediate}",
-        "MLP sparsity": f"{sparsity:.2%} (dense ratio {1 - 2 * sparsity:.3g})",
-        "alignment": str(annotation.alignment),
-        "size": f"{sum(checkpoint.tensors.nbytes(name) for name in checkpoint.tensors) / 2**30:.2f} GiB",
-    }
-    if annotation.overrides:
-        rows["other regions"] = "; ".join(
-            f"{name}: {regions.sparse} + {regions.dense}" for name, regions in annotation.overrides.items()
-        )
+    size = sum(checkpoint.tensors.nbytes(name) for name in checkpoint.tensors)
+    rows = {**facts(checkpoint.annotation, checkpoint.fp8), "size": f"{size / 2**30:.2f} GiB"}
     table = Table(title=str(folder), show_header=False)
     for key, value in rows.items():
         table.add_row(key, value)
     make_console().print(table)
+
+
+app.command()(evaluate)
 
 
 @app.command()

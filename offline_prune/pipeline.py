@@ -23,6 +23,7 @@ from offline_prune.calibration.hidden_states import Stream
 from offline_prune.checkpoint.block_state_dict import BlockStateDict
 from offline_prune.checkpoint.ignored import ignored
 from offline_prune.checkpoint.journal import Journal, Say
+from offline_prune.checkpoint.model_card import model_card
 from offline_prune.checkpoint.output_folder import OutputFolder, require_apart
 from offline_prune.checkpoint.writer import CheckpointWriter, restored
 from offline_prune.memory_plan import GIB, MemoryPlan, batch_tokens, memory_plan
@@ -211,7 +212,11 @@ class _Run:
         with self.profiler.stage("write"):
             writer.copy_companions(self.model.folder)
             ignore = self._ignored() if self.settings.quantize is Quantize.FP8 else None
-            writer.write_config(self.model.config_json, self._annotation(), ignore)
+            annotation, source, report = self._annotation(), self.model.folder, self.report
+            losses, name = report.loss_table(), self.settings.model
+            card = model_card(name, source, annotation, ignore is not None, losses, report.skipped, self.say)
+            writer.write_card(card, source)
+            writer.write_config(self.model.config_json, annotation, ignore)
         self._close_report(plan, start)
         writer.write_json(FILE, self.report.to_dict())
         with writer.file(PICTURE) as path:

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from offline_prune.checkpoint.model_card import table
 from offline_prune.methods.block_finetune import TuningReport
 from offline_prune.methods.prune_mlp import Pruned
 from vllm_spense.format import Regions
 
 FILE = "report.json"
 PICTURE = "report.png"
+PROJECTIONS = ("gate", "up", "down")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,16 @@ def projection_report(pruned: Pruned, rows: slice = slice(None)) -> ProjectionRe
 
 
 @dataclass(frozen=True)
+class ProjectionSummary:
+    """One projection of all layers: gate, up or down; `zeros` is the mean over the layers."""
+
+    name: str
+    zeros: float
+    median_loss: float
+    largest_loss: float
+
+
+@dataclass(frozen=True)
 class LayerReport:
     """One pruned MLP; `dense_indices` is the hash of the set that stayed dense.
 
@@ -58,7 +70,7 @@ class LayerReport:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LayerReport:
         """From what `dataclasses.asdict` made of one."""
-        projections = {name: ProjectionReport(**data[name]) for name in ("gate", "up", "down")}
+        projections = {name: ProjectionReport(**data[name]) for name in PROJECTIONS}
         tuning = TuningReport(**data["tuning"]) if data["tuning"] else None
         return cls(**{**data, **projections, "regions": Regions(**data["regions"]), "tuning": tuning})
 
@@ -104,13 +116,30 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def projections(self) -> list[ProjectionSummary]:
+        found = []
+        for name in PROJECTIONS:
+            parts: list[ProjectionReport] = [getattr(layer, name) for layer in self.layers]
+            losses = sorted(part.loss for part in parts)
+            zeros = sum(part.zeros for part in parts) / len(parts)
+            found.append(ProjectionSummary(name, zeros, losses[len(losses) // 2], losses[-1]))
+        return found
+
+    def loss_table(self) -> list[str]:
+        """`projections` in Markdown."""
+        rows = [
+            (part.name, f"{part.zeros:.2%}", f"{part.median_loss:.4f}", f"{part.largest_loss:.4f}")
+            for part in self.projections()
+        ]
+        return table(["projection", "zeros", "loss, median", "loss, largest"], rows)
+
     def draw(self, path: Path) -> None:
         """Writes the picture: loss of each projection against depth."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.add_subplot()
-        for name in ("gate", "up", "down"):
+        for name in PROJECTIONS:
             axes.plot([getattr(layer, name).loss for layer in self.layers], marker=".", label=name)
         axes.set_yscale("log")
         axes.set_xlabel("pruned MLP, from first to last")

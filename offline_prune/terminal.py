@@ -1,4 +1,4 @@
-"""What `spense prune` shows: progress, the report, and who will serve the result."""
+"""What commands show: progress, the report of a run and who will serve its result, what pruning cost."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from offline_prune.evaluation.evaluate import Evaluation
     from offline_prune.report import Report
 
 
@@ -23,8 +24,12 @@ def make_console(stderr: bool = False) -> Console:
 
 
 @contextmanager
-def progress_of(console: Console, shown: bool) -> Iterator[Callable[[int, int, str], None]]:
-    """What to tell about finished blocks: a bar on a terminal, elsewhere a line for every tenth of them."""
+def progress_of(console: Console, shown: bool, done_what: str = "pruned") -> Iterator[Callable[[int, int, str], None]]:
+    """What to tell about finished blocks: a bar on a terminal, elsewhere a line for every tenth of them.
+
+    Args:
+        done_what: with each block, before its name.
+    """
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -39,7 +44,7 @@ def progress_of(console: Console, shown: bool) -> Iterator[Callable[[int, int, s
     def line(done: int, total: int, name: str) -> None:
         if shown and done * 10 // total > (done - 1) * 10 // total:
             took = timedelta(seconds=round(time.monotonic() - start))
-            console.print(f"pruned {name}, {done} of {total} blocks, after {took}", soft_wrap=True)
+            console.print(f"{done_what} {name}, {done} of {total} blocks, after {took}", soft_wrap=True)
 
     if not console.is_terminal:
         yield line
@@ -54,18 +59,15 @@ def progress_of(console: Console, shown: bool) -> Iterator[Callable[[int, int, s
     )
     with Progress(*columns, console=console, disable=not shown) as bar:
         task = bar.add_task("preparing", total=None)
-        yield lambda done, total, name: bar.update(task, completed=done, total=total, description=f"pruned {name}")
+        yield lambda done, total, name: bar.update(task, completed=done, total=total, description=f"{done_what} {name}")
 
 
 def print_report(report: Report, out: Path, console: Console) -> None:
     table = Table(title=f"{out}: MLP sparsity {report.mlp_sparsity:.2%} in {report.seconds:.0f} s")
     for heading in ("projection", "zeros", "loss, median", "loss, largest"):
         table.add_column(heading, justify="left" if heading == "projection" else "right")
-    for name in ("gate", "up", "down"):
-        parts = [getattr(layer, name) for layer in report.layers]
-        losses = sorted(part.loss for part in parts)
-        zeros = sum(part.zeros for part in parts) / len(parts)
-        table.add_row(name, f"{zeros:.2%}", f"{losses[len(losses) // 2]:.4f}", f"{losses[-1]:.4f}")
+    for part in report.projections():
+        table.add_row(part.name, f"{part.zeros:.2%}", f"{part.median_loss:.4f}", f"{part.largest_loss:.4f}")
     make_console().print(table)
     for name, found in report.skipped.items():
         console.print(f"left as it was: {name}: {found}")
@@ -83,3 +85,14 @@ def print_serving_class(out: Path, console: Console) -> None:
     else:
         said = f"vLLM will serve it with {found.vllm_class}"
     console.print(f"{said}; `spense verify {shlex.quote(str(out))} --serving` proves it", soft_wrap=True)
+
+
+def print_evaluation(evaluation: Evaluation) -> None:
+    table = Table(title=f"{evaluation.pruned} against {evaluation.model}")
+    for heading in ("text", "tokens", "perplexity, MODEL", "PRUNED", "KL, nats", "same top token"):
+        table.add_column(heading, justify="left" if heading == "text" else "right")
+    for loss in evaluation.domains:
+        perplexities = (f"{value:.3f}" for value in (loss.perplexity_model, loss.perplexity_pruned))
+        size = f"{loss.sequences} × {loss.length}"
+        table.add_row(loss.domain, size, *perplexities, f"{loss.kl:.4f}", f"{loss.top1_agreement:.2%}")
+    make_console().print(table)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from scripts.from_gguf import convert
 from scripts.lock import locked
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -38,8 +38,6 @@ def smollm2(folder: Path) -> Path:
 
 
 def _make(folder: Path) -> None:
-    # transformers shows bars of its own, and tqdm's own for GGUF, which reads this when it is imported.
-    os.environ["TQDM_DISABLE"] = "1"
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -72,27 +70,7 @@ def _gguf_folder() -> Path:
 
 
 def _convert(source: Path, out: Path) -> None:
-    import torch
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
-    tokenizer.eos_token = END
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-    # save_pretrained refuses a model that was read from GGUF.
-    weights = {
-        name: tensor.to(torch.bfloat16).contiguous()
-        for name, tensor in model.state_dict().items()
-        if name != "lm_head.weight"  # tied to the embeddings
-    }
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    config = model.config
-    del config.quantization_config
-    config.architectures = [type(model).__name__]
-    config.dtype = torch.bfloat16
-    config.save_pretrained(out)
-    model.generation_config.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    convert(source / GGUF, out, END)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ def calibration_tokens(
     length: int,
     seed: int,
     say: Callable[[str], None] = lambda _: None,
+    fewest: int | None = None,
 ) -> torch.Tensor:
     """Draws documents in random order, tokenizes them and cuts the stream into equal sequences.
 
@@ -44,6 +45,7 @@ def calibration_tokens(
         samples, length: how many sequences of how many tokens.
         seed: of the order of the documents.
         say: told about chats that were left out because the chat template refuses them.
+        fewest: as `pack` has it.
 
     Returns:
         int64 (samples, length).
@@ -52,7 +54,7 @@ def calibration_tokens(
         SpenseError: no such source, a damaged one, rows without text (names file and line), or fewer than
             samples · length tokens in it.
     """
-    return pack(_documents(source, seed, length), tokenizer, samples, length, source, say)
+    return pack(_documents(source, seed, length), tokenizer, samples, length, source, say, fewest)
 
 
 def heldout_tokens(tokenizer: PreTrainedTokenizerBase, samples: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -67,8 +69,16 @@ def pack(
     length: int,
     source: str,
     say: Callable[[str], None] = lambda _: None,
+    fewest: int | None = None,
 ) -> torch.Tensor:
-    """Concatenates tokenized documents, end-of-text between them, into int64 (samples, length)."""
+    """Concatenates tokenized documents, end-of-text between them, into int64 (samples, length).
+
+    Args:
+        fewest: where the documents end early, so many samples will do; None for all.
+
+    Raises:
+        SpenseError: fewer tokens than that.
+    """
     stream: list[int] = []
     wanted, drawn = samples * length, 0
     refused: list[RefusedChat] = []
@@ -84,6 +94,8 @@ def pack(
         f"{source}: the chat template refuses {len(refused)} of {drawn} documents, which are left out; first {error}"
         for error in refused[:1]
     ]
+    samples = max(min(samples, len(stream) // length), samples if fewest is None else fewest)
+    wanted = samples * length
     if len(stream) < wanted:
         found = (
             f"{source}: found {len(stream)} tokens, expected at least {wanted} ({samples} samples × {length}); "
@@ -100,7 +112,7 @@ def check_vocabulary(tokens: torch.Tensor, embeddings: int) -> None:
     for token in (int(tokens.min()), int(tokens.max())):
         if not 0 <= token < embeddings:
             raise SpenseError(
-                f"calibration text: found token {token}, expected 0 to {embeddings - 1}, for which the model has "
+                f"the text: found token {token}, expected 0 to {embeddings - 1}, for which the model has "
                 "embeddings; is this its tokenizer?"
             )
 

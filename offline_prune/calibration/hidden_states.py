@@ -160,7 +160,7 @@ class Stream:
         self._split = None
         distributed.all_reduce(broken)
         if broken.item():
-            raise SpenseError(f"{name}: its output on the calibration text is not finite")
+            raise SpenseError(f"{name}: its output on the text is not finite")
 
     def _with_kernels(self, index: int, block: nn.Module) -> AbstractContextManager[None]:
         """On a GPU the block runs inside with one kernel for each elementwise piece that is found to be the same."""

@@ -12,10 +12,14 @@ import torch
 from torch import nn
 
 from offline_prune.model.loading import SourceModel
+from offline_prune.runtime.matmul_precision import fast_matmul
 from vllm_spense.errors import SpenseError
 
 #: An uninitialized tensor (samples, length, width) where hidden states are kept.
 Room = Callable[[int], torch.Tensor]
+#: Makes logits (1, n, vocabulary) of n tokens, int64 (1, n), and what the last block returned for them, as it returned
+#: it. What follows the blocks looks at each position alone, so any positions may come together.
+Head = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 #: Makes of hidden states what a block returns.
 _Form = Callable[[torch.Tensor], Any]
 
@@ -69,13 +73,17 @@ class Arguments:
 
 
 class _Recorder(nn.Module):
-    """Stands for a decoder block while the model's own code prepares what blocks are called with."""
+    """Stands for a decoder block while the model's own code prepares what blocks are called with.
+
+    It returns the hidden states it is given, or `output`.
+    """
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self._block = (block,)  # In a tuple, so that it does not become a submodule.
         self._signature = inspect.signature(block.forward)
         self.form: _Form = _FORMS[0]
+        self.output: torch.Tensor | None = None
         self.hidden: Any = None
         self.kwargs: dict[str, Any] = {}
 
@@ -93,7 +101,7 @@ class _Recorder(nn.Module):
             if parameter.kind is parameter.VAR_KEYWORD:
                 bound.update(bound.pop(name, {}))
         self.kwargs = bound
-        return self.form(self.hidden)
+        return self.form(self.hidden if self.output is None else self.output)
 
 
 def record(
@@ -150,6 +158,34 @@ def record(
             for name in names:
                 del kwargs[name]
     return hidden, Arguments(device, streams, common, own, passed)
+
+
+@contextmanager
+def head(model: SourceModel, device: torch.device, dtype: torch.dtype) -> Iterator[Head]:
+    """Inside, all of the model but its blocks is in memory, and makes logits of what the last block returns.
+
+    It is the model's own code that does, so norms, scales and soft-capping of logits are its own.
+
+    Raises:
+        SpenseError: the model has no output head.
+    """
+    if model.head_name is None:
+        raise SpenseError(
+            f"{model.folder}: {type(model.skeleton).__name__} has no output head, so it predicts no token"
+        )
+    with _recorders(model, device, dtype) as (text, recorders):
+        _find_form(model, text, recorders, torch.zeros(1, 2, dtype=torch.int64, device=device))
+        model.load(model.head_name, device, dtype)
+
+        def logits(tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+            recorders[-1].output = hidden
+            with torch.inference_mode(), fast_matmul():
+                return model.skeleton(input_ids=tokens.to(device), use_cache=False).logits
+
+        try:
+            yield logits
+        finally:
+            model.unload(model.head_name)
 
 
 def packed(hidden: torch.Tensor, streams: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
+from offline_prune.checkpoint import model_card
 from offline_prune.checkpoint.journal import FILE, Ending, Journal, Say
 from offline_prune.checkpoint.merge import merge
 from offline_prune.model.safetensors_reader import INDEX_NAME, SINGLE_NAME
@@ -137,8 +138,12 @@ class OutputFolder:
     def _refuse_unless_replaced(self) -> None:
         if not self._overwrite:
             raise SpenseError(f"{self.path}: the folder is not empty; --overwrite replaces a Spense checkpoint")
-        if written_files(self.path) is None:
+        written = written_files(self.path)
+        if written is None:
             raise SpenseError(f"{self.path}: the folder holds no Spense checkpoint, so --overwrite does not touch it")
+        card = self.path / model_card.FILE
+        if os.path.lexists(card) and card.name not in written and (self.path / RECORD).exists():
+            raise SpenseError(f"{card}: found one that Spense did not write; move it away, a model card goes there")
 
     def _replaced(self, files: Mapping[str, str]) -> list[str]:
         """The files in OUT that make room; OUT is looked at again, because others may have written there meanwhile."""

@@ -17,6 +17,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from offline_prune.checkpoint import model_card
 from offline_prune.checkpoint.journal import Say
 from offline_prune.checkpoint.merge import read_header
 from offline_prune.checkpoint.output_folder import OutputFolder
@@ -160,6 +161,14 @@ class CheckpointWriter:
         for name in companions(source):
             with self.file(str(name)) as path:
                 shutil.copyfile(source / name, path)
+
+    def write_card(self, text: str, source: Path) -> None:
+        """README.md; the source's own, if it has one, is kept beside it."""
+        with self.file(model_card.FILE) as path:
+            path.write_text(text, encoding="utf-8")
+        if (source / model_card.FILE).is_file():
+            with self.file(model_card.ORIGINAL) as path:
+                shutil.copyfile(source / model_card.FILE, path)
 
     def write_config(self, config: dict[str, Any], annotation: Annotation, ignore: list[str] | None) -> None:
         """config.json with the annotation in its quantization_config, or beside it where nothing is quantized.

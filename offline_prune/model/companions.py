@@ -41,7 +41,7 @@ _OTHERS = (
 #: What a checkpoint has its own of.
 _OWN = ("config.json", SIDECAR, "report.json")
 #: For a download from the Hugging Face hub, whose `*` matches slashes too: `original/*` needs saying.
-DOWNLOADED = (*_DATA, *_LEGAL, *_CODE, "*.safetensors")
+DOWNLOADED = (*_DATA, *_LEGAL, *_CODE, "README.md", "*.safetensors")
 NOT_DOWNLOADED = tuple(pattern for pattern in _OTHERS if pattern not in (".*", "*.index.json"))
 
 

@@ -126,8 +126,12 @@ def config_of_weights(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in CONFIG_KEYS}
 
 
-def refuse_unreadable(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raises SpenseError for a checkpoint whose config says that its weights are stored in a way Spense cannot read."""
+def refuse_unreadable(folder: Path, config: Mapping[str, Any], pruned_too: bool = False) -> None:
+    """Raises SpenseError for a checkpoint whose config says that its weights are stored in a way Spense cannot read.
+
+    Args:
+        pruned_too: takes what Spense wrote, which is not to be pruned again.
+    """
     found = config.get("quantization_config") or config.get("compression_config")
     if not found and (folder / HF_QUANT_CONFIG).exists():
         found = read_object(folder / HF_QUANT_CONFIG).get("quantization")
@@ -137,7 +141,7 @@ def refuse_unreadable(folder: Path, config: Mapping[str, Any]) -> None:
         raise SpenseError(
             f"{folder}/config.json: quantization_config: found {type(found).__name__}, expected an object"
         )
-    if KEY in found:
+    if KEY in found and not pruned_too:
         raise SpenseError(f"{folder}: already quantized and pruned by Spense; prune the original model instead")
     if not _is_fp8(found):
         raise SpenseError(

@@ -15,6 +15,7 @@ from tiny_models import tiny_model
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from benchmarks import accuracy, peers, quality_tables, texts
+from offline_prune.calibration.heldout import HELDOUT
 from offline_prune.checkpoint.evaluate import agreement, load_dense, perplexity
 from vllm_spense.errors import SpenseError
 
@@ -72,27 +73,27 @@ def test_the_table_from_a_folder_of_texts(
     llama: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "accuracy.json"
-    sizes = "--samples 8 --length 64 --heldout 2 --seeds 0 1 --sparsities 0.375 0.5"
-    command = f"accuracy --model {llama} --methods dense spensegpt++ spensegpt {sizes} --device cpu --texts {folder}"
+    sizes = "--samples 8 --length 64 --heldout 2 --heldout-length 64 --seeds 0 1 --sparsities 0.375 0.5"
+    command = f"accuracy --models {llama} --methods dense spensegpt++ spensegpt {sizes} --device cpu --texts {folder}"
     monkeypatch.setattr(sys, "argv", [*command.split(), "--out", str(out)])
     accuracy.main()
     result = json.loads(out.read_text())
     assert result["benchmark"] == "accuracy"
     rows = result["rows"]
-    # Dense, rounded in two ways, ++ at both sparsities and SpenseGPT at one, with two seeds: on three domains.
-    assert len(rows) == 3 * (3 + 2 * 3)
+    # Dense, rounded in two ways, ++ at both sparsities and SpenseGPT at one, with two seeds: on four domains.
+    assert len(rows) == 4 * (3 + 2 * 3)
     assert list(rows[0]) == [
-        *("model", "method", "sparsity", "format", "seed", "domain"),
+        *("model", "method", "sparsity", "format", "seed", "domain", "heldout", "heldout_length"),
         *("perplexity", "kl", "top1_agreement", "prune_seconds"),
     ]
-    dense, nearest, compensated, *pruned = rows[::3]
+    dense, nearest, compensated, *pruned = rows[::4]
     assert (dense["kl"], dense["top1_agreement"], dense["prune_seconds"]) == (0, 1, None)
     assert 0 < compensated["kl"] < nearest["kl"] < min(row["kl"] for row in pruned)
     assert len({row["kl"] for row in pruned}) == len(pruned)
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     table = capsys.readouterr().out
     assert "\n".join(quality_tables.markdown(rows)) in table
-    assert table.count("±") == 3 * 2 * 3
+    assert table.count("±") == 4 * 2 * 3
     assert "| `spensegpt` | 37.5% | FP8 |" in table
     assert "| `spensegpt` | 50.0% |" not in table
 
@@ -113,8 +114,9 @@ def test_peers_are_measured_as_our_methods_are(
 ) -> None:
     found = {}
     shared = f"--model {llama} --samples 8 --length 64 --heldout 2 --seeds 0 --device cpu --texts {folder}"
+    domains = f"--domains {' '.join(HELDOUT)} --heldout-length 64"
     for command in (
-        f"accuracy {shared} --methods magnitude --sparsities 0.5 --formats bf16",
+        f"accuracy {shared} {domains} --methods magnitude --sparsities 0.5 --formats bf16",
         f"peers {shared} --methods magnitude hyperprune",
     ):
         name = command.split()[0]
@@ -122,8 +124,8 @@ def test_peers_are_measured_as_our_methods_are(
         (accuracy if name == "accuracy" else peers).main()
         rows = json.loads((tmp_path / f"{name}.json").read_text())["rows"]
         found[name] = {(row["method"], row["domain"]): row["kl"] for row in rows if row["method"] != "dense"}
-    assert len(found["peers"]) == 2 * len(texts.DOMAINS)
-    assert len(set(found["peers"].values())) == 2 * len(texts.DOMAINS)
+    assert len(found["peers"]) == 2 * len(HELDOUT)
+    assert len(set(found["peers"].values())) == 2 * len(HELDOUT)
     assert found["accuracy"].items() <= found["peers"].items()
 
 
@@ -207,7 +209,8 @@ def test_what_fp8_adds_is_of_the_same_seed() -> None:
 def test_a_folder_written_here_is_read_as_what_is_installed(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = {name: list(islice(texts.documents(name), 3)) for name in (texts.CALIBRATION, *texts.DOMAINS)}
+    few = {name: list(islice(texts.documents(name), 3)) for name in (texts.CALIBRATION, *HELDOUT)}
+    few[texts.HANDBOOK] = ["Read the fine manual. " * 20]
     monkeypatch.setattr(texts, "documents", lambda name: iter(few[name]))
     texts.write(tmp_path)
     assert sorted(file.stem for file in tmp_path.iterdir()) == sorted(few)
@@ -215,12 +218,43 @@ def test_a_folder_written_here_is_read_as_what_is_installed(
     for domain in texts.DOMAINS:
         here, there = (texts.heldout(domain, tokenizer, 2, 64, folder) for folder in (None, tmp_path))
         assert torch.equal(here, there)
-    with pytest.raises(SpenseError, match=r"prose.jsonl: no such file; `python -m benchmarks.texts"):
-        texts.heldout("prose", tokenizer, 2, 64, tmp_path / "nowhere")
+    with pytest.raises(SpenseError, match=r"reference.jsonl: no such file; `python -m benchmarks.texts"):
+        texts.heldout("reference", tokenizer, 2, 64, tmp_path / "nowhere")
 
 
-def test_code_is_code_and_prose_is_not() -> None:
+def test_code_is_code_and_the_reference_is_not() -> None:
     for text in islice(texts.documents("code"), 5):
         assert ast.get_docstring(ast.parse(text)) is None
     with pytest.raises(SyntaxError):
-        ast.parse(next(texts.documents("prose")))
+        ast.parse(next(texts.documents("reference")))
+
+
+def test_a_page_of_the_handbook_is_its_paragraphs() -> None:
+    page = """<title>No</title><h2 class="title">9.3. Rights</h2><div class="para">
+\t\tEach file has <code class="literal">rights</code>:
+\t</div><ul><li><div class="para">its owner <pre class="screen">$ ls</pre>(“<em>user</em>”);<div class="note">
+\t<div class="para">and more &amp; more</div></div></div></li></ul><p>No</p><div class="para"> </div>"""
+    assert texts.paragraphs(page) == "Each file has rights:\n\nits owner (“user”); and more & more"
+
+
+def test_the_handbook_needs_debian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "CACHE", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SpenseError, match=r"handbook: `apt-get download debian-handbook` does not work here: .*"):
+        list(texts.documents(texts.HANDBOOK))
+    assert not (tmp_path / "debian-handbook").exists()
+
+
+def test_several_models_have_a_table_each_and_old_names_are_read() -> None:
+    def row(model: str, domain: str, **more: int) -> accuracy.Row:
+        case = {"model": model, "method": "wanda", "sparsity": 0.5, "format": "fp8", "seed": 0, "domain": domain}
+        return {**case, "perplexity": 10, "kl": 0.5, "prune_seconds": None, **more}
+
+    old = [row("a", "docstrings"), row("a", "prose")]
+    assert quality_tables.measured_on(quality_tables.renamed(old)) == "a on docstrings, reference"
+    assert old[1]["domain"] == "prose"
+    both = [row(model, domain, heldout=40, heldout_length=1024) for model in "ab" for domain in ("code", "handbook")]
+    assert quality_tables.measured_on(both) == "a, b on code, handbook, 40 × 1024 tokens each"
+    alone = quality_tables.of_each_model(both[:2], quality_tables.markdown)
+    assert alone == quality_tables.markdown(both[:2])
+    assert quality_tables.of_each_model(both, quality_tables.markdown) == ["a:", "", *alone, "", "b:", "", *alone]

@@ -69,7 +69,7 @@ def test_a_model_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(sys, "argv", ["tasks", *arguments])
     tasks.main()
     rows = json.loads(out.read_text())["rows"]
-    assert [row["task"] for row in rows] == [f"continuation_{text}" for text in ("docstrings", "prose", "code")]
+    assert [row["task"] for row in rows] == [f"continuation_{text}" for text in ("docstrings", "reference", "code")]
     assert all(row["metric"] == "acc" and 0 <= row["value"] <= 1 and row["questions"] == 4 for row in rows)
 
 

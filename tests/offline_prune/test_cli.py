@@ -99,6 +99,52 @@ def test_inspect(out: Path, spense_here: Spense) -> None:
         assert words in result.stdout
 
 
+def test_evaluate(out: Path, llama: Path, text: Path, tmp_path: Path, spense_here: Spense) -> None:
+    pruned = shutil.copytree(out, tmp_path / "pruned")
+    card = pruned / "README.md"
+    before = card.read_text()
+    sizes = ("--samples", 2, "--length", 32, "--device", "cpu")
+    command = ("evaluate", pruned, "--against", llama, "--text", text, *sizes)
+    result = spense_here(*command, "--json", tmp_path / "found.json", "--no-card")
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert list(found) == ["model", "pruned", "method", "device", "domains", "versions"]
+    assert (found["model"], found["pruned"], found["method"]) == (str(llama), str(pruned), "spensegpt++")
+    (loss,) = found["domains"]
+    assert (loss["domain"], loss["sequences"], loss["length"]) == ("text", 2, 32)
+    assert list(loss)[3:] == ["perplexity_model", "perplexity_pruned", "kl", "top1_agreement"]
+    assert loss["kl"] > 0
+    for shown in ("text", "2 × 32", f"{loss['perplexity_pruned']:.3f}", f"{loss['kl']:.4f}"):
+        assert shown in result.stdout
+    assert card.read_text() == before
+
+    for _ in range(2):
+        result = spense_here(*command)
+        assert f"written into {card}" in result.stderr
+        section = card.read_text().removeprefix(before.rstrip())
+        assert section.count("## What pruning cost") == 1
+        assert f"| text | 2 × 32 | {loss['perplexity_model']:.3f} | {loss['perplexity_pruned']:.3f} |" in section
+        assert f"against `{llama.name}`" in section
+        assert str(llama.parent) not in section
+
+    card.unlink()
+    card.mkdir()
+    result = spense_here(*command)
+    assert result.returncode == 0
+    assert f"{loss['kl']:.4f}" in result.stdout
+    assert [line for line in result.stderr.splitlines() if line.startswith(f"{card}: not written: ")]
+
+
+def test_evaluate_leaves_the_card_of_a_plain_model_alone(
+    llama: Path, text: Path, tmp_path: Path, spense_here: Spense
+) -> None:
+    plain = shutil.copytree(llama, tmp_path / "plain")
+    result = spense_here("evaluate", plain, "--against", llama, "--text", text, "--samples", 1, "--length", 16)
+    assert result.returncode == 0
+    assert f"{plain}: not a Spense checkpoint; it is compared as it is" in result.stderr
+    assert not (plain / "README.md").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -108,6 +154,9 @@ def test_inspect(out: Path, spense_here: Spense) -> None:
         (("prune", "/no/such/model", "/tmp/never", "--sparsty", "0.3"), "No such option"),
         (("verify", "/no/such/folder"), "error: /no/such/folder: no config.json"),
         (("inspect", "/no/such/folder"), "error: /no/such/folder: no config.json"),
+        (("evaluate", "/no/such", "--against", "/no/such/model"), "error: /no/such/model: no such folder"),
+        (("evaluate", "/no/such"), "Missing option '--against'"),
+        (("evaluate", "x", "--against", "y", "--json", "/no/such/x.json"), "error: --json: /no/such: no such folder"),
         (("verify", __file__), "test_cli.py: found a file, expected the folder of a Hugging Face model"),
     ],
 )

@@ -35,6 +35,14 @@ def test_a_second_run_is_refused_at_once(tmp_path: Path) -> None:
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors", RECORD]
 
 
+def test_overwrite_refuses_a_card_that_others_wrote_before_any_work(tmp_path: Path) -> None:
+    write(tmp_path / "out")
+    (tmp_path / "out/README.md").write_text("mine")
+    with pytest.raises(SpenseError, match=r"README.md: found one that Spense did not write; move it away"):
+        OutputFolder(tmp_path / "out", True, False).__enter__()
+    assert (tmp_path / "out/README.md").read_text() == "mine"
+
+
 def test_a_run_of_another_process_is_refused_whatever_its_process_id(tmp_path: Path) -> None:
     """The lock belongs to the kernel: it holds where the holder has a process id of another namespace, or none here."""
     code = """

@@ -84,4 +84,5 @@ def test_what_is_downloaded_from_the_hub(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     model = resolve_model("some/model")
     found = {str(path.relative_to(model)) for path in model.rglob("*") if path.is_file()}
-    assert found == {*TRAVEL, *CODE, *WEIGHTS}
+    # Its front matter says the licence, and it is kept beside the pruned model's own.
+    assert found == {*TRAVEL, *CODE, *WEIGHTS, "README.md"}

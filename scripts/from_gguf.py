@@ -1,0 +1,57 @@
+"""A language model in a GGUF file as an ordinary Hugging Face folder, its weights unpacked to BF16."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+
+def convert(gguf: Path, out: Path, end: str | None = None) -> None:
+    """Writes config, weights, tokenizer and generation config into a folder that is there.
+
+    Args:
+        end: the token that ends a turn, where some versions of transformers read another one out of the file.
+    """
+    # transformers shows bars of its own, and tqdm's own for GGUF, which reads this when it is imported.
+    os.environ["TQDM_DISABLE"] = "1"
+    import torch
+    from gguf import GGUFReader
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    begins = GGUFReader(gguf).fields.get("tokenizer.ggml.add_bos_token")
+    if begins is not None and begins.contents():
+        # transformers does not read it, and Gemma makes nothing of a text that does not begin with it.
+        tokenizer.add_bos_token = True
+    if end is not None:
+        tokenizer.eos_token = end
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = model.config
+    # save_pretrained refuses a model that was read from GGUF.
+    weights = {
+        name: tensor.to(torch.bfloat16).contiguous()
+        for name, tensor in model.state_dict().items()
+        if not (name == "lm_head.weight" and config.tie_word_embeddings)
+    }
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.architectures = [type(model).__name__]
+    config.dtype = torch.bfloat16
+    config.save_pretrained(out)
+    model.generation_config.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def continued(folder: Path, text: str, tokens: int = 8) -> str:
+    """What a model says next, greedily, from transformers in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    prompt = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+    found = model.generate(**prompt, max_new_tokens=tokens, do_sample=False)
+    return tokenizer.decode(found[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
