@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from offline_prune.checkpoint.verify import verify
+    from offline_prune.healing.pipeline import heal
+    from offline_prune.healing.report import HealReport
+    from offline_prune.healing.settings import HealSettings
     from offline_prune.methods.recipe import METHODS, Grouping, Layout, Quantize, Rounding, Selection
     from offline_prune.pipeline import prune
     from offline_prune.report import Report
@@ -22,12 +25,15 @@ if TYPE_CHECKING:
 __all__ = [
     "METHODS",
     "Grouping",
+    "HealReport",
+    "HealSettings",
     "Layout",
     "PruneSettings",
     "Quantize",
     "Report",
     "Rounding",
     "Selection",
+    "heal",
     "prune",
     "verify",
 ]
@@ -35,6 +41,9 @@ __all__ = [
 _HOMES = {
     "prune": "pipeline",
     "verify": "checkpoint.verify",
+    "heal": "healing.pipeline",
+    "HealReport": "healing.report",
+    "HealSettings": "healing.settings",
     "Report": "report",
     "PruneSettings": "settings",
     **dict.fromkeys(("METHODS", "Grouping", "Layout", "Quantize", "Rounding", "Selection"), "methods.recipe"),

@@ -1,4 +1,4 @@
-"""What `spense prune` shows: progress, the report, and who will serve the result."""
+"""What long commands show: progress, and of `spense prune` the report and who will serve the result."""
 
 from __future__ import annotations
 
@@ -23,8 +23,15 @@ def make_console(stderr: bool = False) -> Console:
 
 
 @contextmanager
-def progress_of(console: Console, shown: bool) -> Iterator[Callable[[int, int, str], None]]:
-    """What to tell about finished blocks: a bar on a terminal, elsewhere a line for every tenth of them."""
+def progress_of(
+    console: Console, shown: bool, verb: str = "pruned", unit: str = "blocks"
+) -> Iterator[Callable[[int, int, str], None]]:
+    """What to tell about finished work: a bar on a terminal, elsewhere a line for every tenth of it.
+
+    Args:
+        verb: before the name of a piece.
+        unit: what the pieces are.
+    """
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -38,8 +45,10 @@ def progress_of(console: Console, shown: bool) -> Iterator[Callable[[int, int, s
 
     def line(done: int, total: int, name: str) -> None:
         if shown and done * 10 // total > (done - 1) * 10 // total:
-            took = timedelta(seconds=round(time.monotonic() - start))
-            console.print(f"pruned {name}, {done} of {total} blocks, after {took}", soft_wrap=True)
+            seconds = time.monotonic() - start
+            took, left = (timedelta(seconds=round(each)) for each in (seconds, seconds * (total - done) / done))
+            said = f"{verb} {name}, {done} of {total} {unit}, after {took}"
+            console.print(f"{said}, about {left} left" if done < total else said, soft_wrap=True)
 
     if not console.is_terminal:
         yield line
@@ -54,7 +63,7 @@ def progress_of(console: Console, shown: bool) -> Iterator[Callable[[int, int, s
     )
     with Progress(*columns, console=console, disable=not shown) as bar:
         task = bar.add_task("preparing", total=None)
-        yield lambda done, total, name: bar.update(task, completed=done, total=total, description=f"pruned {name}")
+        yield lambda done, total, name: bar.update(task, completed=done, total=total, description=f"{verb} {name}")
 
 
 def print_report(report: Report, out: Path, console: Console) -> None:

@@ -44,6 +44,7 @@ class SourceModel:
     Args:
         model: a local folder or a hub name.
         trust_remote_code: run the Python code that a model brings along.
+        pruned: it is a Spense checkpoint, whose FP8 weights come as float32, exactly the values that it holds.
 
     Attributes:
         config_json: its config.json, without what says how the weights are stored.
@@ -56,16 +57,17 @@ class SourceModel:
             quantized to something else than FP8.
     """
 
-    def __init__(self, model: str, trust_remote_code: bool = False) -> None:
+    def __init__(self, model: str, trust_remote_code: bool = False, pruned: bool = False) -> None:
         self.folder: Path = resolve_model(model)
         config = read_object(self.folder / "config.json")
-        refuse_unreadable(self.folder, config)
+        if not pruned:
+            refuse_unreadable(self.folder, config)
         self.config_json: dict[str, Any] = config_of_weights(config)
         self._trust = trust_remote_code
         files = SafetensorsReader(self.folder)
         require_sane_depth(config, len(files.headers), self.folder / "config.json")
         self.skeleton = empty_model(self.folder, trust_remote_code)
-        self.tensors = ModelTensors(files, self.skeleton, config)
+        self.tensors = ModelTensors(files, self.skeleton, config, torch.float32 if pruned else None)
         found = find_text_model(self.skeleton)
         self.text_name, self.text = found.name, found.model
         self.blocks = _described(found.blocks, self.tensors)
