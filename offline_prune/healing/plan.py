@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from offline_prune.checkpoint.verify import Checkpoint
-from offline_prune.healing.loss import CHUNK_BYTES
+from offline_prune.healing.loss import COPIES, chunk_tokens
 from offline_prune.healing.models import output_head
 from offline_prune.healing.settings import HealSettings, Optimizer
 from offline_prune.healing.text import GENERATED, GENERATED_AT_ONCE
@@ -173,7 +173,7 @@ class _Sizes:
             gradients=4 * share + unsplit,
             optimizer=int((4 + 1 + _MOMENTS[settings.optimizer]) * share),
             activations=kept + one + 4 * tokens * self.hidden * self.itemsize,
-            logits=CHUNK_BYTES[self.device.type],
+            logits=4 * COPIES * self.vocabulary * min(tokens, chunk_tokens(self.vocabulary, self.device)),
             generation=self._generation(settings) if settings.calibration == GENERATED else 0,
             best=-(-self.stored // ranks),
             disk=self.checkpoint + int(2 * self.trained * (4 + _MOMENTS[settings.optimizer])) + 2 * self.stored,

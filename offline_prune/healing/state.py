@@ -44,7 +44,9 @@ class SavedStates:
             self._write(self._journal.folder / _TEXT, tokens)
 
     def save(self, training: Training) -> None:
-        """Replaces the state, once all ranks have written theirs."""
+        """Replaces the state, once all ranks have written theirs; unless it is of this step already."""
+        if self.history and self.history.step == training.history.step:
+            return
         path = self._file(training.history.step)
         self._write(path, training.state_dict())
         files = {path.name: crc32_of(path)}

@@ -41,6 +41,7 @@ class History:
     Attributes:
         step: steps that are done.
         losses: mean KL of the tokens of each step, in nats.
+        gradient_norms: of each step's gradient, over all trained weights.
         heldout: (step, mean KL on the held-out text), step 0 first.
         best_step: after which the held-out text was predicted best.
         rates: (step, the largest rate that holds from there).
@@ -48,6 +49,7 @@ class History:
 
     step: int = 0
     losses: list[float] = field(default_factory=list)
+    gradient_norms: list[float] = field(default_factory=list)
     heldout: list[tuple[int, float]] = field(default_factory=list)
     best_step: int = 0
     rates: list[tuple[int, float]] = field(default_factory=list)
@@ -114,7 +116,8 @@ class Training:
         """All steps that are left.
 
         Args:
-            save: called where a resumed run may go on; after the first judgement too.
+            save: called where a resumed run may go on: at the start, at the end, and every so often where the loss has
+                shown that the weights are good.
 
         Raises:
             SpenseError: the loss, or a gradient, is not finite.
@@ -126,21 +129,26 @@ class Training:
                 self._judge()
                 save()
             while self.history.step < self.steps:
-                due = time.monotonic() - saved >= 60 * self.settings.save_minutes
-                loss, due = self._step(due)
-                if self.history.step in judged:
-                    self._judge()
-                if due or self.history.step == self.steps:
+                loss, norm, due = self._gradients(time.monotonic() - saved >= 60 * self.settings.save_minutes)
+                if due:
                     save()
                     saved = time.monotonic()
+                with stage("update"):
+                    self._update()
+                self.history.losses.append(loss)
+                self.history.gradient_norms.append(norm)
+                self.history.step += 1
+                if self.history.step in judged:
+                    self._judge()
+                if self.history.step == self.steps:
+                    save()
                 heldout = self.history.heldout[-1][1]
                 progress(self.history.step, self.steps, f"KL {loss:.4f}, held out {heldout:.4f}")
 
-    def _step(self, due: bool) -> tuple[float, bool]:
-        """One step; its loss, and whether the first rank finds a state due."""
-        history, device = self.history, self.student.device
-        mine = self._sequences(history.step)
-        total = torch.zeros(3, dtype=torch.float64, device=device)
+    def _gradients(self, due: bool) -> tuple[float, float, bool]:
+        """Those of one step's text; the loss, their norm, and whether the first rank finds a state due."""
+        mine = self._sequences(self.history.step)
+        total = torch.zeros(3, dtype=torch.float64, device=self.student.device)
         for tokens in mine.split(self._at_once):
             with stage("teacher"), torch.no_grad():
                 expected = self.teacher.hidden(tokens)
@@ -154,16 +162,14 @@ class Training:
             for weight in self.weights:
                 # A rank may have no rows of a small one.
                 if weight.master.numel():
-                    total[1] += weight.masked_gradient().double().square().sum()
+                    total[1] += torch.linalg.vector_norm(weight.masked_gradient()).double().square()
             total[2] = float(due and distributed.is_first())
             distributed.all_reduce(total)
             loss, power, due = total.tolist()
             loss /= mine.numel() * distributed.size()
-            self._refuse_not_finite(loss, power)
-            self._update()
-        history.losses.append(loss)
-        history.step += 1
-        return loss, bool(due)
+        norm = math.sqrt(power)
+        self._refuse_not_finite(loss, norm)
+        return loss, norm, bool(due)
 
     def _update(self) -> None:
         share = _rate_share(self.history.step, self.steps, self.settings.warm_up)
@@ -179,9 +185,9 @@ class Training:
             weight.constrain()
             weight.serve()
 
-    def _refuse_not_finite(self, loss: float, power: float) -> None:
-        if not (math.isfinite(loss) and math.isfinite(power)):
-            what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {math.sqrt(power)}"
+    def _refuse_not_finite(self, loss: float, norm: float) -> None:
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
             raise SpenseError(
                 f"step {self.history.step + 1} of {self.steps}: {what}; the last good state is kept: "
                 f"--resume with a --rate below {self.settings.rate:g} goes on from it"

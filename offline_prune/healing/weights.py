@@ -36,7 +36,8 @@ class TrainedWeight:
         removed: bool like `master`, True where the sparse region has zeros; None where nothing is sparse.
         dtype: of the tensor in the file.
         rows: of the whole tensor.
-        rms: root mean square of the whole tensor's non-zero values at the start.
+        rms: root mean square of the whole tensor's non-zero values at the start; 1 where all are zero, as in norms that
+            multiply by 1 + weight.
     """
 
     name: str
@@ -154,7 +155,7 @@ def trained_weights(
             removed=None if removed is None else _my_rows(removed).to(device),
             dtype=value.dtype,
             rows=len(whole),
-            rms=float(kept.square().mean().sqrt()) if len(kept) else 0.0,
+            rms=float(kept.square().mean().sqrt()) if len(kept) else 1.0,
         )
         parameter.register_post_accumulate_grad_hook(weight.collect_gradient)
         found.append(weight)
