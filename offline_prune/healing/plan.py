@@ -100,9 +100,13 @@ def heal_plan(
             for said, other, count in _others(settings, ranks, device)
             if sizes.plan(other, count).on_device <= room
         ]
-        help = f"; {' | '.join(fitting)} would fit" if fitting else "; no batch size nor 8 GPUs of this kind would do"
+        advice = (
+            f"; {' | '.join(fitting)} would fit"
+            if fitting
+            else "; neither --batch-tokens, 8-bit moments nor 8 GPUs would do"
+        )
         raise SpenseError(
-            f"{device}: {room / GIB:.2f} GiB of memory usable, training needs {plan.on_device / GIB:.2f} GiB{help}"
+            f"{device}: {room / GIB:.2f} GiB of memory usable, training needs {plan.on_device / GIB:.2f} GiB; {advice}"
         )
     require_disk_space(settings.out, plan.disk)
     return plan

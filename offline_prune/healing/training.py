@@ -242,8 +242,9 @@ class Training:
 
 
 def sequences_at_once(settings: HealSettings, device: torch.device) -> int:
-    """How many sequences pass through the model together."""
-    return max(1, (settings.batch_tokens or BATCH_TOKENS[device.type]) // settings.length)
+    """How many sequences pass through the model together, of those that a rank takes in a step."""
+    wanted = (settings.batch_tokens or BATCH_TOKENS[device.type]) // settings.length
+    return min(max(1, wanted), step_sequences(settings) // distributed.size())
 
 
 def _rate_share(step: int, steps: int, warm_up: float) -> float:

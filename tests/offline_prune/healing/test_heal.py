@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from heal_runs import Pair, healed, make_pair, settings
+from heal_runs import Pair, cut_off, healed, make_pair, settings
 from safetensors.torch import load_file
 from torch import nn
 
+from offline_prune import HealReport, heal
 from offline_prune.calibration.data import calibration_tokens
 from offline_prune.checkpoint.evaluate import load_dense
+from offline_prune.checkpoint.output_folder import PARTIAL
 from offline_prune.checkpoint.verify import open_checkpoint, verify
 from offline_prune.healing.text import split
 from vllm_spense.format import KEY, SIDECAR, Annotation
@@ -118,8 +121,6 @@ def test_a_healed_checkpoint_can_be_healed_again(pair: Pair, tmp_path: Path) -> 
 
 def test_what_gets_worse_is_not_written(pair: Pair, tmp_path: Path) -> None:
     said: list[str] = []
-    from offline_prune import HealReport, heal
-
     report = heal(settings(pair, tmp_path / "out", rate=1.0), say=said.append)
     assert isinstance(report, HealReport)
     assert report.history.best_step == 0
@@ -131,9 +132,38 @@ def test_what_gets_worse_is_not_written(pair: Pair, tmp_path: Path) -> None:
 
 def test_a_teacher_writes_its_own_text(pair: Pair, tmp_path: Path) -> None:
     said: list[str] = []
-    from offline_prune import heal
-
     report = heal(settings(pair, tmp_path / "out", calibration="generated", length=24, samples=48), say=said.append)
     assert report.after < report.before
     assert "the teacher while it writes text" in " ".join(said)
     assert "48 of 48 sequences written" in said
+
+
+def test_generated_text_is_drawn_from_the_teachers_own_distribution(pair: Pair, tmp_path: Path) -> None:
+    """Then its mean −log p is the distribution's entropy; at another temperature, or of the likeliest tokens alone, it
+    is less. Tokens that end a document end no sequence."""
+    cut_off(pair, tmp_path / "out", 1, calibration="generated", length=24, samples=96)
+    tokens = torch.load(tmp_path / "out" / PARTIAL / "state-text", weights_only=True)
+    assert tokens.shape == (96, 24)
+    assert (tokens[:, 0] == 256).all(), "no chat template, so the end of a document before"
+    assert len(tokens[:, 1:4].unique()) > 48
+    ends = (tokens[:, 4:-1] == 256).nonzero()
+    assert len(ends)
+    assert (tokens[:, 4:] != 0).any(dim=1).all(), "not padded"
+    logits = load_dense(pair.teacher)[0](input_ids=tokens).logits[:, 3:-1].log_softmax(-1)
+    entropy = -(logits.exp() * logits).sum(-1).mean()
+    surprise = -logits.gather(-1, tokens[:, 4:, None]).mean()
+    assert surprise == pytest.approx(entropy.item(), rel=0.05)
+    cold = (logits / 0.7).log_softmax(-1).exp()
+    assert -(cold * logits).sum(-1).mean() < 0.9 * entropy
+
+
+def test_a_chat_model_writes_from_where_a_users_turn_begins(pair: Pair, tmp_path: Path) -> None:
+    teacher, pruned = (shutil.copytree(folder, tmp_path / folder.name) for folder in (pair.teacher, pair.pruned))
+    for folder in (teacher, pruned):
+        (folder / "chat_template.jinja").write_text(
+            "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}"
+        )
+    cut_off(Pair(teacher, pruned, pair.text), tmp_path / "out", 1, calibration="generated", length=24, samples=12)
+    tokens = torch.load(tmp_path / "out" / PARTIAL / "state-text", weights_only=True)
+    assert {load_dense(teacher)[1].decode(row[:6]) for row in tokens} == {"<user>"}
+    assert len({tuple(row.tolist()) for row in tokens}) == 12

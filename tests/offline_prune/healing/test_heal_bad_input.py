@@ -120,7 +120,7 @@ def test_too_little_memory_names_what_would_fit(pair: Pair, tmp_path: Path, monk
     assert "of memory usable, training needs" in str(error.value)
     assert "; --batch-tokens 64 | --batch-tokens 64 --optimizer adamw8bit would fit" in str(error.value)
     monkeypatch.setattr(plan, "usable_host", lambda: 1000)
-    with pytest.raises(SpenseError, match="; no batch size nor 8 GPUs of this kind would do"):
+    with pytest.raises(SpenseError, match="; neither --batch-tokens, 8-bit moments nor 8 GPUs would do"):
         healed(pair, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
