@@ -100,11 +100,8 @@ def heal_plan(
             for said, other, count in _others(settings, ranks, device)
             if sizes.plan(other, count).on_device <= room
         ]
-        advice = (
-            f"; {' | '.join(fitting)} would fit"
-            if fitting
-            else "; neither --batch-tokens, 8-bit moments nor 8 GPUs would do"
-        )
+        nothing = "neither --batch-tokens, 8-bit moments nor 8 GPUs would do"
+        advice = f"{' | '.join(fitting)} would fit" if fitting else nothing
         raise SpenseError(
             f"{device}: {room / GIB:.2f} GiB of memory usable, training needs {plan.on_device / GIB:.2f} GiB; {advice}"
         )

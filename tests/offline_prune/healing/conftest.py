@@ -1,11 +1,14 @@
-"""Text long enough for some steps, and a pruned Llama in FP8."""
+"""Text long enough for some steps, a pruned Llama in FP8, and the same precision on every CPU."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
 from heal_runs import Pair, make_pair
+
+from offline_prune.healing import pipeline
 
 
 @pytest.fixture(scope="session")
@@ -13,6 +16,12 @@ def long_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("long") / "text.txt"
     path.write_text(" ".join(f"{i} sheep jump over {i * i % 97} fences." for i in range(2000)))
     return path
+
+
+@pytest.fixture(autouse=True)
+def _float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this CPU is fastest in: losses are compared with those of float32 models."""
+    monkeypatch.setattr(pipeline, "compute_dtype", lambda device: torch.float32)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from offline_prune.calibration.data import calibration_tokens
 from offline_prune.checkpoint.evaluate import load_dense
 from offline_prune.checkpoint.output_folder import PARTIAL
 from offline_prune.checkpoint.verify import open_checkpoint, verify
+from offline_prune.healing import pipeline
 from offline_prune.healing.text import split
 from vllm_spense.format import KEY, SIDECAR, Annotation
 
@@ -85,6 +86,14 @@ def test_unseen_text_is_predicted_better_and_only_trained_weights_change(
         gate, up, down = (f"{layer}.weight" for layer in annotation.layers(module))
         for name, index in ((gate, slice(sparse)), (up, slice(sparse)), (down, (slice(None), slice(sparse)))):
             assert not new[name].float()[index][old[name].float()[index] == 0].any(), name
+
+
+def test_bfloat16_trains_too(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU does, and a CPU with instructions for it; masters and gradients stay float32."""
+    monkeypatch.setattr(pipeline, "compute_dtype", lambda device: torch.bfloat16)
+    report = healed(pair, tmp_path / "out")
+    assert report.after < 0.85 * report.before
+    verify(tmp_path / "out")
 
 
 def test_files_and_annotation_travel(pair: Pair, tmp_path: Path) -> None:

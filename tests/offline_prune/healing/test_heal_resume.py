@@ -23,9 +23,13 @@ from vllm_spense.errors import SpenseError
 #: `spense heal` that is killed after so many steps.
 KILLED = """
 import os, signal, sys
+
+import torch
+
 from offline_prune.cli import main
 from offline_prune.healing import pipeline
 
+pipeline.compute_dtype = lambda device: torch.float32
 heal = pipeline.heal
 
 
@@ -37,6 +41,19 @@ def killed(settings, progress, say):
 
 
 pipeline.heal = killed
+main(["heal", *sys.argv[1:]])
+"""
+
+
+IN_FLOAT32 = """
+import sys
+
+import torch
+
+from offline_prune.cli import main
+from offline_prune.healing import pipeline
+
+pipeline.compute_dtype = lambda device: torch.float32
 main(["heal", *sys.argv[1:]])
 """
 
@@ -159,7 +176,7 @@ def test_two_ranks_train_as_one(pair: Pair, tmp_path: Path) -> None:
     alone, whose noise is larger, is off by tens of per cent; other orders of sums by millionths."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     program = tmp_path / "main.py"
-    program.write_text("import sys; from offline_prune.cli import main; main(['heal', *sys.argv[1:]])")
+    program.write_text(IN_FLOAT32)
     command = [*launch, str(program), *arguments(pair, tmp_path / "two"), "--train", "all"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
