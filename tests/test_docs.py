@@ -111,7 +111,16 @@ def test_options_of_spense_exist(page: str) -> None:
 
     command = typer.main.get_command(app)
     known = {option for sub in command.commands.values() for param in sub.params for option in param.opts}  # type: ignore[attr-defined]
-    of_others = {"--quantization", "--dtype", "--url", "--tasks", "--model", "--help", "--nproc-per-node"}
+    of_others = {
+        "--quantization",
+        "--dtype",
+        "--url",
+        "--tasks",
+        "--model",
+        "--help",
+        "--nproc-per-node",
+        "--no-python",
+    }
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text(ROOT / page))) - of_others
     assert named & {"--layout", "--sparsity", "--heldout"}
     assert named <= known, named - known

@@ -97,10 +97,10 @@ def test_a_run_that_is_cut_off_before_its_first_step_is_resumed(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = healed(pair, tmp_path / "whole", epochs=2, samples=32)
-    monkeypatch.setattr(training.Training, "_gradients", _interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        healed(pair, tmp_path / "out", epochs=2, samples=32)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Training, "_gradients", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            healed(pair, tmp_path / "out", epochs=2, samples=32)
     assert len(whole.history.losses) == 14, "two epochs of seven steps"
     resumed = healed(pair, tmp_path / "out", epochs=2, samples=32, resume=True)
     assert resumed.history == whole.history
@@ -145,10 +145,10 @@ def test_a_loss_that_is_not_finite_keeps_the_last_state(
             self.weights[0].master.data.fill_(float("nan"))
             self.weights[0].serve()
 
-    monkeypatch.setattr(training.Training, "_update", broken)
-    with pytest.raises(SpenseError) as error:
-        healed(pair, tmp_path / "out")
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Training, "_update", broken)
+        with pytest.raises(SpenseError) as error:
+            healed(pair, tmp_path / "out")
     said = "step 7 of 14: the loss is nan; the last good state is kept: --resume with a --rate below 0.01 goes on"
     assert said in str(error.value)
     # What the sixth step made of the weights was never saved.
