@@ -40,7 +40,6 @@ def settings(pair: Pair, out: Path, **options: Any) -> HealSettings:
         "heldout": 0.1,
         "rate": 0.01,
         "device": "cpu",
-        "save_minutes": 0,
     }
     return HealSettings(pair.pruned, out, **{"teacher": str(pair.teacher), **given, **options})
 
@@ -50,11 +49,11 @@ def healed(pair: Pair, out: Path, **options: Any) -> HealReport:
 
 
 def cut_off(pair: Pair, out: Path, steps: int, **options: Any) -> None:
-    """Trains so many steps and leaves an unfinished run."""
+    """Trains so many steps, saves a state in each, and leaves an unfinished run."""
 
     def stop(done: int, total: int, loss: str) -> None:
         if done == steps:
             raise Cut
 
     with pytest.raises(Cut):
-        heal(settings(pair, out, **options), stop)
+        heal(settings(pair, out, save_minutes=0.0, **options), stop)

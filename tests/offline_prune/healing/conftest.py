@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from heal_runs import Pair, make_pair
+from heal_runs import Pair, healed, make_pair
 
 from offline_prune.healing import pipeline
+from offline_prune.healing.report import HealReport
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +28,12 @@ def _float32(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory, long_text: Path) -> Pair:
     return make_pair(tmp_path_factory.mktemp("pair"), long_text)
+
+
+@pytest.fixture(scope="session")
+def whole(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, HealReport]:
+    """`pair` healed in one go."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "compute_dtype", lambda device: torch.float32)
+        return out, healed(pair, out)

@@ -54,7 +54,7 @@ def test_options(options: dict[str, Any], words: str, pair: Pair, tmp_path: Path
             "layers.1.self_attn.q_proj.weight: found nothing",
         ),
         (lambda folder: tiny_model("llama", folder, vocab_size=260), "found (260, 64), expected (258, 64)"),
-        (lambda folder: _other_words(tiny_model("llama", folder)), "token '<eos>': found nothing, expected 256"),
+        (lambda folder: _other_words(tiny_model("llama", folder)), "token '<end>': found 256, expected nothing"),
     ],
     ids=["architecture", "sizes", "layers", "vocabulary", "tokenizer"],
 )

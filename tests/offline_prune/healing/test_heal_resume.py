@@ -18,6 +18,7 @@ from offline_prune.checkpoint.journal import Journal
 from offline_prune.checkpoint.output_folder import PARTIAL
 from offline_prune.healing import training
 from offline_prune.healing.pipeline import heal
+from offline_prune.healing.report import HealReport
 from vllm_spense.errors import SpenseError
 
 #: `spense heal` that is killed after so many steps.
@@ -78,19 +79,21 @@ def arguments(pair: Pair, out: Path) -> list[str]:
     ]
 
 
-def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(pair: Pair, tmp_path: Path) -> None:
+def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(
+    pair: Pair, tmp_path: Path, whole: tuple[Path, HealReport]
+) -> None:
     command = [sys.executable, "-c", KILLED, *arguments(pair, tmp_path / "out")]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert process.returncode == -signal.SIGKILL, process.stderr
     assert not (tmp_path / "out/config.json").exists()
-    whole = healed(pair, tmp_path / "whole")
+    out, expected = whole
     said: list[str] = []
     resumed = heal(settings(pair, tmp_path / "out", resume=True), say=said.append)
     # The state before it took the ninth step, whose loss had shown that the weights were good.
     assert "goes on after step 8 of 14" in said
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert resumed.history == whole.history
+    assert contents(tmp_path / "out") == contents(out)
+    assert resumed.history == expected.history
 
 
 def test_a_run_that_is_cut_off_before_its_first_step_is_resumed(
@@ -121,8 +124,7 @@ def test_unfinished_training_is_not_thrown_away_unasked(pair: Pair, tmp_path: Pa
     assert not (tmp_path / "out" / PARTIAL).exists()
 
 
-def test_a_damaged_state_is_noticed(pair: Pair, tmp_path: Path) -> None:
-    whole = healed(pair, tmp_path / "whole")
+def test_a_damaged_state_is_noticed(pair: Pair, tmp_path: Path, whole: tuple[Path, HealReport]) -> None:
     cut_off(pair, tmp_path / "out", 5)
     (state,) = (tmp_path / "out" / PARTIAL).glob("state-*-rank-0")
     data = bytearray(state.read_bytes())
@@ -131,7 +133,7 @@ def test_a_damaged_state_is_noticed(pair: Pair, tmp_path: Path) -> None:
     said: list[str] = []
     resumed = heal(settings(pair, tmp_path / "out", resume=True), say=said.append)
     assert any("not what was written; training begins anew" in line for line in said)
-    assert resumed.history == whole.history
+    assert resumed.history == whole[1].history
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_state(
@@ -148,7 +150,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_state(
     with monkeypatch.context() as patch:
         patch.setattr(training.Training, "_update", broken)
         with pytest.raises(SpenseError) as error:
-            healed(pair, tmp_path / "out")
+            healed(pair, tmp_path / "out", save_minutes=0)
     said = "step 7 of 14: the loss is nan; the last good state is kept: --resume with a --rate below 0.01 goes on"
     assert said in str(error.value)
     # What the sixth step made of the weights was never saved.
@@ -163,10 +165,10 @@ def test_a_loss_that_is_not_finite_keeps_the_last_state(
     assert report.after < report.before
 
 
-def test_a_finished_run_that_is_resumed_says_so(pair: Pair, tmp_path: Path) -> None:
-    first = healed(pair, tmp_path / "out")
+def test_a_finished_run_that_is_resumed_says_so(pair: Pair, whole: tuple[Path, HealReport]) -> None:
+    out, first = whole
     said: list[str] = []
-    again = heal(settings(pair, tmp_path / "out", resume=True), say=said.append)
+    again = heal(settings(pair, out, resume=True), say=said.append)
     assert said[-1] == "all of it was finished by an earlier run"
     assert again.after == first.after
 
@@ -182,8 +184,7 @@ def test_two_ranks_train_as_one(pair: Pair, tmp_path: Path) -> None:
     process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert process.returncode == 0, process.stderr
     assert process.stderr.count("memory of cpu in all") == 1, "only the first rank talks"
-    # As many sequences are held out as two ranks can share.
-    one = healed(pair, tmp_path / "one", train="all", heldout=8 / 64)
+    one = healed(pair, tmp_path / "one", train="all")
     two = json.loads((tmp_path / "two/report.json").read_text())
     losses, norms = two["history"]["losses"], two["history"]["gradient_norms"]
     assert len(losses) == len(one.history.losses)
