@@ -47,7 +47,7 @@ class Language:
     ) -> None:
         self.source, self.device = source, device
         self.head = output_head(source)
-        embedding = source.text.get_input_embeddings()
+        embedding = cast(nn.Embedding, source.text.get_input_embeddings())
         tied = self.head.weight is embedding.weight
         context.enter_context(source.outside_blocks(device, dtype))
         if tied:

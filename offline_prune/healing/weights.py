@@ -103,7 +103,7 @@ def trained_names(student: SourceModel, checkpoint: Checkpoint, train: Train) ->
     if train is Train.MLP:
         return {stored[name]: name for name in _sparse_parts(checkpoint)}
     linears = set(student.linears())
-    found = {}
+    found: dict[str, str] = {}
     for owner, module in student.text.named_modules(prefix=student.text_name):
         if owner in linears or "norm" in type(module).__name__.lower():
             names = [f"{owner}.{key}" for key, _ in module.named_parameters(recurse=False)]

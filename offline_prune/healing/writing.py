@@ -80,7 +80,7 @@ def _annotation(annotation: Annotation, settings: HealSettings, report: HealRepo
 def _parts(checkpoint: Checkpoint, student: SourceModel) -> dict[str, list[str]]:
     """Name of a part → the tensors in it: a decoder block's, and all others."""
     prefixes = [student.tensors.stored(block.name) for block in student.blocks]
-    parts: dict[str, list[str]] = {prefix: [] for prefix in prefixes} | {_OUTSIDE: []}
+    parts: dict[str, list[str]] = {part: [] for part in (*prefixes, _OUTSIDE)}
     for name in checkpoint.tensors:
         part = next((prefix for prefix in prefixes if name.startswith(f"{prefix}.")), _OUTSIDE)
         parts[part].append(name)
