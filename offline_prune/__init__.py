@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from offline_prune.checkpoint.verify import verify
     from offline_prune.evaluation.evaluate import Evaluation, evaluate
+    from offline_prune.healing.pipeline import heal
+    from offline_prune.healing.report import HealReport
+    from offline_prune.healing.settings import HealSettings
     from offline_prune.methods.recipe import METHODS, Grouping, Layout, Quantize, Rounding, Selection
     from offline_prune.pipeline import prune
     from offline_prune.report import Report
@@ -24,6 +27,8 @@ __all__ = [
     "METHODS",
     "Evaluation",
     "Grouping",
+    "HealReport",
+    "HealSettings",
     "Layout",
     "PruneSettings",
     "Quantize",
@@ -31,6 +36,7 @@ __all__ = [
     "Rounding",
     "Selection",
     "evaluate",
+    "heal",
     "prune",
     "verify",
 ]
@@ -39,6 +45,9 @@ _HOMES = {
     "prune": "pipeline",
     "verify": "checkpoint.verify",
     **dict.fromkeys(("evaluate", "Evaluation"), "evaluation.evaluate"),
+    "heal": "healing.pipeline",
+    "HealReport": "healing.report",
+    "HealSettings": "healing.settings",
     "Report": "report",
     "PruneSettings": "settings",
     **dict.fromkeys(("METHODS", "Grouping", "Layout", "Quantize", "Rounding", "Selection"), "methods.recipe"),

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from offline_prune.cli_evaluate import evaluate
+from offline_prune.heal_command import heal
 from offline_prune.methods.recipe import DEFAULT_METHOD, Grouping, Layout, Quantize, Rounding, Selection
 from offline_prune.runtime.threads import sleep_while_waiting
 from offline_prune.terminal import make_console, print_report, print_serving_class, progress_of
@@ -206,6 +207,9 @@ def prune(
         print_report(report, out, console)
         if quantize is Quantize.FP8:
             print_serving_class(out, console)
+
+
+app.command()(heal)
 
 
 @app.command()

@@ -51,7 +51,7 @@ def evaluate(
 
     if json_file is not None and not json_file.resolve().parent.is_dir():
         raise SpenseError(f"--json: {json_file.parent}: no such folder")
-    with progress_of(console, shown=True, done_what="passed") as progress:
+    with progress_of(console, shown=True, verb="passed") as progress:
         result = run(pruned, against, text or (), samples, length, device, trust_remote_code, progress, say)
     print_evaluation(result)
     if json_file is not None:

@@ -182,8 +182,8 @@ def _pinned_staging(model: SourceModel, written: dict[str, int]) -> int:
 
 def _placed(needs: MemoryPlan, settings: PruneSettings) -> MemoryPlan:
     device, out = needs.device, settings.out
-    host = int(psutil.virtual_memory().available * USABLE) // distributed.on_this_machine()
-    room = host if device.type == "cpu" else int(_free(device) * USABLE)
+    host = usable_host()
+    room = host if device.type == "cpu" else int(free_bytes(device) * USABLE)
     if room < needs.block + needs.work:
         raise SpenseError(
             f"{device}: {room / GIB:.2f} GiB of memory usable, one block needs {(needs.block + needs.work) / GIB:.2f} "
@@ -195,23 +195,28 @@ def _placed(needs: MemoryPlan, settings: PruneSettings) -> MemoryPlan:
         fits = plan.on_device <= room and (device.type == "cpu" or plan.host <= host)
         if place is Place.DISK or fits or len(places) == 1:
             break
-    require_disk_space(out, plan)
+    require_disk_space(out, plan.on_disk)
     return plan
 
 
-def _free(device: torch.device) -> int:
+def usable_host() -> int:
+    """Bytes of host memory that a plan of one rank may count on."""
+    return int(psutil.virtual_memory().available * USABLE) // distributed.on_this_machine()
+
+
+def free_bytes(device: torch.device) -> int:
     """Bytes of a GPU that nobody uses. What an earlier run of this process left in torch's cache counts as free."""
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + cached
 
 
-def require_disk_space(out: Path, plan: MemoryPlan) -> None:
-    """Raises SpenseError when the checkpoint, and a file of activations, will not fit where they should go."""
+def require_disk_space(out: Path, needed: int) -> None:
+    """Raises SpenseError when so many bytes will not fit where OUT should go."""
     place = Path(os.path.realpath(out))
     # What an unfinished run left is used again, or makes room.
     left = sum(file.stat().st_size for file in (place / PARTIAL).glob("*") if file.is_file())
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free + left
-    if free < plan.on_disk:
-        raise SpenseError(f"{place}: {free / GIB:.2f} GiB free, the run needs {plan.on_disk / GIB:.2f} GiB")
+    if free < needed:
+        raise SpenseError(f"{place}: {free / GIB:.2f} GiB free, the run needs {needed / GIB:.2f} GiB")

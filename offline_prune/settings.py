@@ -109,16 +109,16 @@ class PruneSettings:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, tuple(METHODS))
+        one_of("method", self.method, tuple(METHODS))
         if self.sparsity is not None and not 0 <= self.sparsity <= MAX_SPARSITY:
             raise SpenseError(
                 f"--sparsity: found {self.sparsity:g}, expected 0 to {MAX_SPARSITY} (2:4 removes half at most)"
             )
         for name, option, kind in _CHOICES:
             if (given := getattr(self, name)) is not None:
-                object.__setattr__(self, name, _choice(option, kind, given))
+                object.__setattr__(self, name, choice(option, kind, given))
         if self.activations != AUTO:
-            _one_of("activations", self.activations, (AUTO, *Place))
+            one_of("activations", self.activations, (AUTO, *Place))
         for name in ("samples", "length", "batch_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -169,16 +169,17 @@ class PruneSettings:
         return {**asdict(self), **asdict(self.recipe), **wanted}
 
 
-def _choice(option: str, kind: type[Choice], found: str) -> Choice:
+def choice(option: str, kind: type[Choice], found: str) -> Choice:
     """The choice of that name, which strings may stand for.
 
     Raises:
         SpenseError: there is none.
     """
-    _one_of(option, found, tuple(kind))
+    one_of(option, found, tuple(kind))
     return kind(found)
 
 
-def _one_of(option: str, found: str, expected: tuple[str, ...]) -> None:
+def one_of(option: str, found: str, expected: tuple[str, ...]) -> None:
+    """Raises SpenseError unless an option is one of some words."""
     if found not in expected:
         raise SpenseError(f"--{option}: found {found}, expected {' | '.join(expected)}")

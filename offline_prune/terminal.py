@@ -24,11 +24,14 @@ def make_console(stderr: bool = False) -> Console:
 
 
 @contextmanager
-def progress_of(console: Console, shown: bool, done_what: str = "pruned") -> Iterator[Callable[[int, int, str], None]]:
-    """What to tell about finished blocks: a bar on a terminal, elsewhere a line for every tenth of them.
+def progress_of(
+    console: Console, shown: bool, verb: str = "pruned", unit: str = "blocks"
+) -> Iterator[Callable[[int, int, str], None]]:
+    """What to tell about finished work: a bar on a terminal, elsewhere a line for every tenth of it.
 
     Args:
-        done_what: with each block, before its name.
+        verb: before the name of a piece.
+        unit: what the pieces are.
     """
     from rich.progress import (
         BarColumn,
@@ -43,8 +46,10 @@ def progress_of(console: Console, shown: bool, done_what: str = "pruned") -> Ite
 
     def line(done: int, total: int, name: str) -> None:
         if shown and done * 10 // total > (done - 1) * 10 // total:
-            took = timedelta(seconds=round(time.monotonic() - start))
-            console.print(f"{done_what} {name}, {done} of {total} blocks, after {took}", soft_wrap=True)
+            seconds = time.monotonic() - start
+            took, left = (timedelta(seconds=round(each)) for each in (seconds, seconds * (total - done) / done))
+            said = f"{verb} {name}, {done} of {total} {unit}, after {took}"
+            console.print(f"{said}, about {left} left" if done < total else said, soft_wrap=True)
 
     if not console.is_terminal:
         yield line
@@ -59,7 +64,7 @@ def progress_of(console: Console, shown: bool, done_what: str = "pruned") -> Ite
     )
     with Progress(*columns, console=console, disable=not shown) as bar:
         task = bar.add_task("preparing", total=None)
-        yield lambda done, total, name: bar.update(task, completed=done, total=total, description=f"{done_what} {name}")
+        yield lambda done, total, name: bar.update(task, completed=done, total=total, description=f"{verb} {name}")
 
 
 def print_report(report: Report, out: Path, console: Console) -> None:

@@ -39,6 +39,19 @@ class Part:
 
 
 @dataclass(frozen=True)
+class State:
+    """What training needs to go on from a step; it replaces the state before, and is no part of the checkpoint.
+
+    Attributes:
+        state_files: names of the files, in the journal's folder → crc32.
+        record: what the run wants to know about it.
+    """
+
+    state_files: dict[str, int]
+    record: Any
+
+
+@dataclass(frozen=True)
 class Ending:
     """All parts are finished and all other files are written; what is left is to move them to OUT.
 
@@ -55,7 +68,7 @@ class Ending:
 
 @dataclass
 class Journal:
-    """The first line is about the run, then there is one for each finished part, and at last the ending.
+    """The first line is about the run, then there is one for each finished part or state, and at last the ending.
 
     A line counts once it is whole; a last line that is not was being written when the run was killed.
 
@@ -67,6 +80,7 @@ class Journal:
     run: Mapping[str, Any]
     parts: list[Part] = field(default_factory=list)
     ending: Ending | None = None
+    state: State | None = None
 
     @classmethod
     def read(cls, folder: Path, say: Say = lambda _: None, file: str = FILE) -> Journal | None:
@@ -95,7 +109,14 @@ class Journal:
             say(f"{path}: line {intact + 1} is damaged; {intact - 1} parts before it are kept, the others made again")
         run, *others = [entry for entry in entries[:intact] if entry is not None]
         ending = Ending(**others.pop()) if others and "files" in others[-1] else None
-        return cls(folder, run, [Part(**entry) for entry in others], ending)
+        states = [State(**entry) for entry in others if "state_files" in entry]
+        parts = [Part(**entry) for entry in others if "state_files" not in entry]
+        return cls(folder, run, parts, ending, states[-1] if states else None)
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is anything that a run can go on from."""
+        return bool(self.parts or self.state)
 
     @property
     def finished(self) -> dict[str, Any]:
@@ -108,7 +129,13 @@ class Journal:
         return load_file(self.folder / file)
 
     def drop_damaged(self, say: Say) -> None:
-        """Forgets the first part whose file is not as it was written, and those after it."""
+        """Forgets the first part whose file is not as it was written, and those after it; and a damaged state."""
+        for name, crc32 in self.state.state_files.items() if self.state else ():
+            if damage := _changed(self.folder / name, crc32):
+                say(f"{self.folder / name}: {damage}; training begins anew")
+                # Parts are made of what training ends with.
+                self.state, self.parts = None, []
+                return
         for index, part in enumerate(self.parts):
             file = self.folder / part.file
             damage = _damage(file, part.crc32)
@@ -119,7 +146,8 @@ class Journal:
     def start(self) -> None:
         """Writes the journal anew, which drops lines that do not count."""
         file = self.folder / FILE
-        entries: list[Mapping[str, Any]] = [self.run, *map(vars, self.parts)]
+        states = [vars(self.state)] if self.state else []
+        entries: list[Mapping[str, Any]] = [self.run, *states, *map(vars, self.parts)]
         temporary = file.with_suffix(".new")
         with temporary.open("w", encoding="utf-8") as out:
             out.writelines(map(_line, entries))
@@ -129,9 +157,21 @@ class Journal:
 
     def add(self, name: str, file: Path, record: Any) -> None:
         """A part that is on the disk."""
-        part = Part(name, file.name, _crc32(file), record)
+        part = Part(name, file.name, crc32_of(file), record)
         self._append(vars(part))
         self.parts.append(part)
+
+    def keep(self, state_files: dict[str, int], record: Any) -> None:
+        """A state that is on the disk, instead of the one before; files that only that one has are removed.
+
+        Args:
+            state_files: names in the journal's folder → `crc32_of` them.
+        """
+        old, self.state = self.state, State(state_files, record)
+        self._append(vars(self.state))
+        for name in old.state_files if old else ():
+            if name not in state_files:
+                (self.folder / name).unlink(missing_ok=True)
 
     def end(self, ending: Ending) -> None:
         self._append(vars(ending))
@@ -177,12 +217,20 @@ def _damage(file: Path, crc32: int) -> str | None:
     """What is wrong with a part's file, if anything."""
     try:
         read_header(file)
-        return None if _crc32(file) == crc32 else "not what was written"
     except (OSError, ValueError) as error:
+        return f"damaged: {error}"
+    return _changed(file, crc32)
+
+
+def _changed(file: Path, crc32: int) -> str | None:
+    try:
+        return None if crc32_of(file) == crc32 else "not what was written"
+    except OSError as error:
         return f"damaged: {error}"
 
 
-def _crc32(path: Path) -> int:
+def crc32_of(path: Path) -> int:
+    """Checksum of a file's bytes."""
     found = 0
     with path.open("rb") as file:
         while chunk := file.read(1 << 24):

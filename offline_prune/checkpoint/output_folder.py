@@ -90,6 +90,7 @@ class OutputFolder:
         else:
             journal = Journal(self.partial, run)
         kept = {_LOCK, FILE, *(part.file for part in journal.parts)}
+        kept |= {*journal.state.state_files} if journal.state else set()
         with self.writing(self.partial):
             for entry in self.partial.iterdir():
                 if entry.name not in kept:
@@ -172,7 +173,7 @@ class OutputFolder:
             with self.writing(self.path):
                 self._move(found)
             found = None
-        if found and found.parts:
+        if found and found.begun:
             if self._resume:
                 if not found.ending:
                     self._refuse_content(_KNOWN)
@@ -260,7 +261,7 @@ class OutputFolder:
         """Gives the lock back; removes the hidden folder where nothing is finished, and OUT if it was made for it."""
         with suppress(OSError, SpenseError):
             journal = Journal.read(self.partial)
-            if not (journal and journal.parts):
+            if not (journal and journal.begun):
                 for entry in self.partial.iterdir():
                     if entry.name != _LOCK:
                         _remove(entry)
@@ -297,16 +298,20 @@ def written_files(folder: Path) -> list[str] | None:
     return [name for name in dict.fromkeys(names) if isinstance(name, str) and _inside(name)]
 
 
-def require_apart(model: Path, out: Path) -> None:
-    """Raises SpenseError where one of MODEL and OUT is, or lies in, the other, under whatever names."""
+def require_apart(model: Path, out: Path, argument: str = "MODEL") -> None:
+    """Raises SpenseError where one of MODEL and OUT is, or lies in, the other, under whatever names.
+
+    Args:
+        argument: what the command calls MODEL.
+    """
     out = Path(os.path.realpath(out))
     model = Path(os.path.realpath(model))
     for inner, outer in ((model, out), (out, model)):
         if outer.exists() and any(each.exists() and each.samefile(outer) for each in (inner, *inner.parents)):
-            raise SpenseError(f"OUT is {out} and MODEL {model}: expected folders of which neither holds the other")
+            raise SpenseError(f"OUT is {out} and {argument} {model}: expected folders of which neither holds the other")
     for name in os.listdir(model) if os.access(model, os.R_OK) else ():
         if out in Path(os.path.realpath(model / name)).parents:
-            raise SpenseError(f"{model / name}: a link into OUT, {out}; MODEL's files must lie elsewhere")
+            raise SpenseError(f"{model / name}: a link into OUT, {out}; {argument}'s files must lie elsewhere")
 
 
 def _inside(name: str) -> bool:

@@ -196,8 +196,9 @@ class CheckpointWriter:
         finally:
             # Whatever was being written when something else went wrong is finished first.
             self._background.shutdown()
-            if not ended and self.journal.parts:
-                self._say(f"what is finished is kept ({len(self.journal.parts)} parts); --resume goes on from there")
+            if not ended and self.journal.begun:
+                finished = f" ({len(self.journal.parts)} parts)" if self.journal.parts else ""
+                self._say(f"what is finished is kept{finished}; --resume goes on from there")
 
     def _wait(self) -> None:
         if self._last:

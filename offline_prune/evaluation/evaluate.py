@@ -99,8 +99,8 @@ def evaluate(
     if samples < 1 or length < 2:
         raise SpenseError(f"--samples, --length: found {samples}, {length}, expected at least 1 and 2")
     place = pick_device(device)
-    dense = SourceModel(against, trust_remote_code, to_measure=True)
-    sparse = SourceModel(pruned, trust_remote_code, to_measure=True)
+    dense = SourceModel(against, trust_remote_code, as_stored=True)
+    sparse = SourceModel(pruned, trust_remote_code, as_stored=True)
     annotation = _annotation(sparse, say)
     _require_alike(sparse, dense)
     context = context_length(dense.text.config)

@@ -44,7 +44,7 @@ class SourceModel:
     Args:
         model: a local folder or a hub name.
         trust_remote_code: run the Python code that a model brings along.
-        to_measure: the model as its files have it: one that Spense pruned too, and weights stored in FP8 times their
+        as_stored: the model as its files have it: one that Spense pruned too, and weights stored in FP8 times their
             scales in float32.
 
     Attributes:
@@ -58,16 +58,16 @@ class SourceModel:
             quantized to something else than FP8.
     """
 
-    def __init__(self, model: str, trust_remote_code: bool = False, to_measure: bool = False) -> None:
+    def __init__(self, model: str, trust_remote_code: bool = False, as_stored: bool = False) -> None:
         self.folder: Path = resolve_model(model)
         config = read_object(self.folder / "config.json")
-        refuse_unreadable(self.folder, config, pruned_too=to_measure)
+        refuse_unreadable(self.folder, config, pruned_too=as_stored)
         self.config_json: dict[str, Any] = config_of_weights(config)
         self._trust = trust_remote_code
         files = SafetensorsReader(self.folder)
         require_sane_depth(config, len(files.headers), self.folder / "config.json")
         self.skeleton = empty_model(self.folder, trust_remote_code)
-        self.tensors = ModelTensors(files, self.skeleton, config, torch.float32 if to_measure else None)
+        self.tensors = ModelTensors(files, self.skeleton, config, torch.float32 if as_stored else None)
         found = find_text_model(self.skeleton)
         self.text_name, self.text = found.name, found.model
         self.blocks = _described(found.blocks, self.tensors)

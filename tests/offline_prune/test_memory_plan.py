@@ -28,7 +28,7 @@ def test_what_an_earlier_run_left_in_torchs_cache_is_free(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (30, 80))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 45)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 1)
-    assert memory_plan._free(GPU) == 74
+    assert memory_plan.free_bytes(GPU) == 74
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def hollow_model(folder: Path, shape: str) -> SourceModel:
 
 def planned(folder: Path, shape: str, gpu_gib: float, monkeypatch: pytest.MonkeyPatch, **options: object) -> MemoryPlan:
     """The plan for 128 × 16384 tokens with so much free memory on a GPU, and 120 GiB beside it."""
-    monkeypatch.setattr(memory_plan, "_free", lambda _: gpu_gib * GIB)
+    monkeypatch.setattr(memory_plan, "free_bytes", lambda _: gpu_gib * GIB)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=120 * GIB))
     given = {"method": "spensegpt+", "samples": 128, "length": 16384, "device": "cuda", **options}
     settings = PruneSettings("model", folder / "out", **given)  # type: ignore[arg-type]

@@ -243,9 +243,9 @@ def test_what_a_resumed_run_needs_on_the_disk(deep: Path, tmp_path: Path, text: 
     free = needs.on_disk - parts // 2
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory_plan.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-        memory_plan.require_disk_space(tmp_path / "out", needs)
+        memory_plan.require_disk_space(tmp_path / "out", needs.on_disk)
         with pytest.raises(SpenseError, match=r"GiB free, the run needs"):
-            memory_plan.require_disk_space(tmp_path / "elsewhere", needs)
+            memory_plan.require_disk_space(tmp_path / "elsewhere", needs.on_disk)
 
 
 def test_a_run_needs_no_more_disk_than_planned(

@@ -1,0 +1,170 @@
+"""What `heal` makes of a pruned checkpoint, and what it leaves alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from heal_runs import Pair, cut_off, healed, make_pair, settings
+from safetensors.torch import load_file
+from torch import nn
+
+from offline_prune import HealReport, heal
+from offline_prune.calibration.data import calibration_tokens
+from offline_prune.checkpoint.evaluate import load_dense
+from offline_prune.checkpoint.output_folder import PARTIAL
+from offline_prune.checkpoint.verify import open_checkpoint, verify
+from offline_prune.healing import pipeline
+from offline_prune.healing.text import split
+from vllm_spense.format import KEY
+
+#: Family, how it is pruned, how it is healed.
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "fp8": ("llama", {}, {}),
+    "unquantized, fused": ("phi3", {"quantize": "none"}, {}),
+    "soft-capped logits, all": ("gemma2", {}, {"train": "all", "checkpointing": False}),
+    "scaled logits": ("granite", {}, {}),
+}
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+@torch.inference_mode()
+def kl(teacher: Path, student: Path, tokens: torch.Tensor) -> float:
+    """Mean over all positions, from the models' own logits."""
+    target, found = (load_dense(folder)[0](input_ids=tokens).logits.log_softmax(-1) for folder in (teacher, student))
+    return float(nn.functional.kl_div(found, target, reduction="sum", log_target=True) / tokens.numel())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_unseen_text_is_predicted_better_and_only_trained_weights_change(
+    case: str, tmp_path: Path, long_text: Path
+) -> None:
+    """Pruned and healed are judged by the files that were written, opened by other code, in this process."""
+    family, pruning, healing = CASES[case]
+    pair, out = make_pair(tmp_path, long_text, family, **pruning), tmp_path / "out"
+    report = healed(pair, out, **healing)
+    verify(out)
+
+    text = settings(pair, out)
+    loaded = load_dense(pair.teacher)[1]
+    unseen = split(calibration_tokens(str(long_text), loaded, text.samples, text.length, 0), text).heldout
+    before, after = (kl(pair.teacher, folder, unseen) for folder in (pair.pruned, out))
+    assert report.before == pytest.approx(before, rel=1e-3)
+    # What was trained is what was written. One rounding left out of the forward pass would be off by more.
+    assert report.after == pytest.approx(after, rel=1e-3)
+    assert after < 0.85 * before
+
+    old, new = tensors(pair.pruned), tensors(out)
+    assert list(old) == list(new)
+    changed = {name for name in old if not same_bytes(old[name], new[name])}
+    checkpoint = open_checkpoint(pair.pruned)
+    annotation = checkpoint.annotation
+    pruned_layers = {f"{layer}.weight" for module in annotation.modules for layer in annotation.layers(module)}
+    if healing.get("train") == "all":
+        assert pruned_layers < changed
+        assert {name.rpartition(".")[2] for name in changed} == {"weight"}, "scales stay"
+        assert not {name for name in changed if "embed" in name or "lm_head" in name}
+        assert any("norm" in name for name in changed)
+        assert any("self_attn" in name for name in changed)
+    else:
+        assert changed == pruned_layers
+    assert open_checkpoint(out).annotation.settings["healed"] == settings(pair, out, **healing).train
+    for module in annotation.modules:
+        sparse = annotation.regions(module).sparse
+        gate, up, down = (f"{layer}.weight" for layer in annotation.layers(module))
+        for name, index in ((gate, slice(sparse)), (up, slice(sparse)), (down, (slice(None), slice(sparse)))):
+            assert not new[name].float()[index][old[name].float()[index] == 0].any(), name
+
+
+def test_bfloat16_trains_too(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU does, and a CPU with instructions for it; masters and gradients stay float32."""
+    monkeypatch.setattr(pipeline, "compute_dtype", lambda device: torch.bfloat16)
+    report = healed(pair, tmp_path / "out")
+    assert report.after < 0.85 * report.before
+    verify(tmp_path / "out")
+
+
+def test_files_and_annotation_travel(pair: Pair, whole: tuple[Path, HealReport]) -> None:
+    out, report = whole
+    old, new = (json.loads((folder / "config.json").read_text()) for folder in (pair.pruned, out))
+    notes = [each["quantization_config"].pop(KEY) for each in (old, new)]
+    assert old == new
+    settings = [note["method"].pop("settings") for note in notes]
+    assert notes[0] == notes[1]
+    trained = 256 * report.history.best_step
+    healing = {"healed": "mlp", "healed_text": str(pair.text), "healed_tokens": trained, "healed_rate": 0.01}
+    assert settings[1] == settings[0] | healing
+    written = {path.name for path in out.iterdir()}
+    assert {path.name for path in pair.pruned.iterdir()} - written == {"report.png"}
+    data = json.loads((out / "report.json").read_text())
+    assert data["heldout_kl_after"] < data["heldout_kl_before"]
+    assert data["tokens"] == 14 * 256
+    assert data["pruning"]["mlp_sparsity"] == pytest.approx(0.375)
+
+
+def test_a_healed_checkpoint_can_be_healed_again(pair: Pair, tmp_path: Path, whole: tuple[Path, HealReport]) -> None:
+    out, first = whole
+    again = healed(Pair(pair.teacher, out, pair.text), tmp_path / "again")
+    assert again.before == pytest.approx(first.after, rel=1e-4)
+    assert again.after < first.after
+
+
+def test_what_gets_worse_is_not_written(pair: Pair, tmp_path: Path) -> None:
+    said: list[str] = []
+    report = heal(settings(pair, tmp_path / "out", rate=1.0), say=said.append)
+    assert isinstance(report, HealReport)
+    assert report.history.best_step == 0
+    assert report.after == report.before < report.history.heldout[-1][1]
+    assert "no state predicted the held-out text better than PRUNED" in said[-1]
+    old, new = tensors(pair.pruned), tensors(tmp_path / "out")
+    assert all(same_bytes(old[name], new[name]) for name in old)
+
+
+def test_a_teacher_writes_its_own_text(pair: Pair, tmp_path: Path) -> None:
+    said: list[str] = []
+    report = heal(settings(pair, tmp_path / "out", calibration="generated", length=24, samples=48), say=said.append)
+    assert report.after < report.before
+    assert "the teacher while it writes text" in " ".join(said)
+    assert "48 of 48 sequences written" in said
+
+
+def test_generated_text_is_drawn_from_the_teachers_own_distribution(pair: Pair, tmp_path: Path) -> None:
+    """Then its mean −log p is the distribution's entropy; at another temperature, or of the likeliest tokens alone, it
+    is less. Tokens that end a document end no sequence."""
+    cut_off(pair, tmp_path / "out", 1, calibration="generated", length=24, samples=96)
+    tokens = torch.load(tmp_path / "out" / PARTIAL / "state-text", weights_only=True)
+    assert tokens.shape == (96, 24)
+    assert (tokens[:, 0] == 256).all(), "no chat template, so the end of a document before"
+    assert len(tokens[:, 1:4].unique()) > 48
+    ends = (tokens[:, 4:-1] == 256).nonzero()
+    assert len(ends)
+    assert (tokens[:, 4:] != 0).any(dim=1).all(), "not padded"
+    logits = load_dense(pair.teacher)[0](input_ids=tokens).logits[:, 3:-1].log_softmax(-1)
+    entropy = -(logits.exp() * logits).sum(-1).mean()
+    surprise = -logits.gather(-1, tokens[:, 4:, None]).mean()
+    assert surprise == pytest.approx(entropy.item(), rel=0.05)
+    cold = (logits / 0.7).log_softmax(-1).exp()
+    assert -(cold * logits).sum(-1).mean() < 0.9 * entropy
+
+
+def test_a_chat_model_writes_from_where_a_users_turn_begins(pair: Pair, tmp_path: Path) -> None:
+    teacher, pruned = (shutil.copytree(folder, tmp_path / folder.name) for folder in (pair.teacher, pair.pruned))
+    for folder in (teacher, pruned):
+        (folder / "chat_template.jinja").write_text(
+            "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}"
+        )
+    cut_off(Pair(teacher, pruned, pair.text), tmp_path / "out", 1, calibration="generated", length=24, samples=12)
+    tokens = torch.load(tmp_path / "out" / PARTIAL / "state-text", weights_only=True)
+    assert {load_dense(teacher)[1].decode(row[:6]) for row in tokens} == {"<user>"}
+    assert len({tuple(row.tolist()) for row in tokens}) == 12

@@ -1,0 +1,155 @@
+"""What `heal` refuses, and in which words."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from heal_runs import Pair, healed
+from tiny_models import tiny_model
+
+from offline_prune.healing import plan
+from vllm_spense.errors import SpenseError
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"train": "attention"}, "--train: found attention, expected mlp | all"),
+        ({"optimizer": "sgd"}, "--optimizer: found sgd, expected adamw | adamw8bit"),
+        ({"samples": 1}, "--samples: found 1, expected at least 2"),
+        ({"step_tokens": 0}, "--step-tokens: found 0, expected at least 1"),
+        ({"heldout": 0.0}, "--heldout: found 0, expected more than 0 and at most 0.5"),
+        ({"rate": 2.0}, "--rate: found 2, expected more than 0 and at most 1"),
+        ({"warm_up": 1.0}, "--warm-up: found 1, expected at least 0 and less than 1"),
+        ({"save_minutes": -1.0}, "--save-minutes: found -1, expected at least 0"),
+        ({"teacher": "/no/such/model"}, "/no/such/model: no such folder"),
+        ({"samples": 9}, "expected at least 13, which is one step; or a smaller --step-tokens"),
+        ({"samples": 4096}, "tokens, expected at least 262144 (4096 samples × 64)"),
+        ({"calibration": "/no/such.txt"}, "/no/such.txt: no such file"),
+    ],
+)
+def test_options(options: dict[str, Any], words: str, pair: Pair, tmp_path: Path) -> None:
+    with pytest.raises(SpenseError) as error:
+        healed(pair, tmp_path / "out", **{"step_tokens": 768, **options})
+    assert words in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (lambda folder: tiny_model("qwen2", folder), "architecture: found Qwen2ForCausalLM, expected LlamaForCausalLM"),
+        (
+            lambda folder: tiny_model("llama", folder, intermediate_size=192),
+            "mlp.gate_proj.weight: found (192, 64), expected (128, 64)",
+        ),
+        (
+            lambda folder: tiny_model("llama", folder, num_hidden_layers=1),
+            "layers.1.self_attn.q_proj.weight: found nothing",
+        ),
+        (lambda folder: tiny_model("llama", folder, vocab_size=260), "found (260, 64), expected (258, 64)"),
+        (lambda folder: _other_words(tiny_model("llama", folder)), "token '<end>': found 256, expected nothing"),
+    ],
+    ids=["architecture", "sizes", "layers", "vocabulary", "tokenizer"],
+)
+def test_another_teacher(other: Callable[[Path], Path], words: str, pair: Pair, tmp_path: Path) -> None:
+    with pytest.raises(SpenseError, match="not the model that") as error:
+        healed(pair, tmp_path / "out", teacher=str(other(tmp_path / "teacher")))
+    assert words in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def _other_words(folder: Path) -> Path:
+    for file in folder.glob("tokenizer*.json"):
+        file.write_text(file.read_text().replace("<eos>", "<end>"))
+    return folder
+
+
+def test_folders(pair: Pair, tmp_path: Path, llama: Path) -> None:
+    with pytest.raises(SpenseError, match="not a Spense checkpoint"):
+        healed(Pair(llama, llama, pair.text), tmp_path / "out")
+    with pytest.raises(SpenseError, match="already quantized and pruned by Spense"):
+        healed(Pair(pair.pruned, pair.pruned, pair.text), tmp_path / "out")
+    copy = shutil.copytree(pair.pruned, tmp_path / "pruned")
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    for out in (copy, copy / "inside"):
+        with pytest.raises(SpenseError, match=r"OUT is .* and PRUNED .*: expected folders of which neither holds"):
+            healed(Pair(pair.teacher, copy, pair.text), out, overwrite=True)
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine.txt").write_text("mine")
+    with pytest.raises(SpenseError, match="the folder is not empty"):
+        healed(pair, full)
+    assert [path.name for path in full.iterdir()] == ["mine.txt"]
+
+
+def test_a_missing_library_is_one_line(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(SpenseError) as error:
+        healed(pair, tmp_path / "out", optimizer="adamw8bit")
+    assert str(error.value) == (
+        "--optimizer: adamw8bit needs torchao, which is not installed; pip install 'vllm-spense[heal]' brings it, and "
+        "adamw does without"
+    )
+
+
+def test_too_little_memory_names_what_would_fit(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for one sequence at once, then for none."""
+    needed: list[int] = []
+    given = plan.usable_host()
+    monkeypatch.setattr(plan, "usable_host", lambda: given)
+    original = plan._Sizes.plan
+
+    def noted(self: Any, settings: Any, ranks: int) -> Any:
+        found = original(self, settings, ranks)
+        needed.append(found.on_device)
+        return found
+
+    monkeypatch.setattr(plan._Sizes, "plan", noted)
+    healed(pair, tmp_path / "small", batch_tokens=64)
+    monkeypatch.setattr(plan, "usable_host", lambda: needed[0])
+    with pytest.raises(SpenseError) as error:
+        healed(pair, tmp_path / "out")
+    assert "of memory usable, training needs" in str(error.value)
+    assert "; --batch-tokens 64 | --batch-tokens 64 --optimizer adamw8bit would fit" in str(error.value)
+    monkeypatch.setattr(plan, "usable_host", lambda: 1000)
+    with pytest.raises(SpenseError, match="; neither --batch-tokens, 8-bit moments nor 8 GPUs would do"):
+        healed(pair, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_logits_that_are_made_otherwise_are_refused(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from offline_prune.healing.models import Language
+
+    logits = Language.logits
+    monkeypatch.setattr(Language, "logits", lambda self, hidden: 2 * logits(self, hidden))
+    with pytest.raises(SpenseError, match="LlamaForCausalLM: what it makes of its output head's result is not known"):
+        healed(pair, tmp_path / "out")
+
+
+def test_the_command(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    import signal
+
+    from offline_prune import cli
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    options = ["--teacher", pair.teacher, "--calibration", pair.text, "--samples", 32, "--length", 64]
+    options += ["--step-tokens", 256, "--device", "cpu"]
+    for out, code in ((pair.pruned, 1), (tmp_path / "out", 0)):
+        with pytest.raises(SystemExit) as end:
+            cli.main(list(map(str, ["heal", pair.pruned, out, *options])))
+        assert (end.value.code or 0) == code
+    said = capsys.readouterr()
+    assert "error: OUT is" in said.err
+    assert "7 of 7 steps, after" in said.err
+    assert "KL(teacher ‖ student) on 64 held-out tokens" in said.out
+    assert json.loads((tmp_path / "out/report.json").read_text())["steps"] == 7
