@@ -213,7 +213,7 @@ class _Run:
             writer.copy_companions(self.model.folder)
             ignore = self._ignored() if self.settings.quantize is Quantize.FP8 else None
             annotation, source, report = self._annotation(), self.model.folder, self.report
-            losses, name = report.loss_table(), self.settings.model
+            losses, name = report.card_section(), self.settings.model
             card = model_card(name, source, annotation, ignore is not None, losses, report.skipped, self.say)
             writer.write_card(card, source)
             writer.write_config(self.model.config_json, annotation, ignore)

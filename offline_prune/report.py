@@ -125,13 +125,19 @@ class Report:
             found.append(ProjectionSummary(name, zeros, losses[len(losses) // 2], losses[-1]))
         return found
 
-    def loss_table(self) -> list[str]:
-        """`projections` in Markdown."""
+    def card_section(self) -> list[str]:
+        """Markdown for the checkpoint's model card."""
         rows = [
             (part.name, f"{part.zeros:.2%}", f"{part.median_loss:.4f}", f"{part.largest_loss:.4f}")
             for part in self.projections()
         ]
-        return table(["projection", "zeros", "loss, median", "loss, largest"], rows)
+        return [
+            "## Measured while pruning",
+            "",
+            "‖(W − Ŵ)X‖² / ‖WX‖² on the calibration text, before any tuning:",
+            "",
+            *table(["projection", "zeros", "loss, median", "loss, largest"], rows),
+        ]
 
     def draw(self, path: Path) -> None:
         """Writes the picture: loss of each projection against depth."""

@@ -58,7 +58,7 @@ def model_card(
     Args:
         model: as the user named it.
         source: its folder, whose own card may say a licence.
-        measured: a Markdown table of what pruning cost, projection by projection.
+        measured: a section of Markdown about what was measured on the way.
         skipped: block that was left as it was → why.
         say: told where the original's card cannot be read.
     """
@@ -89,10 +89,6 @@ def model_card(
         "## How it was made",
         "",
         *table(["", ""], [(name, value.replace("|", "\\|")) for name, value in about.items()]),
-        "",
-        "## Measured while pruning",
-        "",
-        "‖(W − Ŵ)X‖² / ‖WX‖² on the calibration text, before any tuning:",
         "",
         *measured,
         "",

@@ -129,7 +129,7 @@ class _Run:
                 write_weights(self.writer, finished, self.checkpoint, self.student, training.weights, training.best)
             self._close_report(plan, start)
             if self.writer:
-                write_rest(self.writer, self.checkpoint, self.settings, self.report)
+                write_rest(self.writer, self.checkpoint, self.teacher.folder, self.settings, self.report, self.say)
         if self.report.history.best_step == 0:
             self.say(
                 f"no state predicted the held-out text better than PRUNED (KL {self.report.before:.4f}): its weights "

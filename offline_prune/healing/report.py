@@ -46,5 +46,14 @@ class HealReport:
         """The same of what was written."""
         return dict(self.history.heldout)[self.history.best_step]
 
+    def card_section(self) -> list[str]:
+        """Markdown for the checkpoint's model card."""
+        return [
+            "## Measured while healing",
+            "",
+            f"KL(original ‖ this model) of the next token on {self.heldout_tokens} tokens that were not trained on: "
+            f"{self.after:.4f} nats, and {self.before:.4f} before healing.",
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         return {"heldout_kl_before": self.before, "heldout_kl_after": self.after, **asdict(self)}

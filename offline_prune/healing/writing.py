@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from offline_prune.checkpoint.journal import Say
+from offline_prune.checkpoint.model_card import model_card
 from offline_prune.checkpoint.verify import Checkpoint
 from offline_prune.checkpoint.writer import CheckpointWriter
 from offline_prune.healing.report import HealReport
@@ -46,10 +49,25 @@ def write_weights(
             writer.add(part, dict(sorted({**others, **tensors}.items())))
 
 
-def write_rest(writer: CheckpointWriter, checkpoint: Checkpoint, settings: HealSettings, report: HealReport) -> None:
-    """Companions, configuration with the annotation, report."""
+def write_rest(
+    writer: CheckpointWriter,
+    checkpoint: Checkpoint,
+    original: Path,
+    settings: HealSettings,
+    report: HealReport,
+    say: Say,
+) -> None:
+    """Companions, configuration with the annotation, report, model card.
+
+    Args:
+        original: folder of the teacher, whose own card travels along.
+    """
     writer.copy_companions(checkpoint.folder)
-    annotation = _annotation(checkpoint.annotation, settings, report).to_dict()
+    healed = _annotation(checkpoint.annotation, settings, report)
+    skipped = (report.pruning or {}).get("skipped", {})
+    section = report.card_section()
+    writer.write_card(model_card(settings.teacher, original, healed, checkpoint.fp8, section, skipped, say), original)
+    annotation = healed.to_dict()
     if checkpoint.fp8:
         quantization = {**checkpoint.config["quantization_config"], KEY: annotation}
         writer.write_json("config.json", {**checkpoint.config, "quantization_config": quantization})

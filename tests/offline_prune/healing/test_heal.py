@@ -55,6 +55,9 @@ def test_unseen_text_is_predicted_better_and_only_trained_weights_change(
     pair, out = make_pair(tmp_path, long_text, family, **pruning), tmp_path / "out"
     report = healed(pair, out, **healing)
     verify(out)
+    card = (out / "README.md").read_text()
+    assert f"{report.after:.4f} nats, and {report.before:.4f} before healing" in card
+    assert "healed=" in card
 
     text = settings(pair, out)
     loaded = load_dense(pair.teacher)[1]
