@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
 def make_console(stderr: bool = False) -> Console:
     """Prints text as it is: names of folders, models and methods may look like markup."""
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+def silence_bars(console: Console) -> None:
+    """Keeps the bars of libraries, which read this when they are imported, out of a log."""
+    if not console.is_terminal:
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 @contextmanager

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from offline_prune.terminal import make_console, print_evaluation, progress_of
+from offline_prune.terminal import make_console, print_evaluation, progress_of, silence_bars
 from vllm_spense.errors import SpenseError
 
 
@@ -39,9 +38,7 @@ def evaluate(
     One decoder block at a time is in memory, so a model of any size fits.
     """
     console = make_console(stderr=True)
-    # Bars of libraries, which read this when they are imported, would flood a log.
-    if not console.is_terminal:
-        os.environ.setdefault("TQDM_DISABLE", "1")
+    silence_bars(console)
     from offline_prune.checkpoint.model_card import FILE, write_measured
     from offline_prune.evaluation.evaluate import card_section
     from offline_prune.evaluation.evaluate import evaluate as run

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from offline_prune.terminal import make_console, progress_of
+from offline_prune.terminal import make_console, progress_of, silence_bars
 
 _RUN = "How to run"
 
@@ -72,9 +71,7 @@ def heal(
 ) -> None:
     """Train what pruning kept towards the dense model's predictions: distillation with fixed zeros."""
     console = make_console(stderr=True)
-    # Bars of libraries, which read this when they are imported, would flood a log.
-    if not console.is_terminal:
-        os.environ.setdefault("TQDM_DISABLE", "1")
+    silence_bars(console)
     from offline_prune.healing.pipeline import heal as run
     from offline_prune.healing.settings import HealSettings, Optimizer, Train
     from offline_prune.runtime import distributed
