@@ -247,6 +247,22 @@ def verify(
 
 
 @app.command()
+def adapt(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a PEFT LoRA adapter, trained on the original model.")],
+    pruned: Annotated[Path, typer.Argument(help="A Spense checkpoint of that model.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; empty or not there yet.")],
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the Python in PRUNED that says how the model is built.")
+    ] = False,
+) -> None:
+    """Rewrite a LoRA adapter of the original model so that it fits the pruned one."""
+    from offline_prune.checkpoint.adapter import adapt as run
+
+    result = run(adapter, pruned, out, lambda line: console.print(line, soft_wrap=True), trust_remote_code)
+    console.print(f"{out}: fits {pruned}; {result.moved} of {result.tensors} tensors were reordered", soft_wrap=True)
+
+
+@app.command()
 def inspect(folder: Annotated[Path, typer.Argument(help="A Spense checkpoint.")]) -> None:
     """Show what FOLDER is: method, regions, calibration, size."""
     from offline_prune.checkpoint.verify import open_checkpoint
