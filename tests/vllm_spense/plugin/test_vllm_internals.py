@@ -31,7 +31,10 @@ from vllm_spense.plugin.vllm_internals import (
 )
 
 #: What no other file of the plugin may use.
-INTERNAL = ("MODELS_CONFIG_MAP", "op_registry_oot", "register_oot", "_map_name", "currentframe", "f_back", "ops._C")
+INTERNAL = (
+    *("MODELS_CONFIG_MAP", "op_registry_oot", "register_oot", "_map_name", "currentframe", "f_back", "ops._C"),
+    *("_all_lora_classes", "can_replace_layer", "set_lora"),
+)
 
 
 def test_internals_are_used_in_one_file() -> None:
