@@ -68,10 +68,10 @@ def as_served(
     answers = []
     for i, (prompt, completion) in enumerate(zip(PROMPTS, completions, strict=True)):
         chosen = [None, *adapters][i % (len(adapters) + 1)]
-        loras = parts_of(chosen) if chosen else {}
-        for name, layer in layers.items():
-            parts = loras.get(name)
-            layer.lora = chosen and parts and (parts["lora_A.weight"], parts["lora_B.weight"], scaling(chosen))
+        for layer in layers.values():
+            layer.lora = None
+        for name, lora in (parts_of(chosen) if chosen else {}).items():
+            layers[name].lora = lora["lora_A.weight"], lora["lora_B.weight"], scaling(chosen)
         tokens = tokenizer(prompt).input_ids
         with torch.inference_mode():
             logits = model(input_ids=torch.tensor([[*tokens, *completion.tokens]])).logits[0, len(tokens) - 1 : -1]

