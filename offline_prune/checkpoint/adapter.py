@@ -191,10 +191,9 @@ class _Model:
 
 def _split(name: str) -> tuple[str, str]:
     """Of a tensor's name in an adapter: the layer, and what it is of that layer."""
-    name = name.removeprefix(_PREFIX)
-    found = re.fullmatch(r"(.+?)\.(?:base_layer\.)?(lora_.+)", name)
-    layer, _, part = name.rpartition(".")
-    return (found[1], found[2]) if found else (layer.removesuffix(".base_layer"), part)
+    # Names of wrappers around a layer are written by some versions of PEFT.
+    found = re.fullmatch(r"(.+?)(?:\.base_layer|\.modules_to_save)?\.(lora_.+|[^.]+)", name.removeprefix(_PREFIX))
+    return (found[1], found[2]) if found else ("", name)
 
 
 def _read_config(adapter: Path) -> dict[str, Any]:

@@ -221,9 +221,10 @@ class CheckpointWriter:
         if arrived:
             arrived.synchronize()
         self._save(file, tensors)
-        beside = [self._folder / f"permutations-{number}"] if permutations else []
-        for path in beside:
-            self._save(path, dict(permutations or {}))
+        beside = []
+        if permutations:
+            beside.append(self._folder / f"permutations-{number}")
+            self._save(beside[0], dict(permutations))
         with self._out.writing(file):
             self.journal.add(name, file, record, beside)
 
@@ -244,12 +245,11 @@ class CheckpointWriter:
             return
         parts = [self._folder / part.file for part in self.journal.parts]
         headers = [read_header(part) for part in parts]
-        if not parts:
-            weights, merged = {}, None
-        elif merges(sum(header.nbytes for header in headers)):
+        weights: dict[str, str] = {}
+        merged = None
+        if parts and merges(sum(header.nbytes for header in headers)):
             weights, merged = {SINGLE_NAME: SINGLE_NAME}, SINGLE_NAME
-        else:
-            merged = None
+        elif parts:
             weights = {
                 f"model-{number:05d}-of-{len(parts):05d}.safetensors": part.name for number, part in enumerate(parts, 1)
             }

@@ -214,6 +214,10 @@ def tensor(name: str, *shape: int, instead_of: str = "") -> Callable[[Path], Non
             tensor(f"{LAYER}.down_proj.weight", HIDDEN, INTERMEDIATE),
             r"down_proj.weight: found weight of a pruned layer, expected lora_A.weight \| lora_B.weight",
         ),
+        (
+            tensor(f"{LAYER}.down_proj.modules_to_save.weight", HIDDEN, INTERMEDIATE),
+            "found weight of a pruned layer",
+        ),
         (tensor(f"{LAYER}.up_proj.lora_C.weight", 8), "found lora_C.weight of a pruned layer"),
         (tensor(f"{LAYER}.act_fn.weight", 8), "in a pruned MLP and of none of its projections"),
     ],
