@@ -112,7 +112,7 @@ def test_options_of_spense_exist(page: str) -> None:
     command = typer.main.get_command(app)
     known = {option for sub in command.commands.values() for param in sub.params for option in param.opts}  # type: ignore[attr-defined]
     of_others = {"--quantization", "--dtype", "--url", "--tasks", "--model", "--help"}
-    of_others |= {"--enable-lora", "--lora-modules"}
+    of_others |= {"--enable-lora", "--lora-modules", "--max-loras"}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text(ROOT / page))) - of_others
     assert "--layout" in named or "--sparsity" in named
     assert named <= known, named - known

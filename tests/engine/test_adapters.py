@@ -6,13 +6,17 @@ from pathlib import Path
 
 import pytest
 from adapters import write_adapter
-from engines import Completion, Run, generate, spread
+from engines import Run, generate, spread
 from served import as_served
 
 from offline_prune.checkpoint.adapter import adapt
 from offline_prune.checkpoint.evaluate import load_dense
 
 pytestmark = pytest.mark.engine
+
+#: Nats. Attention is computed in other ways here, so that some activations are rounded to other FP8 values, which makes
+#: 0.06. An adapter in another's place makes 5.
+BOUND = 0.5
 
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 
@@ -36,11 +40,10 @@ def test_an_engine_says_what_transformers_says(ranks: int, adapters: tuple[Path,
     run = Run(spense_checkpoint, "spense", ranks=ranks, adapters=adapters)
     found = generate([run])[run]
 
-    def spreads(expected: list[Completion]) -> list[list[float]]:
-        """Of the prompts without an adapter, and of those with each."""
-        each = [spread([a], [b]) for a, b in zip(found, expected, strict=True)]
-        return [each[start :: len(adapters) + 1] for start in range(len(adapters) + 1)]
+    def spreads(dealt: tuple[Path, ...]) -> list[float]:
+        expected = as_served(spense_checkpoint, dealt, ranks, found)
+        return [spread([a], [b]) for a, b in zip(found, expected, strict=True)]
 
-    right = spreads(as_served(spense_checkpoint, adapters, ranks, found))
-    others = spreads(as_served(spense_checkpoint, (*adapters[1:], adapters[0]), ranks, found))
-    print(ranks, right, others)
+    assert max(spreads(adapters)) < BOUND
+    others = spreads((*adapters[1:], adapters[0]))
+    assert min(others[i] for i in range(len(others)) if i % (len(adapters) + 1)) > BOUND

@@ -49,7 +49,8 @@ def _run(prompts: list[str], run: dict[str, Any]) -> list[dict[str, Any]]:
         max_model_len=256,
         seed=0,
         **memory,
-        **({"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": 8} if adapters else {}),
+        # One more than there are: on a CPU prompts without an adapter get what is in the last place.
+        **({"enable_lora": True, "max_loras": len(adapters) + 1, "max_lora_rank": 8} if adapters else {}),
     )
     if run["reload"]:
         # A reload must fill what was emptied, not leave what was there.
