@@ -107,8 +107,8 @@ def adapt(
     permutations = read_permutations(pruned, checkpoint.annotation) or {}
     if moves and not permutations:
         raise SpenseError(
-            f"{pruned}: no {PERMUTATION}, because an older version of Spense wrote this checkpoint; prune the original "
-            "model again with the same settings (report.json has them), which writes the same weights and that file"
+            f"{pruned}: no {PERMUTATION}; an older version of Spense wrote this checkpoint, or the file was lost. Prune "
+            "the original model again with the same settings, which report.json has"
         )
     metadata, tensors = _read_weights(file)
     if moves:
