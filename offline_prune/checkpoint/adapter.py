@@ -107,8 +107,8 @@ def adapt(
     permutations = read_permutations(pruned, checkpoint.annotation) or {}
     if moves and not permutations:
         raise SpenseError(
-            f"{pruned}: no {PERMUTATION}; an older version of Spense wrote this checkpoint, or the file was lost. Prune "
-            "the original model again with the same settings, which report.json has"
+            f"{pruned}: no {PERMUTATION}; an older version of Spense wrote this checkpoint, or the file was lost. "
+            "Prune the original model again with the same settings, which report.json has"
         )
     metadata, tensors = _read_weights(file)
     if moves:
