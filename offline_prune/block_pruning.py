@@ -149,6 +149,8 @@ class BlockPruning:
             pruned = prune_down(down_layer.weight, mid, order, regions, recipe, f"{name}: down")
         with stage("quantize"):
             self.stored.put(f"{name}.{mlp.projections.down}", down_layer, pruned.weight, pruned.scales)
+        # As late as this: it waits for the GPU.
+        self.stored.permutations[name] = order.to("cpu", torch.int32)
         layer = LayerReport(
             name=name,
             regions=regions,

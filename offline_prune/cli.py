@@ -10,7 +10,7 @@ from typing import NoReturn
 import typer
 from rich.text import Text
 
-from offline_prune.commands.checkpoint import inspect, verify
+from offline_prune.commands.checkpoint import adapt, inspect, verify
 from offline_prune.commands.evaluate import evaluate
 from offline_prune.commands.heal import heal
 from offline_prune.commands.machine import doctor, estimate
@@ -30,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for _command in (prune, heal, verify, inspect, evaluate, doctor, estimate):
+for _command in (prune, heal, verify, inspect, evaluate, adapt, doctor, estimate):
     app.command()(_command)
 
 console = make_console(stderr=True)

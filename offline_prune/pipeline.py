@@ -211,6 +211,7 @@ class _Run:
         self._copy_outside_blocks(writer)
         with self.profiler.stage("write"):
             writer.copy_companions(self.model.folder)
+            writer.write_permutations()
             ignore = self._ignored() if self.settings.quantize is Quantize.FP8 else None
             annotation, source, report = self._annotation(), self.model.folder, self.report
             losses, name = report.card_section(), self.settings.model
@@ -390,7 +391,8 @@ class _Run:
         if self.writer:
             with self.profiler.stage("write"):
                 tensors = self._as_stored(stored.complete(f"{block.name}."))
-                self.writer.add(self._part(block.name), tensors, asdict(layer) if layer else None)
+                permutations = self._as_stored(stored.permutations)
+                self.writer.add(self._part(block.name), tensors, asdict(layer) if layer else None, permutations)
 
     def _unpruned(self, block: Block) -> list[str]:
         """The linear layers of a block that are only rounded, by their names inside it."""

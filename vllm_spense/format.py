@@ -19,6 +19,8 @@ VERSION = 1
 KEY = "spense"
 #: Holds the annotation of a checkpoint that has no `quantization_config` (`spense prune --quantize none`).
 SIDECAR = "spense.json"
+#: How the pruner reordered intermediate indices. The name ends so that no reader of weights takes the file for some.
+PERMUTATION = "spense_permutation.st"
 GROUP = 4
 KEPT = 2
 #: Every sharding of a region must leave whole groups of four on each rank.

@@ -48,6 +48,20 @@ def shard(regions: Regions, rank: int, size: int, layer: str | None = None) -> S
     )
 
 
+def rank_order(regions: Regions, size: int, layer: str | None = None) -> torch.Tensor:
+    """All ranks' intermediate indices, one rank after another: the r-th of `size` chunks is what rank r holds.
+
+    Returns:
+        int64 (I,): [rank 0: sparse, dense | rank 1: sparse, dense | …].
+
+    Raises:
+        FormatError: as `shard`.
+    """
+    indices = torch.arange(regions.intermediate)
+    shards = [shard(regions, rank, size, layer) for rank in range(size)]
+    return torch.cat([indices[part] for each in shards for part in (each.sparse, each.dense)])
+
+
 def excess_groups(weight: torch.Tensor) -> torch.Tensor:
     """Which groups break 2:4.
 

@@ -15,11 +15,13 @@ class BlockStateDict:
 
     Attributes:
         tensors: what has been kept so far, on the device that computed it.
+        permutations: pruned module → int32 (I,), the original index of each intermediate index; in host memory.
     """
 
     def __init__(self, source: ModelTensors) -> None:
         self.source = source
         self.tensors: dict[str, torch.Tensor] = {}
+        self.permutations: dict[str, torch.Tensor] = {}
 
     def keep(self, layer: str, weight: torch.Tensor, scales: torch.Tensor | None) -> None:
         """Keeps a linear layer's weight: float (N, K), with the scales (N, 1) of its FP8 form or None."""

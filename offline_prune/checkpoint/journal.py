@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,19 @@ class Part:
         file: its safetensors file, in the journal's folder.
         crc32: of the file.
         record: what the run wants to know about it later.
+        beside: more safetensors files that belong to the part and are no weights → crc32.
     """
 
     name: str
     file: str
     crc32: int
     record: Any
+    beside: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def files(self) -> dict[str, int]:
+        """All files of the part → crc32."""
+        return {self.file: self.crc32, **self.beside}
 
 
 @dataclass(frozen=True)
@@ -128,8 +135,13 @@ class Journal:
         file = next(part.file for part in self.parts if part.name == name)
         return load_file(self.folder / file)
 
+    def beside(self) -> dict[str, torch.Tensor]:
+        """The tensors that belong to all finished parts and are no weights."""
+        files = [self.folder / file for part in self.parts for file in part.beside]
+        return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
     def drop_damaged(self, say: Say) -> None:
-        """Forgets the first part whose file is not as it was written, and those after it; and a damaged state."""
+        """Forgets the first part with a file that is not as it was written, and those after it; and a damaged state."""
         for name, crc32 in self.state.state_files.items() if self.state else ():
             if damage := _changed(self.folder / name, crc32):
                 say(f"{self.folder / name}: {damage}; training begins anew")
@@ -137,11 +149,13 @@ class Journal:
                 self.state, self.parts = None, []
                 return
         for index, part in enumerate(self.parts):
-            file = self.folder / part.file
-            damage = _damage(file, part.crc32)
-            if damage:
-                say(f"{file}: {damage}; {index} parts before it are kept, the others made again")
-                del self.parts[index:]
+            for name, crc32 in part.files.items():
+                file = self.folder / name
+                damage = _damage(file, crc32)
+                if damage:
+                    say(f"{file}: {damage}; {index} parts before it are kept, the others made again")
+                    del self.parts[index:]
+                    return
 
     def start(self) -> None:
         """Writes the journal anew, which drops lines that do not count."""
@@ -155,9 +169,9 @@ class Journal:
             os.fsync(out.fileno())
         temporary.replace(file)
 
-    def add(self, name: str, file: Path, record: Any) -> None:
+    def add(self, name: str, file: Path, record: Any, beside: Sequence[Path] = ()) -> None:
         """A part that is on the disk."""
-        part = Part(name, file.name, crc32_of(file), record)
+        part = Part(name, file.name, crc32_of(file), record, {each.name: crc32_of(each) for each in beside})
         self._append(vars(part))
         self.parts.append(part)
 

@@ -19,7 +19,7 @@ from offline_prune.checkpoint.journal import FILE, Ending, Journal, Say
 from offline_prune.checkpoint.merge import merge
 from offline_prune.model.safetensors_reader import INDEX_NAME, SINGLE_NAME
 from vllm_spense.errors import SpenseError
-from vllm_spense.format import KEY, SIDECAR
+from vllm_spense.format import KEY, PERMUTATION, SIDECAR
 
 #: In OUT, while a checkpoint is in the making. There, and not beside OUT: OUT may be a mount point.
 PARTIAL = ".spense-partial"
@@ -27,7 +27,7 @@ PARTIAL = ".spense-partial"
 RECORD = "report.jsonl"
 _LOCK = "lock"
 #: What Spense writes in any case, for a checkpoint whose journal was deleted.
-_KNOWN = ("config.json", SIDECAR, SINGLE_NAME, INDEX_NAME, "report.json", "report.png")
+_KNOWN = ("config.json", SIDECAR, PERMUTATION, SINGLE_NAME, INDEX_NAME, "report.json", "report.png")
 #: What file systems put into their own root.
 _NOT_CONTENT = (PARTIAL, "lost+found")
 
@@ -89,7 +89,7 @@ class OutputFolder:
             journal.drop_damaged(self._say)
         else:
             journal = Journal(self.partial, run)
-        kept = {_LOCK, FILE, *(part.file for part in journal.parts)}
+        kept = {_LOCK, FILE, *(file for part in journal.parts for file in part.files)}
         kept |= {*journal.state.state_files} if journal.state else set()
         with self.writing(self.partial):
             for entry in self.partial.iterdir():

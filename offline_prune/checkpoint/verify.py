@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 
+from offline_prune.checkpoint.permutations import read_permutations
 from offline_prune.model.safetensors_reader import SafetensorsReader
 from offline_prune.model.skeleton import empty_model
 from vllm_spense.checkpoint_files import read_object
@@ -95,7 +96,7 @@ def verify(folder: Path, trust_remote_code: bool = False) -> Verified:
 
     Sparse regions are 2:4, shapes agree with the annotation, every weight that the model's architecture has is there in
     the type that the configuration says, FP8 weights have finite positive scales of shape (N, 1), nothing is NaN or
-    infinite, and no FP8 or pruned weight is −0.0.
+    infinite, and no FP8 or pruned weight is −0.0. What the pruner recorded of its reordering are permutations.
 
     Args:
         trust_remote_code: see `empty_model`.
@@ -107,6 +108,7 @@ def verify(folder: Path, trust_remote_code: bool = False) -> Verified:
     files = checkpoint.tensors
     _refuse_strays(checkpoint)
     _check_architecture(checkpoint, trust_remote_code)
+    read_permutations(folder, checkpoint.annotation)
     for name in files:
         _check_values(files, name)
     zeros = {"sparse": [0, 0], "dense": [0, 0]}

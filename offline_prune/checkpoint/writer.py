@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from offline_prune.checkpoint import model_card
 from offline_prune.checkpoint.journal import Say
@@ -26,7 +26,7 @@ from offline_prune.model.companions import companions
 from offline_prune.model.safetensors_reader import INDEX_NAME, SINGLE_NAME
 from offline_prune.runtime.pinned_buffers import Outbox
 from vllm_spense.errors import SpenseError
-from vllm_spense.format import KEY, SIDECAR, Annotation
+from vllm_spense.format import KEY, PERMUTATION, SIDECAR, Annotation
 
 MAX_SHARD_BYTES = 4 * 2**30
 #: In the hidden folder: the files that are finished as they are.
@@ -123,12 +123,19 @@ class CheckpointWriter:
         """Whether an earlier run wrote everything, and perhaps moved some of it to OUT."""
         return self.journal.ending is not None
 
-    def add(self, name: str, tensors: Mapping[str, torch.Tensor], record: Any = None) -> None:
+    def add(
+        self,
+        name: str,
+        tensors: Mapping[str, torch.Tensor],
+        record: Any = None,
+        permutations: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         """Writes a part in the background, once the one before is written.
 
         Args:
             name: of the part, which all its tensors' names begin with, or none.
             tensors: on any device; those on a GPU may be overwritten by work that is queued there after this.
+            permutations: pruned module → int32 (I,) in host memory, for `write_permutations`.
 
         Raises:
             SpenseError: that one could not be written.
@@ -136,7 +143,7 @@ class CheckpointWriter:
         self._wait()
         # Nobody reads the outbox any more.
         posted, arrived = self._outbox.post(name, tensors)
-        self._last = self._background.submit(self._write, name, posted, arrived, record)
+        self._last = self._background.submit(self._write, name, posted, arrived, record, permutations)
 
     @contextmanager
     def file(self, name: str) -> Iterator[Path]:
@@ -169,6 +176,12 @@ class CheckpointWriter:
         if (source / model_card.FILE).is_file():
             with self.file(model_card.ORIGINAL) as path:
                 shutil.copyfile(source / model_card.FILE, path)
+
+    def write_permutations(self) -> None:
+        """How all parts' pruned modules were reordered, in a file of its own."""
+        self._wait()
+        with self.file(PERMUTATION) as path:
+            path.write_bytes(save(self.journal.beside(), metadata={"format": "pt"}))
 
     def write_config(self, config: dict[str, Any], annotation: Annotation, ignore: list[str] | None) -> None:
         """config.json with the annotation in its quantization_config, or beside it where nothing is quantized.
@@ -206,18 +219,33 @@ class CheckpointWriter:
             self._last = None
 
     def _write(
-        self, name: str, tensors: dict[str, torch.Tensor], arrived: torch.cuda.Event | None, record: Any
+        self,
+        name: str,
+        tensors: dict[str, torch.Tensor],
+        arrived: torch.cuda.Event | None,
+        record: Any,
+        permutations: Mapping[str, torch.Tensor] | None,
     ) -> None:
-        file = self._folder / f"part-{len(self.journal.parts)}"
+        number = len(self.journal.parts)
+        file = self._folder / f"part-{number}"
         if arrived:
             arrived.synchronize()
+        self._save(file, tensors)
+        beside = []
+        if permutations:
+            beside.append(self._folder / f"permutations-{number}")
+            self._save(beside[0], dict(permutations))
+        with self._out.writing(file):
+            self.journal.add(name, file, record, beside)
+
+    def _save(self, file: Path, tensors: dict[str, torch.Tensor]) -> None:
+        """Writes a safetensors file, which is on the disk after that."""
         try:
             with self._out.writing(file):
                 save_file(tensors, file, metadata={"format": "pt"})
                 with file.open("rb") as written:
                     os.fsync(written.fileno())
                 file.chmod(0o644)
-                self.journal.add(name, file, record)
         except SafetensorError as error:
             raise SpenseError(f"{file}: cannot be written: {error}") from None
 
@@ -227,10 +255,11 @@ class CheckpointWriter:
             return
         parts = [self._folder / part.file for part in self.journal.parts]
         headers = [read_header(part) for part in parts]
-        if merges(sum(header.nbytes for header in headers)):
+        weights: dict[str, str] = {}
+        merged = None
+        if parts and merges(sum(header.nbytes for header in headers)):
             weights, merged = {SINGLE_NAME: SINGLE_NAME}, SINGLE_NAME
-        else:
-            merged = None
+        elif parts:
             weights = {
                 f"model-{number:05d}-of-{len(parts):05d}.safetensors": part.name for number, part in enumerate(parts, 1)
             }

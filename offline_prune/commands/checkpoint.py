@@ -1,4 +1,4 @@
-"""`spense verify` and `spense inspect`: what a checkpoint holds."""
+"""`spense verify`, `spense inspect`, `spense adapt`: what a checkpoint holds, and an adapter that fits it."""
 
 from __future__ import annotations
 
@@ -61,3 +61,19 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A Spense checkpoint.")]
     for key, value in rows.items():
         table.add_row(key, value)
     make_console().print(table)
+
+
+def adapt(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a PEFT LoRA adapter, trained on the original model.")],
+    pruned: Annotated[Path, typer.Argument(help="A Spense checkpoint of that model.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; empty or not there yet.")],
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the Python in PRUNED that says how the model is built.")
+    ] = False,
+) -> None:
+    """Rewrite a LoRA adapter of the original model so that it fits the pruned one."""
+    from offline_prune.checkpoint.adapter import adapt as run
+
+    console = make_console(stderr=True)
+    result = run(adapter, pruned, out, lambda line: console.print(line, soft_wrap=True), trust_remote_code)
+    console.print(f"{out}: fits {pruned}; {result.moved} of {result.tensors} tensors were reordered", soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from offline_prune.healing.weights import TrainedWeight
 from offline_prune.model.loading import SourceModel
 from offline_prune.report import FILE
 from vllm_spense.checkpoint_files import read_object
-from vllm_spense.format import KEY, SIDECAR, Annotation, Scalar
+from vllm_spense.format import KEY, PERMUTATION, SIDECAR, Annotation, Scalar
 
 #: The checkpoint's part that holds what is in no block.
 _OUTSIDE = "outside the blocks"
@@ -57,12 +58,15 @@ def write_rest(
     report: HealReport,
     say: Say,
 ) -> None:
-    """Companions, configuration with the annotation, report, model card.
+    """Companions, permutations, configuration with the annotation, report, model card.
 
     Args:
         original: folder of the teacher, whose own card travels along.
     """
     writer.copy_companions(checkpoint.folder)
+    if (checkpoint.folder / PERMUTATION).exists():
+        with writer.file(PERMUTATION) as path:
+            shutil.copyfile(checkpoint.folder / PERMUTATION, path)
     healed = _annotation(checkpoint.annotation, settings, report)
     skipped = (report.pruning or {}).get("skipped", {})
     section = report.card_section()

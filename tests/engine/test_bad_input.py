@@ -116,10 +116,6 @@ def test_switches(switch: str, value: str, said: str, spense_checkpoint: Path, m
     assert said in refusal(spense_checkpoint)
 
 
-def test_lora_with_tensor_parallelism(spense_checkpoint: Path) -> None:
-    assert "LoRA" in refusal(spense_checkpoint, enable_lora=True, tensor_parallel_size=2)
-
-
 def test_ranks_that_do_not_divide_a_region(spense_checkpoints: dict[str, Path]) -> None:
     message = refusal(spense_checkpoints["threes"], tensor_parallel_size=3)
     assert "layer: model.layers.0.mlp; key: regions.sparse; found: 256; expected: a multiple of 12" in message

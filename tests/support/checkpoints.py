@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrain
 from offline_prune import pipeline
 from offline_prune.settings import PruneSettings
 from vllm_spense.format import KEY, Annotation
-from vllm_spense.layout import shard
+from vllm_spense.layout import rank_order
 
 #: Changes a `quantization_config` in place.
 Edit = Callable[[dict[str, Any]], object]
@@ -69,10 +69,7 @@ def rank_ordered(spense: Path, out: Path, ranks: int) -> Path:
     """
     config = json.loads((spense / "config.json").read_text())
     regions = Annotation.from_dict(config["quantization_config"].pop(KEY)).default
-    shards = [shard(regions, rank, ranks) for rank in range(ranks)]
-    indices = torch.arange(regions.intermediate)
-    order = torch.cat([indices[part] for each in shards for part in (each.sparse, each.dense)])
-
+    order = rank_order(regions, ranks)
     weights = load_file(spense / "model.safetensors")
     for name, tensor in weights.items():
         if name.endswith(".mlp.down_proj.weight"):

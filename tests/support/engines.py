@@ -61,6 +61,7 @@ class Run:
         quantization: None leaves the choice to vLLM.
         ranks, stages: tensor and pipeline parallel size.
         among_others: takes a small part of a GPU's memory instead of nearly all.
+        adapters: LoRAs; prompt i takes the (i mod (n + 1))-th of n, and none where that is 0. All are in one batch.
     """
 
     model: Path
@@ -72,6 +73,7 @@ class Run:
     load_format: str = "auto"
     dtype: str = "float32"
     among_others: bool = False
+    adapters: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,10 @@ def generate(runs: Sequence[Run], switches: Mapping[str, str] | None = None) -> 
     environment = os.environ | VLLM | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | (switches or {})
     with TemporaryDirectory() as folder:
         order, answers = Path(folder, "order.json"), Path(folder, "answers.json")
-        orders = [asdict(run) | {"model": str(run.model)} for run in runs]
+        orders = [
+            asdict(run) | {"model": str(run.model), "adapters": [str(adapter) for adapter in run.adapters]}
+            for run in runs
+        ]
         order.write_text(json.dumps({"prompts": PROMPTS, "runs": orders}))
         program = Path(__file__).with_name("generate.py")
         done = subprocess.run(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.lora.request import LoRARequest
 
 # On Intel CPUs with AMX oneDNN takes several hundred times as long for a product of FP8 matrices as torch does without
 # it. Here, where processes of other ranks come by as well.
@@ -36,6 +37,7 @@ def _run(prompts: list[str], run: dict[str, Any]) -> list[dict[str, Any]]:
     if run["among_others"]:
         # What the others take would be mistaken for this one's.
         memory = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 1 << 30}
+    adapters = [LoRARequest(path, number, path) for number, path in enumerate(run["adapters"], 1)]
     llm = LLM(
         run["model"],
         quantization=run["quantization"],
@@ -47,13 +49,19 @@ def _run(prompts: list[str], run: dict[str, Any]) -> list[dict[str, Any]]:
         max_model_len=256,
         seed=0,
         **memory,
+        # One more than there are: on a CPU prompts without an adapter get what is in the last place.
+        **({"enable_lora": True, "max_loras": len(adapters) + 1, "max_lora_rank": 8} if adapters else {}),
     )
     if run["reload"]:
         # A reload must fill what was emptied, not leave what was there.
         llm.apply_model(_zero_weights)
         llm.collective_rpc("reload_weights")
+    chosen = [[None, *adapters][i % (len(adapters) + 1)] for i in range(len(prompts))]
     outputs = llm.generate(
-        prompts, SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, logprobs=5), use_tqdm=False
+        prompts,
+        SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, logprobs=5),
+        use_tqdm=False,
+        lora_request=chosen if adapters else None,
     )
     answer = [
         {

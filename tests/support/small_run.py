@@ -19,6 +19,8 @@ TENSORS = {
     "b": {"b.weight": torch.arange(7.0), "b.mask": torch.ones(1, dtype=torch.bool)},
     "c": {"ü": torch.arange(3)},
 }
+#: Part → permutations that are kept beside it.
+MOVED = {"b": {"b": torch.tensor([1, 0, 2], dtype=torch.int32)}}
 
 
 def write(out: Path, overwrite: bool = False, resume: bool = False, seed: int = 0, stop: bool = False) -> list[str]:
@@ -31,9 +33,11 @@ def write(out: Path, overwrite: bool = False, resume: bool = False, seed: int = 
         if not writer.complete:
             for name, tensors in TENSORS.items():
                 if name not in writer.journal.finished:
-                    writer.add(name, {key: changed(tensor, seed) for key, tensor in tensors.items()}, {"loss": 0.1})
+                    weights = {key: changed(tensor, seed) for key, tensor in tensors.items()}
+                    writer.add(name, weights, {"loss": 0.1}, MOVED.get(name))
             if stop:
                 raise KeyboardInterrupt
+            writer.write_permutations()
             with writer.file("config.json") as path:
                 path.write_text(ANNOTATED)
             with writer.file("1_Pooling/config.json") as path:

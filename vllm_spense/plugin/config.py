@@ -21,11 +21,12 @@ from vllm_spense.plugin.activation import PLAIN_MLPS, FusedSiluAndMul
 from vllm_spense.plugin.cudagraph_sizes import capture_prefill
 from vllm_spense.plugin.layer_role import split_of
 from vllm_spense.plugin.linear import InputSplitLinearMethod, OutputSplitLinearMethod
+from vllm_spense.plugin.lora import arrangement
 from vllm_spense.plugin.norms import PLAIN_NORMS, FusedRMSNorm
 from vllm_spense.plugin.pairing import Pairing, is_plain
 from vllm_spense.plugin.preflight import check_engine, check_files
 from vllm_spense.plugin.unpruned_linear import UnprunedFp8
-from vllm_spense.plugin.vllm_internals import mapped_name, on_engine_completion, stand_in
+from vllm_spense.plugin.vllm_internals import arrange_loras, mapped_name, on_engine_completion, stand_in
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -142,6 +143,8 @@ class SpenseConfig(CompressedTensorsConfig):
         engine = get_current_vllm_config()
         # vLLM has checked these settings with `complete_engine`, but for models that it knows under another name.
         check_engine(self.annotation, engine)
+        if engine.lora_config is not None:
+            arrange_loras(arrangement)
         for option, value in INDUCTOR_OPTIONS.items():
             engine.compilation_config.inductor_compile_config.setdefault(option, value)
         self._require_fp8(layer, prefix)

@@ -36,8 +36,8 @@ def check_engine(annotation: Annotation, engine: VllmConfig) -> None:
     """Refuses what the engine's settings and the regions cannot do together.
 
     Raises:
-        SpenseError: an unknown path in `SPENSE_PATH`, no number in `SPENSE_DENSE_COPY_GIB`, an unsupported load format,
-            or LoRA with tensor parallelism.
+        SpenseError: an unknown path in `SPENSE_PATH`, no number in `SPENSE_DENSE_COPY_GIB`, or an unsupported load
+            format.
         FormatError: the tensor parallel size does not divide a region.
     """
     forced_path(os.environ.get(SWITCH))
@@ -47,12 +47,6 @@ def check_engine(annotation: Annotation, engine: VllmConfig) -> None:
         raise SpenseError(
             "Spense cannot load its regions with this load format "
             f"(key: --load-format; found: {load_format}; expected: {' | '.join(LOAD_FORMATS)})"
-        )
-    if engine.lora_config is not None and size > 1:
-        # vLLM gives each rank a contiguous chunk of an adapter, which is not the rank's part of the regions.
-        raise SpenseError(
-            "LoRA adapters do not work with Spense on more than one rank "
-            f"(key: --tensor-parallel-size with --enable-lora; found: {size}; expected: 1)"
         )
     for module in annotation.modules:
         shard(annotation.regions(module), 0, size, module)

@@ -8,7 +8,7 @@ in the sources of `CHECKED`. Two more dependencies are lists of models whose sou
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm import __version__
@@ -31,6 +31,7 @@ __all__ = [
     "ChannelWiseTorchFP8ScaledMMLinearKernel",
     "CompressedTensorsW8A8Fp8",
     "CutlassFP8ScaledMMLinearKernel",
+    "arrange_loras",
     "mapped_name",
     "on_engine_completion",
     "stand_in",
@@ -101,6 +102,44 @@ def _cutlass(x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, w_sca
     out = torch.empty(len(x), len(weight), dtype=torch.bfloat16, device=x.device)
     torch.ops._C.cutlass_scaled_mm(out, x, weight.t(), x_scale, w_scale, None)
     return out
+
+
+#: A layer's A and B of a LoRA, each a tensor or, where the layer merges several, a list → the same in another order.
+Arrange = Callable[[Any, Any], tuple[Any, Any]]
+
+
+def arrange_loras(arrangement: Callable[[torch.nn.Module], Arrange | None]) -> None:
+    """Makes vLLM put a LoRA of some layers into another order before it takes a rank's chunk. Idempotent.
+
+    Args:
+        arrangement: linear layer → what orders its LoRAs; None for a layer whose LoRAs vLLM takes as they are.
+
+    Depends on `_all_lora_classes`, whose first class with a true `can_replace_layer` `from_layer` makes the layer's
+    LoRAs of; on that method's keywords; and on `set_lora`, which gets the whole A and B and slices them.
+    """
+    # Loads much, and only engines with LoRA need it.
+    import vllm.lora.utils as lora_utils
+
+    theirs = lora_utils._all_lora_classes
+    if not any(getattr(each, "arrangement", None) is arrangement for each in theirs):
+        lora_utils._all_lora_classes = (*(_arranging(each, arrangement) for each in theirs), *theirs)
+
+
+def _arranging(theirs: Any, arrangement: Callable[[torch.nn.Module], Arrange | None]) -> Any:
+    def can_replace_layer(cls: Any, **given: Any) -> bool:
+        return arrangement(given["source_layer"]) is not None and theirs.can_replace_layer(**given)
+
+    def set_lora(self: Any, index: int, lora_a: Any, lora_b: Any) -> None:
+        arrange = arrangement(self.base_layer)
+        assert arrange is not None
+        theirs.set_lora(self, index, *arrange(lora_a, lora_b))
+
+    members = {
+        "can_replace_layer": classmethod(can_replace_layer),
+        "set_lora": set_lora,
+        "arrangement": staticmethod(arrangement),
+    }
+    return type(f"{theirs.__name__}OfRegions", (theirs,), members)
 
 
 def mapped_name(mapper: WeightsMapper, name: str) -> str | None:

@@ -145,18 +145,19 @@ def test_damage_to_the_journal_is_said_and_made_good(at: int, tmp_path: Path) ->
     write(tmp_path / "out", overwrite=True)
 
 
+@pytest.mark.parametrize("file", ["part-1", "permutations-1"])
 @pytest.mark.parametrize("damage", ["missing", "truncated", "garbage", "one bit"])
-def test_damage_to_a_part_is_said_and_made_good(damage: str, tmp_path: Path) -> None:
+def test_damage_to_a_part_is_said_and_made_good(damage: str, file: str, tmp_path: Path) -> None:
     write(tmp_path / "whole")
     unfinished(tmp_path / "out")
-    part = tmp_path / "out" / PARTIAL / "part-1"
+    part = tmp_path / "out" / PARTIAL / file
     whole = part.read_bytes()
     part.unlink()
     if damage != "missing":
         changed = {"truncated": whole[:-1], "garbage": b"\xff" * 99, "one bit": whole[:-1] + bytes([whole[-1] ^ 1])}
         part.write_bytes(changed[damage])
     said = write(tmp_path / "out", resume=True)
-    assert "part-1: " in said[0]
+    assert f"{file}: " in said[0]
     assert "1 parts before it are kept, the others made again" in said[0]
     assert {**contents(tmp_path / "out"), RECORD: b""} == {**contents(tmp_path / "whole"), RECORD: b""}
 

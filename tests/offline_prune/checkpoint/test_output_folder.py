@@ -20,6 +20,7 @@ from offline_prune.checkpoint.journal import Journal
 from offline_prune.checkpoint.output_folder import PARTIAL, RECORD, OutputFolder, require_apart, written_files
 from offline_prune.checkpoint.writer import CheckpointWriter
 from vllm_spense.errors import SpenseError
+from vllm_spense.format import PERMUTATION
 
 
 def test_a_second_run_is_refused_at_once(tmp_path: Path) -> None:
@@ -128,7 +129,8 @@ def test_only_what_spense_wrote_is_replaced(tmp_path: Path) -> None:
     write(out, seed=1)
     (out / "diary.txt").write_text("dear")
     (out / "old.jinja").write_text("")
-    assert written_files(out) == ["model.safetensors", "config.json", "1_Pooling/config.json", RECORD]
+    names = ["model.safetensors", PERMUTATION, "config.json", "1_Pooling/config.json", RECORD]
+    assert written_files(out) == names
     with pytest.raises(SpenseError, match="not empty; --overwrite replaces a Spense checkpoint"):
         write(out)
     write(out, overwrite=True)

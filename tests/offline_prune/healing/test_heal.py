@@ -20,7 +20,7 @@ from offline_prune.checkpoint.output_folder import PARTIAL
 from offline_prune.checkpoint.verify import open_checkpoint, verify
 from offline_prune.healing import pipeline
 from offline_prune.healing.text import split
-from vllm_spense.format import KEY
+from vllm_spense.format import KEY, PERMUTATION
 
 #: Family, how it is pruned, how it is healed.
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -58,6 +58,7 @@ def test_unseen_text_is_predicted_better_and_only_trained_weights_change(
     card = (out / "README.md").read_text()
     assert f"{report.after:.4f} nats, and {report.before:.4f} before healing" in card
     assert "healed=" in card
+    assert (out / PERMUTATION).read_bytes() == (pair.pruned / PERMUTATION).read_bytes()
 
     text = settings(pair, out)
     loaded = load_dense(pair.teacher)[1]

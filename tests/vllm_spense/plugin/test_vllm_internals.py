@@ -12,6 +12,9 @@ import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.config.model import ModelConfig
+from vllm.lora import utils as lora_utils
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.model_manager import LoRAModelManager
 from vllm.model_executor.custom_op import CustomOp, op_registry_oot
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
@@ -31,7 +34,10 @@ from vllm_spense.plugin.vllm_internals import (
 )
 
 #: What no other file of the plugin may use.
-INTERNAL = ("MODELS_CONFIG_MAP", "op_registry_oot", "register_oot", "_map_name", "currentframe", "f_back", "ops._C")
+INTERNAL = (
+    *("MODELS_CONFIG_MAP", "op_registry_oot", "register_oot", "_map_name", "currentframe", "f_back", "ops._C"),
+    *("_all_lora_classes", "can_replace_layer", "set_lora"),
+)
 
 
 def test_internals_are_used_in_one_file() -> None:
@@ -123,6 +129,16 @@ class TestStandIn:
 
         with pytest.raises(AssertionError):
             stand_in(Alone)  # type: ignore[type-var,arg-type]
+
+
+def test_arrange_loras() -> None:
+    """What it replaces, vLLM asks; `test_lora.py` has what comes of it."""
+    assert "for lora_cls in _all_lora_classes:" in inspect.getsource(lora_utils.from_layer)
+    assert "module.set_lora(" in inspect.getsource(LoRAModelManager.activate_adapter)
+    linears = [each for each in lora_utils._all_lora_classes if issubclass(each, BaseLinearLayerWithLoRA)]
+    assert {"ColumnParallelLinearWithLoRA", "RowParallelLinearWithShardedLoRA"} <= {each.__name__ for each in linears}
+    for each in linears:
+        assert list(inspect.signature(each.set_lora).parameters) == ["self", "index", "lora_a", "lora_b"]
 
 
 def test_mapped_name() -> None:
