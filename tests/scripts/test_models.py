@@ -28,7 +28,7 @@ def _packages(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pieces_are_put_together_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     monkeypatch.setattr(models, "convert", lambda gguf, out: found.append(gguf.read_text()))
-    monkeypatch.setattr(models, "continued", lambda *_: " the city of Paris")
+    monkeypatch.setattr(models, "perplexity_of", lambda *_: 3.0)
     folder = models.known_model("gemma3-270m", tmp_path)
     assert folder == tmp_path / "gemma3-270m"
     assert models.known_model("gemma3-270m", tmp_path) == folder
@@ -38,7 +38,7 @@ def test_pieces_are_put_together_in_order(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.usefixtures("_packages")
 def test_a_model_that_knows_nothing_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "convert", lambda *_: None)
-    monkeypatch.setattr(models, "continued", lambda *_: " the the")
-    with pytest.raises(SystemExit, match="continues 'The capital of France is' with ' the the'"):
+    monkeypatch.setattr(models, "perplexity_of", lambda *_: 1234.0)
+    with pytest.raises(SystemExit, match=r"has a perplexity of 1234\.0 on a text that models know by heart"):
         models.known_model("gemma3-270m", tmp_path)
     assert not (tmp_path / "gemma3-270m").exists()
