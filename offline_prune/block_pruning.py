@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import nn
@@ -26,7 +25,7 @@ from offline_prune.methods.prune_mlp import (
 )
 from offline_prune.methods.recipe import Grouping, Quantize, Recipe, Selection
 from offline_prune.methods.sparsegpt import InverseFactor
-from offline_prune.model.gated_mlp import GatedMlp
+from offline_prune.model.gated_mlp import GatedMlp, linear
 from offline_prune.report import LayerReport, ProjectionReport, projection_report
 from offline_prune.runtime.profiler import stage
 from vllm_spense.format import Regions
@@ -174,8 +173,7 @@ class BlockPruning:
             )
             with torch.inference_mode():
                 for name, weight in weights.items():
-                    linear = cast(nn.Linear, self.module.get_submodule(name))
-                    self.stored.put(f"{self.block}.{name}", linear, weight, scales[name])
+                    self.stored.put(f"{self.block}.{name}", linear(self.module, name), weight, scales[name])
         return report
 
     @torch.inference_mode()

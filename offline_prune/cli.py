@@ -21,7 +21,7 @@ from vllm_spense.errors import SpenseError
 #: Exit code after Ctrl-C or SIGTERM, as typer has it.
 INTERRUPTED = 130
 #: Packages that only pruning needs; setup.py's extra of that name has them.
-PRUNE_EXTRA = {"transformers", "accelerate", "compressed_tensors", "datasets", "psutil", "matplotlib", "jinja2"}
+PRUNE_EXTRA = {"transformers", "accelerate", "compressed_tensors", "datasets", "psutil", "matplotlib", "jinja2", "PIL"}
 app = typer.Typer(
     name="spense",
     help="Prune LLMs to 2:4 sparse + dense regions in FP8, and look at the result.",
@@ -66,6 +66,14 @@ def prune(
         int, typer.Option(help="Calibration sequences; more where the model's context is shorter than --length.")
     ] = 128,
     length: Annotated[int, typer.Option(help="Tokens in each, at most the model's context.")] = 16384,
+    calibration_images: Annotated[
+        str | None,
+        typer.Option(
+            help="For a model that sees: folder of images with captions, .jsonl file with image and text, or `random`. "
+            "\\[default: text alone]"
+        ),
+    ] = None,
+    image_share: Annotated[float, typer.Option(help="Of the sequences, those that begin with images.")] = 0.5,
     overwrite: Annotated[
         bool,
         typer.Option(help="Replace the Spense checkpoint, or the unfinished one, in OUT.", rich_help_panel=_RUN),
@@ -184,6 +192,8 @@ def prune(
         samples=samples,
         length=length,
         seed=seed,
+        calibration_images=calibration_images,
+        image_share=image_share,
         quantize=quantize,
         rounding=fp8_rounding,
         damping=damping,

@@ -20,6 +20,8 @@ from offline_prune.block_pruning import BlockPruning
 from offline_prune.calibration.context_length import context_length, fit_to_context
 from offline_prune.calibration.data import calibration_tokens, check_vocabulary
 from offline_prune.calibration.hidden_states import Stream
+from offline_prune.calibration.image_rows import captioned_images
+from offline_prune.calibration.images import ImagePlan, ImageReader, deal
 from offline_prune.checkpoint.block_state_dict import BlockStateDict
 from offline_prune.checkpoint.ignored import ignored
 from offline_prune.checkpoint.journal import Journal, Say
@@ -29,7 +31,7 @@ from offline_prune.memory_plan import GIB, MemoryPlan, batch_tokens, memory_plan
 from offline_prune.methods.recipe import Quantize
 from offline_prune.methods.regions import mean_sparsity, model_regions
 from offline_prune.methods.unpruned_fp8 import InputHessians, compensated, nearest
-from offline_prune.model.gated_mlp import GatedMlp, Unsupported
+from offline_prune.model.gated_mlp import GatedMlp, Unsupported, linear
 from offline_prune.model.loading import Block, SourceModel
 from offline_prune.report import FILE, PICTURE, BlockTime, LayerReport, Report
 from offline_prune.runtime import deterministic_reduce, distributed
@@ -161,6 +163,9 @@ class _Run:
         self.progress = progress
         self.say = say
         self.profiler = Profiler(device)
+        #: Both where some of the calibration sequences begin with images.
+        self.reader = ImageReader.of(model) if settings.calibration_images is not None else None
+        self.images: ImagePlan | None = None
         #: Of the dense model, where blocks are tuned towards it or rounded by its inputs.
         self.dense: Stream | None = None
         #: Only the first rank has one.
@@ -190,8 +195,9 @@ class _Run:
                 self.say(line)
             with self.profiler.stage("calibration text"):
                 tokens = distributed.broadcast_from_first(lambda: self._tokens(tokens))
+                self.images = distributed.broadcast_from_first(lambda: self._images(tokens))
             journal = distributed.broadcast_from_first(lambda: self._open(self._identity(tokens), context))
-            self._blocks(distributed.local_shard(tokens), plan, journal)
+            self._blocks(tokens, plan, journal)
             if self.writer:
                 self._close(self.writer, plan, start)
         return self.report
@@ -226,6 +232,23 @@ class _Run:
         check_vocabulary(tokens, cast(nn.Embedding, model.text.get_input_embeddings()).num_embeddings)
         return tokens
 
+    def _images(self, tokens: torch.Tensor) -> ImagePlan | None:
+        source = self.settings.calibration_images
+        if self.reader is None or source is None:
+            return None
+        found = captioned_images(source, self.settings.seed)
+        samples, length = tokens.shape
+        return deal(found, self.reader.tokens, samples, length, self.settings.image_share, source, self.say)
+
+    def _stream(self, tokens: torch.Tensor, plan: MemoryPlan, folder: Path) -> Stream:
+        """Of this rank's sequences."""
+        mine = distributed.local_shard(tokens)
+        images = {}
+        if self.images and self.reader:
+            images = self.images.inputs(self.reader, mine, distributed.rank() * len(mine))
+        at_once = batch_tokens(self.settings, self.device)
+        return Stream(self.model, mine, self.device, self.dtype, at_once, plan.place, folder, images)
+
     def _identity(self, tokens: torch.Tensor) -> dict[str, object]:
         """Whatever decides the result, by name: what a run that is resumed must have in common with this one."""
         settings = {key: value for key, value in self.settings.resolved().items() if key not in _WHERE_AND_HOW}
@@ -235,6 +258,7 @@ class _Run:
             "processes": distributed.size(),
             "model": self.model.tensors.fingerprint(),
             "calibration tokens": hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()[:16],
+            **({"calibration image files": self.images.fingerprint()} if self.images else {}),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "precision": str(self.dtype),
             "spense": vllm_spense.__version__,
@@ -250,10 +274,8 @@ class _Run:
             self.report.layers += [LayerReport.from_dict(finished[self._part(name)]) for name in self._pruned_blocks()]
             return
         with self.profiler.stage("forward"):
-            tokens_at_once = batch_tokens(self.settings, self.device)
-            place = self.device, self.dtype, tokens_at_once, plan.place, journal.folder
-            stream = Stream(self.model, tokens, *place)
-            self.dense = Stream(self.model, tokens, *place) if self.settings.recipe.follows_dense else None
+            stream = self._stream(tokens, plan, journal.folder)
+            self.dense = self._stream(tokens, plan, journal.folder) if self.settings.recipe.follows_dense else None
         for index, block in enumerate(self.model.blocks):
             before, start = dict(self.profiler.seconds), time.perf_counter()
             if self._part(block.name) in finished:
@@ -301,9 +323,11 @@ class _Run:
         block = next(block for block in self.model.blocks if isinstance(block.mlp, GatedMlp))
         assert isinstance(block.mlp, GatedMlp)
         settings = self.settings
+        source = settings.calibration_images
+        images = {"calibration_images": source, "image_share": settings.image_share} if source is not None else {}
         return Annotation(
             method=settings.method,
-            settings=MappingProxyType(settings.recipe.recorded()),
+            settings=MappingProxyType({**settings.recipe.recorded(), **images}),
             calibration=Calibration(settings.calibration, settings.samples, settings.length, settings.seed),
             alignment=self.alignment,
             projections=block.mlp.projections,
@@ -398,7 +422,7 @@ class _Run:
         self, block_name: str, layers: list[str], hessians: InputHessians, module: nn.Module, stored: BlockStateDict
     ) -> None:
         """Rounds the block's other linear layers first, so that the MLP's Hessians see what inference will see."""
-        linears = {name: cast(nn.Linear, module.get_submodule(name)) for name in layers}
+        linears = {name: linear(module, name) for name in layers}
         for group, hessian in hessians.groups():
             weight = torch.cat([linears[name].weight for name in group]).float()
             found = compensated(weight, hessian, self.settings.damping, f"{block_name}.{', '.join(group)}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -37,10 +38,10 @@ class GatedMlp:
     def gate_up(self, block: nn.Module) -> tuple[nn.Linear, ...]:
         """The layers that hold gate and up: two, or one of 2·I rows."""
         names = dict.fromkeys((self.projections.gate, self.projections.up))
-        return tuple(block.get_submodule(f"{self.path}.{name}") for name in names)  # type: ignore[misc]
+        return tuple(linear(block, f"{self.path}.{name}") for name in names)
 
     def down(self, block: nn.Module) -> nn.Linear:
-        return block.get_submodule(f"{self.path}.{self.projections.down}")  # type: ignore[return-value]
+        return linear(block, f"{self.path}.{self.projections.down}")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class Unsupported:
     """Why a block cannot be pruned: `found` describes its MLP."""
 
     found: str
+
+
+def linear(module: nn.Module, name: str) -> nn.Linear:
+    """The linear layer of that name inside a module."""
+    return cast(nn.Linear, module.get_submodule(name))
 
 
 def find_gated_mlp(block: nn.Module) -> GatedMlp | Unsupported:
