@@ -123,11 +123,12 @@ def _intermediate_sizes(model: SourceModel, settings: PruneSettings) -> dict[str
             different names.
     """
     if not any(isinstance(block.mlp, GatedMlp) for block in model.blocks):
-        first = model.blocks[0]
-        assert isinstance(first.mlp, Unsupported)
+        reasons = [(block.name, block.mlp) for block in model.blocks if isinstance(block.mlp, Unsupported)]
+        name, reason = next((each for each in reasons if each[1].shared), reasons[0])
+        owned = " of its own" if reason.shared else ""
         raise SpenseError(
-            f"{settings.model}: no block has a gated MLP (gate, up, down), so there is nothing to prune; "
-            f"{first.name}: found {first.mlp.found}"
+            f"{settings.model}: no block has a gated MLP (gate, up, down){owned}, so there is nothing to prune; "
+            f"{name}: found {reason.found}"
         )
     sizes = {}
     for block in model.blocks:

@@ -46,9 +46,10 @@ class GatedMlp:
 
 @dataclass(frozen=True)
 class Unsupported:
-    """Why a block cannot be pruned: `found` describes its MLP."""
+    """Why a block cannot be pruned: `found` describes its MLP, which may be a gated one that is `shared` by blocks."""
 
     found: str
+    shared: bool = False
 
 
 def linear(module: nn.Module, name: str) -> nn.Linear:
@@ -169,7 +170,7 @@ def _probe(module: nn.Module, inputs: list[str], down: str, hidden: int, interme
         )
         second_is_up = elementwise and torch.allclose(product(a, 2 * b), 2 * z, rtol=1e-4)
         first_is_up = elementwise and torch.allclose(product(2 * a, b), 2 * z, rtol=1e-4)
-    except (TypeError, RuntimeError, NotImplementedError, AttributeError, ValueError, IndexError):
+    except (TypeError, RuntimeError, NotImplementedError, AttributeError, ValueError, LookupError):
         return None  # Attention has linear layers of matching shapes too, but is not callable like an MLP.
     fused = len(inputs) == 1
     if second_is_up:

@@ -286,7 +286,7 @@ def _described(blocks: list[tuple[str, nn.Module]], tensors: ModelTensors) -> li
     }
     users = Counter(weights.values())
     return [
-        Block(block.name, Unsupported(f"an MLP that {users[weights[block.name]]} blocks share"))
+        Block(block.name, Unsupported(f"a gated MLP that {users[weights[block.name]]} blocks share", shared=True))
         if block.name in weights and users[weights[block.name]] > 1
         else block
         for block in found

@@ -1,27 +1,28 @@
 """Tiny multimodal models with processors that need no torchvision, captioned images, and what a model makes of both.
 
 transformers reads videos with torchvision alone, so processors that would read them too are made without that part.
+Its processor of Mistral-3 needs torchvision as a whole, so another stands for it.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from PIL import Image
-from transformers.processing_utils import ProcessorMixin
 
 from benchmarks.served_models import MODELS, make
 
-#: Name in `MODELS` → the processor's class.
+#: Name in `MODELS` → the processor's class, if it works without torchvision.
 SEEING = {
     "Gemma-3, multimodal": "Gemma3Processor",
     "Qwen2.5-VL": "Qwen2_5_VLProcessor",
     "Qwen3-VL": "Qwen3VLProcessor",
-    "Mistral-3": "PixtralProcessor",
+    "Mistral-3": None,
 }
 _TEMPLATE = (
     "{% for message in messages %}{% for part in message.content %}{% if part.type == 'image' %}SEEN{% else %}"
@@ -31,12 +32,36 @@ _TEMPLATE = (
 
 def seeing_model(name: str, folder: Path) -> Path:
     """A random model of `SEEING`, with a chat template that shows images."""
-    make(MODELS[name], folder)
-    (folder / "chat_template.jinja").write_text(_TEMPLATE.replace("SEEN", MODELS[name].image))
+    model = MODELS[name]
+    make(model if SEEING[name] else replace(model, processor=None), folder)
+    (folder / "chat_template.jinja").write_text(_TEMPLATE.replace("SEEN", model.image))
     return folder
 
 
-def processor_without_videos(name: str, folder: Path) -> ProcessorMixin:
+class _Pixtral:
+    """As much of `PixtralProcessor` as calibration needs: rows of 28 × 28 pixels, [IMG] for each, then a break."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        self.image_processor = transformers.PixtralImageProcessorPil(
+            patch_size={"height": 28, "width": 28}, size={"longest_edge": 56}
+        )
+        self.chat_template = (folder / "chat_template.jinja").read_text()
+        self.apply_chat_template = self.tokenizer.apply_chat_template
+
+    def __call__(self, text: list[str], images: list[Any], **options: Any) -> dict[str, torch.Tensor]:
+        pixels = self.image_processor(images[0], return_tensors="pt")
+        parts = text[0].split("<|image_pad|>")
+        whole = parts[0]
+        for (height, width), part in zip(pixels["image_sizes"].tolist(), parts[1:], strict=True):
+            row = "<|image_pad|>" * (width // 28)
+            whole += "[IMG_BREAK]".join([row] * (height // 28)) + "<|vision_end|>" + part
+        return {**self.tokenizer([whole], **options), **pixels}
+
+
+def processor_without_videos(name: str, folder: Path) -> Any:
+    if SEEING[name] is None:
+        return _Pixtral(folder)
     kind: Any = getattr(transformers, SEEING[name])
     parts = [part for part in kind.get_attributes() if part != "video_processor"]
     without = type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda cls: parts)})
