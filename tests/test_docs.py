@@ -15,7 +15,7 @@ from benchmarks.envelope import RESULTS, ROOT
 
 PAGES = sorted((*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))
 LINK = re.compile(r"(?<!`)\]\(([^)\s]+)\)")
-README_LINES, DOCS_WORDS = 150, 12_000
+README_LINES, DOCS_WORDS = 150, 12_100
 
 
 def name(page: Path) -> str:

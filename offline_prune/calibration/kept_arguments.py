@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,17 @@ class _Bits:
 
     @classmethod
     def of(cls, mask: torch.Tensor) -> _Bits:
-        return cls(torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=-1)), mask.shape[-1])
+        width = mask.shape[-1]
+        bits = pad(mask.to(torch.uint8), (0, -width % 8)).unflatten(-1, (-1, 8))
+        return cls((bits << _places(mask.device)).sum(-1, dtype=torch.uint8).cpu(), width)
 
     def mask(self, device: torch.device) -> torch.Tensor:
-        places = torch.arange(7, -1, -1, dtype=torch.uint8, device=device)
-        bits = self.packed.to(device).unsqueeze(-1) >> places & 1
+        bits = self.packed.to(device).unsqueeze(-1) >> _places(device) & 1
         return bits.bool().flatten(-2)[..., : self.width]
+
+
+def _places(device: torch.device) -> torch.Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=device)
 
 
 def kept(value: Any, known: dict[int, Any]) -> Any:
@@ -42,7 +47,7 @@ def kept(value: Any, known: dict[int, Any]) -> Any:
 
 
 def restored(value: Any, device: torch.device) -> Any:
-    """The argument on the device that it was kept from."""
+    """What was kept, on a device."""
     if isinstance(value, _Bits):
         return value.mask(device)
     if isinstance(value, torch.Tensor):

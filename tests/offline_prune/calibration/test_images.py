@@ -17,6 +17,7 @@ from offline_prune.calibration.image_rows import CaptionedImage, captioned_image
 from offline_prune.calibration.images import ImageReader, deal, image_places
 from offline_prune.calibration.kept_arguments import kept, restored
 from offline_prune.checkpoint.verify import open_checkpoint
+from offline_prune.memory_plan import kept_of_images
 from offline_prune.model.gated_mlp import GatedMlp
 from offline_prune.model.loading import SourceModel
 from vllm_spense.errors import SpenseError
@@ -35,6 +36,22 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return captioned(tmp_path_factory.mktemp("pictures") / "folder", 8)
 
 
+def kept_bytes(stream: Stream) -> int:
+    """Of tensors that sequences with images have of their own."""
+    tensors: dict[int, torch.Tensor] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            tensors[value.data_ptr()] = value
+        for each in value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ():
+            visit(each)
+        if hasattr(value, "packed"):
+            visit(value.packed)
+
+    visit([stream._arguments.seeing, list(stream._arguments.added.values())])
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
 @pytest.mark.parametrize("name", SEEING)
 def test_blocks_see_what_they_see_in_the_whole_model(name: str, pictures: Path, tmp_path: Path) -> None:
     """Positions and masks of images, and features that are added between blocks, are the model's own."""
@@ -47,6 +64,7 @@ def test_blocks_see_what_they_see_in_the_whole_model(name: str, pictures: Path, 
     assert list(images) == [1, 3]
 
     stream = Stream(source, tokens, CPU, torch.float32, 2 * LENGTH, images=images)
+    assert 0 < kept_bytes(stream) <= len(images) * kept_of_images(source, LENGTH, torch.float32.itemsize)
     for index, block in enumerate(source.blocks):
         module = source.load(block.name, CPU, torch.float32)
         assert isinstance(block.mlp, GatedMlp)
