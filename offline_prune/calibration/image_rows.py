@@ -70,9 +70,10 @@ def captioned_images(source: str, seed: int) -> Iterable[CaptionedImage]:
         SpenseError: no such source, one without images, or an image without a caption; names the file and the line.
     """
     if source == RANDOM:
-        return (CaptionedImage(number, _RANDOM_CAPTION) for number in itertools.count(seed << 32))
+        draw = random.Random(seed)
+        return (CaptionedImage(draw.getrandbits(31), _RANDOM_CAPTION) for _ in itertools.count())
     path = Path(source)
-    if path.is_dir():
+    if source.strip() and path.is_dir():
         found = list(_in_folder(path))
     elif path.suffix.lower() == ".jsonl":
         found = list(_in_file(path))
