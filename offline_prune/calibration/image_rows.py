@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from offline_prune.calibration.rows import shuffled_rows
 from vllm_spense.errors import SpenseError
@@ -47,7 +47,7 @@ class CaptionedImage:
             return _drawn(self.source)
         try:
             with Image.open(self.source) as image:
-                return image.convert("RGB")
+                return ImageOps.exif_transpose(image).convert("RGB")
         # SyntaxError and ValueError: what Pillow raises for damaged PNG and other files.
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise SpenseError(f"{self.source}: cannot be read as an image: {error}") from None
