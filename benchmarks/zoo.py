@@ -108,7 +108,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("Glm4vTextConfig", "GlmOcrTextConfig", "Glm46VTextConfig"), _MROPE),
     "Glm4vMoeTextConfig": {"rope_parameters": {**_MROPE["rope_parameters"], "mrope_section": [1, 1, 2]}},
     **dict.fromkeys(("PaddleOCRTextConfig", "HunYuanVLTextConfig", "Cosmos3EdgeTextConfig"), _MROPE),
-    **dict.fromkeys(("Gemma3nTextConfig", "Gemma4TextConfig"), _SHARED_KV),
+    # Its default has a size for each layer.
+    "Gemma3nTextConfig": {**_SHARED_KV, "intermediate_size": INTERMEDIATE},
+    "Gemma4TextConfig": _SHARED_KV,
     "CohereCompassTextConfig": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 2]]},
     "Lfm2MoeConfig": {"layer_types": 2 * ["conv", "full_attention"]},
