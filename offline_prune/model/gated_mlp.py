@@ -90,13 +90,14 @@ def _stacked_maps(block: nn.Module, hidden: set[int]) -> Iterator[tuple[str, tup
     """Stacks of matrices that each map whole tokens, as experts do.
 
     The kernel of a convolution has three dimensions too, and so has a matrix that is diagonal block by block, of which
-    every token meets all blocks. Neither's matrices are as wide as a token.
+    every token meets all blocks. Neither's matrices are as wide as a token. Those that a state space has for each of
+    its heads, beside its convolution (Zamba), may be.
 
     Args:
         hidden: widths of a token, as the block's gated MLPs tell them; where there are none, every stack counts.
     """
     for path, module in block.named_modules():
-        if isinstance(module, nn.modules.conv._ConvNd):
+        if any(isinstance(each, nn.modules.conv._ConvNd) for each in (module, *module.children())):
             continue
         for name, parameter in module.named_parameters(path, recurse=False):
             if parameter.ndim == 3 and (not hidden or hidden & set(parameter.shape[1:])):
