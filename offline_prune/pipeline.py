@@ -22,6 +22,7 @@ from offline_prune.calibration.data import calibration_tokens, check_vocabulary
 from offline_prune.calibration.hidden_states import Stream
 from offline_prune.calibration.image_rows import captioned_images
 from offline_prune.calibration.images import ImagePlan, ImageReader, deal
+from offline_prune.calibration.recording import ImageInputs
 from offline_prune.checkpoint.block_state_dict import BlockStateDict
 from offline_prune.checkpoint.ignored import ignored
 from offline_prune.checkpoint.journal import Journal, Say
@@ -214,7 +215,7 @@ class _Run:
     def _stream(self, tokens: torch.Tensor, plan: MemoryPlan, folder: Path) -> Stream:
         """Of this rank's sequences."""
         mine = distributed.local_shard(tokens)
-        images = {}
+        images: ImageInputs = {}
         if self.images and self.reader:
             images = self.images.inputs(self.reader, mine, distributed.rank() * len(mine))
         at_once = batch_tokens(self.settings, self.device)
@@ -294,11 +295,12 @@ class _Run:
         block = next(block for block in self.model.blocks if isinstance(block.mlp, GatedMlp))
         assert isinstance(block.mlp, GatedMlp)
         settings = self.settings
-        source = settings.calibration_images
-        images = {"calibration_images": source, "image_share": settings.image_share} if source is not None else {}
+        recorded = settings.recipe.recorded()
+        if settings.calibration_images is not None:
+            recorded |= {"calibration_images": settings.calibration_images, "image_share": settings.image_share}
         return Annotation(
             method=settings.method,
-            settings=MappingProxyType({**settings.recipe.recorded(), **images}),
+            settings=MappingProxyType(recorded),
             calibration=Calibration(settings.calibration, settings.samples, settings.length, settings.seed),
             alignment=self.alignment,
             projections=block.mlp.projections,
