@@ -35,6 +35,7 @@ setup(
             "psutil>=5.9",
             "matplotlib>=3.8",
             "jinja2>=3.1",
+            "pillow>=10",
         ],
         # 8-bit moments for `spense heal --optimizer adamw8bit`.
         "heal": ["torchao>=0.9"],

@@ -47,6 +47,9 @@ ROUNDING = {"float32": 1e-3, "bfloat16": 0.25}
 #: FP8 numbers that another order of sums rounds them the other way. A wrong product moves all answers.
 EXCEPTIONS = 2
 TOKENS = 16
+#: For models with a draft head, and vLLM's counter of the tokens that it has proposed.
+SPECULATIVE = {"method": "mtp", "num_speculative_tokens": 1}
+DRAFTED = "vllm:spec_decode_num_draft_tokens"
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,8 @@ def _judge(name: str, answers: dict[str, Any]) -> Outcome:
     tolerance = ROUNDING[MODELS[name].dtype]
     gaps = [_gap(a, b) for a, b in zip(ours["answers"], theirs["answers"], strict=True)]
     apart = [f"{gap:.3f}" for gap in gaps if gap > tolerance]
+    if not all(each.get("drafted", True) for each in (ours, theirs)):
+        return Outcome("left dense", theirs["class"], "no token was drafted", images)
     if ours["dense"] or not ours["spense"] or theirs["spense"]:
         return Outcome("left dense", theirs["class"], ours["dense"], images)
     if len(apart) > EXCEPTIONS:
@@ -132,7 +137,9 @@ def _run(model: Model, folder: str, quantization: str) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    limits: dict[str, Any] = {"limit_mm_per_prompt": {"image": 1, "video": 0}} if model.image else {}
+    options: dict[str, Any] = {"limit_mm_per_prompt": {"image": 1, "video": 0}} if model.image else {}
+    if model.speculates:
+        options |= {"speculative_config": SPECULATIVE, "disable_log_stats": False}
     try:
         llm = LLM(
             folder,
@@ -143,7 +150,7 @@ def _run(model: Model, folder: str, quantization: str) -> dict[str, Any]:
             max_model_len=256,
             max_num_seqs=16,
             seed=0,
-            **limits,
+            **options,
         )
         outputs = llm.generate(
             _prompts(model),
@@ -151,6 +158,8 @@ def _run(model: Model, folder: str, quantization: str) -> dict[str, Any]:
             use_tqdm=False,
         )
         (found,) = llm.apply_model(_describe)
+        if model.speculates:
+            found["drafted"] = sum(metric.value for metric in llm.get_metrics() if metric.name == DRAFTED)
         return found | {"answers": [_likeliest(output.outputs[0].logprobs or []) for output in outputs]}
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +60,8 @@ class Model:
         processor: saves what turns images into tensors, for a model that sees.
         image: how a prompt shows an image.
         renamed: parts of tensors' names that published checkpoints have and transformers' newest no longer saves.
+        drafts: whether its files also have a draft head (MTP), after the last layer.
+        speculates: whether it is served with that head.
     """
 
     architecture: str
@@ -71,6 +74,8 @@ class Model:
     processor: Callable[[PreTrainedTokenizerFast, Path], object] | None = None
     image: str = ""
     renamed: dict[str, str] = field(default_factory=dict)
+    drafts: bool = False
+    speculates: bool = False
 
     @property
     def needs_torchvision(self) -> bool:
@@ -133,6 +138,16 @@ _HYBRID = {
     },
 }
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "mlp_only_layers": [0]}
+_GLM_MOE = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 1,
+}
 
 MODELS = {
     "GLM": Model("GlmForCausalLM"),
@@ -141,6 +156,10 @@ MODELS = {
     "Phi-3": Model("Phi3ForCausalLM"),
     "Phi-3 by way of transformers": Model("Phi3ForCausalLM", implementation="transformers"),
     "Qwen3-MoE with a dense layer": Model("Qwen3MoeForCausalLM", _EXPERTS, skip_unsupported=True),
+    "GLM-4.5 with MTP": Model("Glm4MoeForCausalLM", _GLM_MOE, skip_unsupported=True, drafts=True),
+    "GLM-4.5 with MTP, speculating": Model(
+        "Glm4MoeForCausalLM", _GLM_MOE, skip_unsupported=True, drafts=True, speculates=True
+    ),
     "Gemma-3, multimodal": Model(
         "Gemma3ForConditionalGeneration",
         {"sliding_window": 64, "query_pre_attn_scalar": 32},
@@ -215,8 +234,24 @@ def make(model: Model, folder: Path) -> None:
     if "layer_types" not in model.text and getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[: text.num_hidden_layers]
     config.tie_word_embeddings = text.tie_word_embeddings = False
+    whole = type(config)(**config.to_dict())
+    _save(kind, whole, folder)
+    file = folder / "model.safetensors"
+    for old, new in model.renamed.items():
+        tensors = {name.replace(old, new): tensor for name, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    if model.drafts:
+        tensors = load_file(file) | _draft_head(kind, whole)
+        save_file(tensors, file, metadata={"format": "pt"})
+    tokenizer = _tokenizer()
+    tokenizer.save_pretrained(folder)
+    if model.processor:
+        model.processor(tokenizer, folder)
+
+
+def _save(kind: Any, config: Any, folder: Path) -> None:
     torch.manual_seed(0)
-    made = kind(type(config)(**config.to_dict()))
+    made = kind(config)
     for name, parameter in made.named_parameters():
         if parameter.ndim > 1:
             # Larger than the usual initialization, so that the layers matter.
@@ -224,14 +259,22 @@ def make(model: Model, folder: Path) -> None:
         elif name.endswith("bias"):
             nn.init.normal_(parameter, std=0.1)
     made.to(torch.bfloat16).save_pretrained(folder)
-    file = folder / "model.safetensors"
-    for old, new in model.renamed.items():
-        tensors = {name.replace(old, new): tensor for name, tensor in load_file(file).items()}
-        save_file(tensors, file, metadata={"format": "pt"})
-    tokenizer = _tokenizer()
-    tokenizer.save_pretrained(folder)
-    if model.processor:
-        model.processor(tokenizer, folder)
+
+
+def _draft_head(kind: Any, config: Any) -> dict[str, torch.Tensor]:
+    """The layer that a deeper model would have, and what makes its input and output, as DeepSeek and GLM store them."""
+    layer, size = f"model.layers.{config.num_hidden_layers}.", config.hidden_size
+    deeper = type(config)(**{**config.to_dict(), "num_hidden_layers": config.num_hidden_layers + 1})
+    with tempfile.TemporaryDirectory() as folder:
+        _save(kind, deeper, Path(folder))
+        tensors = load_file(Path(folder) / "model.safetensors")
+    norms = {f"{layer}{name}.weight": torch.ones(size).bfloat16() for name in ("enorm", "hnorm", "shared_head.norm")}
+    return {
+        **{name: tensor for name, tensor in tensors.items() if name.startswith(layer)},
+        **norms,
+        f"{layer}eh_proj.weight": (0.1 * torch.randn(size, 2 * size)).bfloat16(),
+        f"{layer}shared_head.head.weight": tensors["lm_head.weight"],
+    }
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

@@ -101,17 +101,23 @@ _SHARED_KV = {
     "layer_types": 2 * ["sliding_attention", "full_attention"],
     "num_kv_shared_layers": 2,
 }
+#: Two blocks of each kind; the hybrid ones share their attention and their MLP.
+_SHARED_BLOCKS = {"layers_block_type": 2 * ["linear_attention", "hybrid"]}
 SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("Qwen2VLTextConfig", "Qwen2_5_VLTextConfig", "Qwen2_5OmniTextConfig"), _MROPE),
     **dict.fromkeys(("Glm4vTextConfig", "GlmOcrTextConfig", "Glm46VTextConfig"), _MROPE),
     "Glm4vMoeTextConfig": {"rope_parameters": {**_MROPE["rope_parameters"], "mrope_section": [1, 1, 2]}},
     **dict.fromkeys(("PaddleOCRTextConfig", "HunYuanVLTextConfig", "Cosmos3EdgeTextConfig"), _MROPE),
-    **dict.fromkeys(("Gemma3nTextConfig", "Gemma4TextConfig"), _SHARED_KV),
+    # Its default has a size for each layer.
+    "Gemma3nTextConfig": {**_SHARED_KV, "intermediate_size": INTERMEDIATE},
+    "Gemma4TextConfig": _SHARED_KV,
     "CohereCompassTextConfig": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 2]]},
     "Lfm2MoeConfig": {"layer_types": 2 * ["conv", "full_attention"]},
     "Mamba2Config": {"num_heads": 8},
     "RecurrentGemmaConfig": {"intermediate_size": 2 * INTERMEDIATE},
+    "ZambaConfig": {**_SHARED_BLOCKS, "attention_hidden_size": 2 * HIDDEN, "attention_head_dim": HIDDEN // 2},
+    "Zamba2Config": _SHARED_BLOCKS,
     "xLSTMConfig": {"ffn_proj_factor": 2.0},
 }
 
@@ -196,7 +202,8 @@ def tiny_model(architecture: Architecture, folder: Path) -> None:
         if parameter.ndim > 1:
             # Larger than the usual initialization, so that the layers matter.
             nn.init.normal_(parameter, std=0.15)
-        elif name.endswith("bias"):
+        # Gemma 3n's scale begins at zero, and inputs that are all zero have no Hessian.
+        elif name.endswith(("bias", "correct_output_scale")):
             nn.init.normal_(parameter, std=0.1)
     model.to(torch.bfloat16).save_pretrained(folder)
 

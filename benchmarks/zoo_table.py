@@ -66,6 +66,7 @@ def _served(outcomes: dict[str, dict[str, Any]]) -> list[str]:
         "`--quantization spense` and with its own `--quantization compressed-tensors`, on a CPU; half of the prompts",
         "show an image where the model sees. Served: Spense ran every pruned layer, and the answers are equal or part",
         "where two tokens tie. Qwen3.5 ran in BF16, which vLLM's kernels for it need on a CPU, all others in float32.",
+        "Speculating: its MTP head, which pruning leaves as it is, has drafted tokens for both.",
         "",
         "| model | vLLM's class | images | outcome |",
         "|---|---|---|---|",

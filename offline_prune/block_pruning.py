@@ -1,10 +1,9 @@
-"""One block's MLP on its way through pruning, tuning and rounding."""
+"""Which MLPs are pruned, and one block's on its way through pruning, tuning and rounding."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import nn
@@ -26,9 +25,12 @@ from offline_prune.methods.prune_mlp import (
 )
 from offline_prune.methods.recipe import Grouping, Quantize, Recipe, Selection
 from offline_prune.methods.sparsegpt import InverseFactor
-from offline_prune.model.gated_mlp import GatedMlp
+from offline_prune.model.gated_mlp import GatedMlp, Unsupported, linear
+from offline_prune.model.loading import SourceModel
 from offline_prune.report import LayerReport, ProjectionReport, projection_report
 from offline_prune.runtime.profiler import stage
+from offline_prune.settings import PruneSettings
+from vllm_spense.errors import SpenseError
 from vllm_spense.format import Regions
 
 #: Tokens from which SpenseGPT+ takes the diagonal of down's Hessian. All of a long text would cost one more pass
@@ -176,8 +178,7 @@ class BlockPruning:
             )
             with torch.inference_mode():
                 for name, weight in weights.items():
-                    linear = cast(nn.Linear, self.module.get_submodule(name))
-                    self.stored.put(f"{self.block}.{name}", linear, weight, scales[name])
+                    self.stored.put(f"{self.block}.{name}", linear(self.module, name), weight, scales[name])
         return report
 
     @torch.inference_mode()
@@ -205,3 +206,33 @@ class BlockPruning:
         if pruned.damping is not None and pruned.damping > self.recipe.damping:
             self.say(f"{what}: the Hessian needed a damping of {pruned.damping:g} to be factorized")
         return projection_report(pruned, rows)
+
+
+def intermediate_sizes(model: SourceModel, settings: PruneSettings) -> dict[str, int]:
+    """MLP that will be pruned → its intermediate size.
+
+    Raises:
+        SpenseError: a block without a gated MLP that may not be skipped, none with one, or MLPs whose projections have
+            different names.
+    """
+    if not any(isinstance(block.mlp, GatedMlp) for block in model.blocks):
+        reasons = [(block.name, block.mlp) for block in model.blocks if isinstance(block.mlp, Unsupported)]
+        name, reason = next((each for each in reasons if each[1].shared), reasons[0])
+        owned = " of its own" if reason.shared else ""
+        raise SpenseError(
+            f"{settings.model}: no block has a gated MLP (gate, up, down){owned}, so there is nothing to prune; "
+            f"{name}: found {reason.found}"
+        )
+    sizes = {}
+    for block in model.blocks:
+        if isinstance(block.mlp, GatedMlp):
+            sizes[f"{block.name}.{block.mlp.path}"] = block.mlp.intermediate
+        elif not settings.skip_unsupported:
+            raise SpenseError(
+                f"{block.name}: found {block.mlp.found}; expected one gated MLP (gate, up, down). "
+                "--skip-unsupported leaves such blocks as they are"
+            )
+    projections = {block.mlp.projections for block in model.blocks if isinstance(block.mlp, GatedMlp)}
+    if len(projections) > 1:
+        raise SpenseError(f"{settings.model}: its MLPs name their projections differently: {projections}")
+    return sizes

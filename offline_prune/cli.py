@@ -22,7 +22,7 @@ from vllm_spense.errors import SpenseError
 #: Exit code after Ctrl-C or SIGTERM, as typer has it.
 INTERRUPTED = 130
 #: Packages that only pruning needs; setup.py's extra of that name has them.
-PRUNE_EXTRA = {"transformers", "accelerate", "compressed_tensors", "datasets", "psutil", "matplotlib", "jinja2"}
+PRUNE_EXTRA = {"transformers", "accelerate", "compressed_tensors", "datasets", "psutil", "matplotlib", "jinja2", "PIL"}
 app = typer.Typer(
     name="spense",
     help="Prune LLMs to 2:4 sparse + dense regions in FP8, and look at the result.",

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from offline_prune.calibration.images import image_places
 from offline_prune.checkpoint.output_folder import PARTIAL
 from offline_prune.checkpoint.writer import merges
 from offline_prune.methods.recipe import Layout, Quantize, Selection
@@ -33,11 +34,12 @@ class MemoryPlan:
     """Bytes that one rank needs, by what they are for.
 
     Attributes:
-        activations: hidden states of its calibration sequences.
+        activations: hidden states of its calibration sequences, and what else blocks are given of each token.
         pinned_activations: what they take if they are in host memory that a GPU reads.
         block: one decoder block on the compute device: its weights, and with a GPU also its part of the checkpoint.
         work: the largest of what its passes and its pruning need beside them, on the compute device.
-        staging: blocks on their way in or out, in host memory; with a GPU all of it is pinned.
+        staging: blocks on their way in or out, in host memory; with a GPU all of it is pinned. And masks and positions
+            of images, which are not.
         disk: the checkpoint, and room to make one file of its parts where it is small.
         device: that computes.
         place: of the activations.
@@ -124,19 +126,58 @@ def memory_plan(model: SourceModel, settings: PruneSettings, device: torch.devic
     # Tuning keeps a copy of the dense MLP.
     weights_here = (parameters + (3 * widest * hidden if tunes else 0)) * dtype.itemsize
     kept = max(sum(_of_block(block.name, written)) for block in model.blocks)
-    one_stream = tokens * hidden * dtype.itemsize
+    rooms = [tokens * width * dtype.itemsize for width in _kept_of_a_token(model, hidden)]
+    staging = _pinned_staging(model, written) if device.type == "cuda" else 2 * kept
+    if settings.calibration_images is not None:
+        seeing = -(-len(image_places(settings.samples, settings.image_share)) // distributed.size())
+        phases["images"] = _seeing_work(model, settings.length, dtype.itemsize)
+        staging += streams * seeing * kept_of_images(model, settings.length, dtype.itemsize)
     needs = MemoryPlan(
-        activations=streams * one_stream,
-        pinned_activations=streams * pinned_bytes(one_stream),
+        activations=streams * sum(rooms),
+        pinned_activations=streams * sum(map(pinned_bytes, rooms)),
         block=weights_here + (kept if device.type == "cuda" else 0),
         work=max(phases.values()),
-        staging=_pinned_staging(model, written) if device.type == "cuda" else 2 * kept,
+        staging=staging,
         disk=_disk(model, written),
         device=device,
         place=Place.DEVICE,
         ranks=distributed.size(),
     )
     return _placed(needs, settings)
+
+
+def _kept_of_a_token(model: SourceModel, hidden: int) -> list[int]:
+    """How many numbers each tensor holds that keeps something of every token.
+
+    They are the hidden states, of which Gemma 3n has several, and the inputs that Gemma 3n and 4 have for each layer.
+    """
+    config = model.text.config
+    streams = getattr(config, "altup_num_inputs", None) or 1
+    layer_input = getattr(config, "hidden_size_per_layer_input", None) or 0
+    return [streams * hidden, *([layer_input] * len(model.blocks) if layer_input else [])]
+
+
+def kept_of_images(model: SourceModel, length: int, itemsize: int) -> int:
+    """Bytes that a sequence with images keeps of its own in host memory, at most.
+
+    Two kinds of masks, a bit for each pair of tokens; sines and cosines of two kinds of positions, in the three
+    dimensions of M-RoPE; what is added in front of blocks (Qwen3-VL).
+    """
+    text, vision = model.text.config, model.skeleton.config.vision_config
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    added = len(getattr(vision, "deepstack_visual_indexes", None) or ())
+    # Row numbers and token positions are int64.
+    positions = length * (2 * 2 * 3 * head * itemsize + 4 * 8)
+    return 2 * length * -(-length // 8) + positions + added * length * (text.hidden_size * itemsize + 8)
+
+
+def _seeing_work(model: SourceModel, length: int, itemsize: int) -> int:
+    """Bytes of what stands around the blocks, vision tower and all, and of the images of one sequence in it."""
+    vision = model.skeleton.config.vision_config
+    width = int(getattr(vision, "hidden_size", None) or getattr(vision, "embed_dim", 0))
+    wide = int(getattr(vision, "intermediate_size", None) or 4 * width)
+    # Gemma-3 makes one token of 16 patches, others of fewer.
+    return (model.parameters_outside_blocks() + 16 * length * (8 * width + 2 * wide)) * itemsize
 
 
 def _tuning(widest: int, hidden: int, batch: int, itemsize: int) -> int:

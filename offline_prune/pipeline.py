@@ -16,10 +16,13 @@ import transformers
 from torch import nn
 
 import vllm_spense
-from offline_prune.block_pruning import BlockPruning
+from offline_prune.block_pruning import BlockPruning, intermediate_sizes
 from offline_prune.calibration.context_length import context_length, fit_to_context
 from offline_prune.calibration.data import calibration_tokens, check_vocabulary
 from offline_prune.calibration.hidden_states import Stream
+from offline_prune.calibration.image_rows import captioned_images
+from offline_prune.calibration.images import ImagePlan, ImageReader, deal
+from offline_prune.calibration.recording import ImageInputs
 from offline_prune.checkpoint.block_state_dict import BlockStateDict
 from offline_prune.checkpoint.ignored import ignored
 from offline_prune.checkpoint.journal import Journal, Say
@@ -30,7 +33,7 @@ from offline_prune.memory_plan import GIB, MemoryPlan, batch_tokens, memory_plan
 from offline_prune.methods.recipe import Quantize
 from offline_prune.methods.regions import mean_sparsity, model_regions
 from offline_prune.methods.unpruned_fp8 import InputHessians, compensated, nearest
-from offline_prune.model.gated_mlp import GatedMlp, Unsupported
+from offline_prune.model.gated_mlp import GatedMlp, Unsupported, linear
 from offline_prune.model.loading import Block, SourceModel
 from offline_prune.report import FILE, PICTURE, BlockTime, LayerReport, Report
 from offline_prune.runtime import deterministic_reduce, distributed
@@ -114,35 +117,6 @@ def _check_ranks(samples: int) -> None:
         raise SpenseError(f"--samples: found {samples}, expected a multiple of the number of processes, {size}")
 
 
-def _intermediate_sizes(model: SourceModel, settings: PruneSettings) -> dict[str, int]:
-    """MLP that will be pruned → its intermediate size.
-
-    Raises:
-        SpenseError: a block without a gated MLP that may not be skipped, none with one, or MLPs whose projections have
-            different names.
-    """
-    if not any(isinstance(block.mlp, GatedMlp) for block in model.blocks):
-        first = model.blocks[0]
-        assert isinstance(first.mlp, Unsupported)
-        raise SpenseError(
-            f"{settings.model}: no block has a gated MLP (gate, up, down), so there is nothing to prune; "
-            f"{first.name}: found {first.mlp.found}"
-        )
-    sizes = {}
-    for block in model.blocks:
-        if isinstance(block.mlp, GatedMlp):
-            sizes[f"{block.name}.{block.mlp.path}"] = block.mlp.intermediate
-        elif not settings.skip_unsupported:
-            raise SpenseError(
-                f"{block.name}: found {block.mlp.found}; expected one gated MLP (gate, up, down). "
-                "--skip-unsupported leaves such blocks as they are"
-            )
-    projections = {block.mlp.projections for block in model.blocks if isinstance(block.mlp, GatedMlp)}
-    if len(projections) > 1:
-        raise SpenseError(f"{settings.model}: its MLPs name their projections differently: {projections}")
-    return sizes
-
-
 class _Run:
     def __init__(
         self,
@@ -162,12 +136,15 @@ class _Run:
         self.progress = progress
         self.say = say
         self.profiler = Profiler(device)
+        #: Both where some of the calibration sequences begin with images.
+        self.reader = ImageReader.of(model) if settings.calibration_images is not None else None
+        self.images: ImagePlan | None = None
         #: Of the dense model, where blocks are tuned towards it or rounded by its inputs.
         self.dense: Stream | None = None
         #: Only the first rank has one.
         self.writer: CheckpointWriter | None = None
         self.regions, self.alignment = model_regions(
-            _intermediate_sizes(model, settings),
+            intermediate_sizes(model, settings),
             settings.wanted_sparsity,
             settings.alignment,
             settings.wanted_dense_first,
@@ -191,8 +168,9 @@ class _Run:
                 self.say(line)
             with self.profiler.stage("calibration text"):
                 tokens = distributed.broadcast_from_first(lambda: self._tokens(tokens))
+                self.images = distributed.broadcast_from_first(lambda: self._images(tokens))
             journal = distributed.broadcast_from_first(lambda: self._open(self._identity(tokens), context))
-            self._blocks(distributed.local_shard(tokens), plan, journal)
+            self._blocks(tokens, plan, journal)
             if self.writer:
                 self._close(self.writer, plan, start)
         return self.report
@@ -232,6 +210,23 @@ class _Run:
         check_vocabulary(tokens, cast(nn.Embedding, model.text.get_input_embeddings()).num_embeddings)
         return tokens
 
+    def _images(self, tokens: torch.Tensor) -> ImagePlan | None:
+        source = self.settings.calibration_images
+        if self.reader is None or source is None:
+            return None
+        found = captioned_images(source, self.settings.seed)
+        samples, length = tokens.shape
+        return deal(found, self.reader.tokens, samples, length, self.settings.image_share, source, self.say)
+
+    def _stream(self, tokens: torch.Tensor, plan: MemoryPlan, folder: Path) -> Stream:
+        """Of this rank's sequences."""
+        mine = distributed.local_shard(tokens)
+        images: ImageInputs = {}
+        if self.images and self.reader:
+            images = self.images.inputs(self.reader, mine, distributed.rank() * len(mine))
+        at_once = batch_tokens(self.settings, self.device)
+        return Stream(self.model, mine, self.device, self.dtype, at_once, plan.place, folder, images)
+
     def _identity(self, tokens: torch.Tensor) -> dict[str, object]:
         """Whatever decides the result, by name: what a run that is resumed must have in common with this one."""
         settings = {key: value for key, value in self.settings.resolved().items() if key not in _WHERE_AND_HOW}
@@ -241,6 +236,7 @@ class _Run:
             "processes": distributed.size(),
             "model": self.model.tensors.fingerprint(),
             "calibration tokens": hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()[:16],
+            **({"calibration image files": self.images.fingerprint()} if self.images else {}),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "precision": str(self.dtype),
             "spense": vllm_spense.__version__,
@@ -256,10 +252,8 @@ class _Run:
             self.report.layers += [LayerReport.from_dict(finished[self._part(name)]) for name in self._pruned_blocks()]
             return
         with self.profiler.stage("forward"):
-            tokens_at_once = batch_tokens(self.settings, self.device)
-            place = self.device, self.dtype, tokens_at_once, plan.place, journal.folder
-            stream = Stream(self.model, tokens, *place)
-            self.dense = Stream(self.model, tokens, *place) if self.settings.recipe.follows_dense else None
+            stream = self._stream(tokens, plan, journal.folder)
+            self.dense = self._stream(tokens, plan, journal.folder) if self.settings.recipe.follows_dense else None
         for index, block in enumerate(self.model.blocks):
             before, start = dict(self.profiler.seconds), time.perf_counter()
             if self._part(block.name) in finished:
@@ -307,9 +301,12 @@ class _Run:
         block = next(block for block in self.model.blocks if isinstance(block.mlp, GatedMlp))
         assert isinstance(block.mlp, GatedMlp)
         settings = self.settings
+        recorded = settings.recipe.recorded()
+        if settings.calibration_images is not None:
+            recorded |= {"calibration_images": settings.calibration_images, "image_share": settings.image_share}
         return Annotation(
             method=settings.method,
-            settings=MappingProxyType(settings.recipe.recorded()),
+            settings=MappingProxyType(recorded),
             calibration=Calibration(settings.calibration, settings.samples, settings.length, settings.seed),
             alignment=self.alignment,
             projections=block.mlp.projections,
@@ -405,7 +402,7 @@ class _Run:
         self, block_name: str, layers: list[str], hessians: InputHessians, module: nn.Module, stored: BlockStateDict
     ) -> None:
         """Rounds the block's other linear layers first, so that the MLP's Hessians see what inference will see."""
-        linears = {name: cast(nn.Linear, module.get_submodule(name)) for name in layers}
+        linears = {name: linear(module, name) for name in layers}
         for group, hessian in hessians.groups():
             weight = torch.cat([linears[name].weight for name in group]).float()
             found = compensated(weight, hessian, self.settings.damping, f"{block_name}.{', '.join(group)}")

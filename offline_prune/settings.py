@@ -58,6 +58,8 @@ class PruneSettings:
         calibration: see `calibration.data.calibration_tokens`.
         samples, length, seed: of the calibration text, in sequences and tokens. If `length` is beyond the model's
             context, `prune` takes more and shorter sequences: `context_length.fit_to_context`.
+        calibration_images: see `calibration.image_rows.captioned_images`; None for text alone.
+        image_share: of the calibration sequences, those that begin with images.
         quantize: `fp8`, or `none` for the source's own type with the same zeros.
         rounding: `after` pruning, to the nearest; `inside` the column loop that prunes, where rounding errors are
             compensated too; `everywhere`: in a column loop for the other linear layers too, of tuned weights after
@@ -93,6 +95,8 @@ class PruneSettings:
     samples: int = 128
     length: int = 16384
     seed: int = 0
+    calibration_images: str | None = None
+    image_share: float = 0.5
     quantize: Quantize = Quantize.FP8
     rounding: Rounding | None = None
     damping: float = 0.01
@@ -123,6 +127,8 @@ class PruneSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SpenseError(f"--{name.replace('_', '-')}: found {value}, expected at least 1")
+        if not 0 < self.image_share <= 1:
+            raise SpenseError(f"--image-share: found {self.image_share:g}, expected more than 0 and at most 1")
         if not (math.isfinite(self.damping) and 0 <= self.damping <= 1):
             raise SpenseError(f"--damping: found {self.damping:g}, expected 0 to 1")
         for name in ("descent_passes", "tune_steps"):

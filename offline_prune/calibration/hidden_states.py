@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +50,7 @@ class Stream:
         batch_tokens: about how many tokens go through a block at once.
         place: where the buffer is.
         folder: for the file, if there is one; the file has no name any more once this returns.
+        images: of the sequences that begin with images, what the whole model is run on in place of their tokens.
     """
 
     def __init__(
@@ -61,22 +62,25 @@ class Stream:
         batch_tokens: int,
         place: Place = Place.DEVICE,
         folder: Path | None = None,
+        images: recording.ImageInputs = MappingProxyType({}),
     ) -> None:
         self.device = device
         samples, length = tokens.shape
         at_once = max(1, batch_tokens // length)
-        self._shards = [_batches(shard, at_once) for shard in deterministic_reduce.local_shards(samples)]
+        self._images = frozenset(images)
+        self._shards = [_batches(shard, at_once, self._images) for shard in deterministic_reduce.local_shards(samples)]
         self._batches = [batch for shard in self._shards for batch in shard]
         self._mlps = [block.mlp for block in model.blocks]
         self._splits: dict[Hashable, Split | None] = {}
         self._elementwise: dict[int, Elementwise] = {}
         self._split: Split | None = None
+        self._at = 0
 
         def room(width: int) -> torch.Tensor:
             return allocate((samples, length, width), dtype, device, place, folder)
 
         with stage("forward"):
-            self.hidden, self._arguments = recording.record(model, tokens, self._batches, device, dtype, room)
+            self.hidden, self._arguments = recording.record(model, tokens, self._batches, device, dtype, room, images)
 
     def arguments(self, index: int, sequences: slice) -> dict[str, Any]:
         """What a block is called with beside the hidden states of some sequences."""
@@ -84,6 +88,9 @@ class Stream:
 
     def unit_arguments(self, index: int, chosen: torch.Tensor) -> dict[str, Any]:
         """What a block is called with beside some of its `units`, int64 (n,)."""
+        if self._split is None and self._images:
+            (sequence,) = chosen.tolist()
+            return self.arguments(index, slice(sequence, sequence + 1))
         return self._arguments.of_units(index, chosen, self.units)
 
     def attend(
@@ -102,6 +109,7 @@ class Stream:
             on_mid: is shown the intermediate activations, (tokens, I).
             mid_tokens: of about this many tokens of all ranks only, evenly spread; None for all.
         """
+        self._arrive(index)
         with self._with_kernels(index, block):
             kind = _kind(block)
             if kind not in self._splits:
@@ -147,6 +155,7 @@ class Stream:
         Raises:
             SpenseError: an output is not finite.
         """
+        self._arrive(index)
         broken = torch.zeros((), dtype=torch.int32, device=self.device)
         with self._with_kernels(index, block), self.entered(block):
             for shard, batches in enumerate(self._shards):
@@ -187,6 +196,15 @@ class Stream:
         """
         return hidden if self._split is None else hidden.flatten(0, 1).unsqueeze(1)
 
+    def units_at_once(self, tokens: int) -> int:
+        """How many `units` of about so many tokens in all can go through the block together.
+
+        A whole sequence that begins with images has masks and positions of its own.
+        """
+        if self._split is not None:
+            return max(1, tokens)
+        return 1 if self._images else max(1, tokens // self.hidden.shape[1])
+
     def packed(self, hidden: torch.Tensor) -> torch.Tensor:
         """A block's output as `hidden` has it."""
         return recording.packed(hidden, self._arguments.streams)
@@ -194,6 +212,16 @@ class Stream:
     def unpacked(self, hidden: torch.Tensor) -> torch.Tensor:
         """What `hidden` has as a block takes it."""
         return recording.unpacked(hidden, self._arguments.streams)
+
+    def _arrive(self, index: int) -> None:
+        """Adds what the model itself adds to the hidden states in front of a block."""
+        if self._at != index:
+            self._at = index
+            for sequence in sorted(self._images):
+                if (index, sequence) in self._arguments.added:
+                    rows, values = self._arguments.added.pop((index, sequence))
+                    place = self.hidden.device
+                    self.hidden[sequence].index_add_(0, rows.to(place), values.to(place))
 
     def _get(self, batch: slice) -> torch.Tensor:
         return self.unpacked(self.hidden[batch].to(self.device, non_blocking=True))
@@ -210,8 +238,15 @@ class Stream:
         return [batches[i * len(batches) // wanted] for i in range(wanted)]
 
 
-def _batches(shard: range, at_once: int) -> list[slice]:
-    return [slice(start, min(start + at_once, shard.stop)) for start in shard[::at_once]]
+def _batches(shard: range, at_once: int, alone: Collection[int]) -> list[slice]:
+    """A shard's sequences in groups of so many, some alone."""
+    batches: list[slice] = []
+    for i in shard:
+        if batches and not {i, batches[-1].start} & set(alone) and i - batches[-1].start < at_once:
+            batches[-1] = slice(batches[-1].start, i + 1)
+        else:
+            batches.append(slice(i, i + 1))
+    return batches
 
 
 def _flat(observer: ShardObserver, shard: int) -> Observer:

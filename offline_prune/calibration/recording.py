@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
+from offline_prune.calibration.kept_arguments import kept, restored
 from offline_prune.model.loading import SourceModel
 from offline_prune.runtime.matmul_precision import fast_matmul
 from vllm_spense.errors import SpenseError
@@ -20,9 +22,15 @@ Room = Callable[[int], torch.Tensor]
 #: Makes logits (1, n, vocabulary) of n tokens, int64 (1, n), and what the last block returned for them, as it returned
 #: it. What follows the blocks looks at each position alone, so any positions may come together.
 Head = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+#: What a multimodal model is called with for one sequence: `input_ids`, pixels, and what else its processor makes.
+Inputs = dict[str, torch.Tensor]
+#: Sequence that begins with images → makes its inputs.
+ImageInputs = Mapping[int, Callable[[], Inputs]]
 #: Makes of hidden states what a block returns.
 _Form = Callable[[torch.Tensor], Any]
 
+#: By how much a sum may miss what it should be, relative to the largest number: BF16 has eight bits.
+_SUM_ERROR = 2e-2
 #: What models' code expects of a block: the hidden states, or a tuple that begins with them.
 _FORMS: tuple[_Form, ...] = (
     lambda hidden: hidden,
@@ -45,6 +53,10 @@ class Arguments:
         own: of each block by name, what depends on the tokens, (samples, length, …), such as Gemma's inputs of each
             layer.
         passed: names of mappings that blocks leave something in for later blocks.
+        seeing: sequence that begins with images → of each block, what takes the place of `common` there: positions and
+            masks of images are their own.
+        added: block, sequence → rows of the hidden states, int64 (n,), and what the model adds to them in front of the
+            block, (n, H): features of images (Qwen3-VL).
     """
 
     device: torch.device
@@ -52,6 +64,8 @@ class Arguments:
     common: list[dict[str, Any]]
     own: list[dict[str, torch.Tensor]]
     passed: dict[str, Callable[[], MutableMapping[Any, Any]]]
+    seeing: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    added: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     _left: dict[tuple[int, int], dict[str, MutableMapping[Any, Any]]] = field(default_factory=dict)
 
     def of(self, index: int, sequences: slice) -> dict[str, Any]:
@@ -60,7 +74,12 @@ class Arguments:
         if self.passed and place not in self._left:
             self._left[place] = {name: make() for name, make in self.passed.items()}
         left = {name: each for name, each in self._left.get(place, {}).items() if name in self.common[index]}
-        return {**self.common[index], **own, **left}
+        return {**self._common(index, sequences.start), **own, **left}
+
+    def _common(self, index: int, sequence: int) -> dict[str, Any]:
+        if sequence not in self.seeing:
+            return self.common[index]
+        return {name: restored(value, self.device) for name, value in self.seeing[sequence][index].items()}
 
     def of_units(
         self, index: int, chosen: torch.Tensor, units: Callable[[torch.Tensor], torch.Tensor]
@@ -84,6 +103,7 @@ class _Recorder(nn.Module):
         self._signature = inspect.signature(block.forward)
         self.form: _Form = _FORMS[0]
         self.output: torch.Tensor | None = None
+        self.zeros = False
         self.hidden: Any = None
         self.kwargs: dict[str, Any] = {}
 
@@ -101,7 +121,8 @@ class _Recorder(nn.Module):
             if parameter.kind is parameter.VAR_KEYWORD:
                 bound.update(bound.pop(name, {}))
         self.kwargs = bound
-        return self.form(self.hidden if self.output is None else self.output)
+        returned = self.hidden if self.output is None else self.output
+        return self.form(torch.zeros_like(returned) if self.zeros else returned)
 
 
 def record(
@@ -111,13 +132,15 @@ def record(
     device: torch.device,
     dtype: torch.dtype,
     room: Room,
+    images: ImageInputs = MappingProxyType({}),
 ) -> tuple[torch.Tensor, Arguments]:
     """Runs the model's code around its blocks.
 
     Args:
         tokens: int64 (samples, length).
-        batches: sequences that go through the model at once.
+        batches: sequences that go through the model at once; those that begin with images go alone.
         room: where the hidden states, and other arguments that depend on the tokens, are kept.
+        images: sequences that the whole multimodal model is run on, vision tower and all, in place of their tokens.
 
     Returns:
         The first block's input (samples, length, H), `packed` if a token has several, and all blocks' other arguments.
@@ -125,7 +148,7 @@ def record(
     Raises:
         SpenseError: the model calls its blocks in a way that cannot be repeated block by block.
     """
-    with _recorders(model, device, dtype) as (text, recorders):
+    with _recorders(model, device, dtype, whole=bool(images)) as (text, recorders):
         one = tokens[:1].to(device)
         _find_form(model, text, recorders, one)
         common = [dict(recorder.kwargs) for recorder in recorders]
@@ -141,8 +164,12 @@ def record(
         streams = len(recorders[0].hidden) if recorders[0].hidden.ndim > 3 else 0
         hidden = room(max(1, streams) * recorders[0].hidden.shape[-1])
         own: list[dict[str, torch.Tensor]] = [{} for _ in recorders]
+        arguments = Arguments(device, streams, common, own, passed)
         for batch in batches:
-            _run(text, tokens[batch].to(device))
+            if batch.start in images:
+                _see(model, recorders, images[batch.start](), batch.start, arguments, depends)
+            else:
+                _run(text, tokens[batch].to(device))
             hidden[batch].copy_(packed(recorders[0].hidden, streams), non_blocking=True)
             rooms: dict[int, torch.Tensor] = {}
             for mine, names, recorder in zip(own, depends, recorders, strict=True):
@@ -157,7 +184,62 @@ def record(
         for kwargs, names in zip(common, depends, strict=True):
             for name in names:
                 del kwargs[name]
-    return hidden, Arguments(device, streams, common, own, passed)
+    return hidden, arguments
+
+
+def _see(
+    model: SourceModel,
+    recorders: list[_Recorder],
+    inputs: Inputs,
+    sequence: int,
+    arguments: Arguments,
+    depends: list[list[str]],
+) -> None:
+    """Runs the whole model on a sequence with images, and keeps what is its own: `seeing`, `added`.
+
+    Of a block that returns zeros the next one gets what the model adds in between.
+
+    Raises:
+        SpenseError: the model cannot read the inputs, or does something else than add between two blocks.
+    """
+    whole, device = model.skeleton.base_model, arguments.device
+    dtype = recorders[0].hidden.dtype
+    here = {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in inputs.items()}
+
+    def run(zeros: bool) -> list[torch.Tensor]:
+        for recorder in recorders:
+            recorder.zeros = zeros
+        try:
+            with torch.inference_mode():
+                whole(**here, use_cache=False)
+        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError, KeyError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise SpenseError(f"{type(whole).__name__}: it cannot be run on images: {reason}") from error
+        finally:
+            for recorder in recorders:
+                recorder.zeros = False
+        return [recorder.hidden for recorder in recorders]
+
+    through = run(zeros=False) if not arguments.seeing else []
+    added = run(zeros=True)
+    for i in range(1, len(through)):
+        # Two runs of a vision tower on a GPU may not agree to the bit.
+        error = (through[i] - through[i - 1] - added[i]).abs().max()
+        if error > _SUM_ERROR * through[i].abs().max():
+            raise SpenseError(
+                f"{model.blocks[i].name}: {type(whole).__name__} changes the hidden states of images in front of it; "
+                "expected at most a sum"
+            )
+    for i in range(1, len(added)):
+        more = packed(added[i], arguments.streams)[0]
+        rows = more.any(dim=-1).nonzero()[:, 0]
+        if len(rows):
+            arguments.added[i, sequence] = rows.cpu(), more[rows].cpu()
+    known: dict[int, Any] = {}
+    arguments.seeing[sequence] = [
+        {name: kept(value, known) for name, value in recorder.kwargs.items() if name not in names}
+        for recorder, names in zip(recorders, depends, strict=True)
+    ]
 
 
 @contextmanager
@@ -267,15 +349,19 @@ def _same(one: Any, other: Any) -> bool:
 
 @contextmanager
 def _recorders(
-    model: SourceModel, device: torch.device, dtype: torch.dtype
+    model: SourceModel, device: torch.device, dtype: torch.dtype, whole: bool
 ) -> Iterator[tuple[nn.Module, list[_Recorder]]]:
-    """The language model with its embeddings loaded and a recorder in place of every block."""
+    """The language model with its embeddings loaded and a recorder in place of every block.
+
+    Args:
+        whole: with the rest of the multimodal model around it loaded too.
+    """
     names = [block.name for block in model.blocks]
     parent = model.module(names[0].rpartition(".")[0])
     assert isinstance(parent, nn.ModuleList)
     originals = list(parent)
     recorders = [_Recorder(block) for block in originals]
-    with model.outside_blocks(device, dtype) as text:
+    with model.outside_blocks(device, dtype, whole) as text:
         for i, recorder in enumerate(recorders):
             parent[i] = recorder
         try:

@@ -36,6 +36,14 @@ def prune(
         int, typer.Option(help="Calibration sequences; more where the model's context is shorter than --length.")
     ] = 128,
     length: Annotated[int, typer.Option(help="Tokens in each, at most the model's context.")] = 16384,
+    calibration_images: Annotated[
+        str | None,
+        typer.Option(
+            help="For a model that sees: folder of images with captions, .jsonl file with image and text, or `random`. "
+            "\\[default: text alone]"
+        ),
+    ] = None,
+    image_share: Annotated[float, typer.Option(help="Of the sequences, those that begin with images.")] = 0.5,
     overwrite: Annotated[
         bool,
         typer.Option(help="Replace the Spense checkpoint, or the unfinished one, in OUT.", rich_help_panel=_RUN),
@@ -153,6 +161,8 @@ def prune(
         samples=samples,
         length=length,
         seed=seed,
+        calibration_images=calibration_images,
+        image_share=image_share,
         quantize=quantize,
         rounding=fp8_rounding,
         damping=damping,

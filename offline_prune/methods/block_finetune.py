@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -87,17 +87,17 @@ def tune(
         float32 (N, K) of each layer, the values that inference will multiply with, and the loss on a fixed part of the
         calibration text before and after. Should that not have fallen, the weights are what they were.
     """
-    linears = {name: cast(nn.Linear, block.get_submodule(name)) for name in layers}
-    weights = {name: layer.weight.detach().float().clone().requires_grad_() for name, layer in linears.items()}
+    pruned = {name: block.get_parameter(f"{name}.weight") for name in layers}
+    weights = {name: weight.detach().float().clone().requires_grad_() for name, weight in pruned.items()}
     # In the gradients' dtype: a product of theirs with another type takes ten times as long on a CPU.
-    kept = {name: (weight.detach() != 0).to(linears[name].weight.dtype) for name, weight in weights.items()}
+    kept = {name: (weight.detach() != 0).to(pruned[name].dtype) for name, weight in weights.items()}
     start = {name: weight.detach().clone() for name, weight in weights.items()}
     sizes = {name: weight[weight != 0].square().mean().sqrt().item() for name, weight in start.items()}
     rates = [{"params": [weight], "lr": recipe.tune_rate * sizes[name]} for name, weight in weights.items()]
     optimizer = torch.optim.Adam(rates, fused=True)
     inputs, targets = stream.units(stream.hidden), stream.units(dense.hidden)
     length = inputs.shape[1]
-    at_once = max(1, tokens_at_once // length)
+    at_once = stream.units_at_once(tokens_at_once)
     in_step = max(len(inputs) // recipe.tune_steps, -(-MIN_STEP_TOKENS // (length * distributed.size())))
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(recipe.seed)).to(inputs.device)
     chosen = order[: max(1, len(order) // in_step) * in_step].split(in_step)
@@ -111,7 +111,7 @@ def tune(
         """Their sum is the loss; each is as much of it as goes through the block at once."""
         for chunk in units.split(at_once):
             served = {
-                f"{name}.weight": _AsServed.apply(w, kept[name], layers[name], linears[name].weight.dtype)
+                f"{name}.weight": _AsServed.apply(w, kept[name], layers[name], pruned[name].dtype)
                 for name, w in weights.items()
             }
             x, y = (source.index_select(0, chunk).to(stream.device) for source in (inputs, targets))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -37,17 +38,23 @@ class GatedMlp:
     def gate_up(self, block: nn.Module) -> tuple[nn.Linear, ...]:
         """The layers that hold gate and up: two, or one of 2·I rows."""
         names = dict.fromkeys((self.projections.gate, self.projections.up))
-        return tuple(block.get_submodule(f"{self.path}.{name}") for name in names)  # type: ignore[misc]
+        return tuple(linear(block, f"{self.path}.{name}") for name in names)
 
     def down(self, block: nn.Module) -> nn.Linear:
-        return block.get_submodule(f"{self.path}.{self.projections.down}")  # type: ignore[return-value]
+        return linear(block, f"{self.path}.{self.projections.down}")
 
 
 @dataclass(frozen=True)
 class Unsupported:
-    """Why a block cannot be pruned: `found` describes its MLP."""
+    """Why a block cannot be pruned: `found` describes its MLP, which may be a gated one that is `shared` by blocks."""
 
     found: str
+    shared: bool = False
+
+
+def linear(module: nn.Module, name: str) -> nn.Linear:
+    """The linear layer of that name inside a module."""
+    return cast(nn.Linear, module.get_submodule(name))
 
 
 def find_gated_mlp(block: nn.Module) -> GatedMlp | Unsupported:
@@ -83,13 +90,14 @@ def _stacked_maps(block: nn.Module, hidden: set[int]) -> Iterator[tuple[str, tup
     """Stacks of matrices that each map whole tokens, as experts do.
 
     The kernel of a convolution has three dimensions too, and so has a matrix that is diagonal block by block, of which
-    every token meets all blocks. Neither's matrices are as wide as a token.
+    every token meets all blocks. Neither's matrices are as wide as a token. Those that a state space has for each of
+    its heads, beside its convolution (Zamba), may be.
 
     Args:
         hidden: widths of a token, as the block's gated MLPs tell them; where there are none, every stack counts.
     """
     for path, module in block.named_modules():
-        if isinstance(module, nn.modules.conv._ConvNd):
+        if any(isinstance(each, nn.modules.conv._ConvNd) for each in (module, *module.children())):
             continue
         for name, parameter in module.named_parameters(path, recurse=False):
             if parameter.ndim == 3 and (not hidden or hidden & set(parameter.shape[1:])):
@@ -163,7 +171,7 @@ def _probe(module: nn.Module, inputs: list[str], down: str, hidden: int, interme
         )
         second_is_up = elementwise and torch.allclose(product(a, 2 * b), 2 * z, rtol=1e-4)
         first_is_up = elementwise and torch.allclose(product(2 * a, b), 2 * z, rtol=1e-4)
-    except (TypeError, RuntimeError, NotImplementedError, AttributeError, ValueError, IndexError):
+    except (TypeError, RuntimeError, NotImplementedError, AttributeError, ValueError, LookupError):
         return None  # Attention has linear layers of matching shapes too, but is not callable like an MLP.
     fused = len(inputs) == 1
     if second_is_up:

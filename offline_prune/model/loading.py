@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
@@ -79,6 +79,15 @@ class SourceModel:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.folder, self._trust)
 
+    @cached_property
+    def processor(self) -> Any:
+        """What turns images and text into this model's inputs.
+
+        Raises:
+            SpenseError: it has none that transformers can use.
+        """
+        return load_processor(self.folder, self._trust)
+
     def module(self, name: str) -> nn.Module:
         return self.skeleton.get_submodule(name)
 
@@ -138,17 +147,21 @@ class SourceModel:
         return module.eval()
 
     @contextmanager
-    def outside_blocks(self, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
-        """The language model with everything but its blocks and the output head in memory: embeddings, positions."""
-        inside = tuple(f"{block.name}." for block in self.blocks)
-        head = self.head_name
+    def outside_blocks(self, device: torch.device, dtype: torch.dtype, whole: bool = False) -> Iterator[nn.Module]:
+        """The language model with everything but its blocks and the output head in memory: embeddings, positions.
+
+        Args:
+            whole: with vision towers and projectors too.
+        """
+        around: nn.Module = self.skeleton if whole else self.text
+        prefix = "" if whole else self.text_name
         filled = []
-        for key, parameter in list(self.text.named_parameters(prefix=self.text_name)):
-            if not key.startswith(inside) and key.rpartition(".")[0] != head:
-                weight = self.tensors.read(self._stands_for(key) or key)
-                _set_parameter(self.skeleton, key, self._checked(key, weight, parameter, device, dtype))
-                filled.append((key, parameter))
-        for key, buffer in list(self.text.named_buffers(prefix=self.text_name)):
+        for key, parameter in self._outside_blocks(whole):
+            weight = self.tensors.read(self._stands_for(key) or key)
+            _set_parameter(self.skeleton, key, self._checked(key, weight, parameter, device, dtype))
+            filled.append((key, parameter))
+        inside = tuple(f"{block.name}." for block in self.blocks)
+        for key, buffer in list(around.named_buffers(prefix=prefix)):
             if not key.startswith(inside):
                 owner, _, leaf = key.rpartition(".")
                 stored = self.tensors.read(key) if key in self.tensors else buffer
@@ -158,6 +171,24 @@ class SourceModel:
         finally:
             for key, empty in filled:
                 _set_parameter(self.skeleton, key, empty)
+
+    def missing_outside_blocks(self) -> list[str]:
+        """Parameters of the whole model, outside its blocks, that no tensor of the files stands for as it is."""
+        return [key for key, _ in self._outside_blocks(whole=True) if self._stands_for(key) is None]
+
+    def parameters_outside_blocks(self) -> int:
+        """How many numbers all parameters of the whole model outside its blocks hold."""
+        return sum(parameter.numel() for _, parameter in self._outside_blocks(whole=True))
+
+    def _outside_blocks(self, whole: bool) -> list[tuple[str, nn.Parameter]]:
+        """Parameters by full name, without the output head's."""
+        inside = tuple(f"{block.name}." for block in self.blocks)
+        around, prefix = (self.skeleton, "") if whole else (self.text, self.text_name)
+        return [
+            (key, parameter)
+            for key, parameter in around.named_parameters(prefix=prefix)
+            if not key.startswith(inside) and key.rpartition(".")[0] != self.head_name
+        ]
 
     @cached_property
     def _tied(self) -> dict[str, str]:
@@ -233,6 +264,20 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
         raise SpenseError(f"{folder}: no usable tokenizer: {reason}") from None
 
 
+def load_processor(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The folder's processor of images and text.
+
+    Raises:
+        SpenseError: it has none that transformers can use, or one that needs a package that is not installed.
+    """
+    try:
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+        needs = " (pip install torchvision)" if "torchvision" in str(error).lower() else ""
+        raise SpenseError(f"{folder}: no usable processor of images: {(lines or [''])[0]}{needs}") from None
+
+
 def _described(blocks: list[tuple[str, nn.Module]], tensors: ModelTensors) -> list[Block]:
     """What the MLP of every block is. One that several blocks share sees inputs of all of them, and is not pruned."""
     found = [Block(name, _stored_alike(find_gated_mlp(module), name, tensors)) for name, module in blocks]
@@ -243,7 +288,7 @@ def _described(blocks: list[tuple[str, nn.Module]], tensors: ModelTensors) -> li
     }
     users = Counter(weights.values())
     return [
-        Block(block.name, Unsupported(f"an MLP that {users[weights[block.name]]} blocks share"))
+        Block(block.name, Unsupported(f"a gated MLP that {users[weights[block.name]]} blocks share", shared=True))
         if block.name in weights and users[weights[block.name]] > 1
         else block
         for block in found

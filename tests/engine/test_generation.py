@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from checkpoints import rank_ordered
 from engines import Completion, Run, generate, require_as_near, require_same
+from safetensors.torch import load_file, save_file
 
 from vllm_spense.format import KEY
 
@@ -30,7 +31,18 @@ def overrides(spense_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="module")
-def one_rank(spense_checkpoints: dict[str, Path], overrides: Path) -> Answers:
+def wrong(spense_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pruned Llama with one row of its first up a hundredth too large."""
+    out = shutil.copytree(spense_checkpoint, tmp_path_factory.mktemp("wrong") / "llama")
+    weights = load_file(out / "model.safetensors")
+    scales = weights["model.layers.0.mlp.up_proj.weight_scale"]
+    scales[7] *= 1.01
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+@pytest.fixture(scope="module")
+def one_rank(spense_checkpoints: dict[str, Path], overrides: Path, wrong: Path) -> Answers:
     """Every engine of the tests on one rank."""
     llama = spense_checkpoints["llama"]
     runs = [
@@ -40,6 +52,7 @@ def one_rank(spense_checkpoints: dict[str, Path], overrides: Path) -> Answers:
         Run(spense_checkpoints["bias"], "spense", reload=True),
         Run(llama, "spense", load_format="dummy"),
         Run(overrides, "spense"),
+        Run(wrong, "spense"),
     ]
     return generate(runs)
 
@@ -48,6 +61,11 @@ def one_rank(spense_checkpoints: dict[str, Path], overrides: Path) -> Answers:
 def test_eager(one_rank: Answers, spense_checkpoints: dict[str, Path], name: str) -> None:
     folder = spense_checkpoints[name]
     require_same(one_rank[Run(folder, "spense")], one_rank[Run(folder, STOCK)])
+
+
+def test_a_wrong_row_would_be_noticed(one_rank: Answers, spense_checkpoint: Path, wrong: Path) -> None:
+    with pytest.raises(AssertionError):
+        require_same(one_rank[Run(wrong, "spense")], one_rank[Run(spense_checkpoint, STOCK)])
 
 
 def test_compiled(one_rank: Answers, spense_checkpoint: Path) -> None:

@@ -10,8 +10,10 @@ import pytest
 import torch
 from runs import run
 from safetensors.torch import load_file, save_file
-from tiny_models import UNSUPPORTED, tiny_model
+from tiny_models import UNSUPPORTED, byte_tokenizer, tiny_model
 
+from benchmarks import zoo
+from benchmarks.zoo import Architecture
 from offline_prune.checkpoint.verify import open_checkpoint
 from offline_prune.methods.regions import fit_regions
 from vllm_spense.errors import SpenseError
@@ -51,6 +53,14 @@ def test_models_without_gated_mlps(name: str, tmp_path: Path, text: Path) -> Non
     for skip in (False, True):
         words = r"no block has a gated MLP .*, so there is nothing to prune; .*layers\.0: found (no gated|a mixture)"
         refused(words, tmp_path / "out", model, text, skip_unsupported=skip)
+
+
+def test_models_whose_blocks_share_their_mlp(tmp_path: Path, text: Path) -> None:
+    zoo.tiny_model(Architecture("zamba", "ZambaForCausalLM"), tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    words = r"no block has a gated MLP \(gate, up, down\) of its own.*layers\.1: found a gated MLP that 2 blocks share"
+    for skip in (False, True):
+        refused(words, tmp_path / "out", tmp_path / "model", text, skip_unsupported=skip)
 
 
 def test_skipping_is_advised_where_something_is_left(tmp_path: Path, text: Path) -> None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from tempfile import TemporaryDirectory
 
 # Twenty prompts of unequal lengths, so that one batch holds prefill and decode of many shapes.
@@ -36,11 +36,14 @@ PROMPTS = [
     "Once the rain had stopped, the children ran out into the garden and",
 ]
 
-#: Nats. Spense and stock vLLM on one rank sum the same products in another order.
+#: Nats. Spense and stock vLLM on one rank sum the same products in another order, which moves log probabilities of
+#: tiny models by 2e-6 at most. An activation close to the middle between two FP8 numbers may then be rounded the other
+#: way, and from there on its completion moves by up to 4e-2; whether and where depends on the weights and on this CPU.
+#: A wrong product moves every completion: a single row whose scale is wrong by 1% by 4e-2 and more.
 ROUNDING = 1e-3
-#: Completions that this may move further: of some million activations, one or two lie so close to the middle between
-#: two FP8 numbers that they are rounded the other way. Which, if any, depends on the weights and on this CPU. A wrong
-#: product moves all of them.
+#: Nats. Five times what such a rounding was seen to move a log probability by.
+ROUNDED_OTHERWISE = 0.2
+#: Completions of which a server, or a GPU in a type of fewer bits, may prefer other tokens for that reason.
 EXCEPTIONS = len(PROMPTS) // 4
 
 VLLM = {
@@ -170,10 +173,14 @@ def require_same_or_tied(
 
 
 def require_same(ours: Sequence[Completion], theirs: Sequence[Completion]) -> None:
-    """Tokens and log probabilities are equal up to `ROUNDING`, with `EXCEPTIONS`."""
-    require_same_or_tied(ours, theirs, ROUNDING, EXCEPTIONS)
-    spreads = [spread([a], [b]) for a, b in zip(ours, theirs, strict=True)]
-    assert sum(found > ROUNDING for found in spreads) <= EXCEPTIONS, spreads
+    """Most completions have equal tokens and log probabilities, up to `ROUNDING`; where a tie parts them, until then.
+
+    A rounding the other way moves single completions, a wrong product all, so the one in the middle tells them apart.
+    One that is wrong at some lengths alone moves their completions by more than a rounding does.
+    """
+    moved = sorted(spread([a], [b]) for a, b in zip(ours, theirs, strict=True))
+    assert median(moved) <= ROUNDING, moved
+    assert moved[-1] <= ROUNDED_OTHERWISE, moved
 
 
 def _agreed(a: Completion, b: Completion) -> int:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import byte_tokenizer
 from torch import nn
 
+from benchmarks.served_models import MODELS, make
 from benchmarks.zoo import Architecture, tiny_model
 from offline_prune.checkpoint.verify import open_checkpoint, verify
 from offline_prune.model.loading import SourceModel
@@ -135,6 +136,23 @@ def test_images_are_seen_as_before(text: Path, tmp_path: Path) -> None:
             blind = model(input_ids=tokens, use_cache=False).logits
     assert torch.allclose(*logits, atol=1e-3 * logits[0].abs().max().item())
     assert not torch.allclose(logits[1], blind, atol=1e-2)
+
+
+def test_a_draft_head_after_the_last_layer_is_untouched(text: Path, tmp_path: Path) -> None:
+    """As DeepSeek and GLM store theirs: a layer more than the model has."""
+    make(MODELS["GLM-4.5 with MTP"], tmp_path / "model")
+    run(tmp_path / "model", tmp_path / "out", text, skip_unsupported=True)
+    before, after = SafetensorsReader(tmp_path / "model"), SafetensorsReader(tmp_path / "out")
+    head = [name for name in before if name.startswith("model.layers.2.")]
+    assert {"model.layers.2.eh_proj.weight", "model.layers.2.self_attn.q_proj.weight"} <= set(head)
+    assert all(torch.equal(before.read(name), after.read(name)) for name in head)
+    assert set(before) == {name for name in after if not name.endswith(".weight_scale")}
+    ignore = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["ignore"]
+    (pattern,) = [entry.removeprefix("re:") for entry in ignore if re.search(r"layers.{1,2}2", entry)]
+    for name in ("model.layers.2.eh_proj", "model.layers.2.mlp.experts", "layers.2.self_attn.qkv_proj"):
+        assert re.match(pattern, name), name
+    for name in ("model.layers.0.mlp.gate_up_proj", "model.layers.20.mlp.gate_up_proj"):
+        assert not re.match(pattern, name), name
 
 
 def remote(llama: Path, folder: Path) -> Path:
