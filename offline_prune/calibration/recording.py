@@ -349,7 +349,7 @@ def _same(one: Any, other: Any) -> bool:
 
 @contextmanager
 def _recorders(
-    model: SourceModel, device: torch.device, dtype: torch.dtype, whole: bool
+    model: SourceModel, device: torch.device, dtype: torch.dtype, whole: bool = False
 ) -> Iterator[tuple[nn.Module, list[_Recorder]]]:
     """The language model with its embeddings loaded and a recorder in place of every block.
 
