@@ -174,8 +174,8 @@ def kept_of_images(model: SourceModel, length: int, itemsize: int) -> int:
 def _seeing_work(model: SourceModel, length: int, itemsize: int) -> int:
     """Bytes of what stands around the blocks, vision tower and all, and of the images of one sequence in it."""
     vision = model.skeleton.config.vision_config
-    width = int(getattr(vision, "hidden_size", None) or getattr(vision, "embed_dim", 0))
-    wide = int(getattr(vision, "intermediate_size", None) or 4 * width)
+    width = int(getattr(vision, "hidden_size", 0) or getattr(vision, "embed_dim", 0))
+    wide = int(getattr(vision, "intermediate_size", 0) or 4 * width)
     # Gemma-3 makes one token of 16 patches, others of fewer.
     return (model.parameters_outside_blocks() + 16 * length * (8 * width + 2 * wide)) * itemsize
 
