@@ -295,6 +295,15 @@ def prune_sentence(result: Result) -> list[str]:
     return [f"Pruning Qwen3-32B's shape on {text} takes one {gpu} {times}, projected from whole blocks."]
 
 
+def first_run(result: Result) -> list[str]:
+    """The README's sentence."""
+    [row] = result["rows"]
+    setup, demo = (f"{row[target] / 60:.1f} minutes" for target in ("setup_s", "demo_s"))
+    cpu = f"{row['cores']} cores ({result['cpu']}, {row['instructions'] or 'not even AVX2'})"
+    file = "[first_run.json](benchmarks/results/first_run.json)"
+    return [f"On {cpu} `make setup` takes {setup} and `make demo` then {demo} ({file})."]
+
+
 def selection(result: Result) -> list[str]:
     """How far parts of the calibration text choose the dense indices that all of it chooses."""
     lines = (
@@ -380,6 +389,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     "prune": ("prune_time", prune),
     "prune_stages": ("prune_time", prune_stages),
     "prune_readme": ("prune_time", prune_sentence),
+    "first_run": ("first_run", first_run),
     "prune_h100": ("prune_time-h100", prune),
     "prune_real": ("prune_time-smollm2-135m", prune_real),
     "prune_shapes": ("prune_time-shapes", prune),

@@ -1,0 +1,56 @@
+"""How long a newcomer's first two commands take: `make setup` and `make demo`, in a fresh clone of the last commit.
+
+    python -m benchmarks.first_run
+
+writes benchmarks/results/first_run.json. What pip has in its cache is not fetched again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.envelope import RESULTS, ROOT, write_result
+
+#: Instruction sets that decide how fast a CPU multiplies matrices, as Linux calls them; the best comes last.
+INSTRUCTION_SETS = {"avx2": "AVX2", "avx512f": "AVX-512", "amx_tile": "AMX"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.first_run", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS / "first_run.json")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        clone = Path(folder, "spense")
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+        seconds = {f"{target}_s": seconds_of(target, clone) for target in ("setup", "demo")}
+    row = {**seconds, "cores": len(os.sched_getaffinity(0)), "instructions": instructions()}
+    write_result(options.out, "first_run", [row])
+    print(f"written: {options.out}")
+
+
+def seconds_of(target: str, folder: Path) -> float:
+    """Of `make TARGET`, which must succeed; what it says goes to the terminal."""
+    start = time.monotonic()
+    done = subprocess.run(["make", target, f"PYTHON={getattr(sys, '_base_executable', sys.executable)}"], cwd=folder)
+    if done.returncode:
+        sys.exit(f"make {target} ended with code {done.returncode}")
+    return round(time.monotonic() - start, 1)
+
+
+def instructions() -> str | None:
+    """The best of `INSTRUCTION_SETS` that this CPU has."""
+    cpuinfo = Path("/proc/cpuinfo")
+    words = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    return next((said for flag, said in reversed(INSTRUCTION_SETS.items()) if flag in words), None)
+
+
+if __name__ == "__main__":
+    main()
