@@ -54,7 +54,7 @@ def main() -> None:
         checkpoints[title] = pruned(model, pruning)
     heading(f"Perplexity on held-out text ({HELDOUT_SAMPLES} × {HELDOUT_LENGTH} tokens)")
     show_perplexities(model, checkpoints)
-    heading("vLLM's OpenAI-compatible server with --quantization spense, ready in about a minute")
+    heading("vLLM's OpenAI-compatible server with --quantization spense, ready in one or two minutes")
     ask(checkpoints[METHOD], options.port, on_cpu)
     heading("What as many zeros are worth on a GPU")
     show_gain()
