@@ -18,6 +18,8 @@ from vllm_spense.errors import SpenseError
 
 Task = dict[str, Any]
 
+#: What stands after the end of a function.
+_ENDS = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]
 _MEAN = {"aggregation": "mean", "higher_is_better": True}
 # TruthfulQA's own, which every model is asked after.
 _TRUTHFULQA_EXAMPLES = """\
@@ -52,8 +54,9 @@ def packaged(name: str) -> Task:
 
 
 def program(problem: Task, completion: str) -> str:
-    """HumanEval's prompt, what a model went on with, and the problem's tests."""
-    return f"{problem['prompt']}{completion}\n{problem['test']}\ncheck({problem['entry_point']})\n"
+    """HumanEval's prompt, what a model went on with up to the function's end, and the problem's tests."""
+    end = min((completion.index(word) for word in _ENDS if word in completion), default=len(completion))
+    return f"{problem['prompt']}{completion[:end]}\n{problem['test']}\ncheck({problem['entry_point']})\n"
 
 
 def passed(problem: Task, completions: Sequence[str]) -> dict[str, float]:
@@ -67,7 +70,8 @@ def _human_eval() -> Task:
         "doc_to_text": "{{prompt}}",
         "doc_to_target": "{{canonical_solution}}",
         "generation_kwargs": {
-            "until": ["\nclass", "\ndef", "\n#", "\nif", "\nprint"],
+            # A server takes four stop words, of which the harness adds one; `program` cuts at the others.
+            "until": _ENDS[:3],
             "max_gen_toks": 512,
             "do_sample": False,
         },

@@ -7,11 +7,12 @@ asks every model the same questions and writes benchmarks/results/tasks.json. Ta
 Hugging Face hub, or from files in `--task-folder`. Without a hub there are those of `packaged_tasks.py`, and
 `continuation`, from the texts of `benchmarks.texts`: which of four passages of a text comes next?
 
-    python -m benchmarks.tasks ORIGINAL ./pruned … --engine
+    python -m benchmarks.tasks ORIGINAL ./pruned … --serve
     python -m benchmarks.tasks ./pruned --url http://localhost:8000/v1
 
-ask a vLLM engine in this process, or a server; both run the files as they are, FP8 activations included. For a server
-the folder is that of the tokenizer. Otherwise transformers runs the weights with activations as they are.
+ask vLLM, which serves one model after the other here, or a server that is there already, whose model's tokenizer is in
+the folder. Both run the files as they are, FP8 activations included; otherwise transformers runs the weights, with
+activations as they are.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,9 @@ from benchmarks.texts import documents
 from offline_prune.calibration.heldout import HELDOUT
 from offline_prune.checkpoint.evaluate import load_dense
 from offline_prune.runtime.device import pick_device
+from scripts.bootstrap import kind
+from scripts.demo import CPU_ARGUMENTS, CPU_ENV
+from scripts.server import HOST, check_port, exit_on_signals, serving
 from vllm_spense.errors import SpenseError
 
 #: Small tasks that many papers report.
@@ -49,6 +54,7 @@ Question = dict[str, Any]
 
 def main() -> None:
     options = parse()
+    exit_on_signals()
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
@@ -61,7 +67,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         tasks = [task for name in options.tasks for task in wanted(name, options.questions, Path(scratch))]
         for folder in options.models:
-            rows += answers(model(folder, options), folder.name, tasks, manager, options)
+            with server(folder, options) as url:
+                rows += answers(model(folder, url, options), folder.name, tasks, manager, options)
             write_result(options.out, "tasks", rows)
     print("\n".join(table(rows)))
 
@@ -77,9 +84,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=200, help=f"of each text, in {CONTINUATION}")
     runs = parser.add_mutually_exclusive_group()
     runs.add_argument("--url", help="of a server that runs the model, …/v1")
-    runs.add_argument("--engine", action="store_true", help="run each model with vLLM in this process")
+    runs.add_argument("--serve", action="store_true", help="have vLLM serve each model")
+    parser.add_argument("--port", type=int, default=8000, help="with --serve")
     parser.add_argument("--chat", action="store_true", help="ask by the chat template")
-    parser.add_argument("--context", type=int, default=4096, help="with --engine: tokens of a question and its answer")
+    parser.add_argument("--context", type=int, default=4096, help="with --serve: tokens of a question and its answer")
     parser.add_argument("--batch", type=int, default=8, help="questions at a time")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=RESULTS / "tasks.json")
@@ -137,21 +145,34 @@ def questions(texts: Iterable[str], count: int) -> list[Question]:
     return found
 
 
-def model(folder: Path, options: argparse.Namespace) -> Any:
-    """The model, or what runs it, as the harness takes it."""
-    if options.url:
+@contextmanager
+def server(folder: Path, options: argparse.Namespace) -> Iterator[str | None]:
+    """URL of the server to ask, which --serve starts and stops; None where none shall run."""
+    if not options.serve:
+        yield options.url
+        return
+    check_port(options.port)
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", HOST, "--port", str(options.port)]
+    command += ["--model", str(folder), "--max-model-len", str(options.context)]
+    on_cpu = kind() == "cpu"
+    environment = {"VLLM_NO_USAGE_STATS": "1", **(CPU_ENV if on_cpu else {})}
+    with tempfile.TemporaryDirectory() as scratch:
+        log = Path(scratch, "server.log")
+        with serving(command + (CPU_ARGUMENTS if on_cpu else []), options.port, log, environment):
+            yield f"http://{HOST}:{options.port}/v1"
+
+
+def model(folder: Path, url: str | None, options: argparse.Namespace) -> Any:
+    """The model, or the server that runs it, as the harness takes it."""
+    if url:
         from lm_eval.models.openai_completions import LocalCompletionsAPI
 
         return LocalCompletionsAPI(
-            base_url=f"{options.url.rstrip('/')}/completions",
-            model=served_name(options.url),
+            base_url=f"{url.rstrip('/')}/completions",
+            model=served_name(url),
             tokenizer=str(folder),
             batch_size=options.batch,
         )
-    if options.engine:
-        from lm_eval.models.vllm_causallms import VLLM
-
-        return VLLM(pretrained=str(folder), batch_size="auto", max_model_len=options.context, seed=0)
     from lm_eval.models.huggingface import HFLM
 
     device = pick_device(options.device)
@@ -202,7 +223,7 @@ def answers(
             if rule and not metric.endswith("_stderr"):
                 yield {
                     "model": name,
-                    "served": options.url,
+                    "served": "vLLM" if options.serve else options.url,
                     "task": task,
                     "metric": metric,
                     "value": value,

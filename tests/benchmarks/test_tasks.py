@@ -120,6 +120,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_problem_is_passed_by_what_solves_it() -> None:
     assert packaged_tasks.passed(PROBLEM, [PROBLEM["canonical_solution"]]) == {"pass@1": 1.0}
+    assert packaged_tasks.passed(PROBLEM, ["    return 2 * n\nprint(nobody)\n"]) == {"pass@1": 1.0}
     assert packaged_tasks.passed(PROBLEM, ["    return 3 * n\n"]) == {"pass@1": 0.0}
     assert packaged_tasks.passed(PROBLEM, ["    return 2 *\n"]) == {"pass@1": 0.0}
 
@@ -135,7 +136,7 @@ def test_questions_of_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     folder, out = tiny_model("llama", tmp_path / "model"), tmp_path / "out.json"
     names = ["packaged_humaneval", "packaged_gsm8k", "packaged_hellaswag", "packaged_truthfulqa"]
     monkeypatch.setattr(sys, "argv", ["tasks", str(folder), "--tasks", *names, "--device", "cpu", "--out", str(out)])
-    monkeypatch.setattr(tasks, "model", lambda folder, options: Oracle())
+    monkeypatch.setattr(tasks, "model", lambda folder, url, options: Oracle())
     tasks.main()
     rows = json.loads(out.read_text())["rows"]
     assert {(row["task"], row["metric"]): row["value"] for row in rows} == {
