@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from offline_prune.commands.options import Length
 from offline_prune.terminal import make_console, print_evaluation, progress_of, silence_bars
 from vllm_spense.errors import SpenseError
 
@@ -23,7 +24,7 @@ def evaluate(
         ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Sequences of each text, or as many as it has.")] = 32,
-    length: Annotated[int, typer.Option(help="Tokens in each, at most the model's context.")] = 512,
+    length: Length = 512,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
     no_card: Annotated[
         bool, typer.Option("--no-card", help="Leave PRUNED's README.md, which takes the table, alone.")

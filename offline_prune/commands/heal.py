@@ -7,16 +7,13 @@ from typing import Annotated
 
 import typer
 
+from offline_prune.commands.options import RUN, Device, Length, Out, Overwrite, Resume
 from offline_prune.terminal import make_console, progress_of, silence_bars
-
-_RUN = "How to run"
 
 
 def heal(
     pruned: Annotated[Path, typer.Argument(help="A Spense checkpoint.")],
-    out: Annotated[
-        Path, typer.Argument(help="Folder to write; empty or not there yet, unless --overwrite or --resume.")
-    ],
+    out: Out,
     teacher: Annotated[str, typer.Option(help="The dense model that PRUNED was made from: a folder or a hub name.")],
     train: Annotated[
         str, typer.Option(help="mlp: the pruned MLPs' weights | all: every linear layer of the blocks, and norms.")
@@ -30,7 +27,7 @@ def heal(
     samples: Annotated[
         int, typer.Option(help="Sequences; more where the model's context is shorter than --length.")
     ] = 5120,
-    length: Annotated[int, typer.Option(help="Tokens in each, at most the model's context.")] = 2048,
+    length: Length = 2048,
     epochs: Annotated[int, typer.Option(help="How often the text is gone through.")] = 1,
     heldout: Annotated[
         float, typer.Option(help="Share of the sequences that is not trained on and judges the weights.")
@@ -40,34 +37,29 @@ def heal(
     ] = 0.001,
     warm_up: Annotated[float, typer.Option(help="Share of the steps in which the rate rises.")] = 0.05,
     step_tokens: Annotated[int, typer.Option(help="Tokens of a step, of all processes together.")] = 32768,
-    overwrite: Annotated[
-        bool,
-        typer.Option(help="Replace the Spense checkpoint, or the unfinished one, in OUT.", rich_help_panel=_RUN),
-    ] = False,
-    resume: Annotated[
-        bool, typer.Option(help="Go on with an unfinished run to OUT, if there is one.", rich_help_panel=_RUN)
-    ] = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
     trust_remote_code: Annotated[
-        bool, typer.Option(help="Run the Python code that the models bring along.", rich_help_panel=_RUN)
+        bool, typer.Option(help="Run the Python code that the models bring along.", rich_help_panel=RUN)
     ] = False,
-    device: Annotated[str, typer.Option(help="auto | cpu | cuda | cuda:N", rich_help_panel=_RUN)] = "auto",
+    device: Device = "auto",
     batch_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Tokens that pass through the model at once. \\[default: 2048 on a CPU, 16384]", rich_help_panel=_RUN
+            help="Tokens that pass through the model at once. \\[default: 2048 on a CPU, 16384]", rich_help_panel=RUN
         ),
     ] = None,
     optimizer: Annotated[
-        str, typer.Option(help="adamw | adamw8bit (moments in 8 bits; needs torchao)", rich_help_panel=_RUN)
+        str, typer.Option(help="adamw | adamw8bit (moments in 8 bits; needs torchao)", rich_help_panel=RUN)
     ] = "adamw",
     checkpointing: Annotated[
         bool,
-        typer.Option(help="Compute activations again for the gradients: less memory, more time.", rich_help_panel=_RUN),
+        typer.Option(help="Compute activations again for the gradients: less memory, more time.", rich_help_panel=RUN),
     ] = True,
     save_minutes: Annotated[
-        float, typer.Option(help="Minutes between states that --resume can go on from.", rich_help_panel=_RUN)
+        float, typer.Option(help="Minutes between states that --resume can go on from.", rich_help_panel=RUN)
     ] = 10.0,
-    seed: Annotated[int, typer.Option(help="Of the text's order.", rich_help_panel=_RUN)] = 0,
+    seed: Annotated[int, typer.Option(help="Of the text's order.", rich_help_panel=RUN)] = 0,
 ) -> None:
     """Train what pruning kept towards the dense model's predictions: distillation with fixed zeros."""
     console = make_console(stderr=True)

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from offline_prune.commands.options import RUN, Device, Length, Out, Overwrite, Resume
 from offline_prune.methods.recipe import DEFAULT_METHOD, Grouping, Layout, Quantize, Rounding, Selection
 from offline_prune.terminal import make_console, print_report, print_serving_class, progress_of, silence_bars
 
-#: Panels of `spense prune --help`.
-_RUN, _RESEARCH = "How to run", "Research: what methods and ablations are made of"
+_RESEARCH = "Research: what methods and ablations are made of"
 
 
 def prune(
     model: Annotated[str, typer.Argument(help="Folder of a Hugging Face language model, or its hub name.")],
-    out: Annotated[
-        Path, typer.Argument(help="Folder to write; empty or not there yet, unless --overwrite or --resume.")
-    ],
+    out: Out,
     sparsity: Annotated[
         float | None,
         typer.Option(
@@ -35,7 +32,7 @@ def prune(
     samples: Annotated[
         int, typer.Option(help="Calibration sequences; more where the model's context is shorter than --length.")
     ] = 128,
-    length: Annotated[int, typer.Option(help="Tokens in each, at most the model's context.")] = 16384,
+    length: Length = 16384,
     calibration_images: Annotated[
         str | None,
         typer.Option(
@@ -44,40 +41,35 @@ def prune(
         ),
     ] = None,
     image_share: Annotated[float, typer.Option(help="Of the sequences, those that begin with images.")] = 0.5,
-    overwrite: Annotated[
-        bool,
-        typer.Option(help="Replace the Spense checkpoint, or the unfinished one, in OUT.", rich_help_panel=_RUN),
-    ] = False,
-    resume: Annotated[
-        bool, typer.Option(help="Go on with an unfinished run to OUT, if there is one.", rich_help_panel=_RUN)
-    ] = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
     skip_unsupported: Annotated[
         bool,
-        typer.Option(help="Leave blocks without a gated MLP (experts, plain MLPs) as they are.", rich_help_panel=_RUN),
+        typer.Option(help="Leave blocks without a gated MLP (experts, plain MLPs) as they are.", rich_help_panel=RUN),
     ] = False,
     trust_remote_code: Annotated[
-        bool, typer.Option(help="Run the Python code that MODEL brings along.", rich_help_panel=_RUN)
+        bool, typer.Option(help="Run the Python code that MODEL brings along.", rich_help_panel=RUN)
     ] = False,
-    device: Annotated[str, typer.Option(help="auto | cpu | cuda | cuda:N", rich_help_panel=_RUN)] = "auto",
+    device: Device = "auto",
     activations: Annotated[
         str,
         typer.Option(
-            help="Where hidden states are kept: auto (the first with room) | device | host | disk", rich_help_panel=_RUN
+            help="Where hidden states are kept: auto (the first with room) | device | host | disk", rich_help_panel=RUN
         ),
     ] = "auto",
     batch_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Tokens that pass through a block at once. \\[default: 2048 on a CPU, 16384]", rich_help_panel=_RUN
+            help="Tokens that pass through a block at once. \\[default: 2048 on a CPU, 16384]", rich_help_panel=RUN
         ),
     ] = None,
     alignment: Annotated[
         int | None,
         typer.Option(
-            help="Region sizes are multiples of this. \\[default: largest of 256 … 32 that fits]", rich_help_panel=_RUN
+            help="Region sizes are multiples of this. \\[default: largest of 256 … 32 that fits]", rich_help_panel=RUN
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the calibration text's order.", rich_help_panel=_RUN)] = 0,
+    seed: Annotated[int, typer.Option(help="Of the calibration text's order.", rich_help_panel=RUN)] = 0,
     selection: Annotated[
         Selection | None,
         typer.Option(help="Which indices stay dense. \\[default: the method's]", rich_help_panel=_RESEARCH),
