@@ -101,17 +101,31 @@ def agreement(model: PreTrainedModel, reference: PreTrainedModel, tokens: torch.
     Args:
         tokens: int64 (n, length).
     """
-    totals, count = torch.zeros(3, dtype=torch.float64), 0
+    totals, count = torch.zeros(4, dtype=torch.float64), 0
     with fast_matmul():
         for sequence in tokens.to(model.device).split(1):
             found, expected = (
                 each(input_ids=sequence, use_cache=False).logits[0, :-1].float().log_softmax(-1)
                 for each in (model, reference)
             )
-            loss = nn.functional.nll_loss(found, sequence[0, 1:], reduction="sum")
-            kl = nn.functional.kl_div(found, expected, reduction="sum", log_target=True)
-            same = (found.argmax(-1) == expected.argmax(-1)).sum()
-            totals += torch.stack([loss, kl, same.float()]).double().cpu()
+            totals += compared(found, expected, sequence[0, 1:])
             count += sequence.shape[1] - 1
-    loss, kl, same = (totals / count).tolist()
+    loss, _, kl, same = (totals / count).tolist()
     return Agreement(math.exp(loss), kl, same)
+
+
+def compared(found: torch.Tensor, expected: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sums over positions: negative log-likelihoods of a model and of its reference, KL(reference ‖ model), and 1 where
+    both find the same token most likely.
+
+    Args:
+        found, expected: log-probabilities (positions, vocabulary) of the model and its reference.
+        targets: int64 (positions,), the tokens that came.
+
+    Returns:
+        float64 (4,), in host memory.
+    """
+    losses = [nn.functional.nll_loss(each, targets, reduction="sum") for each in (found, expected)]
+    kl = nn.functional.kl_div(found, expected, reduction="sum", log_target=True)
+    same = (found.argmax(-1) == expected.argmax(-1)).sum()
+    return torch.stack([*losses, kl, same.float()]).double().cpu()

@@ -13,6 +13,7 @@ from torch import nn
 
 from offline_prune.calibration.context_length import context_length
 from offline_prune.calibration.data import check_vocabulary
+from offline_prune.checkpoint.evaluate import compared
 from offline_prune.checkpoint.model_card import public_name, table
 from offline_prune.checkpoint.verify import open_checkpoint
 from offline_prune.evaluation.streamed import Logits, Progress, last_hidden, logits
@@ -172,26 +173,10 @@ def _loss(name: str, tokens: torch.Tensor, first: int, of_model: Logits, of_prun
     for sequence in range(n):
         for start in range(0, length - 1, step):
             stop = min(start + step, length - 1)
-            expected, actual = (of(first + sequence, start, stop)[0].log_softmax(-1) for of in (of_model, of_pruned))
-            totals += _sums(expected, actual, tokens[sequence, start + 1 : stop + 1].to(expected.device))
-    loss_model, loss_pruned, kl, same = (totals / (n * (length - 1))).tolist()
+            found, expected = (of(first + sequence, start, stop)[0].log_softmax(-1) for of in (of_pruned, of_model))
+            totals += compared(found, expected, tokens[sequence, start + 1 : stop + 1].to(expected.device))
+    loss_pruned, loss_model, kl, same = (totals / (n * (length - 1))).tolist()
     return DomainLoss(name, n, length, math.exp(loss_model), math.exp(loss_pruned), kl, same)
-
-
-def _sums(expected: torch.Tensor, actual: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Sums over positions: both negative log-likelihoods, KL and agreement.
-
-    Args:
-        expected, actual: log-probabilities (positions, vocabulary).
-        targets: int64 (positions,), the tokens that came.
-
-    Returns:
-        float64 (4,), in host memory.
-    """
-    losses = [nn.functional.nll_loss(each, targets, reduction="sum") for each in (expected, actual)]
-    kl = nn.functional.kl_div(actual, expected, reduction="sum", log_target=True)
-    same = (expected.argmax(-1) == actual.argmax(-1)).sum()
-    return torch.stack([*losses, kl, same.float()]).double().cpu()
 
 
 def card_section(evaluation: Evaluation) -> list[str]:
