@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,11 +238,11 @@ class Stream:
         return [batches[i * len(batches) // wanted] for i in range(wanted)]
 
 
-def _batches(shard: range, at_once: int, alone: Collection[int]) -> list[slice]:
+def _batches(shard: range, at_once: int, alone: frozenset[int]) -> list[slice]:
     """A shard's sequences in groups of so many, some alone."""
     batches: list[slice] = []
     for i in shard:
-        if batches and not {i, batches[-1].start} & set(alone) and i - batches[-1].start < at_once:
+        if batches and alone.isdisjoint((i, batches[-1].start)) and i - batches[-1].start < at_once:
             batches[-1] = slice(batches[-1].start, i + 1)
         else:
             batches.append(slice(i, i + 1))
