@@ -17,7 +17,7 @@ from torch import nn
 
 import vllm_spense
 from offline_prune.block_pruning import BlockPruning, intermediate_sizes
-from offline_prune.calibration.context_length import context_length, fit_to_context
+from offline_prune.calibration.context_length import within_context
 from offline_prune.calibration.data import calibration_tokens, check_vocabulary
 from offline_prune.calibration.hidden_states import Stream
 from offline_prune.calibration.image_rows import captioned_images
@@ -28,7 +28,7 @@ from offline_prune.checkpoint.ignored import ignored
 from offline_prune.checkpoint.journal import Journal, Say
 from offline_prune.checkpoint.model_card import model_card
 from offline_prune.checkpoint.output_folder import OutputFolder, require_apart
-from offline_prune.checkpoint.writer import CheckpointWriter, restored
+from offline_prune.checkpoint.writer import CheckpointWriter, fp8_config, restored
 from offline_prune.memory_plan import GIB, MemoryPlan, batch_tokens, memory_plan
 from offline_prune.methods.recipe import Quantize
 from offline_prune.methods.regions import mean_sparsity, model_regions
@@ -82,7 +82,9 @@ def prune(
         distributed.broadcast_from_first(lambda: _take(out, settings.model, context))
         model = SourceModel(settings.model, settings.trust_remote_code)
         if tokens is None:
-            settings = _within_context(settings, model, say)
+            wanted = settings.samples, settings.length
+            samples, length = within_context(*wanted, model.text.config, "calibration text", say)
+            settings = replace(settings, samples=samples, length=length)
         return _Run(model, settings, device, compute_dtype(device), out, progress, say).run(tokens)
 
 
@@ -91,19 +93,6 @@ def _take(out: OutputFolder, model: str, context: ExitStack) -> None:
     if Path(model).is_dir():
         require_apart(Path(model), out.path)
     context.enter_context(out)
-
-
-def _within_context(settings: PruneSettings, model: SourceModel, say: Say) -> PruneSettings:
-    """With calibration sequences that the model was made for: what it makes of longer ones says little about it."""
-    context = context_length(model.text.config)
-    samples, length = fit_to_context(settings.samples, settings.length, context)
-    if length == settings.length:
-        return settings
-    say(
-        f"calibration text: {samples} × {length} tokens instead of {settings.samples} × {settings.length}, "
-        f"because the model's context is {context}"
-    )
-    return replace(settings, samples=samples, length=length)
 
 
 def _check_ranks(samples: int) -> None:
@@ -190,12 +179,12 @@ class _Run:
         with self.profiler.stage("write"):
             writer.copy_companions(self.model.folder)
             writer.write_permutations()
-            ignore = self._ignored() if self.settings.quantize is Quantize.FP8 else None
+            quantization = fp8_config(self._ignored()) if self.settings.quantize is Quantize.FP8 else None
             annotation, source, report = self._annotation(), self.model.folder, self.report
             losses, name = report.card_section(), self.settings.model
-            card = model_card(name, source, annotation, ignore is not None, losses, report.skipped, self.say)
+            card = model_card(name, source, annotation, quantization is not None, losses, report.skipped, self.say)
             writer.write_card(card, source)
-            writer.write_config(self.model.config_json, annotation, ignore)
+            writer.write_config(self.model.config_json, annotation, quantization)
         self._close_report(plan, start)
         writer.write_json(FILE, self.report.to_dict())
         with writer.file(PICTURE) as path:

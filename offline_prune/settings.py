@@ -124,17 +124,13 @@ class PruneSettings:
         if self.activations != AUTO:
             one_of("activations", self.activations, (AUTO, *Place))
         for name in ("samples", "length", "batch_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SpenseError(f"--{name.replace('_', '-')}: found {value}, expected at least 1")
+            require_least(name, getattr(self, name), 1)
         if not 0 < self.image_share <= 1:
             raise SpenseError(f"--image-share: found {self.image_share:g}, expected more than 0 and at most 1")
         if not (math.isfinite(self.damping) and 0 <= self.damping <= 1):
             raise SpenseError(f"--damping: found {self.damping:g}, expected 0 to 1")
         for name in ("descent_passes", "tune_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise SpenseError(f"--{name.replace('_', '-')}: found {value}, expected at least 0")
+            require_least(name, getattr(self, name), 0)
         if not 0 < self.tune_rate <= 1:
             raise SpenseError(f"--tune-rate: found {self.tune_rate:g}, expected more than 0 and at most 1")
         if self.alignment is not None and (self.alignment < MIN_ALIGNMENT or self.alignment & (self.alignment - 1)):
@@ -173,6 +169,12 @@ class PruneSettings:
         """All settings by name; those that are left to the method as the method has them."""
         wanted = {"sparsity": self.wanted_sparsity, "dense_first": self.wanted_dense_first}
         return {**asdict(self), **asdict(self.recipe), **wanted}
+
+
+def require_least(name: str, value: int | None, least: int) -> None:
+    """Raises SpenseError for a setting below its least value; None is left to a default."""
+    if value is not None and value < least:
+        raise SpenseError(f"--{name.replace('_', '-')}: found {value}, expected at least {least}")
 
 
 def choice(option: str, kind: type[Choice], found: str) -> Choice:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from transformers import PretrainedConfig
 
@@ -50,3 +51,20 @@ def fit_to_context(samples: int, length: int, context: int | None) -> tuple[int,
     step = math.gcd(samples, deterministic_reduce.MAX_SHARDS)
     more = -(-samples * length // (context * step)) * step
     return more, samples * length // more
+
+
+def within_context(
+    samples: int, length: int, config: PretrainedConfig, text: str, say: Callable[[str], None]
+) -> tuple[int, int]:
+    """`samples` and `length` of sequences that a model was made for: what it makes of longer ones says little about it.
+
+    Args:
+        text: what the sequences are of, for the message.
+        say: told where they are other than wanted.
+    """
+    context = context_length(config)
+    more, shorter = fit_to_context(samples, length, context)
+    if shorter != length:
+        wanted = f"{samples} × {length}"
+        say(f"{text}: {more} × {shorter} tokens instead of {wanted}, because the model's context is {context}")
+    return more, shorter

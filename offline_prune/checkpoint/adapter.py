@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,6 @@ from offline_prune.checkpoint.output_folder import PARTIAL, OutputFolder
 from offline_prune.checkpoint.permutations import read_permutations
 from offline_prune.checkpoint.verify import Checkpoint, open_checkpoint
 from offline_prune.checkpoint.writer import CheckpointWriter
-from offline_prune.model.companions import companions
 from offline_prune.model.model_tensors import ModelTensors
 from offline_prune.model.skeleton import empty_model
 from vllm_spense.checkpoint_files import TensorHeader, read_headers, read_object
@@ -123,9 +121,7 @@ def adapt(
             path.write_bytes(save(tensors, metadata))
         # With its former base model PEFT would load it by itself, wrongly.
         writer.write_json(CONFIG, {**config, "base_model_name_or_path": str(pruned)})
-        for companion in companions(adapter):
-            with writer.file(str(companion)) as path:
-                shutil.copyfile(adapter / companion, path)
+        writer.copy_companions(adapter)
     return Adapted(len(tensors), len(moves))
 
 

@@ -164,18 +164,21 @@ class CheckpointWriter:
         with self.file(name) as path:
             path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
+    def copy(self, source: Path, name: str) -> None:
+        """A file of another folder, under that name."""
+        with self.file(name) as path:
+            shutil.copyfile(source, path)
+
     def copy_companions(self, source: Path) -> None:
         for name in companions(source):
-            with self.file(str(name)) as path:
-                shutil.copyfile(source / name, path)
+            self.copy(source / name, str(name))
 
     def write_card(self, text: str, source: Path) -> None:
         """README.md; the source's own, if it has one, is kept beside it."""
         with self.file(model_card.FILE) as path:
             path.write_text(text, encoding="utf-8")
         if (source / model_card.FILE).is_file():
-            with self.file(model_card.ORIGINAL) as path:
-                shutil.copyfile(source / model_card.FILE, path)
+            self.copy(source / model_card.FILE, model_card.ORIGINAL)
 
     def write_permutations(self) -> None:
         """How all parts' pruned modules were reordered, in a file of its own."""
@@ -183,19 +186,22 @@ class CheckpointWriter:
         with self.file(PERMUTATION) as path:
             path.write_bytes(save(self.journal.beside(), metadata={"format": "pt"}))
 
-    def write_config(self, config: dict[str, Any], annotation: Annotation, ignore: list[str] | None) -> None:
+    def write_config(
+        self, config: Mapping[str, Any], annotation: Annotation, quantization: Mapping[str, Any] | None
+    ) -> None:
         """config.json with the annotation in its quantization_config, or beside it where nothing is quantized.
 
         Args:
-            ignore: names of unquantized linear layers; None for a checkpoint without FP8.
+            quantization: what the quantization_config says beside the annotation: see `fp8_config`; None for a
+                checkpoint without FP8.
         """
-        if ignore is None:
+        if quantization is None:
             self.write_json("config.json", config)
             with self.file(SIDECAR) as path:
                 path.write_text(annotation.to_json(), encoding="utf-8")
         else:
-            quantization = {**fp8_config(ignore), KEY: annotation.to_dict()}
-            self.write_json("config.json", {**config, "quantization_config": quantization})
+            whole = {**quantization, KEY: annotation.to_dict()}
+            self.write_json("config.json", {**config, "quantization_config": whole})
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

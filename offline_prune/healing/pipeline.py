@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import vllm_spense
-from offline_prune.calibration.context_length import context_length, fit_to_context
+from offline_prune.calibration.context_length import within_context
 from offline_prune.calibration.data import calibration_tokens, check_vocabulary
 from offline_prune.checkpoint.journal import Journal, Say
 from offline_prune.checkpoint.output_folder import OutputFolder, require_apart
@@ -95,7 +95,9 @@ class _Run:
         self.student = SourceModel(str(settings.pruned), trust, as_stored=True)
         self.teacher = SourceModel(settings.teacher, trust)
         require_alike(self.teacher, self.student)
-        self.settings = self._within_context(settings)
+        wanted = settings.samples, settings.length
+        samples, length = within_context(*wanted, self.student.text.config, "text", say)
+        self.settings = replace(settings, samples=samples, length=length)
         self.steps = steps_in_epoch(self.settings) * settings.epochs
         self.names = trained_names(self.student, checkpoint, settings.train)
         self.profiler = Profiler(device)
@@ -136,18 +138,6 @@ class _Run:
                 "are written unchanged; try more text, text like what is served, or a lower --rate"
             )
         return self.report
-
-    def _within_context(self, settings: HealSettings) -> HealSettings:
-        """With sequences that the model was made for."""
-        context = context_length(self.student.text.config)
-        samples, length = fit_to_context(settings.samples, settings.length, context)
-        if length == settings.length:
-            return settings
-        self.say(
-            f"text: {samples} × {length} tokens instead of {settings.samples} × {settings.length}, "
-            f"because the model's context is {context}"
-        )
-        return replace(settings, samples=samples, length=length)
 
     def _plan(self) -> HealPlan:
         return heal_plan(self.student, self.checkpoint, self.names, self.settings, self.device, self.dtype)

@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from offline_prune.calibration.data import DEFAULT_SOURCE
-from offline_prune.settings import choice
+from offline_prune.settings import choice, require_least
 from vllm_spense.errors import SpenseError
 
 
@@ -85,9 +85,7 @@ class HealSettings:
         for name, kind in (("train", Train), ("optimizer", Optimizer)):
             object.__setattr__(self, name, choice(name, kind, getattr(self, name)))
         for name, least in (("samples", 2), ("length", 2), ("epochs", 1), ("step_tokens", 1), ("batch_tokens", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise SpenseError(f"--{_option(name)}: found {value}, expected at least {least}")
+            require_least(name, getattr(self, name), least)
         if not 0 < self.heldout <= 0.5:
             raise SpenseError(f"--heldout: found {self.heldout:g}, expected more than 0 and at most 0.5")
         if not 0 < self.rate <= 1:
@@ -96,7 +94,3 @@ class HealSettings:
             raise SpenseError(f"--warm-up: found {self.warm_up:g}, expected at least 0 and less than 1")
         if not (math.isfinite(self.save_minutes) and self.save_minutes >= 0):
             raise SpenseError(f"--save-minutes: found {self.save_minutes:g}, expected at least 0")
-
-
-def _option(name: str) -> str:
-    return name.replace("_", "-")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from offline_prune.healing.weights import TrainedWeight
 from offline_prune.model.loading import SourceModel
 from offline_prune.report import FILE
 from vllm_spense.checkpoint_files import read_object
-from vllm_spense.format import KEY, PERMUTATION, SIDECAR, Annotation, Scalar
+from vllm_spense.format import PERMUTATION, Annotation, Scalar
 
 #: The checkpoint's part that holds what is in no block.
 _OUTSIDE = "outside the blocks"
@@ -65,19 +64,13 @@ def write_rest(
     """
     writer.copy_companions(checkpoint.folder)
     if (checkpoint.folder / PERMUTATION).exists():
-        with writer.file(PERMUTATION) as path:
-            shutil.copyfile(checkpoint.folder / PERMUTATION, path)
+        writer.copy(checkpoint.folder / PERMUTATION, PERMUTATION)
     healed = _annotation(checkpoint.annotation, settings, report)
     skipped = (report.pruning or {}).get("skipped", {})
     section = report.card_section()
     writer.write_card(model_card(settings.teacher, original, healed, checkpoint.fp8, section, skipped, say), original)
-    annotation = healed.to_dict()
-    if checkpoint.fp8:
-        quantization = {**checkpoint.config["quantization_config"], KEY: annotation}
-        writer.write_json("config.json", {**checkpoint.config, "quantization_config": quantization})
-    else:
-        writer.write_json("config.json", checkpoint.config)
-        writer.write_json(SIDECAR, annotation)
+    quantization = checkpoint.config["quantization_config"] if checkpoint.fp8 else None
+    writer.write_config(checkpoint.config, healed, quantization)
     writer.write_json(FILE, report.to_dict())
 
 
