@@ -153,16 +153,14 @@ class SourceModel:
         Args:
             whole: with vision towers and projectors too.
         """
-        around: nn.Module = self.skeleton if whole else self.text
-        prefix = "" if whole else self.text_name
         filled = []
         for key, parameter in self._outside_blocks(whole):
             weight = self.tensors.read(self._stands_for(key) or key)
             _set_parameter(self.skeleton, key, self._checked(key, weight, parameter, device, dtype))
             filled.append((key, parameter))
-        inside = tuple(f"{block.name}." for block in self.blocks)
+        around, prefix = self._around(whole)
         for key, buffer in list(around.named_buffers(prefix=prefix)):
-            if not key.startswith(inside):
+            if not self._inside_a_block(key):
                 owner, _, leaf = key.rpartition(".")
                 stored = self.tensors.read(key) if key in self.tensors else buffer
                 setattr(self.skeleton.get_submodule(owner), leaf, stored.to(device))
@@ -182,13 +180,23 @@ class SourceModel:
 
     def _outside_blocks(self, whole: bool) -> list[tuple[str, nn.Parameter]]:
         """Parameters by full name, without the output head's."""
-        inside = tuple(f"{block.name}." for block in self.blocks)
-        around, prefix = (self.skeleton, "") if whole else (self.text, self.text_name)
+        around, prefix = self._around(whole)
         return [
             (key, parameter)
             for key, parameter in around.named_parameters(prefix=prefix)
-            if not key.startswith(inside) and key.rpartition(".")[0] != self.head_name
+            if not self._inside_a_block(key) and key.rpartition(".")[0] != self.head_name
         ]
+
+    def _around(self, whole: bool) -> tuple[nn.Module, str]:
+        """The whole model or its language model, and its name."""
+        return (self.skeleton, "") if whole else (self.text, self.text_name)
+
+    def _inside_a_block(self, name: str) -> bool:
+        return name.startswith(self._block_prefixes)
+
+    @cached_property
+    def _block_prefixes(self) -> tuple[str, ...]:
+        return tuple(f"{block.name}." for block in self.blocks)
 
     @cached_property
     def _tied(self) -> dict[str, str]:
