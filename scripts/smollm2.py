@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import shutil
 from pathlib import Path
 from typing import Any
 
 from scripts.from_gguf import convert
-from scripts.lock import locked
+from scripts.lock import appearing, locked
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTION = "What is the capital of France?"
@@ -38,13 +37,10 @@ def smollm2(folder: Path) -> Path:
 
 
 def _make(folder: Path) -> None:
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    _convert(_gguf_folder(), unfinished)
-    if (said := answer(unfinished, QUESTION)) != ANSWER:
-        raise SystemExit(f"the converted SmolLM2 in {unfinished} answers {said!r}; expected {ANSWER!r}")
-    unfinished.rename(folder)
+    with appearing(folder) as unfinished:
+        _convert(_gguf_folder(), unfinished)
+        if (said := answer(unfinished, QUESTION)) != ANSWER:
+            raise SystemExit(f"the converted SmolLM2 in {unfinished} answers {said!r}; expected {ANSWER!r}")
 
 
 def answer(folder: Path, question: str) -> str:
