@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from heal_runs import Pair, cut_off, healed, make_pair, settings
+from runs import run
 from safetensors.torch import load_file
+from tiny_models import tiny_model
 from torch import nn
 
 from offline_prune import HealReport, heal
@@ -172,3 +174,12 @@ def test_a_chat_model_writes_from_where_a_users_turn_begins(pair: Pair, tmp_path
     tokens = torch.load(tmp_path / "out" / PARTIAL / "state-text", weights_only=True)
     assert {load_dense(teacher)[1].decode(row[:6]) for row in tokens} == {"<user>"}
     assert len({tuple(row.tolist()) for row in tokens}) == 12
+
+
+def test_text_is_cut_to_what_the_model_was_made_for(tmp_path: Path, long_text: Path) -> None:
+    teacher, said = tiny_model("llama", tmp_path / "teacher", max_position_embeddings=24), list[str]()
+    run(teacher, tmp_path / "pruned", long_text)
+    pair = Pair(teacher, tmp_path / "pruned", long_text)
+    report = heal(settings(pair, tmp_path / "out", step_tokens=1024), say=said.append)
+    assert "text: 176 × 23 tokens instead of 64 × 64, because the model's context is 24" in said
+    assert (report.settings["samples"], report.settings["length"]) == (176, 23)
