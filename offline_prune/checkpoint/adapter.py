@@ -23,7 +23,8 @@ from safetensors.torch import save
 from torch import nn
 
 import vllm_spense
-from offline_prune.checkpoint.journal import Say
+from offline_prune.checkpoint.journal import FILE as JOURNAL
+from offline_prune.checkpoint.journal import Say, crc32_of
 from offline_prune.checkpoint.output_folder import PARTIAL, OutputFolder
 from offline_prune.checkpoint.permutations import read_permutations
 from offline_prune.checkpoint.verify import Checkpoint, open_checkpoint
@@ -93,7 +94,8 @@ def adapt(
             permutations, or OUT is filled.
         FormatError: the checkpoint breaks the format.
     """
-    if out.is_dir() and set(os.listdir(out)) - {PARTIAL}:
+    # A run that was cut off while it moved files there is ended by the next one.
+    if out.is_dir() and set(os.listdir(out)) - {PARTIAL} and not (out / PARTIAL / JOURNAL).exists():
         raise SpenseError(f"{out}: the folder is not empty; expected an empty one, or none")
     config = _read_config(adapter)
     file = adapter / WEIGHTS
@@ -115,13 +117,15 @@ def adapt(
         order = permutations[move.module]
         order = torch.cat([order + block * len(order) for block in range(move.repeats)])
         tensors[name] = tensors[name].index_select(move.dimension, order)
-    run = {"adapter": str(adapter), "pruned": str(pruned), "spense": vllm_spense.__version__}
-    with OutputFolder(out, overwrite=False, resume=False) as folder, CheckpointWriter(folder, run, say) as writer:
-        with writer.file(WEIGHTS) as path:
-            path.write_bytes(save(tensors, metadata))
-        # With its former base model PEFT would load it by itself, wrongly.
-        writer.write_json(CONFIG, {**config, "base_model_name_or_path": str(pruned)})
-        writer.copy_companions(adapter)
+    run = {"adapter": str(adapter), "weights": crc32_of(file), "config": config, "permutations": metadata.get(MARK)}
+    run |= {"pruned": str(pruned), "spense": vllm_spense.__version__}
+    with OutputFolder(out, overwrite=False, resume=True) as folder, CheckpointWriter(folder, run, say) as writer:
+        if not writer.complete:
+            with writer.file(WEIGHTS) as path:
+                path.write_bytes(save(tensors, metadata))
+            # With its former base model PEFT would load it by itself, wrongly.
+            writer.write_json(CONFIG, {**config, "base_model_name_or_path": str(pruned)})
+            writer.copy_companions(adapter)
     return Adapted(len(tensors), len(moves))
 
 

@@ -123,7 +123,7 @@ class Journal:
     @property
     def begun(self) -> bool:
         """Whether there is anything that a run can go on from."""
-        return bool(self.parts or self.state)
+        return bool(self.parts or self.state or self.ending)
 
     @property
     def finished(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from adapters import PREFIX, merge, write_adapter
-from runs import run
+from runs import Cut, run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import HIDDEN, INTERMEDIATE, LAYERS, tiny_model
@@ -296,3 +297,31 @@ def test_verify_looks_at_the_permutations(
 def test_methods_that_move_nothing_say_so(llama: Path, text: Path, tmp_path: Path) -> None:
     run(llama, tmp_path / "out", text, method="magnitude")
     assert all(torch.equal(order, torch.arange(INTERMEDIATE)) for order in permutations_of(tmp_path / "out").values())
+
+
+@pytest.mark.parametrize("moved", range(5))
+def test_a_run_cut_off_while_it_moves_files_is_ended_by_the_next(
+    moved: int, pruned: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, left = write_adapter(tmp_path / "adapter", load_dense(llama)[0], MLP), moved
+    (adapter / "tokenizer_config.json").write_text("{}")
+    replace = os.replace
+
+    def cut(source: Path, target: Path) -> None:
+        nonlocal left
+        if left == 0:
+            raise Cut
+        left -= 1
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", cut)
+        with pytest.raises(Cut):
+            adapt(adapter, pruned, tmp_path / "out")
+    adapt(adapter, pruned, tmp_path / "whole")
+    adapt(adapter, pruned, tmp_path / "out")
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    found, expected = (load_file(tmp_path / name / WEIGHTS) for name in ("out", "whole"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
