@@ -150,7 +150,7 @@ def server(folder: Path, options: argparse.Namespace) -> Iterator[str | None]:
     if not options.serve:
         yield options.url
         return
-    check_port(options.port)
+    check_port(options.port, "--port 8001")
     limit = ("--max-model-len", str(options.context))
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch, "server.log")

@@ -25,8 +25,11 @@ LAST_LINES = 20
 EXCEPTION = re.compile(r"(?:\(.*?\) )?(?:ERROR .*?\] )?([A-Za-z_][\w.]*(?:Error|Exception)\b.*)")
 
 
-def check_port(port: int) -> None:
+def check_port(port: int, another: str = "make demo PORT=8001") -> None:
     """Says in one line that `port` cannot be listened on.
+
+    Args:
+        another: how another one is chosen.
 
     Raises:
         SystemExit: with that line.
@@ -37,7 +40,7 @@ def check_port(port: int) -> None:
         try:
             probe.bind((HOST, port))
         except (OSError, OverflowError) as error:
-            raise SystemExit(f"Port {port} cannot be used ({error}): choose another, make demo PORT=8001") from None
+            raise SystemExit(f"Port {port} cannot be used ({error}): choose another, {another}") from None
 
 
 def exit_on_signals() -> None:

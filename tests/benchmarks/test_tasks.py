@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import socket
 import sys
 from collections import Counter
 from pathlib import Path
@@ -101,6 +102,14 @@ CASES = {
     "hellaswag": {"activity_label": "Rain", "ctx": "It rained, so", "endings": ["we left", "the"], "expected_index": 0},
     "truthfulqa_mc1": {"question": "What is wet?", "choices": ["Water.", "Sand."], "expected_index": 0},
 }
+
+
+def test_a_port_that_is_taken_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(sys, "argv", ["tasks", str(tmp_path), "--serve", "--port", str(port)])
+        with pytest.raises(SystemExit, match=rf"Port {port} cannot be used .*: choose another, --port 8001"):
+            tasks.server(tmp_path, tasks.parse()).__enter__()
 
 
 @pytest.fixture
