@@ -28,11 +28,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.envelope import RESULTS, ROOT, write_result
-from benchmarks.make_shape import make_shape
+from benchmarks.make_shape import ALL_SHAPES, make_shape, text_config
 from benchmarks.timings import READY, TOKEN_BUDGET, Timing
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import KEY, Annotation
-from vllm_spense.shapes import SHAPES
 
 SPARSITIES = (0.25, 0.375, 0.5)
 BATCHES = (1, 8, 32, 64, 128, 256)
@@ -83,7 +82,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="qwen3-32b")
+    parser.add_argument("--shape", choices=ALL_SHAPES, default="qwen3-32b")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
@@ -103,6 +102,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--together", type=int, default=1, help="engines that share the GPU's memory; one is timed at a time"
     )
+    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs that share every layer [1]")
     parser.add_argument("--gpu-time", action="store_true", help="find out, too, for how much of a step the GPU is busy")
     parser.add_argument("--work", type=Path, help="folder for configurations, logs and what engines measured")
     parser.add_argument("--url", help="of a server that runs Spense, …/v1")
@@ -113,8 +113,11 @@ def parse() -> argparse.Namespace:
         parser.error(f"--steps: found {options.steps}, expected at least 8")
     if options.capture < 512:
         parser.error(f"--capture: found {options.capture}, expected at least 512, which vLLM captures by itself")
-    if options.together < 1:
-        parser.error(f"--together: found {options.together}, expected at least 1")
+    for option, found in (("together", options.together), ("tensor-parallel", options.tensor_parallel)):
+        if found < 1:
+            parser.error(f"--{option}: found {found}, expected at least 1")
+    if options.together > 1 and options.tensor_parallel > 1:
+        parser.error("--together: several engines share one GPU only; expected 1 with --tensor-parallel")
     return options
 
 
@@ -135,7 +138,12 @@ def engine_rows(options: argparse.Namespace) -> Iterator[list[Row]]:
                     if run.sparsity is None:
                         dense = found
                     else:
-                        about = {"shape": options.shape, "layers": run.layers, "kv_cache_dtype": run.kv}
+                        about = {
+                            "shape": options.shape,
+                            "layers": run.layers,
+                            "tensor_parallel": options.tensor_parallel,
+                            "kv_cache_dtype": run.kv,
+                        }
                         yield compare({**about, "sparsity": run.sparsity}, dense, found)
         finally:
             for run in runs:
@@ -166,7 +174,8 @@ class EngineRun:
         name = f"{options.shape}-{'dense' if sparsity is None else sparsity}"
         self.sparsity = sparsity
         self.kv = kv
-        self.layers = options.layers or SHAPES[options.shape]["num_hidden_layers"]
+        self.layers = options.layers or text_config({**ALL_SHAPES[options.shape]})["num_hidden_layers"]
+        self.ranks = options.tensor_parallel
         self.folder = make_shape(options.shape, work / name, sparsity, options.layers)
         self.order = json.dumps(
             {
@@ -181,6 +190,7 @@ class EngineRun:
                 "capture": options.capture,
                 "engines": options.together,
                 "gpu_time": options.gpu_time,
+                "tensor_parallel": options.tensor_parallel,
             }
         )
         digest = sha256(f"{self.order}{options.layers}".encode()).hexdigest()[:8]
@@ -232,7 +242,7 @@ class EngineRun:
             found["plugin_load_s"],
             self.search_s,
             found["weight_bytes"],
-            saved_bytes(json.loads((self.folder / "config.json").read_text(encoding="utf-8"))),
+            saved_bytes(json.loads((self.folder / "config.json").read_text(encoding="utf-8"))) // self.ranks,
             layer_kernels([kernel["runs"] for kernel in found.get("kernels", ())], self.layers),
             {(batch, context): ms for batch, context, ms in found["gpu_ms"]},
         )
@@ -259,8 +269,9 @@ def search_first(runs: Sequence[EngineRun]) -> None:
         config = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
         if KEY in config["quantization_config"]:
             start = time.perf_counter()
-            hidden, heads = config["hidden_size"], config["num_attention_heads"] * config["head_dim"]
-            keys_and_values = 2 * config["num_key_value_heads"] * config["head_dim"]
+            text = text_config(config)
+            hidden, heads = text["hidden_size"], text["num_attention_heads"] * text["head_dim"]
+            keys_and_values = 2 * text["num_key_value_heads"] * text["head_dim"]
             prepare_unpruned(heads + keys_and_values, hidden, device, stock_gemm())
             prepare_unpruned(hidden, heads, device, stock_gemm())
             annotation = Annotation.from_dict(config["quantization_config"][KEY])
@@ -287,7 +298,7 @@ def saved_bytes(config: Mapping[str, Any]) -> int:
         return 0
     annotation = Annotation.from_dict(config["quantization_config"][KEY])
     sparse = sum(annotation.regions(module).sparse for module in annotation.modules)
-    return 3 * sparse * config["hidden_size"] * 3 // 8
+    return 3 * sparse * text_config(config)["hidden_size"] * 3 // 8
 
 
 def server_rows(options: argparse.Namespace) -> Iterator[list[Row]]:
@@ -298,7 +309,10 @@ def server_rows(options: argparse.Namespace) -> Iterator[list[Row]]:
         Measured(time_server(url, options.batches, options.contexts, options.steps)) if url else Measured({})
         for url in (options.dense_url, options.url)
     ]
-    yield compare({"shape": options.url, "layers": None, "kv_cache_dtype": None, "sparsity": None}, *found)
+    yield compare(
+        {"shape": options.url, "layers": None, "tensor_parallel": None, "kv_cache_dtype": None, "sparsity": None},
+        *found,
+    )
 
 
 def compare(about: Row, dense: Measured, spense: Measured) -> list[Row]:
@@ -310,6 +324,7 @@ def compare(about: Row, dense: Measured, spense: Measured) -> list[Row]:
             {
                 "shape": about["shape"],
                 "layers": about["layers"],
+                "tensor_parallel": about["tensor_parallel"],
                 "batch": batch,
                 "context": context,
                 "kv_cache_dtype": about["kv_cache_dtype"],

@@ -24,15 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 from vllm import LLM, SamplingParams
 from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind
-from vllm.v1.engine.llm_engine import LLMEngine
 
+from benchmarks import worker_profile
+from benchmarks.make_shape import text_config
 from benchmarks.random_weights import fill_random, weight_bytes
 from benchmarks.timings import READY, TOKEN_BUDGET, Timing, output_tokens, summarize, time_steps
+from benchmarks.worker_profile import KernelRun
 from vllm_spense.errors import SpenseError
 from vllm_spense.plugin.cudagraph_sizes import beyond
 
@@ -64,6 +64,7 @@ class Order:
         capture: tokens of the largest step that is captured in a CUDA graph; 512 for what each engine has by default.
         engines: that share the GPU's memory.
         gpu_time: whether to find out, too, for how much of a step the GPU is busy.
+        tensor_parallel: GPUs that share every layer.
     """
 
     model: str
@@ -77,6 +78,7 @@ class Order:
     capture: int = 512
     engines: int = 1
     gpu_time: bool = False
+    tensor_parallel: int = 1
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ class Answer:
     Attributes:
         start_s: to a ready engine: loading, searching for kernels, compiling, capturing.
         plugin_load_s: of that, what Spense does to loaded weights: checks, compression, and searches unless the plan
-            cache knows already what they find. None in stock vLLM.
-        weight_bytes: of all parameters, in the device's memory.
+            cache knows already what they find. None in stock vLLM, and with several GPUs.
+        weight_bytes: of all parameters, in the memory of one GPU.
         kv_tokens: tokens that the KV cache has room for; batches that need more are left out.
         kernels: of a decode step of `PROFILED`; empty if that is not among what is timed, or not on a GPU.
         gpu_ms: (batch, context, ms that the GPU is busy in a decode step), if ordered.
@@ -122,14 +124,14 @@ def main() -> None:
 def run(order: Order) -> Answer:
     """Starts the engine and times it."""
     sys.stdin.readline()
-    watch = plugin_watch() if order.quantization == "spense" else None
+    watch = plugin_watch() if order.quantization == "spense" and order.tensor_parallel == 1 else None
     start = time.perf_counter()
     llm = start_engine(order)
     start_s = time.perf_counter() - start
     llm.apply_model(fill_random)
     print(READY, flush=True)
     sys.stdin.readline()
-    bench = Bench(llm.llm_engine, order.steps)
+    bench = Bench(llm, order.steps)
     bench.require_finite()
     timings = []
     for batch, context in grid(order):
@@ -199,13 +201,18 @@ def start_engine(order: Order) -> LLM:
     longest = max(order.contexts) + max(
         output_tokens(batch, context, order.steps) for batch in order.batches for context in order.contexts
     )
-    memory: dict[str, Any] = {}
+    special: dict[str, Any] = {}
     if order.engines > 1:
         # What the others take would be mistaken for this one's.
-        memory = {"gpu_memory_utilization": 0.8 / order.engines, "kv_cache_memory_bytes": needed_kv_bytes(order)}
+        special = {"gpu_memory_utilization": 0.8 / order.engines, "kv_cache_memory_bytes": needed_kv_bytes(order)}
+    config = json.loads(Path(order.model, "config.json").read_text(encoding="utf-8"))
+    if text_config(config) is not config:
+        # Then vLLM makes do without the processor that a shape lacks, and the language model is what is timed.
+        special["limit_mm_per_prompt"] = {"image": 0, "video": 0}
     return LLM(
         order.model,
         quantization=order.quantization,
+        tensor_parallel_size=order.tensor_parallel,
         load_format="dummy",
         skip_tokenizer_init=True,
         kv_cache_dtype=order.kv_cache_dtype,
@@ -217,7 +224,7 @@ def start_engine(order: Order) -> LLM:
         enforce_eager=order.eager,
         compilation_config={"cudagraph_capture_sizes": capture_sizes(order)},
         seed=0,
-        **memory,
+        **special,
     )
 
 
@@ -230,14 +237,14 @@ def capture_sizes(order: Order) -> list[int]:
 
 
 def needed_kv_bytes(order: Order) -> int:
-    """Of the KV cache for the largest batch, its requests' last blocks full."""
-    config = json.loads(Path(order.model, "config.json").read_text(encoding="utf-8"))
+    """Of one GPU's KV cache for the largest batch, its requests' last blocks full."""
+    config = text_config(json.loads(Path(order.model, "config.json").read_text(encoding="utf-8")))
     item = 1 if order.kv_cache_dtype == "fp8" else 2
     token = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * item
     tokens = max(
         batch * (context + output_tokens(batch, context, order.steps) + _KV_BLOCK) for batch, context in grid(order)
     )
-    return token * (tokens + 2 * _KV_BLOCK)
+    return token * (tokens + 2 * _KV_BLOCK) // order.tensor_parallel
 
 
 def grid(order: Order) -> list[tuple[int, int]]:
@@ -249,9 +256,10 @@ def grid(order: Order) -> list[tuple[int, int]]:
 class Bench:
     """Times batches on a running engine."""
 
-    def __init__(self, engine: LLMEngine, steps: int) -> None:
+    def __init__(self, llm: LLM, steps: int) -> None:
+        self.llm = llm
+        self.engine = engine = llm.llm_engine
         config = engine.vllm_config
-        self.engine = engine
         self.steps = steps
         self.vocabulary = engine.model_config.get_vocab_size()
         self.block = config.cache_config.block_size
@@ -282,33 +290,32 @@ class Bench:
             # Some are templates spelled out over hundreds of characters.
             name = event.name[:_NAME_LENGTH]
             runs[name] += 1
-            us[name] += event.self_device_time_total
+            us[name] += event.end - event.start
         each = _PROFILED_STEPS
         return tuple(Kernel(name, runs[name] / each, round(total / each, 2)) for name, total in us.most_common())
 
     def gpu_ms(self, batch: int, context: int) -> float:
         """Time of a decode step in which anything runs on the GPU: in the rest it waits for the host."""
         busy, until = 0.0, 0.0
-        for event in sorted(self._profiled(batch, context), key=lambda event: event.time_range.start):
+        for event in sorted(self._profiled(batch, context), key=lambda event: event.start):
             # Kernels overlap where one begins before the one before it has ended.
-            busy += max(event.time_range.end - max(event.time_range.start, until), 0)
-            until = max(until, event.time_range.end)
+            busy += max(event.end - max(event.start, until), 0)
+            until = max(until, event.end)
         return round(busy / _PROFILED_STEPS / 1e3, 4)
 
-    def _profiled(self, batch: int, context: int) -> list[Any]:
-        """What ran on the GPU in `_PROFILED_STEPS` decode steps, as the profiler's events."""
+    def _profiled(self, batch: int, context: int) -> list[KernelRun]:
+        """What ran on the first GPU in `_PROFILED_STEPS` decode steps."""
         results = self._results(self._prompts(batch, context), output_tokens(batch, context, 2 * _PROFILED_STEPS))
         begun: set[str] = set()
         while len(begun) < batch:
             begun |= next(results)
-        torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            for _ in range(_PROFILED_STEPS):
-                next(results)
-            torch.cuda.synchronize()
+        self.llm.collective_rpc(worker_profile.begin)
+        for _ in range(_PROFILED_STEPS):
+            next(results)
+        found = self.llm.collective_rpc(worker_profile.end)[0]
         for _ in results:
             pass
-        return [event for event in profiler.events() or () if event.device_type == DeviceType.CUDA]
+        return found
 
     def require_finite(self) -> None:
         """Runs one request, which also warms up, and looks at what the model makes of it.

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.multimodal_shapes import MULTIMODAL_SHAPES
 from offline_prune.checkpoint.writer import fp8_config
 from offline_prune.methods.regions import fit_regions
 from vllm_spense.errors import SpenseError
@@ -23,11 +25,12 @@ from vllm_spense.format import KEY, Annotation, Projections
 from vllm_spense.shapes import SHAPES
 
 DENSE = "dense"
+ALL_SHAPES = {**SHAPES, **MULTIMODAL_SHAPES}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("shape", choices=ALL_SHAPES)
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--sparsity", default="0.375", help="share of zeros in the MLP weights, 0 to 0.5, or `dense`")
     parser.add_argument("--layers", type=int, help="fewer layers than published")
@@ -43,7 +46,7 @@ def make_shape(shape: str, out: Path, sparsity: float | None, layers: int | None
     """Writes config.json and generation_config.json.
 
     Args:
-        shape: a key of `SHAPES`.
+        shape: a key of `ALL_SHAPES`.
         out: the folder, created where it is missing.
         sparsity: MLP sparsity, or None for the dense baseline.
         layers: None for as many as published.
@@ -51,21 +54,30 @@ def make_shape(shape: str, out: Path, sparsity: float | None, layers: int | None
     Raises:
         SpenseError: no regions have that sparsity.
     """
-    config: dict[str, Any] = {**SHAPES[shape]}
-    config["num_hidden_layers"] = layers or config["num_hidden_layers"]
-    config["quantization_config"] = quantization = fp8_config(ignore=["lm_head"])
+    config: dict[str, Any] = copy.deepcopy({**ALL_SHAPES[shape]})
+    text = text_config(config)
+    text["num_hidden_layers"] = layers or text["num_hidden_layers"]
+    ignore, prefix = ["lm_head"], "model.layers"
+    if text is not config:
+        ignore, prefix = [*ignore, "re:.*visual.*"], "model.language_model.layers"
+    config["quantization_config"] = quantization = fp8_config(ignore)
     if sparsity is not None:
-        quantization[KEY] = annotation(config, sparsity).to_dict()
+        quantization[KEY] = annotation(text, sparsity, prefix).to_dict()
     out.mkdir(parents=True, exist_ok=True)
-    generation = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"]}
+    generation = {"bos_token_id": text["bos_token_id"], "eos_token_id": text["eos_token_id"]}
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         (out / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return out
 
 
-def annotation(config: dict[str, Any], sparsity: float) -> Annotation:
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config.json that describes the language model: all of it, unless there are others."""
+    return config.get("text_config", config)
+
+
+def annotation(config: dict[str, Any], sparsity: float, prefix: str) -> Annotation:
     """What the pruner would write for such a model, had it pruned one."""
-    modules = tuple(f"model.layers.{layer}.mlp" for layer in range(config["num_hidden_layers"]))
+    modules = tuple(f"{prefix}.{layer}.mlp" for layer in range(config["num_hidden_layers"]))
     regions, alignment = fit_regions(config["intermediate_size"], sparsity, None, modules[0])
     return Annotation(
         method="none: dummy weights",

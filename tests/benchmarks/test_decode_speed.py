@@ -23,6 +23,7 @@ from benchmarks.engine_times import Bench, Order, capture_sizes, grid, needed_kv
 from benchmarks.make_shape import make_shape
 from benchmarks.server_times import time_server
 from benchmarks.timings import TOKEN_BUDGET, Timing, output_tokens, summarize, time_steps
+from benchmarks.worker_profile import KernelRun
 from vllm_spense.errors import SpenseError
 
 
@@ -66,7 +67,7 @@ def test_a_batch_that_would_wait_for_memory_is_left_out() -> None:
     cache = SimpleNamespace(block_size=16, num_gpu_blocks=101)
     config = SimpleNamespace(cache_config=cache)
     model = SimpleNamespace(get_vocab_size=lambda: 100)
-    bench = Bench(SimpleNamespace(vllm_config=config, model_config=model), steps=8)
+    bench = Bench(SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config, model_config=model)), steps=8)
     assert bench.kv_tokens == 1616
     # 16 + 8 + 2 tokens are two blocks, and one of the 101 is vLLM's own.
     assert bench.fits(50, 16)
@@ -84,7 +85,7 @@ def test_engines_that_share_a_gpu_have_room_for_every_batch(kv: str, tmp_path: P
         cache_config=SimpleNamespace(block_size=16, num_gpu_blocks=needed_kv_bytes(order) // block_bytes)
     )
     model = SimpleNamespace(get_vocab_size=lambda: 100)
-    bench = Bench(SimpleNamespace(vllm_config=config, model_config=model), order.steps)
+    bench = Bench(SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config, model_config=model)), order.steps)
     assert all(bench.fits(*case) for case in grid(order))
 
 
@@ -116,10 +117,13 @@ def test_rows_hold_what_the_issue_names_and_null_for_what_dense_lacks() -> None:
         saved_bytes=200,
         gpu_ms={(1, 16): 14.0, (8, 16): 21.0},
     )
-    first, second = compare({"shape": "x", "layers": 2, "kv_cache_dtype": "fp8", "sparsity": 0.25}, dense, spense)
+    first, second = compare(
+        {"shape": "x", "layers": 2, "tensor_parallel": 1, "kv_cache_dtype": "fp8", "sparsity": 0.25}, dense, spense
+    )
     assert first == {
         "shape": "x",
         "layers": 2,
+        "tensor_parallel": 1,
         "batch": 1,
         "context": 16,
         "kv_cache_dtype": "fp8",
@@ -152,7 +156,7 @@ def test_rows_hold_what_the_issue_names_and_null_for_what_dense_lacks() -> None:
 def test_the_gpu_is_busy_while_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that overlap, one inside of another, a gap; in ms of one of the steps."""
     spans = [(0, 2000), (1000, 3000), (7000, 9000), (7500, 8000), (9000, 9800)]
-    events = [SimpleNamespace(time_range=SimpleNamespace(start=start, end=end)) for start, end in reversed(spans)]
+    events = [KernelRun("kernel", start, end) for start, end in reversed(spans)]
     monkeypatch.setattr(Bench, "_profiled", lambda *_: events)
     assert Bench.__new__(Bench).gpu_ms(1, 16) == (3.0 + 2.8) / 8
 

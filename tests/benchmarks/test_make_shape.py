@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from benchmarks import make_shape as module
 from benchmarks.make_shape import make_shape
+from benchmarks.multimodal_shapes import MULTIMODAL_SHAPES
 from offline_prune.checkpoint.writer import fp8_config
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import KEY, Annotation
@@ -64,7 +65,7 @@ def test_transformers_reads_them(shape: str, tmp_path: Path) -> None:
 def test_a_sparsity_that_does_not_fit_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(module.SHAPES, "tiny", {**SHAPES["tiny"], "intermediate_size": 64})
+    monkeypatch.setitem(module.ALL_SHAPES, "tiny", {**SHAPES["tiny"], "intermediate_size": 64})
     with pytest.raises(SpenseError, match=r"sparsity 0\.2 does not fit intermediate size 64 with alignment 32"):
         make_shape("tiny", tmp_path / "out", 0.2)
     assert not (tmp_path / "out").exists()
@@ -72,3 +73,17 @@ def test_a_sparsity_that_does_not_fit_is_refused(
     with pytest.raises(SystemExit):
         module.main()
     assert "could not convert string to float: 'much'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shape", MULTIMODAL_SHAPES)
+def test_of_several_parts_the_language_model_has_the_regions(shape: str, tmp_path: Path) -> None:
+    folder = make_shape(shape, tmp_path, 0.375, layers=4)
+    text = AutoConfig.from_pretrained(folder).get_text_config()
+    published = MULTIMODAL_SHAPES[shape]["text_config"]
+    assert (text.hidden_size, text.intermediate_size) == (published["hidden_size"], published["intermediate_size"])
+    assert text.num_hidden_layers == 4
+    quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
+    annotation = Annotation.from_dict(quantization[KEY])
+    assert annotation.modules == tuple(f"model.language_model.layers.{i}.mlp" for i in range(4))
+    assert annotation.default.intermediate == published["intermediate_size"]
+    assert published["num_hidden_layers"] == 64
