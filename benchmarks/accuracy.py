@@ -30,6 +30,8 @@ from benchmarks.quality_tables import markdown, of_each_model
 from benchmarks.texts import CALIBRATION, DOMAINS, heldout
 from offline_prune.calibration.data import BUILTIN
 from offline_prune.checkpoint.evaluate import agreement, load_dense
+from offline_prune.healing.pipeline import heal
+from offline_prune.healing.settings import HealSettings
 from offline_prune.methods.recipe import METHODS
 from offline_prune.pipeline import prune
 from offline_prune.runtime.device import pick_device
@@ -62,7 +64,7 @@ def main() -> None:
             for domain in options.domains
         }
         for case in [DENSE_BF16, *cases(options)]:
-            known = [row for row in before if row.items() >= {"model": model.name, **case}.items()]
+            known = earlier_of(before, model, case, options)
             if not known and case is DENSE_BF16:
                 known = list(measured(reference, reference, texts, {"model": model.name, **case}, None))
             rows += known or pruned_rows(model, reference, texts, case, options, device)
@@ -101,7 +103,15 @@ def parse() -> argparse.Namespace:
         default=[""],
         metavar="NAME=VALUE,…",
         help="settings that each method is tried with, as PruneSettings names them,\n"
-        "such as: layout=back layout=front,selection=random",
+        "such as: layout=back layout=front,selection=random; {model} stands for the model's name",
+    )
+    parser.add_argument(
+        "--heal",
+        nargs="+",
+        type=heal_variant,
+        default=[],
+        metavar="NAME=VALUE,…",
+        help="also heal each result, with settings as HealSettings names them",
     )
     parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["fp8"], metavar="FORMAT")
@@ -121,7 +131,15 @@ def parse() -> argparse.Namespace:
 
 def variant(text: str) -> str:
     """Checks one value of --variants."""
-    names = {field.name for field in fields(PruneSettings)}
+    return _naming(text, {field.name for field in fields(PruneSettings)})
+
+
+def heal_variant(text: str) -> str:
+    """Checks one value of --heal."""
+    return _naming(text, {field.name for field in fields(HealSettings)} - {"pruned", "out", "teacher"})
+
+
+def _naming(text: str, names: set[str]) -> str:
     for name in changes(text):
         if name not in names:
             raise argparse.ArgumentTypeError(f"found {name}, expected one of {', '.join(sorted(names))}")
@@ -144,6 +162,22 @@ def earlier_rows(file: Path) -> list[Row]:
     return earlier["rows"] if all(earlier[key] == now[key] for key in ("command", "commit", "gpu", "versions")) else []
 
 
+def earlier_of(before: list[Row], model: Path, case: Row, options: argparse.Namespace) -> list[Row]:
+    """All rows of a case, healed ones too, or none where some are missing."""
+    methods = [case["method"]]
+    if case["sparsity"]:
+        methods += [healed_name(case, change) for change in options.heal]
+    found = [
+        [row for row in before if row.items() >= {"model": model.name, **case, "method": method}.items()]
+        for method in methods
+    ]
+    return list(itertools.chain(*found)) if all(found) else []
+
+
+def healed_name(case: Row, change: str) -> str:
+    return f"{case['method']} healed {change}".strip()
+
+
 def cases(options: argparse.Namespace) -> Iterator[Row]:
     """What is pruned, as the first keys of its rows; at MLP sparsity 0 that is only the rounding."""
     if "dense" in options.methods:
@@ -164,26 +198,38 @@ def pruned_rows(
     options: argparse.Namespace,
     device: torch.device,
 ) -> Iterator[Row]:
-    """Prunes into a folder that is gone afterwards, and measures."""
+    """Prunes into a folder that is gone afterwards, measures, and heals what was pruned if that is wanted."""
     method, _, change = case["method"].partition(" ")
     with tempfile.TemporaryDirectory() as folder:
-        settings = PruneSettings(
-            str(model),
-            Path(folder) / "pruned",
+        pruned = Path(folder) / "pruned"
+        settings: Row = {
             # At sparsity 0 a method is only its rounding.
-            method="sparsegpt" if method == "dense" else method,
-            sparsity=case["sparsity"],
-            calibration=calibration_source(options.texts),
-            samples=options.samples,
-            length=options.length,
-            seed=case["seed"],
-            quantize=FORMATS[case["format"]],  # type: ignore[arg-type]
-            device=str(device),
-            **changes(change),
-        )
-        report = prune(settings)
-        found, _ = load_dense(settings.out, str(device))
+            "method": "sparsegpt" if method == "dense" else method,
+            "sparsity": case["sparsity"],
+            "calibration": calibration_source(options.texts),
+            "samples": options.samples,
+            "length": options.length,
+            "seed": case["seed"],
+            "quantize": FORMATS[case["format"]],
+            "device": str(device),
+            **changes(change.replace("{model}", model.name)),
+        }
+        report = prune(PruneSettings(str(model), pruned, **settings))
+        found, _ = load_dense(pruned, str(device))
         yield from measured(found, reference, texts, {"model": model.name, **case}, report.seconds)
+        for heal_change in options.heal if case["sparsity"] else ():
+            settings = {
+                "calibration": calibration_source(options.texts),
+                "seed": case["seed"],
+                "device": str(device),
+                **changes(heal_change.replace("{model}", model.name)),
+            }
+            del found
+            healed = Path(folder) / "healed"
+            report = heal(HealSettings(pruned, healed, str(model), **settings, overwrite=True))
+            found, _ = load_dense(healed, str(device))
+            about = {"model": model.name, **case, "method": healed_name(case, heal_change)}
+            yield from measured(found, reference, texts, about, report.seconds)
 
 
 def calibration_source(folder: Path | None) -> str:

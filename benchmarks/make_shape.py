@@ -59,7 +59,7 @@ def make_shape(shape: str, out: Path, sparsity: float | None, layers: int | None
     text["num_hidden_layers"] = layers or text["num_hidden_layers"]
     ignore, prefix = ["lm_head"], "model.layers"
     if text is not config:
-        ignore, prefix = [*ignore, "re:.*visual.*"], "model.language_model.layers"
+        ignore, prefix = [*ignore, r"re:(.*\.)?visual(\..*)?$"], "model.language_model.layers"
     config["quantization_config"] = quantization = fp8_config(ignore)
     if sparsity is not None:
         quantization[KEY] = annotation(text, sparsity, prefix).to_dict()

@@ -123,7 +123,7 @@ class _Run:
                 self.report.history = states.history or History()
                 self.say("all of it was finished by an earlier run")
                 return self.report
-            training = self._training(states, context)
+            training = self._training(states, plan, context)
             training.run(lambda: states.save(training), self.progress)
             self.report.history = training.history
             with self.profiler.stage("write"):
@@ -162,7 +162,7 @@ class _Run:
             "transformers": transformers.__version__,
         }
 
-    def _training(self, states: SavedStates, context: ExitStack) -> Training:
+    def _training(self, states: SavedStates, plan: HealPlan, context: ExitStack) -> Training:
         """Both models in memory, the text, and training at its start or where a run was cut off."""
         settings, history = self.settings, states.history
         tokens = states.text() if history else None
@@ -173,7 +173,12 @@ class _Run:
             teacher = Language(self.teacher, self.device, self.dtype, context, whole=tokens is None)
         if tokens is None:
             with self.profiler.stage("text"):
-                tokens = generate(teacher, settings, lambda done, all: self.say(f"{done} of {all} sequences written"))
+                tokens = generate(
+                    teacher,
+                    settings,
+                    plan.written_at_once,
+                    lambda done, all: self.say(f"{done} of {all} sequences written"),
+                )
             teacher.spread()
         check_vocabulary(tokens, teacher.head.out_features)
         with self.profiler.stage("load"):

@@ -13,7 +13,7 @@ from offline_prune.checkpoint.verify import Checkpoint
 from offline_prune.healing.loss import COPIES, chunk_tokens
 from offline_prune.healing.models import output_head
 from offline_prune.healing.settings import HealSettings, Optimizer
-from offline_prune.healing.text import GENERATED, GENERATED_AT_ONCE
+from offline_prune.healing.text import FEWEST_AT_ONCE, GENERATED, MOST_AT_ONCE
 from offline_prune.healing.training import sequences_at_once
 from offline_prune.memory_plan import GIB, USABLE, free_bytes, require_disk_space, usable_host
 from offline_prune.model.gated_mlp import GatedMlp
@@ -36,6 +36,7 @@ class HealPlan:
         activations: what gradients need, of the tokens that pass through together.
         logits: one chunk's, of both models.
         generation: the whole teacher and its KV cache, before training begins; 0 where it writes no text.
+        written_at_once: sequences that the teacher then writes together.
         best: the best weights so far, in host memory.
         disk: the checkpoint and two states of training, of all ranks together.
     """
@@ -46,6 +47,7 @@ class HealPlan:
     activations: int
     logits: int
     generation: int
+    written_at_once: int
     best: int
     disk: int
     device: torch.device
@@ -90,10 +92,10 @@ def heal_plan(
     Raises:
         SpenseError: that is more than there is; says which settings, or how many GPUs, would do.
     """
-    sizes = _Sizes(student, checkpoint, trained, device, dtype)
+    room = usable_host() if device.type == "cpu" else int(free_bytes(device) * USABLE)
+    sizes = _Sizes(student, checkpoint, trained, device, dtype, room)
     ranks = distributed.size()
     plan = sizes.plan(settings, ranks)
-    room = usable_host() if device.type == "cpu" else int(free_bytes(device) * USABLE)
     if room < plan.on_device:
         fitting = [
             said
@@ -125,7 +127,7 @@ def _others(settings: HealSettings, ranks: int, device: torch.device) -> Iterato
 
 
 class _Sizes:
-    """Of a student, in weights; one GPU's teacher has the same."""
+    """Of a student, in weights; one GPU's teacher has the same. Room is in bytes."""
 
     def __init__(
         self,
@@ -134,8 +136,9 @@ class _Sizes:
         trained: dict[str, str],
         device: torch.device,
         dtype: torch.dtype,
+        room: int,
     ) -> None:
-        self.device, self.itemsize = device, dtype.itemsize
+        self.device, self.itemsize, self.room = device, dtype.itemsize, room
         self.text: Any = student.text.config.get_text_config()
         head, embedding = output_head(student), student.text.get_input_embeddings()
         self.vocabulary, self.hidden = head.weight.shape
@@ -169,22 +172,31 @@ class _Sizes:
         gathered = 2 * self.block * self.itemsize if ranks > 1 else 0
         unsplit = self.block * (self.itemsize + 4) if ranks > 1 else self.largest * self.itemsize
         share = -(-self.trained // ranks)
+        at_once = self._written_at_once(settings)
         return HealPlan(
             models=2 * ((self.whole + -(-self.split // ranks)) * self.itemsize + gathered),
             gradients=4 * share + unsplit,
             optimizer=int((4 + 1 + _MOMENTS[settings.optimizer]) * share),
             activations=kept + one + 4 * tokens * self.hidden * self.itemsize,
             logits=4 * COPIES * self.vocabulary * min(tokens, chunk_tokens(self.vocabulary, self.device)),
-            generation=self._generation(settings) if settings.calibration == GENERATED else 0,
+            generation=self._generation(settings, at_once) if settings.calibration == GENERATED else 0,
+            written_at_once=at_once,
             best=-(-self.stored // ranks),
             disk=self.checkpoint + int(2 * self.trained * (4 + _MOMENTS[settings.optimizer])) + 2 * self.stored,
             device=self.device,
             ranks=ranks,
         )
 
-    def _generation(self, settings: HealSettings) -> int:
-        cache = GENERATED_AT_ONCE * settings.length * self.blocks * self.kv * self.itemsize
-        return (self.whole + self.split) * self.itemsize + cache + 4 * 4 * GENERATED_AT_ONCE * self.vocabulary
+    def _written_at_once(self, settings: HealSettings) -> int:
+        """A step costs a GPU about the same for one sequence as for many, so as many as half the room has space for."""
+        count = MOST_AT_ONCE[self.device.type]
+        while count > FEWEST_AT_ONCE and self._generation(settings, count) > self.room // 2:
+            count //= 2
+        return count
+
+    def _generation(self, settings: HealSettings, at_once: int) -> int:
+        cache = at_once * settings.length * self.blocks * self.kv * self.itemsize
+        return (self.whole + self.split) * self.itemsize + cache + 4 * 4 * at_once * self.vocabulary
 
 
 def _count(parameters: set[nn.Parameter]) -> int:

@@ -18,8 +18,8 @@ from vllm_spense.errors import SpenseError
 
 #: The source that is the teacher itself.
 GENERATED = "generated"
-#: Sequences that are written together.
-GENERATED_AT_ONCE = 32
+#: Sequences that are written together: at least, and at most on each kind of device.
+FEWEST_AT_ONCE, MOST_AT_ONCE = 32, {"cpu": 32, "cuda": 512}
 #: Tokens that a sequence begins with where there is no chat template.
 _PROMPT = 4
 #: Stands for what a user says while a template is looked at.
@@ -73,7 +73,7 @@ def order(count: int, epoch: int, seed: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def generate(teacher: Language, settings: HealSettings, told: Callable[[int, int], None]) -> torch.Tensor:
+def generate(teacher: Language, settings: HealSettings, at_once: int, told: Callable[[int, int], None]) -> torch.Tensor:
     """Sequences drawn from the teacher's own distribution (temperature 1), each rank's share of them.
 
     Each begins as the chat template begins a user's turn, so that a chat model writes the question as well as the
@@ -82,6 +82,7 @@ def generate(teacher: Language, settings: HealSettings, told: Callable[[int, int
 
     Args:
         teacher: whole on every rank.
+        at_once: how many are written together.
         told: about (sequences, of how many) this rank has.
 
     Returns:
@@ -95,8 +96,8 @@ def generate(teacher: Language, settings: HealSettings, told: Callable[[int, int
     # transformers draws from torch's own generator.
     torch.manual_seed(settings.seed * 1_000_003 + rank)
     done: list[torch.Tensor] = []
-    for start in range(0, share, GENERATED_AT_ONCE):
-        prompts = _prompts(tokenizer, min(GENERATED_AT_ONCE, share - start), random, settings.length)
+    for start in range(0, share, at_once):
+        prompts = _prompts(tokenizer, min(at_once, share - start), random, settings.length)
         found = model.generate(
             input_ids=prompts.to(teacher.device),
             attention_mask=torch.ones_like(prompts).to(teacher.device),
@@ -109,7 +110,7 @@ def generate(teacher: Language, settings: HealSettings, told: Callable[[int, int
             pad_token_id=0,
         )
         done.append(found)
-        told(min(start + GENERATED_AT_ONCE, share), share)
+        told(min(start + at_once, share), share)
     mine = torch.cat(done).to(torch.int64)
     if ranks == 1:
         return mine.cpu()

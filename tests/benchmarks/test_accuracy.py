@@ -129,6 +129,32 @@ def test_peers_are_measured_as_our_methods_are(
     assert found["accuracy"].items() <= found["peers"].items()
 
 
+def test_what_was_pruned_is_healed(llama: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / f"{llama.name}.jsonl").write_text((folder / "calibration.jsonl").read_text())
+    out = tmp_path / "out.json"
+    command = (
+        f"accuracy --models {llama} --samples 8 --length 64 --heldout 2 --heldout-length 64 --seeds 0 --device cpu "
+        f"--texts {folder} --domains docstrings --methods magnitude --sparsities 0.5 --formats bf16 "
+        f"--variants calibration={tmp_path}/{{model}}.jsonl "
+        "--heal samples=16,length=32,step_tokens=64,rate=0.01 samples=16,length=32,step_tokens=64,rate=0.00001"
+    )
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--out", str(out)])
+    accuracy.main()
+    kl = {row["method"].partition(" healed ")[2]: row["kl"] for row in json.loads(out.read_text())["rows"]}
+    once, much, little = kl.values()
+    assert list(kl) == ["", *command.split()[-2:]]
+    rows = [row for row in json.loads(out.read_text())["rows"] if row["sparsity"]]
+    assert rows[0]["kl"] == once
+    assert much < 0.95 * once
+    assert little == pytest.approx(once, rel=0.02)
+
+    def no_more(*_: object) -> None:
+        raise AssertionError("pruned again")
+
+    monkeypatch.setattr(accuracy, "prune", no_more)
+    accuracy.main()
+
+
 def test_variants_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     given = (
         "accuracy --methods spensegpt+ --sparsities 0.5 --formats bf16 --seeds 7 --variants layout=front,tune_steps=9"
@@ -144,6 +170,8 @@ def test_variants_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     with pytest.raises(argparse.ArgumentTypeError, match="found layouts, expected one of activations, alignment"):
         accuracy.variant("layouts=front")
+    with pytest.raises(argparse.ArgumentTypeError, match="found out, expected one of batch_tokens, calibration"):
+        accuracy.heal_variant("out=elsewhere")
 
 
 def test_mean_and_standard_error() -> None:
