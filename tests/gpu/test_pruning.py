@@ -243,7 +243,7 @@ def test_two_gpus_make_what_one_makes(model: Path, text: Path, tmp_path: Path) -
     on_gpu(model, tmp_path / "one", text)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = ["--samples", "8", "--length", "64", "--calibration", str(text), "--batch-tokens", "128"]
-    command = [*launch, "-m", "offline_prune", str(model), str(tmp_path / "two"), *options]
+    command = [*launch, "-m", "offline_prune", str(model), str(tmp_path / "two"), "--method", "spensegpt+", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert contents(tmp_path / "two") == contents(tmp_path / "one")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from vllm.config import CUDAGraphMode
 from vllm.platforms import current_platform
 
 from vllm_spense.plugin.activation import PLAIN_MLPS
@@ -43,10 +44,15 @@ def beyond(most: int) -> list[int]:
 
 def capture_prefill(engine: VllmConfig) -> None:
     """Asks for `capture_sizes` in the models whose prefill was measured, unless the user has set something about CUDA
-    graphs or the engine has none."""
+    graphs, or the engine has none that leave attention out. Mode FULL captures prefill's attention too, which ended in
+    illegal memory accesses at these sizes (vLLM 0.26 on an H200).
+    """
     compilation, model = engine.compilation_config, engine.model_config
     own_wish = compilation.cudagraph_capture_sizes is not None or compilation.max_cudagraph_capture_size is not None
     if own_wish or model.enforce_eager or model.architecture not in PLAIN_MLPS or not current_platform.is_cuda():
+        return
+    mode = compilation.cudagraph_mode
+    if mode is not None and mode.mixed_mode() is not CUDAGraphMode.PIECEWISE:
         return
     if engine.performance_mode != "balanced":
         return  # has sizes of its own

@@ -74,6 +74,8 @@ def test_no_step_is_padded_by_more_than_a_third(requests: int) -> None:
         engine(max_cudagraph_capture_size=64),
         engine(architecture="Gemma3ForCausalLM"),
         engine(mode="throughput"),
+        engine(cudagraph_mode=CUDAGraphMode.FULL),
+        engine(cudagraph_mode=CUDAGraphMode.FULL_DECODE_ONLY),
     ],
 )
 def test_wishes_of_the_user_and_other_models_stay(config: Any) -> None:
