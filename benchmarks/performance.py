@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import quality_tables
+from benchmarks import alternatives_table, quality_tables
 from benchmarks.envelope import RESULTS, ROOT
 from vllm_spense.estimate import GPUS, estimate, load
 
@@ -123,6 +123,26 @@ def speed_ups(rows: Sequence[Row], time: str, ratio: str) -> list[str]:
         cells = (f"{value:.2f}" if value else "" for value in ratios)
         lines.append([kv, context, batch, f"{stock:.2f}" if stock else "", *cells])
     return markdown(headings, lines)
+
+
+def alternatives(result: Result) -> list[str]:
+    """Other schemes and Spense: output tokens, prefill, memory."""
+    lines: list[str] = []
+    for about, table in (
+        ("Output tokens, batch × context", alternatives_table.decode),
+        ("Prefill", alternatives_table.prefill),
+        ("Memory, projected to all layers, and start-up", alternatives_table.memory),
+    ):
+        lines += [f"{about}:", "", *markdown(*table(result["rows"])), ""]
+    about = f"{alternatives_table.measured(result['rows'])}. {source(result)}"
+    return [*lines, *alternatives_table.failures(result["rows"]), about]
+
+
+def alternatives_short(result: Result) -> list[str]:
+    """The README's part of it."""
+    rows = result["rows"]
+    about = f"{alternatives_table.measured(rows)}. {source(result)}"
+    return [*markdown(*alternatives_table.short(rows)), "", *alternatives_table.failures(rows), about]
 
 
 def memory(result: Result) -> list[str]:
@@ -361,6 +381,7 @@ def tasks(result: Result) -> list[str]:
 #: Result file → the command that makes it, and where, other than the benchmark of that name with its defaults on a GPU.
 RUNS: Mapping[str, tuple[str, str]] = {
     "prune_time-2gpus": ("torchrun --nproc-per-node 2 benchmarks/prune_time.py", "2 GPUs"),
+    "alternatives": ("python benchmarks/alternatives.py --work alternatives --together 4", "a GPU"),
     "prune_time-shapes": (
         "python benchmarks/prune_time.py --shapes qwen3-32b seed-oss-36b llama-3.1-8b llama-3.3-70b "
         "--methods spensegpt+ --blocks 2 --samples 64 --no-profile --out benchmarks/results/prune_time-shapes.json",
@@ -386,6 +407,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     "gpu_tests": ("gpu_tests", gpu_tests),
     "gpu_tests_serving": ("gpu_tests-serving", gpu_tests),
     "readme": ("decode_speed", decode_longest),
+    "alternatives": ("alternatives", alternatives),
     "prune": ("prune_time", prune),
     "prune_stages": ("prune_time", prune_stages),
     "prune_readme": ("prune_time", prune_sentence),
