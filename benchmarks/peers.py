@@ -2,8 +2,8 @@
 
     python -m venv .peer && .peer/bin/pip install llmcompressor
     python -m benchmarks.peers
-    python -m benchmarks.peers --methods magnitude wanda hyperprune proxsparse \\
-        --out benchmarks/results/learned-smollm2.json
+    python -m benchmarks.peers --methods magnitude wanda hyperprune proxsparse "patch 25%" "patch 37.5%" \\
+        "spensegpt+ 25%" "spensegpt+ 37.5%" --out benchmarks/results/learned-smollm2.json
     python -m benchmarks.peers --models smollm2-135m gemma3-270m qwen2.5-coder-0.5b \\
         --methods "llmcompressor gptq" --out benchmarks/results/peers-int4.json
 
@@ -36,7 +36,7 @@ from benchmarks.accuracy import (
     measured,
     model_folder,
 )
-from benchmarks.baselines import hyperprune, proxsparse
+from benchmarks.baselines import hyperprune, patch, proxsparse
 from benchmarks.envelope import RESULTS, ROOT, write_result
 from benchmarks.quality_tables import markdown, of_each_model
 from offline_prune.calibration.data import calibration_tokens
@@ -52,6 +52,10 @@ from vllm_spense.errors import SpenseError
 
 #: Our methods as `PruneSettings` names them, with the settings that differ from the defaults.
 OURS: dict[str, Row] = {
+    "spensegpt++ 25%": {"method": "spensegpt++", "sparsity": 0.25},
+    "spensegpt++ 37.5%": {"method": "spensegpt++", "sparsity": 0.375},
+    "spensegpt+ 25%": {"method": "spensegpt+", "sparsity": 0.25},
+    "spensegpt+ 37.5%": {"method": "spensegpt+", "sparsity": 0.375},
     "sparsegpt": {"method": "sparsegpt"},
     "sparsegpt true_sequential=false": {"method": "sparsegpt", "true_sequential": False},
     "wanda": {"method": "wanda"},
@@ -63,11 +67,15 @@ PEERS = ("llmcompressor sparsegpt", "llmcompressor wanda")
 INT4 = "llmcompressor gptq"
 #: How many weights share a scale, from what people use to what small models with odd sizes allow.
 INT4_GROUPS = (128, 64, 32)
-LEARNED = ("proxsparse", "hyperprune")
+#: PATCH by MLP sparsity; at 50% it would leave Wanda's masks alone.
+PATCH = {"patch 25%": 0.25, "patch 37.5%": 0.375}
+LEARNED = ("proxsparse", "hyperprune", *PATCH)
 #: Of ProxSparse; what they mean is said at `proxsparse.learned_masks`, how they were chosen in docs/notes/pruning.md.
 PROX_RATE, PROX_STRENGTH = 0.016, 0.02
 #: Of HyperPrune: steps on each layer, and their learning rate.
 HYPER_STEPS, HYPER_RATE = 40, 0.01
+#: PATCH's: side of a tile, steps, and their learning rate.
+PATCH_TILE, PATCH_STEPS, PATCH_RATE = 64, 256, 0.1
 
 
 def main() -> None:
@@ -83,7 +91,7 @@ def main() -> None:
             source = calibration_source(options.texts)
             tokens = calibration_tokens(source, tokenizer, options.samples, options.length, seed)
             for method in options.methods:
-                case: Row = {"model": folder.name, "method": method, **result_of(method, folder), "seed": seed}
+                case: Row = {"model": folder.name, **result_of(method, folder), "seed": seed}
                 known = [row for row in before if row.items() >= case.items()]
                 if not known:
                     start = time.perf_counter()
@@ -101,7 +109,7 @@ def parse() -> argparse.Namespace:
         prog="python -m benchmarks.peers", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     add_data_options(parser, seeds=[0])
-    usual = [*(method for method in OURS if method != "magnitude"), *PEERS]
+    usual = [method for method in (*OURS, *PEERS) if method.endswith(("sparsegpt", "wanda", "true_sequential=false"))]
     parser.add_argument(
         "--methods", nargs="+", choices=[*OURS, *PEERS, INT4, *LEARNED], default=usual, metavar="METHOD"
     )
@@ -111,10 +119,12 @@ def parse() -> argparse.Namespace:
 
 
 def result_of(method: str, folder: Path) -> Row:
-    """MLP sparsity and format of what a method makes of a model."""
+    """What the rows call a method, and MLP sparsity and format of what it makes of a model."""
     if method == INT4:
-        return {"sparsity": 0.0, "format": f"int4-g{int4_group(folder)}"}
-    return {"sparsity": 0.5, "format": "bf16"}
+        return {"method": method, "sparsity": 0.0, "format": f"int4-g{int4_group(folder)}"}
+    sparsity = PATCH.get(method) or OURS.get(method, {}).get("sparsity")
+    name = method.rpartition(" ")[0] if sparsity else method
+    return {"method": name, "sparsity": sparsity or 0.5, "format": "bf16"}
 
 
 def int4_group(folder: Path) -> int:
@@ -153,8 +163,8 @@ def compressed(
         out = Path(scratch) / "pruned"
         if method in OURS:
             sizes = {"samples": tokens.shape[0], "length": tokens.shape[1], "seed": seed}
-            settings = {"sparsity": 0.5, "quantize": "none", "device": str(device)}
-            report = prune(PruneSettings(str(folder), out, **settings, **sizes, **OURS[method]), tokens=tokens)
+            settings = {"sparsity": 0.5, "quantize": "none", "device": str(device), **sizes, **OURS[method]}
+            report = prune(PruneSettings(str(folder), out, **settings), tokens=tokens)
             return load_dense(out, str(device))[0], report.seconds
         save_file({"tokens": tokens}, Path(scratch) / "tokens.safetensors")
         script = ROOT / "benchmarks" / "baselines" / "llmcompressor_oneshot.py"
@@ -170,6 +180,11 @@ def learned(folder: Path, method: str, tokens: torch.Tensor, device: torch.devic
     model = load_dense(folder, str(device))[0]
     if method == "proxsparse":
         masks = proxsparse.learned_masks(load_dense(folder, str(device))[0], layers, tokens, PROX_RATE, PROX_STRENGTH)
+    elif method in PATCH:
+        energies = {name: found.diagonal() for name, found in input_hessians(model, layers, tokens).items()}
+        share = 1 - 2 * PATCH[method]
+        dense = load_dense(folder, str(device))[0]
+        masks, _ = patch.learned_masks(dense, energies, tokens, share, PATCH_TILE, PATCH_STEPS, PATCH_RATE)
     else:
         hessians = input_hessians(model, layers, tokens)
         network = hyperprune.HyperNetwork(len(layers) // 3, 3).to(device)
