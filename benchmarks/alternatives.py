@@ -1,6 +1,6 @@
 """What else makes a model smaller and faster, in the same vLLM on the same GPU: BF16, FP8, four-bit weights, Spense.
 
-    python benchmarks/alternatives.py --work alternatives --together 4
+    python benchmarks/alternatives.py --together 4
 
 times the shape of Qwen3-32B with 16 layers and random weights and writes benchmarks/results/alternatives.json: output
 tokens, prefill, memory and start-up of every scheme, each compared with stock FP8. As many engines as `--together` says
@@ -28,6 +28,7 @@ from benchmarks.engine_runs import EngineRun, Measured, in_turn
 from benchmarks.envelope import RESULTS, write_result
 from benchmarks.make_shape import annotation, shape_config, write_config
 from offline_prune.checkpoint.writer import fp8_config
+from scripts.pruned import CACHE
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import KEY
 from vllm_spense.shapes import SHAPES
@@ -86,7 +87,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--eager", action="store_true", help="neither compile nor capture: to try things out")
     parser.add_argument("--capture", type=int, default=512, help="as decode_speed.py has it")
     parser.add_argument("--together", type=int, default=1, help="engines that share the GPU's memory")
-    parser.add_argument("--work", type=Path, required=True, help="folder for logs and for what engines measured")
+    parser.add_argument("--work", type=Path, default=CACHE / "alternatives", help="for logs and what engines measured")
     parser.add_argument("--out", type=Path, default=RESULTS / "alternatives.json")
     parser.set_defaults(tensor_parallel=1)
     options = parser.parse_args()

@@ -381,7 +381,7 @@ def tasks(result: Result) -> list[str]:
 #: Result file → the command that makes it, and where, other than the benchmark of that name with its defaults on a GPU.
 RUNS: Mapping[str, tuple[str, str]] = {
     "prune_time-2gpus": ("torchrun --nproc-per-node 2 benchmarks/prune_time.py", "2 GPUs"),
-    "alternatives": ("python benchmarks/alternatives.py --work alternatives --together 4", "a GPU"),
+    "alternatives": ("python benchmarks/alternatives.py --together 4", "a GPU"),
     "prune_time-shapes": (
         "python benchmarks/prune_time.py --shapes qwen3-32b seed-oss-36b llama-3.1-8b llama-3.3-70b "
         "--methods spensegpt+ --blocks 2 --samples 64 --no-profile --out benchmarks/results/prune_time-shapes.json",

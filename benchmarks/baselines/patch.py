@@ -1,9 +1,9 @@
 """PATCH (Hourri, Mozaffari & Mehri Dehnavi, arXiv:2509.23410) in its smallest form, with masks of 2:4 that are given.
 
 Each square tile of a weight is learned to be dense or 2:4, end to end with frozen weights: a logit for each tile, its
-choice drawn by a Gumbel softmax of two classes (straight through), and a term that holds the dense share to a budget. Which weights
-stay in a sparse tile is decided before, as in the paper's PATCH-Tile, here by Wanda. Sizes, temperatures and weights
-of the terms are ours. The kept weights are the original ones.
+choice drawn by a Gumbel softmax of two classes (straight through), and a term that holds the dense share to a budget.
+Which weights stay in a sparse tile is decided before, as in the paper's PATCH-Tile, here by Wanda. Sizes, temperature
+and weights of the terms are ours. The kept weights are the original ones.
 """
 
 from __future__ import annotations
