@@ -169,7 +169,8 @@ def compressed(
         save_file({"tokens": tokens}, Path(scratch) / "tokens.safetensors")
         script = ROOT / "benchmarks" / "baselines" / "llmcompressor_oneshot.py"
         theirs = f"gptq-{int4_group(folder)}" if method == INT4 else method.split()[1]
-        command = [peer, script, folder, Path(scratch) / "tokens.safetensors", theirs, out]
+        # -E: a folder that this Python was told of may hold other versions of the same packages.
+        command = [peer, "-E", script, folder, Path(scratch) / "tokens.safetensors", theirs, out]
         said = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
         return load_dense(out, str(device))[0], float(said.split()[-1])
 
