@@ -1,11 +1,12 @@
-"""Rows of `alternatives.py` as the tables that the documents show: headings and lines."""
+"""Rows of `alternatives.py` as the tables that the documents show."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
-Row = Mapping[str, Any]
+from benchmarks.tables import Result, Row, markdown, source
+
+#: Headings and lines.
 Table = tuple[list[str], list[list[str]]]
 #: What everything is compared with.
 STOCK = "fp8"
@@ -21,6 +22,23 @@ LABELS = {
 }
 #: Of the README: batch and context of output tokens, and of prefills.
 _DECODED, _PREFILLED = ((1, 16), (32, 16), (128, 16), (256, 16), (32, 1024)), ((1, 2048), (8, 1024))
+
+
+def tables(result: Result) -> list[str]:
+    """Output tokens, prefill, memory."""
+    rows, lines = result["rows"], []
+    for about, table in (
+        ("Output tokens, batch × context", decode(rows)),
+        ("Prefill, batch × context", prefill(rows)),
+        ("Memory, projected to all layers, and start-up", memory(rows)),
+    ):
+        lines += [f"{about}:", "", *markdown(*table), ""]
+    return [*lines, *failures(rows), measured(result)]
+
+
+def readme(result: Result) -> list[str]:
+    """A little of all three."""
+    return [*markdown(*short(result["rows"])), "", *failures(result["rows"]), measured(result)]
 
 
 def decode(rows: Sequence[Row]) -> Table:
@@ -52,7 +70,7 @@ def memory(rows: Sequence[Row]) -> Table:
 
 
 def short(rows: Sequence[Row]) -> Table:
-    """A little of all three."""
+    """Some batches, and memory."""
     headings = [f"{batch} × {context}" for batch, context in _DECODED]
     headings += [f"prefill {batch} × {context}" for batch, context in _PREFILLED]
     columns = [_cell("ms", "ratio", *cell) for cell in _DECODED]
@@ -60,9 +78,10 @@ def short(rows: Sequence[Row]) -> Table:
     return _table(rows, [*headings, "weights, GiB", "KV tokens"], [*columns, _weights, _kv_tokens])
 
 
-def measured(rows: Sequence[Row]) -> str:
-    """Of what the times are."""
-    return f"{rows[0]['shape']}, {rows[0]['layers']} layers, KV cache {rows[0]['kv_cache_dtype']}"
+def measured(result: Result) -> str:
+    """Of what the times are, and where they come from."""
+    row = result["rows"][0]
+    return f"{row['shape']}, {row['layers']} layers, KV cache {row['kv_cache_dtype']}. {source(result)}"
 
 
 def failures(rows: Sequence[Row]) -> list[str]:

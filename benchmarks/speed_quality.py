@@ -30,8 +30,6 @@ _LAST_POINT = {"spensegpt+": "sparsegpt", "spensegpt": "sparsegpt"}
 #: Schemes of four-bit weights, which share a quality: like FP8's, it is that of rounded weights, not of activations.
 INT4, _INT4_COLOUR = ("w4a16", "w4a8-fp8"), "#b3541e"
 _INT4_METHOD = "llmcompressor gptq"
-#: Sequences × tokens of each text in files older than these keys.
-_OLD_SIZE = {"heldout": 8, "heldout_length": 512}
 _INK, _SOFT, _GRID = "#22282e", "#6b7780", "#dde2e6"
 
 Row = Mapping[str, Any]
@@ -78,22 +76,13 @@ def _speeds(results: Path) -> tuple[dict[float, float], dict[str, float]]:
 
 def _quality(results: Path) -> tuple[list[Row], list[Row]]:
     """Rows of `accuracy.py` and of GPTQ in four bits, of the texts that both have; of all where there is no GPTQ."""
-    accuracy = _rows(results, "accuracy-smollm2")
     int4 = [row for row in _rows(results, "peers-int4") if row["method"] == _INT4_METHOD]
-    both = {_text(row) for row in accuracy} & {_text(row) for row in int4}
-    if not both:
-        return accuracy, []
-    return [row for row in accuracy if _text(row) in both], [row for row in int4 if _text(row) in both]
+    return quality_tables.on_common_texts(_rows(results, "accuracy-smollm2"), int4)
 
 
 def _rows(results: Path, name: str) -> list[Row]:
     file = results / f"{name}.json"
     return quality_tables.renamed(json.loads(file.read_text(encoding="utf-8"))["rows"]) if file.exists() else []
-
-
-def _text(row: Row) -> tuple[Any, ...]:
-    sized = {**_OLD_SIZE, **row}
-    return tuple(sized[key] for key in ("model", "domain", *_OLD_SIZE))
 
 
 def _kl(rows: Sequence[Row], method: str, sparsity: float) -> float:

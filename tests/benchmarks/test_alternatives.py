@@ -12,7 +12,7 @@ from typing import Any, TextIO
 import pytest
 from compressed_tensors.quantization import QuantizationConfig
 
-from benchmarks import alternatives, engine_runs, performance
+from benchmarks import alternatives, alternatives_table, engine_runs
 from benchmarks.alternatives import SCHEMES, int4_config, reason, scheme_config
 from benchmarks.make_shape import shape_config
 from benchmarks.timings import Timing
@@ -112,8 +112,8 @@ def test_every_scheme_has_rows_and_one_that_fails_says_why(monkeypatch: pytest.M
     assert started == [*SCHEMES, "w4a8-fp8"]
 
     for table, first in (
-        (performance.alternatives, ["", "1 × 16", "32 × 16", "1 × 512"]),
-        (performance.alternatives_short, ["", "1 × 16", "32 × 16", "128 × 16"]),
+        (alternatives_table.tables, ["", "1 × 16", "32 × 16", "1 × 512"]),
+        (alternatives_table.readme, ["", "1 × 16", "32 × 16", "128 × 16"]),
     ):
         lines = table(result)
         assert "W4A8-FP8 did not run: `RuntimeError: no kernel for int4`." in lines
