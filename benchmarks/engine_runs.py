@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -135,8 +136,10 @@ class EngineRun:
     def begin(self) -> None:
         """Lets the process start its engine beside others."""
         if self.process and self.process.stdin:
-            self.process.stdin.write("\n")
-            self.process.stdin.flush()
+            # One that has ended already is reported when it is to be measured.
+            with suppress(BrokenPipeError):
+                self.process.stdin.write("\n")
+                self.process.stdin.flush()
 
     def wait_until_ready(self) -> None:
         while self.process and self.process.poll() is None and READY not in self.log.read_text(errors="replace"):
