@@ -114,7 +114,7 @@ def scheme_config(config: Mapping[str, Any], scheme: str) -> dict[str, Any]:
         return {**config, "quantization_config": int4_config(fp8_inputs=scheme == "w4a8-fp8")}
     quantization = fp8_config(ignore=["lm_head"])
     if scheme in SPARSITIES:
-        quantization[KEY] = annotation({**config}, SPARSITIES[scheme], "model.layers").to_dict()
+        quantization[KEY] = annotation({**config}, SPARSITIES[scheme]).to_dict()
     return {**config, "quantization_config": quantization}
 
 

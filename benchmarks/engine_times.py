@@ -94,8 +94,8 @@ class Answer:
             cache knows already what they find. None in stock vLLM, and with several GPUs.
         weight_bytes: of all parameters, in the memory of one GPU.
         kv_tokens: tokens that the KV cache has room for; batches that need more are left out.
-        working_bytes: the most GPU memory that tensors took at once beyond weights and KV cache; None on a CPU, and with
-            several GPUs.
+        working_bytes: the most GPU memory that tensors took at once beyond weights and KV cache; None with no GPU or
+            several.
         linear_kernels: vLLM's names of what multiplies by the weights of linear layers.
         kernels: of a decode step of `PROFILED`; empty if that is not among what is timed, or not on a GPU.
         gpu_ms: (batch, context, ms that the GPU is busy in a decode step), if ordered.

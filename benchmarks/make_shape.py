@@ -88,7 +88,7 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     return config.get("text_config", config)
 
 
-def annotation(config: dict[str, Any], sparsity: float, prefix: str) -> Annotation:
+def annotation(config: dict[str, Any], sparsity: float, prefix: str = "model.layers") -> Annotation:
     """What the pruner would write for such a model, had it pruned one."""
     modules = tuple(f"{prefix}.{layer}.mlp" for layer in range(config["num_hidden_layers"]))
     regions, alignment = fit_regions(config["intermediate_size"], sparsity, None, modules[0])
