@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.envelope import RESULTS, envelope, write_result
 from benchmarks.quality_tables import markdown, of_each_model
@@ -57,12 +57,9 @@ def main() -> None:
     device = pick_device(options.device)
     before, rows = earlier_rows(options.out), []
     for name in options.models:
-        model = known_model(name) if name in KNOWN else Path(name)
+        model = model_folder(name)
         reference, tokenizer = load_dense(model, str(device))
-        texts = {
-            domain: heldout(domain, tokenizer, options.heldout, options.heldout_length, options.texts)
-            for domain in options.domains
-        }
+        texts = heldout_texts(tokenizer, options)
         for case in [DENSE_BF16, *cases(options)]:
             known = earlier_of(before, model, case, options)
             if not known and case is DENSE_BF16:
@@ -81,13 +78,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.accuracy", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument(
-        "--models",
-        nargs="+",
-        default=[SMOLLM2],
-        metavar="MODEL",
-        help=f"folders of dense models, or {' | '.join(KNOWN)}",
-    )
+    add_data_options(parser, seeds=[0, 1, 2])
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -115,7 +106,24 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["fp8"], metavar="FORMAT")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the calibration text's order")
+    parser.add_argument("--out", type=Path, default=RESULTS / "accuracy-smollm2.json")
+    return parser.parse_args()
+
+
+def add_data_options(parser: argparse.ArgumentParser, seeds: list[int]) -> None:
+    """Models, texts and the device, as whatever is compared must have them in common.
+
+    Args:
+        seeds: the default.
+    """
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=[SMOLLM2],
+        metavar="MODEL",
+        help=f"folders of dense models, or {' | '.join(KNOWN)}",
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=seeds, help="of the calibration text's order")
     parser.add_argument("--samples", type=int, default=64, help="calibration sequences")
     parser.add_argument("--length", type=int, default=512, help="tokens in each")
     parser.add_argument(
@@ -125,8 +133,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--heldout-length", type=int, default=1024, help="tokens in each")
     parser.add_argument("--texts", type=Path, help="folder of texts [default: what is installed]")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=RESULTS / "accuracy-smollm2.json")
-    return parser.parse_args()
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a model: one of `KNOWN`, which is made unless it is there, or a folder's name."""
+    return known_model(name) if name in KNOWN else Path(name)
+
+
+def heldout_texts(tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """Domain → int64 (sequences, length), as `add_data_options` asks for them."""
+    return {
+        domain: heldout(domain, tokenizer, options.heldout, options.heldout_length, options.texts)
+        for domain in options.domains
+    }
 
 
 def variant(text: str) -> str:

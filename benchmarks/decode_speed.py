@@ -14,57 +14,26 @@ times running servers instead.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from hashlib import sha256
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.envelope import RESULTS, ROOT, write_result
-from benchmarks.make_shape import ALL_SHAPES, make_shape, text_config
-from benchmarks.timings import READY, TOKEN_BUDGET, Timing
+from benchmarks.engine_runs import EngineRun, Measured, in_turn
+from benchmarks.envelope import RESULTS, write_result
+from benchmarks.make_shape import ALL_SHAPES, make_shape
 from vllm_spense.errors import SpenseError
-from vllm_spense.format import KEY, Annotation
 
 SPARSITIES = (0.25, 0.375, 0.5)
 BATCHES = (1, 8, 32, 64, 128, 256)
 CONTEXTS = (16, 1024, 4096)
 KV_CACHES = ("auto", "fp8")
-#: Of a failed engine's output.
-_LAST_LINES = 40
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One engine or server.
-
-    Attributes:
-        timings: by (batch, context).
-        start_s, weight_bytes: of an engine.
-        load_s: what Spense adds to loading, with what `search_s` found; None in stock vLLM.
-        search_s: that a search of kernels took before the engines began; None where the engine itself searched.
-        saved_bytes: what the format says its regions save over dense weights.
-        layer_kernels: how many kernels run in each layer in a decode step; None where nobody counted.
-        gpu_ms: by (batch, context), for how much of a step the GPU is busy, where that was asked for.
-    """
-
-    timings: Mapping[tuple[int, int], Timing]
-    start_s: float | None = None
-    load_s: float | None = None
-    search_s: float | None = None
-    weight_bytes: int | None = None
-    saved_bytes: int = 0
-    layer_kernels: int | None = None
-    gpu_ms: Mapping[tuple[int, int], float] = field(default_factory=dict)
 
 
 def main() -> None:
@@ -125,180 +94,30 @@ def engine_rows(options: argparse.Namespace) -> Iterator[list[Row]]:
     """Rows of each sparsity and type of KV cache, all against the dense engine with the same type of KV cache."""
     with TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
-        work.mkdir(parents=True, exist_ok=True)
-        runs = [EngineRun(options, s, kv, work) for kv in options.kv for s in (None, *options.sparsities)]
-        groups = [runs[i : i + options.together] for i in range(0, len(runs), options.together)]
-        try:
-            for group, following in zip(groups, [*groups[1:], []], strict=True):
-                begin(group)
-                for run in following:
-                    run.start()
-                for run in group:
-                    found = run.measure()
-                    if run.sparsity is None:
-                        dense = found
-                    else:
-                        about = {
-                            "shape": options.shape,
-                            "layers": run.layers,
-                            "tensor_parallel": options.tensor_parallel,
-                            "kv_cache_dtype": run.kv,
-                        }
-                        yield compare({**about, "sparsity": run.sparsity}, dense, found)
-        finally:
-            for run in runs:
-                run.stop()
+        cases = [(kv, sparsity) for kv in options.kv for sparsity in (None, *options.sparsities)]
+        runs = [shape_run(options, sparsity, kv, work) for kv, sparsity in cases]
+        with closing(in_turn(runs, options.together)) as turns:
+            for (kv, sparsity), run in zip(cases, turns, strict=True):
+                found = run.measure()
+                if sparsity is None:
+                    dense = found
+                else:
+                    about = {
+                        "shape": options.shape,
+                        "layers": run.layers,
+                        "tensor_parallel": run.ranks,
+                        "kv_cache_dtype": kv,
+                        "sparsity": sparsity,
+                    }
+                    yield compare(about, dense, found)
 
 
-def begin(group: Sequence[EngineRun]) -> None:
-    """Starts engines; several of them, which share the GPU, until all are ready."""
-    for run in group:
-        run.start()
-    if len(group) > 1:
-        search_first(group)
-        for run in group:
-            run.begin()
-        for run in group:
-            run.wait_until_ready()
-
-
-class EngineRun:
-    """A process that measures one engine, or what an equal one left in `work`.
-
-    Args:
-        sparsity: None for stock vLLM.
-        work: folder for its configuration, log and answer.
-    """
-
-    def __init__(self, options: argparse.Namespace, sparsity: float | None, kv: str, work: Path) -> None:
-        name = f"{options.shape}-{'dense' if sparsity is None else sparsity}"
-        self.sparsity = sparsity
-        self.kv = kv
-        self.layers = options.layers or text_config({**ALL_SHAPES[options.shape]})["num_hidden_layers"]
-        self.ranks = options.tensor_parallel
-        self.folder = make_shape(options.shape, work / name, sparsity, options.layers)
-        self.order = json.dumps(
-            {
-                "model": str(self.folder.resolve()),
-                "quantization": "compressed-tensors" if sparsity is None else "spense",
-                "kv_cache_dtype": kv,
-                "batches": options.batches,
-                "contexts": options.contexts,
-                "most_tokens": options.most_tokens,
-                "steps": options.steps,
-                "eager": options.eager,
-                "capture": options.capture,
-                "engines": options.together,
-                "gpu_time": options.gpu_time,
-                "tensor_parallel": options.tensor_parallel,
-            }
-        )
-        digest = sha256(f"{self.order}{options.layers}".encode()).hexdigest()[:8]
-        self.stem = f"{name}-kv-{kv}-{digest}"
-        self.answer, self.log = work / f"{self.stem}.json", work / f"{self.stem}.log"
-        self.process: subprocess.Popen[str] | None = None
-        self.search_s: float | None = None
-
-    def start(self) -> None:
-        """Lets the process import vLLM, which takes long, while another engine still has the GPU."""
-        if self.process:
-            return
-        if self.answer.exists():
-            print(f"{self.stem}: measured before", flush=True)
-            return
-        command = [sys.executable, "-m", "benchmarks.engine_times", self.order, str(self.answer.resolve())]
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, text=True
-            )
-
-    def begin(self) -> None:
-        """Lets the process start its engine beside others."""
-        if self.process and self.process.stdin:
-            self.process.stdin.write("\n")
-            self.process.stdin.flush()
-
-    def wait_until_ready(self) -> None:
-        while self.process and self.process.poll() is None and READY not in self.log.read_text(errors="replace"):
-            time.sleep(0.2)
-
-    def measure(self) -> Measured:
-        """Lets the process have the GPU, and waits for its answer.
-
-        Raises:
-            SpenseError: the process failed; shows the end of its log.
-        """
-        if self.process:
-            print(f"{self.stem}: measuring", flush=True)
-            self.process.communicate("\n\n")
-            if self.process.returncode:
-                end = "\n".join(self.log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
-                raise SpenseError(f"{end}\nthe engine of {self.stem} ended with code {self.process.returncode}")
-        found = json.loads(self.answer.read_text(encoding="utf-8"))
-        timings = [Timing(**timing) for timing in found["timings"]]
-        return Measured(
-            {(timing.batch, timing.context): timing for timing in timings},
-            found["start_s"],
-            found["plugin_load_s"],
-            self.search_s,
-            found["weight_bytes"],
-            saved_bytes(json.loads((self.folder / "config.json").read_text(encoding="utf-8"))) // self.ranks,
-            layer_kernels([kernel["runs"] for kernel in found.get("kernels", ())], self.layers),
-            {(batch, context): ms for batch, context, ms in found["gpu_ms"]},
-        )
-
-    def stop(self) -> None:
-        if self.process:
-            self.process.kill()
-
-
-def search_first(runs: Sequence[EngineRun]) -> None:
-    """Fills the plan cache while nobody else uses the GPU: engines that start together would disturb each other."""
-    import torch
-    import vllm._custom_ops  # noqa: F401 - the kernels that ours compete with
-
-    from vllm_spense.kernels.region_gemm.problem import Problem
-    from vllm_spense.ops.layer_plan import plan_of
-    from vllm_spense.ops.unpruned_ops import prepare_unpruned
-    from vllm_spense.plugin.vllm_internals import stock_gemm
-
-    if not torch.cuda.is_available():
-        return
-    device = torch.device("cuda", 0)
-    for run in runs:
-        config = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
-        if KEY in config["quantization_config"]:
-            start = time.perf_counter()
-            text = text_config(config)
-            hidden, heads = text["hidden_size"], text["num_attention_heads"] * text["head_dim"]
-            keys_and_values = 2 * text["num_key_value_heads"] * text["head_dim"]
-            prepare_unpruned(heads + keys_and_values, hidden, device, stock_gemm())
-            prepare_unpruned(hidden, heads, device, stock_gemm())
-            annotation = Annotation.from_dict(config["quantization_config"][KEY])
-            for regions in {annotation.regions(module) for module in annotation.modules}:
-                i = regions.intermediate
-                for problem in (
-                    Problem(2 * i, hidden, regions, "output", projections=2).region_major(),
-                    Problem(hidden, i, regions, "input", separate_outputs=True),
-                ):
-                    plan_of(problem.op_key, device).prepare(TOKEN_BUDGET)
-            run.search_s = round(time.perf_counter() - start, 1)
-    torch.cuda.empty_cache()
-
-
-def layer_kernels(runs: Sequence[float], layers: int) -> int | None:
-    """Kernels in each layer, from how often each kernel runs in a step; what runs once in a step is in none."""
-    # Some run once less: before the first layer or after the last, something else does their work.
-    return sum(round(count / layers) for count in runs) if runs else None
-
-
-def saved_bytes(config: Mapping[str, Any]) -> int:
-    """Bytes of dense FP8 weights that the sparse regions of a config.json do without: 0.375 of each."""
-    if KEY not in config["quantization_config"]:
-        return 0
-    annotation = Annotation.from_dict(config["quantization_config"][KEY])
-    sparse = sum(annotation.regions(module).sparse for module in annotation.modules)
-    return 3 * sparse * text_config(config)["hidden_size"] * 3 // 8
+def shape_run(options: argparse.Namespace, sparsity: float | None, kv: str, work: Path) -> EngineRun:
+    """An engine of the shape: Spense's, or stock FP8's where the sparsity is None."""
+    name = f"{options.shape}-{'dense' if sparsity is None else sparsity}"
+    folder = make_shape(options.shape, work / name, sparsity, options.layers)
+    quantization = "compressed-tensors" if sparsity is None else "spense"
+    return EngineRun(options, folder, quantization, kv, gpu_time=options.gpu_time)
 
 
 def server_rows(options: argparse.Namespace) -> Iterator[list[Row]]:

@@ -30,7 +30,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from benchmarks import worker_profile
 from benchmarks.make_shape import text_config
-from benchmarks.random_weights import fill_random, weight_bytes
+from benchmarks.random_weights import fill_int4_before_packing, fill_random, linear_kernels, weight_bytes
 from benchmarks.timings import READY, TOKEN_BUDGET, Timing, output_tokens, summarize, time_steps
 from benchmarks.worker_profile import KernelRun
 from vllm_spense.errors import SpenseError
@@ -57,7 +57,7 @@ class Order:
 
     Attributes:
         model: folder that `make_shape.py` wrote; its weights are random.
-        quantization: vLLM's name of it.
+        quantization: vLLM's name of it; None for BF16.
         most_tokens: batches whose prompts have more than this are left out; None for no limit.
         steps: decode steps of the whole batch.
         eager: neither compiled nor captured, for trying things out.
@@ -65,10 +65,12 @@ class Order:
         engines: that share the GPU's memory.
         gpu_time: whether to find out, too, for how much of a step the GPU is busy.
         tensor_parallel: GPUs that share every layer.
+        prefills: further contexts, of one request.
+        count_kernels: whether to count what runs in a decode step of `PROFILED`.
     """
 
     model: str
-    quantization: str
+    quantization: str | None
     kv_cache_dtype: str
     batches: tuple[int, ...]
     contexts: tuple[int, ...]
@@ -79,6 +81,8 @@ class Order:
     engines: int = 1
     gpu_time: bool = False
     tensor_parallel: int = 1
+    prefills: tuple[int, ...] = ()
+    count_kernels: bool = True
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,9 @@ class Answer:
             cache knows already what they find. None in stock vLLM, and with several GPUs.
         weight_bytes: of all parameters, in the memory of one GPU.
         kv_tokens: tokens that the KV cache has room for; batches that need more are left out.
+        working_bytes: the most GPU memory that tensors took at once beyond weights and KV cache; None with no GPU or
+            several.
+        linear_kernels: vLLM's names of what multiplies by the weights of linear layers.
         kernels: of a decode step of `PROFILED`; empty if that is not among what is timed, or not on a GPU.
         gpu_ms: (batch, context, ms that the GPU is busy in a decode step), if ordered.
     """
@@ -99,6 +106,8 @@ class Answer:
     weight_bytes: int
     kv_tokens: int
     timings: tuple[Timing, ...]
+    working_bytes: int | None = None
+    linear_kernels: tuple[str, ...] = ()
     kernels: tuple[Kernel, ...] = ()
     gpu_ms: tuple[tuple[int, int, float], ...] = ()
 
@@ -125,13 +134,18 @@ def run(order: Order) -> Answer:
     """Starts the engine and times it."""
     sys.stdin.readline()
     watch = plugin_watch() if order.quantization == "spense" and order.tensor_parallel == 1 else None
+    fill_int4_before_packing()
     start = time.perf_counter()
     llm = start_engine(order)
     start_s = time.perf_counter() - start
     llm.apply_model(fill_random)
+    bench = Bench(llm, order.steps)
+    # With several GPUs the engine is in other processes.
+    alone = torch.cuda.is_available() and order.tensor_parallel == 1
+    if alone:
+        torch.cuda.reset_peak_memory_stats()
     print(READY, flush=True)
     sys.stdin.readline()
-    bench = Bench(llm, order.steps)
     bench.require_finite()
     timings = []
     for batch, context in grid(order):
@@ -140,8 +154,12 @@ def run(order: Order) -> Answer:
             print(f"decode_speed: {timings[-1]}", flush=True)
         else:
             print(f"decode_speed: batch {batch} × context {context} does not fit the KV cache", flush=True)
+    weights = llm.apply_model(weight_bytes)[0]
+    working_bytes = None
+    if alone:
+        working_bytes = torch.cuda.max_memory_allocated() - weights - bench.kv_tokens * kv_token_bytes(order)
     kernels: tuple[Kernel, ...] = ()
-    if PROFILED in grid(order) and torch.cuda.is_available():
+    if order.count_kernels and PROFILED in grid(order) and torch.cuda.is_available():
         kernels = bench.kernels(*PROFILED)
         for kernel in kernels:
             print(f"decode_speed: {kernel}", flush=True)
@@ -149,9 +167,11 @@ def run(order: Order) -> Answer:
     return Answer(
         round(start_s, 1),
         watch and round(watch.seconds, 1),
-        llm.apply_model(weight_bytes)[0],
+        weights,
         bench.kv_tokens,
         tuple(timings),
+        working_bytes,
+        llm.apply_model(linear_kernels)[0],
         kernels,
         gpu_ms,
     )
@@ -198,9 +218,7 @@ def synchronize() -> None:
 
 def start_engine(order: Order) -> LLM:
     """An engine that captures the batches it will be asked for, and prefill up to `order.capture` tokens."""
-    longest = max(order.contexts) + max(
-        output_tokens(batch, context, order.steps) for batch in order.batches for context in order.contexts
-    )
+    longest = max(context + output_tokens(batch, context, order.steps) for batch, context in grid(order))
     special: dict[str, Any] = {}
     if order.engines > 1:
         # What the others take would be mistaken for this one's.
@@ -238,19 +256,24 @@ def capture_sizes(order: Order) -> list[int]:
 
 def needed_kv_bytes(order: Order) -> int:
     """Of one GPU's KV cache for the largest batch, its requests' last blocks full."""
-    config = text_config(json.loads(Path(order.model, "config.json").read_text(encoding="utf-8")))
-    item = 1 if order.kv_cache_dtype == "fp8" else 2
-    token = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * item
     tokens = max(
         batch * (context + output_tokens(batch, context, order.steps) + _KV_BLOCK) for batch, context in grid(order)
     )
-    return token * (tokens + 2 * _KV_BLOCK) // order.tensor_parallel
+    return kv_token_bytes(order) * (tokens + 2 * _KV_BLOCK) // order.tensor_parallel
+
+
+def kv_token_bytes(order: Order) -> int:
+    """Of the keys and values of one token in all layers."""
+    config = text_config(json.loads(Path(order.model, "config.json").read_text(encoding="utf-8")))
+    item = 1 if order.kv_cache_dtype == "fp8" else 2
+    return 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * item
 
 
 def grid(order: Order) -> list[tuple[int, int]]:
-    """Every batch and context to time, but for what has too many tokens."""
+    """Every batch and context to time, but for what has too many tokens; then what is timed for its prefill."""
     most = order.most_tokens or math.inf
-    return [(b, context) for context in order.contexts for b in order.batches if b * context <= most]
+    cells = [(b, context) for context in order.contexts for b in order.batches if b * context <= most]
+    return [*cells, *((1, context) for context in order.prefills if (1, context) not in cells)]
 
 
 class Bench:

@@ -54,15 +54,28 @@ def make_shape(shape: str, out: Path, sparsity: float | None, layers: int | None
     Raises:
         SpenseError: no regions have that sparsity.
     """
-    config: dict[str, Any] = copy.deepcopy({**ALL_SHAPES[shape]})
+    config = shape_config(shape, layers)
     text = text_config(config)
-    text["num_hidden_layers"] = layers or text["num_hidden_layers"]
     ignore, prefix = ["lm_head"], "model.layers"
     if text is not config:
         ignore, prefix = [*ignore, r"re:(.*\.)?visual(\..*)?$"], "model.language_model.layers"
     config["quantization_config"] = quantization = fp8_config(ignore)
     if sparsity is not None:
         quantization[KEY] = annotation(text, sparsity, prefix).to_dict()
+    return write_config(config, out)
+
+
+def shape_config(shape: str, layers: int | None = None) -> dict[str, Any]:
+    """The config.json of one of `ALL_SHAPES` in BF16, with as many layers as published or fewer."""
+    config: dict[str, Any] = copy.deepcopy({**ALL_SHAPES[shape]})
+    text = text_config(config)
+    text["num_hidden_layers"] = layers or text["num_hidden_layers"]
+    return config
+
+
+def write_config(config: dict[str, Any], out: Path) -> Path:
+    """Writes config.json and generation_config.json into a folder, which is created where it is missing."""
+    text = text_config(config)
     out.mkdir(parents=True, exist_ok=True)
     generation = {"bos_token_id": text["bos_token_id"], "eos_token_id": text["eos_token_id"]}
     for name, content in (("config.json", config), ("generation_config.json", generation)):
@@ -75,7 +88,7 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     return config.get("text_config", config)
 
 
-def annotation(config: dict[str, Any], sparsity: float, prefix: str) -> Annotation:
+def annotation(config: dict[str, Any], sparsity: float, prefix: str = "model.layers") -> Annotation:
     """What the pruner would write for such a model, had it pruned one."""
     modules = tuple(f"{prefix}.{layer}.mlp" for layer in range(config["num_hidden_layers"]))
     regions, alignment = fit_regions(config["intermediate_size"], sparsity, None, modules[0])

@@ -1,13 +1,16 @@
-"""Other people's 2:4 pruning against ours: llmcompressor, and masks that are learned.
+"""Other people's compression against ours: llmcompressor's, and masks that are learned.
 
     python -m venv .peer && .peer/bin/pip install llmcompressor
     python -m benchmarks.peers
-    python -m benchmarks.peers --methods magnitude wanda hyperprune proxsparse \\
-        --out benchmarks/results/learned-smollm2.json
+    python -m benchmarks.peers --methods magnitude wanda hyperprune proxsparse "patch 25%" "patch 37.5%" \\
+        "spensegpt+ 25%" "spensegpt+ 37.5%" --out benchmarks/results/learned-smollm2.json
+    python -m benchmarks.peers --models smollm2-135m gemma3-270m qwen2.5-coder-0.5b \\
+        --methods "llmcompressor gptq" --out benchmarks/results/peers-int4.json
 
-prunes the MLPs of SmolLM2-135M-Instruct to 2:4 without rounding, all methods on the same calibration tokens, and
-compares the results, stored in BF16, with the dense model as `benchmarks.accuracy` does, whose `--model`, `--texts` and
-`--device` it has. The same command goes on where it was cut off.
+prunes the MLPs of SmolLM2-135M-Instruct to 2:4 without rounding, or with GPTQ rounds all linear layers but lm_head to
+four bits, all methods on the same calibration tokens, and compares the results, stored in BF16, with the dense model as
+`benchmarks.accuracy` does, whose `--models`, `--domains`, `--texts` and `--device` it has. The same command goes on
+where it was cut off.
 """
 
 from __future__ import annotations
@@ -24,25 +27,35 @@ from rich.console import Console
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from benchmarks.accuracy import Row, calibration_source, earlier_rows, measured
-from benchmarks.baselines import hyperprune, proxsparse
+from benchmarks.accuracy import (
+    Row,
+    add_data_options,
+    calibration_source,
+    earlier_rows,
+    heldout_texts,
+    measured,
+    model_folder,
+)
+from benchmarks.baselines import hyperprune, patch, proxsparse
 from benchmarks.envelope import RESULTS, ROOT, write_result
-from benchmarks.quality_tables import markdown
-from benchmarks.texts import heldout
+from benchmarks.quality_tables import markdown, of_each_model
 from offline_prune.calibration.data import calibration_tokens
-from offline_prune.calibration.heldout import HELDOUT
 from offline_prune.checkpoint.evaluate import load_dense
 from offline_prune.model.gated_mlp import GatedMlp
 from offline_prune.model.loading import SourceModel
+from offline_prune.model.skeleton import empty_model
 from offline_prune.pipeline import prune
 from offline_prune.runtime.device import pick_device
 from offline_prune.runtime.matmul_precision import fast_matmul
 from offline_prune.settings import PruneSettings
-from scripts.pruned import CACHE
-from scripts.smollm2 import smollm2
+from vllm_spense.errors import SpenseError
 
 #: Our methods as `PruneSettings` names them, with the settings that differ from the defaults.
 OURS: dict[str, Row] = {
+    "spensegpt++ 25%": {"method": "spensegpt++", "sparsity": 0.25},
+    "spensegpt++ 37.5%": {"method": "spensegpt++", "sparsity": 0.375},
+    "spensegpt+ 25%": {"method": "spensegpt+", "sparsity": 0.25},
+    "spensegpt+ 37.5%": {"method": "spensegpt+", "sparsity": 0.375},
     "sparsegpt": {"method": "sparsegpt"},
     "sparsegpt true_sequential=false": {"method": "sparsegpt", "true_sequential": False},
     "wanda": {"method": "wanda"},
@@ -50,35 +63,44 @@ OURS: dict[str, Row] = {
     "magnitude": {"method": "magnitude"},
 }
 PEERS = ("llmcompressor sparsegpt", "llmcompressor wanda")
-LEARNED = ("proxsparse", "hyperprune")
+#: W4A16: four bits and a scale for each group of weights in all linear layers but lm_head.
+INT4 = "llmcompressor gptq"
+#: How many weights share a scale, from what people use to what small models with odd sizes allow.
+INT4_GROUPS = (128, 64, 32)
+#: PATCH by MLP sparsity; at 50% it would leave Wanda's masks alone.
+PATCH = {"patch 25%": 0.25, "patch 37.5%": 0.375}
+LEARNED = ("proxsparse", "hyperprune", *PATCH)
 #: Of ProxSparse; what they mean is said at `proxsparse.learned_masks`, how they were chosen in docs/notes/pruning.md.
 PROX_RATE, PROX_STRENGTH = 0.016, 0.02
 #: Of HyperPrune: steps on each layer, and their learning rate.
 HYPER_STEPS, HYPER_RATE = 40, 0.01
+#: PATCH's: side of a tile, steps, and their learning rate.
+PATCH_TILE, PATCH_STEPS, PATCH_RATE = 64, 256, 0.1
 
 
 def main() -> None:
     options = parse()
     console = Console(stderr=True)
     device = pick_device(options.device)
-    folder = options.model or smollm2(CACHE / "smollm2-135m")
-    reference, tokenizer = load_dense(folder, str(device))
-    texts = {name: heldout(name, tokenizer, options.heldout, options.length, options.texts) for name in HELDOUT}
     before, rows = earlier_rows(options.out), list[Row]()
-    for seed in options.seeds:
-        source = calibration_source(options.texts)
-        tokens = calibration_tokens(source, tokenizer, options.samples, options.length, seed)
-        for method in options.methods:
-            case: Row = {"model": folder.name, "method": method, "sparsity": 0.5, "format": "bf16", "seed": seed}
-            known = [row for row in before if row.items() >= case.items()]
-            if not known:
-                start = time.perf_counter()
-                model, seconds = pruned(folder, method, tokens, seed, options.peer, device)
-                console.print(f"{method}: pruned in {seconds or time.perf_counter() - start:.0f} s")
-                known = list(measured(model, reference, texts, case, seconds))
-            rows += known
-            write_result(options.out, "peers", rows)
-    print("\n".join(markdown(rows)))
+    for name in options.models:
+        folder = model_folder(name)
+        reference, tokenizer = load_dense(folder, str(device))
+        texts = heldout_texts(tokenizer, options)
+        for seed in options.seeds:
+            source = calibration_source(options.texts)
+            tokens = calibration_tokens(source, tokenizer, options.samples, options.length, seed)
+            for method in options.methods:
+                case: Row = {"model": folder.name, **result_of(method, folder), "seed": seed}
+                known = [row for row in before if row.items() >= case.items()]
+                if not known:
+                    start = time.perf_counter()
+                    model, seconds = compressed(folder, method, tokens, seed, options.peer, device)
+                    console.print(f"{folder.name}: {method}: took {seconds or time.perf_counter() - start:.0f} s")
+                    known = list(measured(model, reference, texts, case, seconds))
+                rows += known
+                write_result(options.out, "peers", rows)
+    print("\n".join(of_each_model(rows, markdown)))
     console.print(f"written: {options.out}")
 
 
@@ -86,24 +108,46 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.peers", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--model", type=Path, help="folder of a dense model [default: SmolLM2-135M-Instruct]")
-    usual = [*(method for method in OURS if method != "magnitude"), *PEERS]
-    parser.add_argument("--methods", nargs="+", choices=[*OURS, *PEERS, *LEARNED], default=usual, metavar="METHOD")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the calibration text's order")
-    parser.add_argument("--samples", type=int, default=64, help="calibration sequences")
-    parser.add_argument("--length", type=int, default=512, help="tokens in each sequence")
-    parser.add_argument("--heldout", type=int, default=8, help="sequences of each held-out text")
-    parser.add_argument("--texts", type=Path, help="folder of texts [default: what is installed]")
-    parser.add_argument("--device", default="auto")
+    add_data_options(parser, seeds=[0])
+    usual = [method for method in (*OURS, *PEERS) if method.endswith(("sparsegpt", "wanda", "true_sequential=false"))]
+    parser.add_argument(
+        "--methods", nargs="+", choices=[*OURS, *PEERS, INT4, *LEARNED], default=usual, metavar="METHOD"
+    )
     parser.add_argument("--peer", type=Path, default=Path(".peer/bin/python"), help="a Python that has llmcompressor")
     parser.add_argument("--out", type=Path, default=RESULTS / "peers-smollm2.json")
     return parser.parse_args()
 
 
-def pruned(
+def result_of(method: str, folder: Path) -> Row:
+    """What the rows call a method, and MLP sparsity and format of what it makes of a model."""
+    if method == INT4:
+        return {"method": method, "sparsity": 0.0, "format": f"int4-g{int4_group(folder)}"}
+    sparsity = PATCH.get(method) or OURS.get(method, {}).get("sparsity")
+    name = method.rpartition(" ")[0] if sparsity else method
+    return {"method": name, "sparsity": sparsity or 0.5, "format": "bf16"}
+
+
+def int4_group(folder: Path) -> int:
+    """How many weights share a scale: of `INT4_GROUPS` the first that divides the inputs of every linear layer.
+
+    Raises:
+        SpenseError: none does.
+    """
+    inputs = {
+        module.in_features
+        for name, module in empty_model(folder).named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
+    for group in INT4_GROUPS:
+        if not any(size % group for size in inputs):
+            return group
+    raise SpenseError(f"{folder}: linear layers have {sorted(inputs)} inputs, expected multiples of {INT4_GROUPS[-1]}")
+
+
+def compressed(
     folder: Path, method: str, tokens: torch.Tensor, seed: int, peer: Path, device: torch.device
 ) -> tuple[PreTrainedModel, float | None]:
-    """The model pruned by a method, and the seconds that took.
+    """The model as a method leaves it, and the seconds that took.
 
     Args:
         folder: of the dense model.
@@ -119,12 +163,14 @@ def pruned(
         out = Path(scratch) / "pruned"
         if method in OURS:
             sizes = {"samples": tokens.shape[0], "length": tokens.shape[1], "seed": seed}
-            settings = {"sparsity": 0.5, "quantize": "none", "device": str(device)}
-            report = prune(PruneSettings(str(folder), out, **settings, **sizes, **OURS[method]), tokens=tokens)
+            settings = {"sparsity": 0.5, "quantize": "none", "device": str(device), **sizes, **OURS[method]}
+            report = prune(PruneSettings(str(folder), out, **settings), tokens=tokens)
             return load_dense(out, str(device))[0], report.seconds
         save_file({"tokens": tokens}, Path(scratch) / "tokens.safetensors")
-        script = ROOT / "benchmarks" / "baselines" / "llmcompressor_prune.py"
-        command = [peer, script, folder, Path(scratch) / "tokens.safetensors", method.split()[1], out]
+        script = ROOT / "benchmarks" / "baselines" / "llmcompressor_oneshot.py"
+        theirs = f"gptq-{int4_group(folder)}" if method == INT4 else method.split()[1]
+        # -E: a folder that this Python was told of may hold other versions of the same packages.
+        command = [peer, "-E", script, folder, Path(scratch) / "tokens.safetensors", theirs, out]
         said = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
         return load_dense(out, str(device))[0], float(said.split()[-1])
 
@@ -135,6 +181,11 @@ def learned(folder: Path, method: str, tokens: torch.Tensor, device: torch.devic
     model = load_dense(folder, str(device))[0]
     if method == "proxsparse":
         masks = proxsparse.learned_masks(load_dense(folder, str(device))[0], layers, tokens, PROX_RATE, PROX_STRENGTH)
+    elif method in PATCH:
+        energies = {name: found.diagonal() for name, found in input_hessians(model, layers, tokens).items()}
+        share = 1 - 2 * PATCH[method]
+        dense = load_dense(folder, str(device))[0]
+        masks, _ = patch.learned_masks(dense, energies, tokens, share, PATCH_TILE, PATCH_STEPS, PATCH_RATE)
     else:
         hessians = input_hessians(model, layers, tokens)
         network = hyperprune.HyperNetwork(len(layers) // 3, 3).to(device)

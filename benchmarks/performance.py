@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-from benchmarks import quality_tables
+from benchmarks import alternatives_table, quality_tables
 from benchmarks.envelope import RESULTS, ROOT
+from benchmarks.tables import Result, Row, markdown, source
 from vllm_spense.estimate import GPUS, estimate, load
 
 #: Every file that has tables.
@@ -28,10 +28,6 @@ DOCUMENTS = (
 #: Of the MLP weights, what 2:4 everywhere makes zero.
 MAX_SPARSITY = 0.5
 _TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-Row = Mapping[str, Any]
-#: As `benchmarks.envelope` writes it.
-Result = Mapping[str, Any]
 
 
 def main() -> None:
@@ -48,30 +44,17 @@ def filled(text: str, results: Path = RESULTS) -> str:
 
     def table(found: re.Match[str]) -> str:
         before, name, after = found.groups()
-        benchmark, make = TABLES[name]
-        file = results / f"{benchmark}.json"
-        if file.exists():
-            content = make(json.loads(file.read_text(encoding="utf-8")))
+        benchmarks, make = TABLES[name]
+        benchmark = benchmarks.split()[0]
+        files = [results / f"{name}.json" for name in benchmarks.split()]
+        if files[0].exists():
+            content = make(*(json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()))
         else:
             command, where = RUNS.get(benchmark, (f"python benchmarks/{benchmark}.py", "a GPU"))
             content = [f"Not measured yet: `{command}` on {where} makes this table."]
         return "\n".join((before.rstrip("\n"), "", *content, "", after))
 
     return _TABLE.sub(table, text)
-
-
-def markdown(headings: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
-    lines = [headings, ["---"] * len(headings), *rows]
-    return ["| " + " | ".join(map(str, line)) + " |" for line in lines]
-
-
-def source(result: Result) -> str:
-    """One sentence: where the numbers come from."""
-    versions = ", ".join(
-        f"{name} {result['versions'][name]}" for name in ("vllm", "torch") if name in result["versions"]
-    )
-    gpu = result["gpu"]["name"] if result["gpu"] else result["cpu"]
-    return f"{gpu}, {versions}, commit {result['commit']}: `{result['command']}`."
 
 
 def decode(result: Result) -> list[str]:
@@ -319,18 +302,22 @@ def selection(result: Result) -> list[str]:
     return [*markdown(headings, lines), "", source(result)]
 
 
-def of_quality(table: Callable[[Sequence[Row]], list[str]]) -> Callable[[Result], list[str]]:
-    """A table of each model in a result of the quality benchmarks, and what it was measured on."""
+def of_quality(table: Callable[[Sequence[Row]], list[str]]) -> Callable[..., list[str]]:
+    """A table of each model in results of the quality benchmarks, on texts that all have, and what those are."""
 
-    def tables(result: Result) -> list[str]:
-        rows = quality_tables.renamed(result["rows"])
-        about = f"{quality_tables.measured_on(rows)}. {source(result)}"
+    def tables(result: Result, *others: Result) -> list[str]:
+        rows, sources = quality_tables.renamed(result["rows"]), [source(result)]
+        for other in others:
+            rows, more = quality_tables.on_common_texts(rows, quality_tables.renamed(other["rows"]))
+            rows += more
+            sources += [source(other)] if more else []
+        about = f"{quality_tables.measured_on(rows)}. {' '.join(sources)}"
         return [*quality_tables.of_each_model(rows, table), "", about]
 
     return tables
 
 
-def quality_headline(result: Result) -> list[str]:
+def quality_headline(result: Result, *others: Result) -> list[str]:
     """What each method loses, without spreads and the methods that nobody should choose."""
     weak = ("spensegpt", "magnitude")
     kept = [
@@ -338,7 +325,7 @@ def quality_headline(result: Result) -> list[str]:
         for row in result["rows"]
         if row["method"] not in weak and (row["method"] != "wanda" or row["sparsity"] == MAX_SPARSITY)
     ]
-    return quality_summary({**result, "rows": kept})
+    return quality_summary({**result, "rows": kept}, *others)
 
 
 quality = of_quality(quality_tables.markdown)
@@ -361,14 +348,19 @@ def tasks(result: Result) -> list[str]:
 #: Result file → the command that makes it, and where, other than the benchmark of that name with its defaults on a GPU.
 RUNS: Mapping[str, tuple[str, str]] = {
     "prune_time-2gpus": ("torchrun --nproc-per-node 2 benchmarks/prune_time.py", "2 GPUs"),
+    "alternatives": ("python benchmarks/alternatives.py --together 4", "a GPU"),
+    "peers-int4": (
+        'python -m benchmarks.peers --methods "llmcompressor gptq" --out benchmarks/results/peers-int4.json',
+        "any machine",
+    ),
     "prune_time-shapes": (
         "python benchmarks/prune_time.py --shapes qwen3-32b seed-oss-36b llama-3.1-8b llama-3.3-70b "
         "--methods spensegpt+ --blocks 2 --samples 64 --no-profile --out benchmarks/results/prune_time-shapes.json",
         "a GPU",
     ),
 }
-#: Table → result file, and what makes it.
-TABLES: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
+#: Table → result file, further ones that it takes rows from where they exist, and what makes it.
+TABLES: Mapping[str, tuple[str, Callable[..., list[str]]]] = {
     "decode": ("decode_speed", decode),
     "decode_long": ("decode_speed-long", decode_rows),
     "decode_kv_auto": ("decode_speed-kv-auto", decode_rows),
@@ -386,6 +378,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     "gpu_tests": ("gpu_tests", gpu_tests),
     "gpu_tests_serving": ("gpu_tests-serving", gpu_tests),
     "readme": ("decode_speed", decode_longest),
+    "alternatives": ("alternatives", alternatives_table.tables),
     "prune": ("prune_time", prune),
     "prune_stages": ("prune_time", prune_stages),
     "prune_readme": ("prune_time", prune_sentence),
@@ -398,8 +391,8 @@ TABLES: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     "prune_tuned_stages": ("prune_time-tuned", prune_stages),
     "selection": ("selection_tokens", selection),
     "gains": ("accuracy-smollm2", quality_gains),
-    "summary": ("accuracy-smollm2", quality_summary),
-    "summary_readme": ("accuracy-smollm2", quality_headline),
+    "summary": ("accuracy-smollm2 peers-int4", quality_summary),
+    "summary_readme": ("accuracy-smollm2 peers-int4", quality_headline),
     "perplexity": ("perplexity-smollm2", perplexity),
     "accuracy": ("accuracy-smollm2", quality),
     "ablations": ("accuracy-smollm2-ablations", quality),
@@ -412,6 +405,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     "learned": ("learned-smollm2", quality),
     "tasks": ("tasks", tasks),
     "peers": ("peers-smollm2", quality),
+    "int4": ("peers-int4", quality),
     "fp8_scales": ("fp8_scales", fp8_scales),
 }
 

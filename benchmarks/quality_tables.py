@@ -12,8 +12,11 @@ _KEYS = ("method", "sparsity", "format")
 #: What `summary` shows, and how it names it.
 SUMMARIZED = {
     "dense rounding=after": "dense",
+    "llmcompressor gptq": "GPTQ, four bits",
     **{name: f"`{name}`" for name in ("spensegpt++", "spensegpt+", "spensegpt", "sparsegpt", "wanda", "magnitude")},
 }
+#: Sequences × tokens of each text in files older than these keys.
+_OLD_SIZE = {"heldout": 8, "heldout_length": 512}
 #: What `gains` compares, and with what.
 BETTER, BASE = "spensegpt++", "spensegpt+"
 
@@ -26,6 +29,14 @@ def renamed(rows: Iterable[Row]) -> list[Row]:
     """Rows of any age with the domains' present names."""
     keys = ("domain", "task")
     return [{key: RENAMED.get(value, value) if key in keys else value for key, value in row.items()} for row in rows]
+
+
+def on_common_texts(rows: Sequence[Row], others: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Rows of the models and texts that two results have in common; all of the first and none where there are none."""
+    both = {_text(row) for row in rows} & {_text(row) for row in others}
+    if not both:
+        return [*rows], []
+    return [row for row in rows if _text(row) in both], [row for row in others if _text(row) in both]
 
 
 def of_each_model(rows: Sequence[Row], table: Callable[[Sequence[Row]], list[str]]) -> list[str]:
@@ -65,11 +76,11 @@ def markdown(rows: Sequence[Row]) -> list[str]:
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
-    """FP8 checkpoints, best first at each sparsity: KL over all domains and seeds, perplexity of each domain."""
+    """FP8 and four bits, best first at each sparsity: KL over all domains and seeds, perplexity of each domain."""
     domains = list(dict.fromkeys(row["domain"] for row in rows))
     lines = [f"| method | MLP sparsity | KL | {' | '.join(f'perplexity, {domain}' for domain in domains)} |"]
     lines.append("|" + "---|" * (3 + len(domains)))
-    found = {key: group for key, group in _groups(rows).items() if key[2] == "fp8" and key[0] in SUMMARIZED}
+    found = {key: group for key, group in _groups(rows).items() if key[2] != "bf16" and key[0] in SUMMARIZED}
     kl = {key: statistics.mean(row["kl"] for row in group) for key, group in found.items()}
     for key in sorted(found, key=lambda key: (key[1], kl[key])):
         method, sparsity, _ = key
@@ -169,6 +180,11 @@ def mean(values: Sequence[float], digits: int) -> str:
     if len(values) == 1:
         return text
     return f"{text} ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
+
+
+def _text(row: Row) -> tuple[Any, ...]:
+    sized = {**_OLD_SIZE, **row}
+    return tuple(sized[key] for key in ("model", "domain", *_OLD_SIZE))
 
 
 def _groups(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:

@@ -1,14 +1,21 @@
 """Random values for what `--load-format dummy` leaves near zero, in either engine.
 
-vLLM fills weights with ±0.001, which in FP8 is zero, and a GPU multiplies zeros at less power than numbers. Layers that
-Spense runs get theirs while they load (`loaders.fill_dummy`).
+vLLM fills weights with ±0.001, which in FP8 is zero, and a GPU multiplies zeros at less power than numbers; weights of
+four bits it leaves as they are in memory. Layers that Spense runs get theirs while they load (`loaders.fill_dummy`).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from vllm.model_executor.layers.attention.attention import set_default_quant_scales
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+    CompressedTensorsW4A8Fp8,
+    CompressedTensorsWNA16,
+)
 
 from vllm_spense.kernels.tuning.synthetic import random_fp8
 from vllm_spense.plugin.linear import FP8, RegionLinearMethod
@@ -16,6 +23,11 @@ from vllm_spense.plugin.loaders import dummy_scale
 
 #: Rows made at once: the KV cache has left little memory.
 _CHUNK = 256
+#: Schemes whose weights are four bits, eight of them in an int32.
+_INT4 = (CompressedTensorsWNA16, CompressedTensorsW4A8Fp8)
+#: The standard deviation of such weights in steps of their grid: the largest of 128 normal values is about 2.9 of its
+#: own, and a group's scale makes it 8 steps.
+_INT4_DEVIATION = 2.75
 
 
 @torch.inference_mode()
@@ -36,6 +48,9 @@ def fill_random(model: nn.Module) -> None:
 
 
 def _fill(name: str, parameters: dict[str, nn.Parameter]) -> None:
+    if "weight_packed" in parameters:
+        # Filled before they were packed.
+        parameters = {kind: parameter for kind, parameter in parameters.items() if kind == "bias"}
     weight = parameters.get("weight")
     if weight is not None and weight.dtype == FP8:
         scale = parameters.pop("weight_scale")
@@ -51,6 +66,43 @@ def _fill(name: str, parameters: dict[str, nn.Parameter]) -> None:
             parameter.normal_(std=parameter.shape[-1] ** -0.5)
         else:
             parameter.fill_(1)
+
+
+def fill_int4_before_packing() -> None:
+    """From now on gives linear layers of four bits normal weights with variance 1 / K, before a kernel packs them."""
+    for scheme in _INT4:
+        scheme.process_weights_after_loading = _filled_first(scheme.process_weights_after_loading)
+
+
+def _filled_first(process: Any) -> Any:
+    def fill_and_process(scheme: Any, layer: nn.Module) -> None:
+        with torch.no_grad():
+            for rows in layer.weight_packed.data.split(_CHUNK):
+                rows.copy_(random_int4(*rows.shape, rows.device))
+            layer.weight_scale.data.fill_((8 * layer.weight_packed.shape[1]) ** -0.5 / _INT4_DEVIATION)
+        process(scheme, layer)
+
+    return fill_and_process
+
+
+def random_int4(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """int32 (rows, columns), each eight weights: rounded normal values from -8 to 7, stored with 8 added."""
+    normal = torch.randn(8, rows, columns, device=device) * _INT4_DEVIATION
+    packed = torch.zeros(rows, columns, dtype=torch.int32, device=device)
+    for place, values in enumerate(normal.round().clamp(-8, 7).to(torch.int32) + 8):
+        packed |= values << 4 * place
+    return packed
+
+
+def linear_kernels(model: nn.Module) -> tuple[str, ...]:
+    """vLLM's names of what runs a model's linear layers: a kernel where the scheme has chosen one, or the method."""
+    found = set()
+    for module in model.modules():
+        if isinstance(module, LinearBase):
+            scheme = getattr(module, "scheme", None)
+            runs = getattr(scheme, "kernel", None) or getattr(scheme, "fp8_linear", None) or module.quant_method
+            found.add(type(runs).__name__)
+    return tuple(sorted(found))
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -134,6 +134,7 @@ def test_the_picture_is_that_of_the_result_files() -> None:
 
     with Image.open(speed_quality.PICTURE) as picture:
         drawn = json.loads(picture.text[speed_quality.POINTS])  # type: ignore[attr-defined]
+        assert picture.text[speed_quality.TEXTS] == speed_quality.texts()  # type: ignore[attr-defined]
     found = speed_quality.points()
     assert drawn.keys() == found.keys()
     for method, points in found.items():

@@ -117,7 +117,7 @@ def test_peers_are_measured_as_our_methods_are(
     domains = f"--domains {' '.join(HELDOUT)} --heldout-length 64"
     for command in (
         f"accuracy {shared} {domains} --methods magnitude --sparsities 0.5 --formats bf16",
-        f"peers {shared} --methods magnitude hyperprune",
+        f"peers {shared} {domains} --methods magnitude hyperprune",
     ):
         name = command.split()[0]
         monkeypatch.setattr(sys, "argv", [*command.split(), "--out", str(tmp_path / f"{name}.json")])

@@ -17,8 +17,9 @@ from typing import Any, ClassVar, TextIO
 
 import pytest
 
-from benchmarks import decode_speed, timings
-from benchmarks.decode_speed import Measured, compare, saved_bytes
+from benchmarks import decode_speed, engine_runs, timings
+from benchmarks.decode_speed import compare
+from benchmarks.engine_runs import Measured, layer_kernels, saved_bytes
 from benchmarks.engine_times import Bench, Order, capture_sizes, grid, needed_kv_bytes
 from benchmarks.make_shape import make_shape
 from benchmarks.server_times import time_server
@@ -79,6 +80,7 @@ def test_engines_that_share_a_gpu_have_room_for_every_batch(kv: str, tmp_path: P
     folder = make_shape("qwen3-32b", tmp_path, 0.375, layers=2)
     order = Order(str(folder), "spense", kv, (1, 8, 33), (16, 100), most_tokens=1000, steps=8)
     assert grid(order) == [(1, 16), (8, 16), (33, 16), (1, 100), (8, 100)]
+    assert grid(replace(order, prefills=(100, 2000))) == [*grid(order), (1, 2000)]
     # Keys and values of 2 layers, 8 heads of 128.
     block_bytes = 16 * 2 * 2 * 8 * 128 * (1 if kv == "fp8" else 2)
     config = SimpleNamespace(
@@ -163,8 +165,8 @@ def test_the_gpu_is_busy_while_anything_runs(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_layers_kernels_are_what_runs_once_for_each() -> None:
     # Twice a layer, in all layers but the last, once a step, and in a profile that missed some of one step.
-    assert decode_speed.layer_kernels([128.0, 63.0, 1.0, 191.9], 64) == 2 + 1 + 0 + 3
-    assert decode_speed.layer_kernels([], 64) is None
+    assert layer_kernels([128.0, 63.0, 1.0, 191.9], 64) == 2 + 1 + 0 + 3
+    assert layer_kernels([], 64) is None
 
 
 def test_saved_bytes_are_those_of_the_format(tmp_path: Path) -> None:
@@ -210,7 +212,7 @@ def fake_engines(monkeypatch: pytest.MonkeyPatch, code: int = 0) -> list[dict[st
             pass
 
     fake = SimpleNamespace(Popen=Engine, PIPE=subprocess.PIPE, STDOUT=subprocess.STDOUT)
-    monkeypatch.setattr(decode_speed, "subprocess", fake)
+    monkeypatch.setattr(engine_runs, "subprocess", fake)
     return orders
 
 

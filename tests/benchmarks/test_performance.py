@@ -219,3 +219,23 @@ def test_the_text_has_the_constants_of_the_code() -> None:
     (layer, token), (own_layer, own_token) = module._STOCK_ELEMENTWISE, module._SPENSE_ELEMENTWISE
     assert f"{layer:.0f} µs a layer and {token} µs a layer and token" in words
     assert f"in stock vLLM, {own_layer} and {own_token} in Spense" in words
+
+
+def test_four_bits_stand_beside_pruning_on_the_texts_that_both_have(tmp_path: Path) -> None:
+    def row(method: str, sparsity: float, form: str, domain: str, kl: float) -> dict[str, Any]:
+        about = {"model": "m", "method": method, "sparsity": sparsity, "format": form, "seed": 0, "domain": domain}
+        return {**about, "perplexity": 10 + kl, "kl": kl}
+
+    pruned = [row("spensegpt+", 0.25, "fp8", domain, kl) for domain, kl in (("code", 0.2), ("prose", 0.4))]
+    size = {"heldout": 8, "heldout_length": 512}
+    rounded = [row("llmcompressor gptq", 0.0, "int4-g128", domain, 0.1) | size for domain in ("reference", "handbook")]
+    (tmp_path / "accuracy-smollm2.json").write_text(json.dumps({**ABOUT, "rows": pruned}))
+    assert "| `spensegpt+` | 25.0% | 0.300 | 10.20 | 10.40 |" in table("summary", tmp_path)
+    (tmp_path / "peers-int4.json").write_text(json.dumps({**ABOUT, "rows": rounded}))
+    text = table("summary", tmp_path)
+    assert "| GPTQ, four bits | 0.0% | 0.100 | 10.10 |" in text
+    assert "| `spensegpt+` | 25.0% | 0.400 | 10.40 |" in text
+    assert "m on reference" in text
+    larger = [{**row, "heldout": 40} for row in rounded]
+    (tmp_path / "peers-int4.json").write_text(json.dumps({**ABOUT, "rows": larger}))
+    assert "GPTQ" not in table("summary", tmp_path)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+    CompressedTensorsW4A8Fp8,
+    CompressedTensorsWNA16,
+)
 
-from benchmarks.random_weights import fill_random, weight_bytes
+from benchmarks.random_weights import fill_int4_before_packing, fill_random, weight_bytes
 
 N, K = 384, 512
 
@@ -58,3 +62,30 @@ def test_shared_storage_counts_once() -> None:
     assert weight_bytes(model) == 2 * N * K * 4
     model["b"].weight = parameter(model["a"].weight.data[: N // 2])
     assert weight_bytes(model) == N * K * 4
+
+
+def test_weights_of_four_bits_are_filled_before_they_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scheme's own step sees the values, as a checkpoint stores them."""
+    seen = []
+    monkeypatch.setattr(
+        CompressedTensorsWNA16, "process_weights_after_loading", lambda _, layer: seen.append(layer.weight_packed)
+    )
+    monkeypatch.setattr(
+        CompressedTensorsW4A8Fp8, "process_weights_after_loading", lambda _, layer: seen.append(layer.weight_packed)
+    )
+    fill_int4_before_packing()
+    for scheme in (CompressedTensorsWNA16, CompressedTensorsW4A8Fp8):
+        layer = nn.Module()
+        layer.weight_packed = parameter(torch.zeros(N, K // 8, dtype=torch.int32))
+        layer.weight_scale = parameter(torch.zeros(N, K // 128))
+        layer.bias = parameter(torch.zeros(N))
+        scheme.process_weights_after_loading(scheme.__new__(scheme), layer)
+        assert seen[-1] is layer.weight_packed
+        places = torch.stack([(layer.weight_packed >> 4 * place) & 15 for place in range(8)], -1)
+        weight = (places.reshape(N, K) - 8) * layer.weight_scale.repeat_interleave(128, 1)
+        assert (torch.randn(64, K) @ weight.t()).std().item() == pytest.approx(1, rel=0.05)
+        assert places.unique().tolist() == [*range(16)]
+        packed = layer.weight_packed.clone()
+        fill_random(layer)
+        assert torch.equal(layer.weight_packed, packed)
+        assert layer.bias.std() > 0

@@ -1,4 +1,4 @@
-"""decode_speed with real engines, on a shape that a CPU can run."""
+"""decode_speed and alternatives with real engines, on a shape that a CPU can run."""
 
 from __future__ import annotations
 
@@ -19,13 +19,7 @@ pytestmark = pytest.mark.engine
 def test_both_engines_are_measured(tmp_path: Path) -> None:
     out, work = tmp_path / "out.json", tmp_path / "work"
     options = "--shape tiny --eager --steps 8 --kv auto --sparsities 0.375 --batches 1 4 --contexts 16"
-    done = subprocess.run(
-        [sys.executable, "benchmarks/decode_speed.py", *options.split(), "--out", out, "--work", work],
-        cwd=ROOT,
-        env=os.environ | VLLM,
-        capture_output=True,
-        text=True,
-    )
+    done = run("benchmarks/decode_speed.py", *options.split(), "--out", out, "--work", work)
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["rows"]
     assert [(row["batch"], row["context"]) for row in rows] == [(1, 16), (4, 16)]
@@ -34,3 +28,23 @@ def test_both_engines_are_measured(tmp_path: Path) -> None:
         assert row["prefill_spense_ms"] > 0
         assert row["ratio"] == pytest.approx(row["dense_ms"] / row["spense_ms"], abs=1e-3)
     assert len(list(work.glob("*.log"))) == 2
+
+
+def test_weights_of_four_bits_are_measured_and_what_cannot_run_is_named(tmp_path: Path) -> None:
+    """No CPU has a kernel for FP8 activations with such weights."""
+    out = tmp_path / "out.json"
+    options = "--shape tiny --layers 2 --eager --steps 8 --kv auto --schemes w4a16 w4a8-fp8 --batches 2 --contexts 16"
+    done = run(
+        "benchmarks/alternatives.py", *options.split(), "--prefills", "64", "--out", out, "--work", tmp_path / "work"
+    )
+    assert "these engines did not run: w4a8-fp8" in done.stderr
+    *measured, failed = json.loads(out.read_text())["rows"]
+    assert [(row["scheme"], row["batch"], row["context"]) for row in measured] == [("w4a16", 2, 16), ("w4a16", 1, 64)]
+    assert all(row["ms"] > 0 and row["prefill_ms"] > 0 and row["ratio"] is None for row in measured)
+    assert measured[0]["linear_kernels"] == ["CPUWNA16LinearKernel"]
+    assert failed["scheme"] == "w4a8-fp8"
+    assert failed["failed"].startswith("NotImplementedError: No compressed-tensors compatible scheme")
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=os.environ | VLLM, capture_output=True, text=True)
