@@ -18,6 +18,7 @@ from statistics import median
 from benchmarks import alternatives_table, quality_tables
 from benchmarks.envelope import RESULTS, ROOT
 from benchmarks.tables import Result, Row, markdown, source
+from scripts.models import KNOWN
 from vllm_spense.estimate import GPUS, estimate, load
 
 #: Every file that has tables.
@@ -27,7 +28,7 @@ DOCUMENTS = (
 )
 #: Of the MLP weights, what 2:4 everywhere makes zero.
 MAX_SPARSITY = 0.5
-_TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- table ([\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
@@ -328,6 +329,12 @@ def quality_headline(result: Result, *others: Result) -> list[str]:
     return quality_summary({**result, "rows": kept}, *others)
 
 
+def over_models(result: Result, *others: Result) -> list[str]:
+    """What methods lose on the average model."""
+    rows = [row for each in (result, *others) for row in each["rows"]]
+    return [*quality_tables.over_models(rows), "", f"{quality_tables.measured_on(rows)}. {result['gpu']['name']}."]
+
+
 quality = of_quality(quality_tables.markdown)
 quality_summary = of_quality(quality_tables.summary)
 #: What tuning leaves of the losses without it.
@@ -340,9 +347,11 @@ perplexity = of_quality(quality_tables.by_format)
 fp8_scales = of_quality(quality_tables.rounding_errors)
 
 
-def tasks(result: Result) -> list[str]:
+def tasks(result: Result, *others: Result) -> list[str]:
     """Right answers of each model."""
-    return [*quality_tables.tasks(quality_tables.renamed(result["rows"])), "", source(result)]
+    results = (result, *others)
+    rows = [row for each in results for row in each["rows"]]
+    return [*quality_tables.tasks(quality_tables.renamed(rows)), "", " ".join(source(each) for each in results)]
 
 
 #: Result file → the command that makes it, and where, other than the benchmark of that name with its defaults on a GPU.
@@ -366,6 +375,8 @@ TABLES: Mapping[str, tuple[str, Callable[..., list[str]]]] = {
     "decode_kv_auto": ("decode_speed-kv-auto", decode_rows),
     "decode_h200": ("decode_speed-h200", decode_rows),
     "decode_llama": ("decode_speed-llama-3.1-8b", decode_gpu),
+    "decode_two": ("decode_speed-tp2", decode_rows),
+    "decode_vl": ("decode_speed-qwen3-vl-32b", decode_rows),
     "prefill": ("decode_speed", prefill),
     "prefill_h200": ("decode_speed-h200", prefill),
     "memory": ("decode_speed", memory),
@@ -377,6 +388,8 @@ TABLES: Mapping[str, tuple[str, Callable[..., list[str]]]] = {
     "mlp": ("layer_breakdown", mlp),
     "gpu_tests": ("gpu_tests", gpu_tests),
     "gpu_tests_serving": ("gpu_tests-serving", gpu_tests),
+    "gpu_tests_serving_h200": ("gpu_tests-serving-h200", gpu_tests),
+    "gpu_tests_sleep": ("gpu_tests-sleep", gpu_tests),
     "readme": ("decode_speed", decode_longest),
     "alternatives": ("alternatives", alternatives_table.tables),
     "prune": ("prune_time", prune),
@@ -391,12 +404,19 @@ TABLES: Mapping[str, tuple[str, Callable[..., list[str]]]] = {
     "prune_tuned_stages": ("prune_time-tuned", prune_stages),
     "selection": ("selection_tokens", selection),
     "gains": ("accuracy-smollm2", quality_gains),
-    "summary": ("accuracy-smollm2 peers-int4", quality_summary),
-    "summary_readme": ("accuracy-smollm2 peers-int4", quality_headline),
+    "summary": ("accuracy-smollm2 peers-int4", quality_headline),
     "perplexity": ("perplexity-smollm2", perplexity),
     "accuracy": ("accuracy-smollm2", quality),
     "ablations": ("accuracy-smollm2-ablations", quality),
     "accuracy_cpu": ("accuracy-smollm2-cpu", quality),
+    "models": (
+        " ".join(f"accuracy-{kind}-{model}" for kind in ("domains", "heal") for model in KNOWN),
+        over_models,
+    ),
+    **{f"domains_{model.partition('-')[0]}": (f"accuracy-domains-{model}", quality) for model in KNOWN},
+    **{f"heal_{model.partition('-')[0]}": (f"accuracy-heal-{model}", quality) for model in KNOWN},
+    "rates": ("accuracy-rates-smollm2-135m", quality),
+    "calibration": ("accuracy-calibration-qwen2.5-coder-0.5b", quality),
     "options": ("accuracy-smollm2-options", quality),
     "descent": ("accuracy-smollm2-descent", quality),
     "gains_cpu": ("accuracy-smollm2-cpu", quality_gains),
@@ -404,6 +424,7 @@ TABLES: Mapping[str, tuple[str, Callable[..., list[str]]]] = {
     "rounding_added": ("accuracy-smollm2-rounding", quality_rounding),
     "learned": ("learned-smollm2", quality),
     "tasks": ("tasks", tasks),
+    "tasks_coder": ("tasks-coder-pruned tasks-coder-healed-25 tasks-coder-healed-37.5", tasks),
     "peers": ("peers-smollm2", quality),
     "int4": ("peers-int4", quality),
     "fp8_scales": ("fp8_scales", fp8_scales),

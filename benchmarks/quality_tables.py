@@ -92,6 +92,38 @@ def summary(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def over_models(rows: Sequence[Row]) -> list[str]:
+    """FP8, of whatever all models have: KL of each domain, its mean over models and seeds, and in parentheses the mean
+    over models of what that is of `BASE`'s at the same sparsity."""
+    domains, models = (list(dict.fromkeys(row[key] for row in rows)) for key in ("domain", "model"))
+    found: dict[tuple[str, float], dict[tuple[str, str], list[float]]] = {}
+    for row in rows:
+        if row["sparsity"] and row["format"] != "bf16":
+            places = found.setdefault((_healed(row["method"]), row["sparsity"]), {})
+            places.setdefault((row["model"], row["domain"]), []).append(row["kl"])
+    kl = {
+        key: {place: statistics.mean(values) for place, values in places.items()}
+        for key, places in found.items()
+        if len(places) == len(models) * len(domains)
+    }
+    lines = [f"| method | MLP sparsity | {' | '.join(domains)} |", "|" + "---|" * (2 + len(domains))]
+    for method, sparsity in sorted(kl, key=lambda key: (key[1], -statistics.mean(kl[key].values()))):
+        mine, base = kl[method, sparsity], kl[BASE, sparsity]
+        cells = []
+        for domain in domains:
+            ratio = statistics.mean(mine[model, domain] / base[model, domain] for model in models)
+            cells.append(f"{statistics.mean(mine[model, domain] for model in models):.3f} ({ratio:.2f})")
+        lines.append(f"| {method} | {sparsity:.1%} | {' | '.join(cells)} |")
+    return lines
+
+
+def _healed(method: str) -> str:
+    """Of a healed method's settings only the rate; others are the same in all results."""
+    name, _, change = method.partition(" healed ")
+    rate = change.partition("rate=")[2].partition(",")[0]
+    return f"{name}, healed at {rate}" if change else name
+
+
 def by_format(rows: Sequence[Row]) -> list[str]:
     """Perplexity of each method down, formats across."""
     formats = list(dict.fromkeys(str(row["format"]) for row in rows))

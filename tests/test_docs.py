@@ -67,7 +67,7 @@ def test_named_results_exist(page: Path) -> None:
 
 
 def test_every_result_file_is_listed_with_its_script() -> None:
-    page = text(ROOT / "docs/benchmarks.md")
+    page = text(ROOT / "docs/notes/results.md")
     rows = [line.split("|") for line in page.splitlines() if line.startswith("| `") and ".json" in line]
     listed = {file for row in rows for file in re.findall(r"`([\w.+-]+\.json)`", row[1])}
     assert listed == {file.name for file in RESULTS.glob("*.json")}

@@ -34,7 +34,7 @@ def heal(
     ] = 0.02,
     rate: Annotated[
         float, typer.Option(help="AdamW's largest learning rate, relative to each weight's root mean square.")
-    ] = 0.001,
+    ] = 0.003,
     warm_up: Annotated[float, typer.Option(help="Share of the steps in which the rate rises.")] = 0.05,
     step_tokens: Annotated[int, typer.Option(help="Tokens of a step, of all processes together.")] = 32768,
     overwrite: Overwrite = False,

@@ -69,7 +69,7 @@ class HealSettings:
     seed: int = 0
     heldout: float = 0.02
     epochs: int = 1
-    rate: float = 0.001
+    rate: float = 0.003
     warm_up: float = 0.05
     step_tokens: int = 32768
     batch_tokens: int | None = None
