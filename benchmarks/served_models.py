@@ -137,16 +137,26 @@ _HYBRID = {
         "mrope_section": [2, 1, 1],
     },
 }
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "mlp_only_layers": [0]}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "mlp_only_layers": [0]}
+_MORE_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "mlp_only_layers": []}
 _GLM_MOE = {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
-    "moe_intermediate_size": 64,
+    "moe_intermediate_size": 96,
     "n_shared_experts": 1,
     "n_group": 1,
     "topk_group": 1,
     "first_k_dense_replace": 1,
     "num_nextn_predict_layers": 1,
+}
+_LATENT = {
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
 }
 
 MODELS = {
@@ -155,11 +165,16 @@ MODELS = {
     "StableLM": Model("StableLmForCausalLM"),
     "Phi-3": Model("Phi3ForCausalLM"),
     "Phi-3 by way of transformers": Model("Phi3ForCausalLM", implementation="transformers"),
-    "Qwen3-MoE with a dense layer": Model("Qwen3MoeForCausalLM", _EXPERTS, skip_unsupported=True),
-    "GLM-4.5 with MTP": Model("Glm4MoeForCausalLM", _GLM_MOE, skip_unsupported=True, drafts=True),
-    "GLM-4.5 with MTP, speculating": Model(
-        "Glm4MoeForCausalLM", _GLM_MOE, skip_unsupported=True, drafts=True, speculates=True
-    ),
+    "Qwen3-MoE": Model("Qwen3MoeForCausalLM", _MORE_EXPERTS),
+    "Qwen3-MoE with a dense layer": Model("Qwen3MoeForCausalLM", _EXPERTS),
+    "Qwen2-MoE": Model("Qwen2MoeForCausalLM", {**_MORE_EXPERTS, "shared_expert_intermediate_size": 192}),
+    "Mixtral": Model("MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "OLMoE": Model("OlmoeForCausalLM", {"num_experts": 8, "num_experts_per_tok": 2}),
+    "DeepSeek-V2": Model("DeepseekV2ForCausalLM", {**_GLM_MOE, **_LATENT, "topk_method": "greedy"}),
+    "DeepSeek-V3": Model("DeepseekV3ForCausalLM", {**_GLM_MOE, **_LATENT, "num_nextn_predict_layers": 0}),
+    "Granite-MoE": Model("GraniteMoeForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "GLM-4.5 with MTP": Model("Glm4MoeForCausalLM", _GLM_MOE, drafts=True),
+    "GLM-4.5 with MTP, speculating": Model("Glm4MoeForCausalLM", _GLM_MOE, drafts=True, speculates=True),
     "Gemma-3, multimodal": Model(
         "Gemma3ForConditionalGeneration",
         {"sliding_window": 64, "query_pre_attn_scalar": 32},

@@ -74,7 +74,9 @@ SIZES: dict[str, Any] = {
         ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"), 4
     ),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_top_k", "top_k_experts"), 2),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), INTERMEDIATE),
+    **dict.fromkeys(
+        ("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), INTERMEDIATE
+    ),
     **dict.fromkeys(("moe_shared_expert_intermediate_size", "intermediate_size_mlp"), INTERMEDIATE),
     **dict.fromkeys(("n_group", "topk_group", "n_shared_experts"), 1),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),

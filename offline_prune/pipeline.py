@@ -29,11 +29,11 @@ from offline_prune.checkpoint.journal import Journal, Say
 from offline_prune.checkpoint.model_card import model_card
 from offline_prune.checkpoint.output_folder import OutputFolder, require_apart
 from offline_prune.checkpoint.writer import CheckpointWriter, fp8_config, restored
+from offline_prune.expert_pruning import MixturePruning
 from offline_prune.memory_plan import GIB, MemoryPlan, batch_tokens, memory_plan
 from offline_prune.methods.recipe import Quantize
 from offline_prune.methods.regions import mean_sparsity, model_regions
 from offline_prune.methods.unpruned_fp8 import InputHessians, compensated, nearest
-from offline_prune.expert_pruning import MixturePruning
 from offline_prune.model.experts import Mixture
 from offline_prune.model.gated_mlp import GatedMlp, Unsupported, linear
 from offline_prune.model.loading import Block, SourceModel
@@ -304,7 +304,9 @@ class _Run:
         mlps = {f"{block.name}.{mlp.path}": mlp.projections for block in model.blocks for mlp in block.mlps}
         experts = {f"{name}.{each.path}": each for name, each in model.experts.items()}
         of_experts = next((each.projections for each in experts.values()), None)
-        stored = {name: experts[name].stored if name in experts else model.tensors.stored(name) for name in self.regions}
+        stored = {
+            name: experts[name].stored if name in experts else model.tensors.stored(name) for name in self.regions
+        }
         recorded = settings.recipe.recorded()
         if settings.calibration_images is not None:
             recorded |= {"calibration_images": settings.calibration_images, "image_share": settings.image_share}
@@ -389,7 +391,9 @@ class _Run:
             with self.profiler.stage("write"):
                 tensors = self._as_stored(stored.complete(f"{block.name}."))
                 permutations = self._as_stored(stored.permutations)
-                self.writer.add(self._part(block.name), tensors, [asdict(layer) for layer in layers] or None, permutations)
+                self.writer.add(
+                    self._part(block.name), tensors, [asdict(layer) for layer in layers] or None, permutations
+                )
 
     def _unpruned(self, block: Block) -> list[str]:
         """The linear layers of a block that are only rounded, by their names inside it."""

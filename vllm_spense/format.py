@@ -316,7 +316,10 @@ def _validate(annotation: Annotation) -> None:
         key = f"regions.overrides.{name}"
         if name not in names:
             raise FormatError(
-                "an override names a module that is not listed", key=key, found=name, expected="a name from `modules`" + (" or `experts`" if annotation.experts else "")
+                "an override names a module that is not listed",
+                key=key,
+                found=name,
+                expected="a name from `modules`" + (" or `experts`" if annotation.experts else ""),
             )
         _validate_regions(regions, alignment, key, name)
 

@@ -39,7 +39,11 @@ class BlockStateDict:
         self.keep(name, weight, scales)
 
     def put_expert(
-        self, experts: Experts, block: nn.Module, expert: int, pruned: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]
+        self,
+        experts: Experts,
+        block: nn.Module,
+        expert: int,
+        pruned: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]],
     ) -> None:
         """As `put`, for some of an expert's projections.
 
@@ -54,7 +58,9 @@ class BlockStateDict:
             for i, part in enumerate(parts):
                 name = f"{experts.stored}.{expert}.{names[part]}"
                 rows = slice(i * len(weight) // len(parts), (i + 1) * len(weight) // len(parts))
-                whole.append(weight[rows] if scales is not None else weight[rows].to(self.source.dtype(f"{name}.weight")))
+                whole.append(
+                    weight[rows] if scales is not None else weight[rows].to(self.source.dtype(f"{name}.weight"))
+                )
                 self.keep(name, weight[rows], None if scales is None else scales[rows])
             seen = torch.cat(whole)
             places = [down] if kind == "down" else gate_up

@@ -46,10 +46,10 @@ def model_regions(
         moved = None if experts else with_dense_first(regions, min(alignments))
         if moved is None and required:
             raise SpenseError(
-                f"--dense-first: routed experts have the same regions in all {len(experts)} blocks"
+                f"--dense-first: the experts of all {len(experts)} blocks have the same regions; expected no experts"
                 if experts
-                else f"--dense-first: the other {len(regions) - 1} MLPs cannot take over the first one's sparsity; expected "
-                f"room in them, and so many that it adds at most {_MOST_MORE:.0%} to theirs"
+                else f"--dense-first: the other {len(regions) - 1} MLPs cannot take over the first one's sparsity; "
+                f"expected room in them, and so many that it adds at most {_MOST_MORE:.0%} to theirs"
             )
         regions = moved or regions
     return regions, min(alignments)

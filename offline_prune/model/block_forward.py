@@ -151,7 +151,7 @@ class Split:
 def find_split(block: nn.Module, mlp: Mlp, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Split | None:
     """Tries out where the block can be entered after its attention.
 
-    Whatever child has linear layers and runs before the first one that holds an MLP counts as attention. Every child that
+    Whatever child has linear layers and runs before the first that holds an MLP counts as attention. Every child that
     runs after it is a candidate; the right one is found by running the rest of the block on its input.
 
     Args:

@@ -188,9 +188,7 @@ def splits_into_gate_and_up(activation: Callable[[torch.Tensor], torch.Tensor], 
     return _linear_in(lambda first, second: activation(torch.cat([first, second], -1)), intermediate)[1]
 
 
-def _linear_in(
-    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], intermediate: int
-) -> tuple[bool, bool]:
+def _linear_in(product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], intermediate: int) -> tuple[bool, bool]:
     """Whether a function of two vectors (…, I) is elementwise and linear in the first one, and in the second one."""
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 1, 1, intermediate, generator=generator)

@@ -231,7 +231,9 @@ class SourceModel:
     def _assembled(self, experts: Experts, name: str, at_hand: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A block's experts as its module holds them, from tensors under the files' names."""
         names = [f"{layer}.weight" for layer in experts.layers()]
-        return experts.assembled(name, {key: at_hand[key] if key in at_hand else self.tensors.read(key) for key in names})
+        return experts.assembled(
+            name, {key: at_hand[key] if key in at_hand else self.tensors.read(key) for key in names}
+        )
 
     def _converted(self, name: str) -> dict[str, torch.Tensor]:
         """A block's weights where transformers keeps them in another form than the files, as it does experts."""
