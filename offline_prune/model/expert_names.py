@@ -31,7 +31,7 @@ def with_names(experts: Experts, block: str, tensors: ModelTensors) -> Experts |
         for name in tensors.parts_of_parameter(whole):
             how, named = tensors.converted.get(name), _NAME.fullmatch(name)
             if how is None or named is None or not _PLAIN.issuperset(how.operations):
-                form = f"{name} {tensors.shape(name)}"
+                form = f"{name} {tensors.shape(name if how else whole)}"
                 return Unsupported(f"a mixture of experts whose files do not hold each expert by itself: {form}")
             if tensors.shape(name) != sizes[place]:
                 return Unsupported(f"a mixture of experts of which {name} has the shape {tensors.shape(name)}")
