@@ -121,7 +121,7 @@ def _expert_mlp(
         if len(rows):
             tokens = rows // k
             parts[rows] = _one(x8[tokens], x_scale[tokens], weights, expert, ACTIVATIONS[activation], x.dtype)
-    parts = parts.view(*topk_ids.shape, -1) * topk_weights.unsqueeze(-1).float()
+    parts = parts.view(*topk_ids.shape, x.shape[1]) * topk_weights.unsqueeze(-1).float()
     return parts.sum(1).to(x.dtype)
 
 
