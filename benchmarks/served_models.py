@@ -171,7 +171,9 @@ MODELS = {
     "Mixtral": Model("MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "OLMoE": Model("OlmoeForCausalLM", {"num_experts": 8, "num_experts_per_tok": 2}),
     "DeepSeek-V2": Model("DeepseekV2ForCausalLM", {**_GLM_MOE, **_LATENT, "topk_method": "greedy"}),
-    "DeepSeek-V3": Model("DeepseekV3ForCausalLM", {**_GLM_MOE, **_LATENT, "num_nextn_predict_layers": 0}),
+    "DeepSeek-V3": Model(
+        "DeepseekV3ForCausalLM", {**_GLM_MOE, **_LATENT, "num_nextn_predict_layers": 0, "topk_method": "noaux_tc"}
+    ),
     "Granite-MoE": Model("GraniteMoeForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "GLM-4.5 with MTP": Model("Glm4MoeForCausalLM", _GLM_MOE, drafts=True),
     "GLM-4.5 with MTP, speculating": Model("Glm4MoeForCausalLM", _GLM_MOE, drafts=True, speculates=True),

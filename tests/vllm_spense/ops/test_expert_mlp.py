@@ -20,9 +20,7 @@ def loaded() -> dict[str, torch.Tensor]:
     """As a server loads them."""
     torch.manual_seed(0)
     of_gate_up, of_down = Problem(192, H, REGIONS, "output", projections=2), Problem(H, 96, REGIONS, "input")
-    gate_up, down = (
-        torch.stack([random_weight(problem, CPU) for _ in range(E)]) for problem in (of_gate_up, of_down)
-    )
+    gate_up, down = (torch.stack([random_weight(problem, CPU) for _ in range(E)]) for problem in (of_gate_up, of_down))
     return {
         "gate_up": gate_up,
         "gate_up_scale": torch.rand(E, 192, 1) / 128 + 1e-3,
