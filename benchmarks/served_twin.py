@@ -72,10 +72,15 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
     return (x * scale.reciprocal()).clamp(FP8.min, FP8.max).to(torch.float8_e4m3fn).float() * scale
 
 
-def load_as_served(folder: Path, ranks: int = 1) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_as_served(
+    folder: Path, ranks: int = 1, expert_ranks: int | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A Spense checkpoint as so many tensor parallel ranks compute it, in float32.
 
     Linear layers are `RoundedLinear`, under the names that they have in the files.
+
+    Args:
+        expert_ranks: that share each routed expert, if not all do.
     """
     model, tokenizer = load_dense(folder)
     found = open_checkpoint(folder)
@@ -90,7 +95,7 @@ def load_as_served(folder: Path, ranks: int = 1) -> tuple[PreTrainedModel, PreTr
             _replace(model, name, RoundedLinear(module, parts))
         elif type(module).__name__.endswith("Experts") and hasattr(module, "gate_up_proj"):
             (stored,) = [each for each in annotation.experts if _layer(each) == _layer(name)]
-            _replace(model, name, RoundedExperts(module, _parts(found, stored, ranks)))
+            _replace(model, name, RoundedExperts(module, _parts(found, stored, expert_ranks or ranks)))
     return model, tokenizer
 
 

@@ -154,7 +154,7 @@ class Outcome:
         result: prunes | prunes with --skip-unsupported | refused | traceback | not built.
         why: the words of a refusal, or the last line of a traceback.
         gated: whether some block of its language model has a gated MLP that can be pruned, or experts.
-        pruned, blocks: MLPs that were pruned, all routed experts of a block as one; and decoder blocks.
+        pruned, blocks: decoder blocks whose MLPs or experts were pruned, and all of them.
     """
 
     result: str
@@ -249,7 +249,7 @@ def _prune_both(source: SourceModel, folder: Path, tokens: torch.Tensor, skip: b
     report = prune(PruneSettings(str(folder / "model"), folder / "pruned", **common), tokens=tokens)
     verified = verify(folder / "pruned").mlps
     assert verified == sum(1 if layer.tokens is None else len(layer.tokens) for layer in report.layers), verified
-    return len(report.layers)
+    return sum(not isinstance(block.mlp, Unsupported) for block in source.blocks)
 
 
 def _require_same_logits(folder: Path, tokens: torch.Tensor) -> None:
