@@ -206,9 +206,8 @@ def _read_annotation(data: object) -> Annotation:
             expected=f"{VERSION} | {WITH_EXPERTS}",
         )
     keys = ("version", "method", "calibration", "alignment", "projections", "regions", "modules")
-    if version == WITH_EXPERTS:
-        keys = (*keys, "experts")
-    _, method, calibration, alignment, projections, regions, modules, *experts = _take(data, "", keys)
+    more = ("experts",) if version == WITH_EXPERTS else ()
+    _, method, calibration, alignment, projections, regions, modules, *experts = _take(data, "", (*keys, *more))
     of_experts, counts = _read_experts(*experts) if experts else (None, {})
 
     name, settings = _take(method, "method", ("name", "settings"))

@@ -210,9 +210,10 @@ def _call(args: tuple[Any, ...], named: dict[str, Any]) -> tuple[torch.Tensor, t
 
 def _activation(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """(…, 2·I) → (…, I), f(gate) ⊙ up, as the module's own code has it."""
-    if hasattr(module, "_apply_gate"):
-        return module._apply_gate
-    activation = module.act_fn
+    code: Any = module
+    if hasattr(code, "_apply_gate"):
+        return code._apply_gate
+    activation = code.act_fn
 
     def apply(gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
@@ -243,7 +244,7 @@ def _proven(module: nn.Module, names: Projections) -> bool:
     x = torch.randn(tokens, hidden, generator=generator)
     index = torch.stack([torch.randperm(experts, generator=generator)[:k] for _ in range(tokens)])
     weights = torch.rand(tokens, k, generator=generator)
-    trial = copy.deepcopy(module).eval()
+    trial: Any = copy.deepcopy(module).eval()
     setattr(trial, names.gate, nn.Parameter(gate_up, requires_grad=False))
     setattr(trial, names.down, nn.Parameter(down, requires_grad=False))
     for name, value in vars(module).items():

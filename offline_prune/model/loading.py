@@ -335,12 +335,12 @@ def _described(blocks: list[tuple[str, nn.Module]], tensors: ModelTensors) -> li
 def _stored_alike(mlp: Mlp | Unsupported, block: str, tensors: ModelTensors) -> Mlp | Unsupported:
     """An MLP whose files hold one tensor for each of its linear layers; a permutation could not be told to others."""
     if isinstance(mlp, Mixture):
-        shared = [_stored_alike(each, block, tensors) for each in mlp.shared]
         named = with_names(mlp.experts, block, tensors)
-        refused = next((each for each in (*shared, named) if isinstance(each, Unsupported)), None)
-        if refused or isinstance(named, Unsupported):
-            return refused or named
-        return Mixture(named, mlp.shared)
+        if isinstance(named, Unsupported):
+            return named
+        shared = [_stored_alike(each, block, tensors) for each in mlp.shared]
+        refused = next((each for each in shared if isinstance(each, Unsupported)), None)
+        return refused or Mixture(named, mlp.shared)
     if isinstance(mlp, GatedMlp):
         for name in dict.fromkeys(mlp.projections.to_dict().values()):
             layer = f"{block}.{mlp.path}.{name}"

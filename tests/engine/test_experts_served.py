@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import median
 
 import pytest
 from engines import Completion, Run, generate, spread
@@ -13,9 +12,10 @@ from benchmarks.served_models import make_pruned
 
 pytestmark = pytest.mark.engine
 
-#: Nats. Attention is computed in other ways here, so that some activations are rounded to other FP8 values: see
-#: test_adapters. Most completions have none, and are the same but for the order of sums.
-MOST, ALL = 1e-2, 0.5
+#: Nats. Attention is computed in other ways here, and ranks' parts are added in another order, so that some activations
+#: are rounded to other FP8 values: see test_adapters. A quarter of the completions and more have none, and are the same
+#: but for the order of sums; a wrong product moves all.
+SOME, ALL = 1e-3, 0.5
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def two_ranks(shared: Path) -> dict[Run, list[Completion]]:
 def require_twin(found: list[Completion], checkpoint: Path, ranks: int, expert_ranks: int) -> None:
     expected = as_served(checkpoint, (), ranks, found, expert_ranks)
     apart = sorted(spread([a], [b]) for a, b in zip(found, expected, strict=True))
-    assert median(apart) <= MOST, apart
+    assert apart[len(apart) // 4] <= SOME, apart
     assert apart[-1] <= ALL, apart
 
 

@@ -18,6 +18,8 @@ from vllm_spense.kernels.tuning.synthetic import random_weight
 from vllm_spense.layout import Shard
 
 Loader = Callable[..., None]
+#: Says whether it loaded something.
+ExpertLoader = Callable[..., bool]
 
 #: Of the values that `random_weight` draws.
 _DUMMY_STANDARD_DEVIATION = 16
@@ -80,7 +82,7 @@ def replicated_loader(layer: str) -> Loader:
     return load_replicated
 
 
-def expert_rows_loader(layer: str, intermediate: int, shard: Shard, local: Mapping[int, int]) -> Loader:
+def expert_rows_loader(layer: str, intermediate: int, shard: Shard, local: Mapping[int, int]) -> ExpertLoader:
     """Loads gate's and up's weights and scales of one expert after the other: see `rows_loader`.
 
     Args:
@@ -110,17 +112,17 @@ def expert_rows_loader(layer: str, intermediate: int, shard: Shard, local: Mappi
     return load_expert_rows
 
 
-def expert_columns_loader(layer: str, intermediate: int, shard: Shard, local: Mapping[int, int]) -> Loader:
+def expert_columns_loader(layer: str, intermediate: int, shard: Shard, local: Mapping[int, int]) -> ExpertLoader:
     """Loads down's weights of one expert after the other: see `columns_loader` and `expert_rows_loader`."""
     return _of_expert(columns_loader(layer, intermediate, shard), local)
 
 
-def expert_loader(layer: str, local: Mapping[int, int]) -> Loader:
+def expert_loader(layer: str, local: Mapping[int, int]) -> ExpertLoader:
     """Loads what every rank holds all of, down's scales, of one expert after the other: see `expert_rows_loader`."""
     return _of_expert(replicated_loader(layer), local)
 
 
-def _of_expert(load: Loader, local: Mapping[int, int]) -> Loader:
+def _of_expert(load: Loader, local: Mapping[int, int]) -> ExpertLoader:
     def load_expert(
         param: torch.nn.Parameter,
         loaded_weight: torch.Tensor,
