@@ -139,7 +139,9 @@ class MixturePruning:
             regions=regions,
             dense_indices=hashlib.sha256(chosen.encode()).hexdigest()[:16],
             seconds=0.0,
-            **{part: projection_report(of_part) for part, of_part in sums.items()},
+            gate=projection_report(sums["gate"]),
+            up=projection_report(sums["up"]),
+            down=projection_report(sums["down"]),
             tokens=seen,
         )
 

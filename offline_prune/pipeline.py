@@ -304,6 +304,8 @@ class _Run:
         mlps = {f"{block.name}.{mlp.path}": mlp.projections for block in model.blocks for mlp in block.mlps}
         experts = {f"{name}.{each.path}": each for name, each in model.experts.items()}
         of_experts = next((each.projections for each in experts.values()), None)
+        of_mlps = next(iter(mlps.values()), of_experts)
+        assert of_mlps is not None
         stored = {
             name: experts[name].stored if name in experts else model.tensors.stored(name) for name in self.regions
         }
@@ -315,7 +317,7 @@ class _Run:
             settings=MappingProxyType(recorded),
             calibration=Calibration(settings.calibration, settings.samples, settings.length, settings.seed),
             alignment=self.alignment,
-            projections=next(iter(mlps.values()), of_experts),
+            projections=of_mlps,
             modules=tuple(stored[name] for name in self.regions if name in mlps),
             default=default,
             overrides={stored[name]: regions for name, regions in self.regions.items() if regions != default},

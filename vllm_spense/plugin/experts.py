@@ -154,12 +154,16 @@ class RegionExpertsMethod(FusedMoEMethodBase):
             FormatError: a sparse region is not 2:4, or a weight or its scale is missing or no number.
         """
         self.parts.require_sound(layer, self.regions)
-        loaded = [
-            getattr(layer, name).data for name in ("w13_weight", "w13_weight_scale", "w2_weight", "w2_weight_scale")
-        ]
+        packed = experts.pack(
+            layer.w13_weight.data,
+            layer.w13_weight_scale.data,
+            layer.w2_weight.data,
+            layer.w2_weight_scale.data,
+            self.regions,
+            self.dtype,
+        )
         for name in ("w13_weight", "w13_weight_scale", "w2_weight", "w2_weight_scale"):
             delattr(layer, name)
-        packed = experts.pack(*loaded, self.regions, self.dtype)
         for name, tensor in packed.tensors().items():
             layer.register_parameter(f"weight_{name}", Parameter(tensor, requires_grad=False))
 
