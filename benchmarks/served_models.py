@@ -151,12 +151,12 @@ _GLM_MOE = {
 }
 _LATENT = {
     "q_lora_rank": 64,
-    "kv_lora_rank": 64,
+    "kv_lora_rank": 512,
     "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 32,
+    "qk_rope_head_dim": 64,
     "v_head_dim": 32,
     "num_key_value_heads": 4,
-    "head_dim": 32,
+    "head_dim": 64,
 }
 
 MODELS = {

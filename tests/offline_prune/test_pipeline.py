@@ -151,7 +151,8 @@ def test_blocks_of_experts_are_left_as_they_are_by_request(tmp_path: Path, text:
         if ".layers.0." in name:
             assert torch.equal(after.read(name), before.read(name)), name
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    assert theirs.model.layers[0].feed_forward.experts.down_proj.isfinite().all()
+    shared = "model.layers.0.feed_forward.shared_expert.down_proj.weight"
+    assert torch.equal(theirs.get_parameter(shared), before.read(shared).float())
 
 
 @pytest.mark.parametrize("method", METHODS)
