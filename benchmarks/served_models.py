@@ -174,7 +174,6 @@ MODELS = {
     "DeepSeek-V3": Model(
         "DeepseekV3ForCausalLM", {**_GLM_MOE, **_LATENT, "num_nextn_predict_layers": 0, "topk_method": "noaux_tc"}
     ),
-    "Granite-MoE": Model("GraniteMoeForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "GLM-4.5 with MTP": Model("Glm4MoeForCausalLM", _GLM_MOE, drafts=True),
     "GLM-4.5 with MTP, speculating": Model("Glm4MoeForCausalLM", _GLM_MOE, drafts=True, speculates=True),
     "Gemma-3, multimodal": Model(

@@ -37,7 +37,7 @@ from offline_prune.methods.unpruned_fp8 import InputHessians, compensated, neare
 from offline_prune.model.experts import Mixture
 from offline_prune.model.gated_mlp import GatedMlp, Unsupported, linear
 from offline_prune.model.loading import Block, SourceModel
-from offline_prune.report import FILE, PICTURE, BlockTime, LayerReport, Report
+from offline_prune.report import FILE, PICTURE, UNTUNED, BlockTime, LayerReport, Report
 from offline_prune.runtime import deterministic_reduce, distributed
 from offline_prune.runtime.device import compute_dtype, pick_device
 from offline_prune.runtime.profiler import Profiler
@@ -158,6 +158,8 @@ class _Run:
             )
             for line in plan.lines():
                 self.say(line)
+            if self.model.experts and self.settings.recipe.tune_steps:
+                self.say(UNTUNED)
             with self.profiler.stage("calibration text"):
                 tokens = distributed.broadcast_from_first(lambda: self._tokens(tokens))
                 self.images = distributed.broadcast_from_first(lambda: self._images(tokens))

@@ -16,6 +16,8 @@ from vllm_spense.format import Regions
 
 FILE = "report.json"
 PICTURE = "report.png"
+#: What runs and cards say of models with experts.
+UNTUNED = "Blocks with experts are pruned and not tuned."
 PROJECTIONS = ("gate", "up", "down")
 
 
@@ -158,6 +160,18 @@ class Report:
             "‖(W − Ŵ)X‖² / ‖WX‖² on the calibration text, before any tuning:",
             "",
             *table(["projection", "zeros", "loss, median", "loss, largest"], rows),
+            *self._of_experts(),
+        ]
+
+    def _of_experts(self) -> list[str]:
+        seen = [tokens for layer in self.layers for tokens in layer.tokens or ()]
+        if not seen:
+            return []
+        return [
+            "",
+            f"Each expert saw {min(seen)} to {max(seen)} tokens of the calibration text, half of them at least "
+            f"{sorted(seen)[len(seen) // 2]}; one with fewer than it has inputs borrowed the rest from its layer. "
+            + UNTUNED,
         ]
 
     def draw(self, path: Path) -> None:

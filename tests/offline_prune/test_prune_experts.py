@@ -98,8 +98,12 @@ def test_the_annotation_is_short(qwen: Path, tmp_path: Path, text: Path) -> None
 
 @pytest.mark.parametrize("method", METHODS)
 def test_methods(method: str, qwen: Path, tmp_path: Path, text: Path) -> None:
-    run(qwen, tmp_path / "out", text, method=method)
+    report = run(qwen, tmp_path / "out", text, method=method)
     verify(tmp_path / "out")
+    seen = [tokens for layer in report.layers for tokens in layer.tokens or ()]
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"Each expert saw {min(seen)} to {max(seen)} tokens" in card
+    assert "Blocks with experts are pruned and not tuned." in card
 
 
 @pytest.mark.parametrize(
