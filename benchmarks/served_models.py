@@ -149,16 +149,6 @@ _GLM_MOE = {
     "first_k_dense_replace": 1,
     "num_nextn_predict_layers": 1,
 }
-_LATENT = {
-    "q_lora_rank": 64,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-}
-
 MODELS = {
     "GLM": Model("GlmForCausalLM"),
     "GLM-4": Model("Glm4ForCausalLM"),
@@ -170,10 +160,6 @@ MODELS = {
     "Qwen2-MoE": Model("Qwen2MoeForCausalLM", {**_MORE_EXPERTS, "shared_expert_intermediate_size": 192}),
     "Mixtral": Model("MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "OLMoE": Model("OlmoeForCausalLM", {"num_experts": 8, "num_experts_per_tok": 2}),
-    "DeepSeek-V2": Model("DeepseekV2ForCausalLM", {**_GLM_MOE, **_LATENT, "topk_method": "greedy"}),
-    "DeepSeek-V3": Model(
-        "DeepseekV3ForCausalLM", {**_GLM_MOE, **_LATENT, "num_nextn_predict_layers": 0, "topk_method": "noaux_tc"}
-    ),
     "GLM-4.5 with MTP": Model("Glm4MoeForCausalLM", _GLM_MOE, drafts=True),
     "GLM-4.5 with MTP, speculating": Model("Glm4MoeForCausalLM", _GLM_MOE, drafts=True, speculates=True),
     "Gemma-3, multimodal": Model(
