@@ -1,7 +1,8 @@
 """Does vLLM serve what Spense prunes? Tiny models of architectures that are unlike Llama, against stock vLLM.
 
 `python -m benchmarks.served` makes each model with random weights, prunes it, and has two engines answer the same
-prompts from the same files: `--quantization spense` and stock's `--quantization compressed-tensors`. It exits with 1
+prompts from the same files: `--quantization spense` and stock's `--quantization compressed-tensors`. Stock has no FP8
+experts on a CPU: there transformers' model of the files stands for it (`served_twin.py`). It exits with 1
 unless every outcome is what results/served.json says; `--write` keeps what it found, also in docs/notes/models.md.
 Names of models as arguments restrict it to them. It needs vLLM, torchvision for models that see, and no GPU.
 """
@@ -25,8 +26,10 @@ from torch import nn
 
 from benchmarks import zoo
 from benchmarks.served_models import MODELS, Model, make_pruned, runs_here
+from benchmarks.served_twin import load_as_served
 from benchmarks.zoo import ROOT
 from benchmarks.zoo_table import SERVED
+from offline_prune.checkpoint.verify import open_checkpoint
 from vllm_spense.errors import SpenseError
 
 STOCK = "compressed-tensors"
@@ -126,11 +129,36 @@ def _answer(order: Path, answers: Path) -> None:
     """Runs in the process of the engines."""
     # On Intel CPUs with AMX oneDNN takes several hundred times as long for a product of FP8 matrices as torch does.
     torch._C._set_mkldnn_enabled(False)
-    found = {
-        name: {quantization: _run(MODELS[name], folder, quantization) for quantization in QUANTIZATIONS}
-        for name, folder in json.loads(order.read_text()).items()
-    }
+    found = {}
+    for name, folder in json.loads(order.read_text()).items():
+        ours = _run(MODELS[name], folder, "spense")
+        if open_checkpoint(Path(folder)).annotation.experts and not torch.cuda.is_available():
+            theirs = _twin(Path(folder), ours)
+        else:
+            theirs = _run(MODELS[name], folder, STOCK)
+        found[name] = {"spense": ours, STOCK: theirs}
     answers.write_text(json.dumps(found))
+
+
+def _twin(folder: Path, ours: dict[str, Any]) -> dict[str, Any]:
+    """What transformers' model says after the same tokens, with FP8 activations."""
+    if "error" in ours:
+        return {"class": ""}
+    model, tokenizer = load_as_served(folder)
+    answers = []
+    for prompt, answer in zip(PROMPTS, ours["answers"], strict=True):
+        before = tokenizer(prompt).input_ids
+        tokens = [int(next(iter(step))) for step in answer]
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([[*before, *tokens]])).logits[0, len(before) - 1 : -1]
+        likeliest = logits.log_softmax(-1).topk(len(answer[0]))
+        answers.append(
+            [
+                {str(token): value for token, value in zip(step.tolist(), values.tolist(), strict=True)}
+                for step, values in zip(likeliest.indices, likeliest.values, strict=True)
+            ]
+        )
+    return {"class": ours["class"], "spense": False, "answers": answers}
 
 
 def _run(model: Model, folder: str, quantization: str) -> dict[str, Any]:

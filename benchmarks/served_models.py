@@ -137,29 +137,31 @@ _HYBRID = {
         "mrope_section": [2, 1, 1],
     },
 }
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "mlp_only_layers": [0]}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "mlp_only_layers": [0]}
+_MORE_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "mlp_only_layers": []}
 _GLM_MOE = {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
-    "moe_intermediate_size": 64,
+    "moe_intermediate_size": 96,
     "n_shared_experts": 1,
     "n_group": 1,
     "topk_group": 1,
     "first_k_dense_replace": 1,
     "num_nextn_predict_layers": 1,
 }
-
 MODELS = {
     "GLM": Model("GlmForCausalLM"),
     "GLM-4": Model("Glm4ForCausalLM"),
     "StableLM": Model("StableLmForCausalLM"),
     "Phi-3": Model("Phi3ForCausalLM"),
     "Phi-3 by way of transformers": Model("Phi3ForCausalLM", implementation="transformers"),
-    "Qwen3-MoE with a dense layer": Model("Qwen3MoeForCausalLM", _EXPERTS, skip_unsupported=True),
-    "GLM-4.5 with MTP": Model("Glm4MoeForCausalLM", _GLM_MOE, skip_unsupported=True, drafts=True),
-    "GLM-4.5 with MTP, speculating": Model(
-        "Glm4MoeForCausalLM", _GLM_MOE, skip_unsupported=True, drafts=True, speculates=True
-    ),
+    "Qwen3-MoE": Model("Qwen3MoeForCausalLM", _MORE_EXPERTS),
+    "Qwen3-MoE with a dense layer": Model("Qwen3MoeForCausalLM", _EXPERTS),
+    "Qwen2-MoE": Model("Qwen2MoeForCausalLM", {**_MORE_EXPERTS, "shared_expert_intermediate_size": 192}),
+    "Mixtral": Model("MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "OLMoE": Model("OlmoeForCausalLM", {"num_experts": 8, "num_experts_per_tok": 2}),
+    "GLM-4.5 with MTP": Model("Glm4MoeForCausalLM", _GLM_MOE, drafts=True),
+    "GLM-4.5 with MTP, speculating": Model("Glm4MoeForCausalLM", _GLM_MOE, drafts=True, speculates=True),
     "Gemma-3, multimodal": Model(
         "Gemma3ForConditionalGeneration",
         {"sliding_window": 64, "query_pre_attn_scalar": 32},

@@ -34,7 +34,8 @@ from transformers.models.auto import modeling_auto
 from benchmarks.zoo_table import table
 from offline_prune.calibration.hidden_states import Stream
 from offline_prune.checkpoint.verify import verify
-from offline_prune.model.gated_mlp import GatedMlp
+from offline_prune.model.experts import Mixture
+from offline_prune.model.gated_mlp import GatedMlp, Unsupported
 from offline_prune.model.loading import SourceModel
 from offline_prune.pipeline import prune
 from offline_prune.report import Report
@@ -73,8 +74,10 @@ SIZES: dict[str, Any] = {
         ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"), 4
     ),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_top_k", "top_k_experts"), 2),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 32),
-    **dict.fromkeys(("moe_shared_expert_intermediate_size", "intermediate_size_mlp"), 32),
+    **dict.fromkeys(
+        ("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), INTERMEDIATE
+    ),
+    **dict.fromkeys(("moe_shared_expert_intermediate_size", "intermediate_size_mlp"), INTERMEDIATE),
     **dict.fromkeys(("n_group", "topk_group", "n_shared_experts"), 1),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "mamba_d_head", "mamba_head_dim"), 16),
@@ -150,8 +153,8 @@ class Outcome:
     Attributes:
         result: prunes | prunes with --skip-unsupported | refused | traceback | not built.
         why: the words of a refusal, or the last line of a traceback.
-        gated: whether some block of its language model has a dense gated MLP.
-        pruned, blocks: MLPs that were pruned, and decoder blocks.
+        gated: whether some block of its language model has a gated MLP that can be pruned, or experts.
+        pruned, blocks: decoder blocks whose MLPs or experts were pruned, and all of them.
     """
 
     result: str
@@ -219,8 +222,9 @@ def attempt(architecture: Architecture, folder: Path) -> Outcome:
     gated, blocks = False, 0
     try:
         source = SourceModel(str(folder / "model"))
-        gated, blocks = any(isinstance(block.mlp, GatedMlp) for block in source.blocks), len(source.blocks)
-        skip = gated and not all(isinstance(block.mlp, GatedMlp) for block in source.blocks)
+        supported = [not isinstance(block.mlp, Unsupported) for block in source.blocks]
+        gated, blocks = any(supported), len(source.blocks)
+        skip = gated and not all(supported)
         tokens = torch.randint(0, VOCABULARY - 8, TOKENS, generator=torch.Generator().manual_seed(0))
         pruned = _prune_both(source, folder, tokens, skip)
     except SpenseError as error:
@@ -243,8 +247,9 @@ def _prune_both(source: SourceModel, folder: Path, tokens: torch.Tensor, skip: b
     _require_same_logits(folder, tokens)
     _require_same_stream(source, folder, tokens)
     report = prune(PruneSettings(str(folder / "model"), folder / "pruned", **common), tokens=tokens)
-    assert verify(folder / "pruned").mlps == len(report.layers)
-    return len(report.layers)
+    verified = verify(folder / "pruned").mlps
+    assert verified == sum(1 if layer.tokens is None else len(layer.tokens) for layer in report.layers), verified
+    return sum(not isinstance(block.mlp, Unsupported) for block in source.blocks)
 
 
 def _require_same_logits(folder: Path, tokens: torch.Tensor) -> None:
@@ -278,6 +283,8 @@ def _require_same_stream(source: SourceModel, folder: Path, tokens: torch.Tensor
         module = source.load(block.name, device, torch.float32)
         if isinstance(block.mlp, GatedMlp):
             stream.attend(index, module, block.mlp, lambda *_: None)
+        elif isinstance(block.mlp, Mixture):
+            stream.attend_experts(index, module, block.mlp)
         stream.advance(index, module, block.name)
         source.unload(block.name)
     error = (stream.unpacked(stream.hidden) - seen[0]).abs().max() / seen[0].abs().max()

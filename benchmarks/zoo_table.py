@@ -67,6 +67,7 @@ def _served(outcomes: dict[str, dict[str, Any]]) -> list[str]:
         "show an image where the model sees. Served: Spense ran every pruned layer, and the answers are equal or part",
         "where two tokens tie. Qwen3.5 ran in BF16, which vLLM's kernels for it need on a CPU, all others in float32.",
         "Speculating: its MTP head, which pruning leaves as it is, has drafted tokens for both.",
+        "vLLM has no dense FP8 experts on a CPU: transformers' model of the files stands for it where there are some.",
         "",
         "| model | vLLM's class | images | outcome |",
         "|---|---|---|---|",

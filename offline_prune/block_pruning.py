@@ -16,18 +16,17 @@ from offline_prune.methods.block_finetune import TuningReport, tune
 from offline_prune.methods.dense_selection import selection_hash
 from offline_prune.methods.prune_mlp import (
     Pruned,
-    file_order,
-    prune_all_rows,
     prune_down,
-    prune_gate_up,
     round_down,
     round_gate_up,
+    select_and_prune,
 )
 from offline_prune.methods.recipe import Grouping, Quantize, Recipe, Selection
 from offline_prune.methods.sparsegpt import InverseFactor
+from offline_prune.model.experts import Mixture
 from offline_prune.model.gated_mlp import GatedMlp, Unsupported, linear
 from offline_prune.model.loading import SourceModel
-from offline_prune.report import LayerReport, ProjectionReport, projection_report
+from offline_prune.report import LayerReport, ProjectionReport, projection_report, projection_sums
 from offline_prune.runtime.profiler import stage
 from offline_prune.settings import PruneSettings
 from vllm_spense.errors import SpenseError
@@ -118,21 +117,12 @@ class BlockPruning:
         hessian = hessian_in.matrix()
         mid = before.matrix() if isinstance(before, Hessian) else before.diagonal()
         gate_up = torch.cat([layer.weight for layer in gate_up_layers])
-        all_rows_pruned = None
-        if recipe.selection is Selection.OUTPUT_LOSS and regions.sparse and regions.dense:
-            with stage("prune"):
-                all_rows_pruned = prune_all_rows(gate_up, hessian, recipe, f"{name}: gate and up")
-        with stage("select"):
-            gate, up = gate_up.chunk(2)
-            order = file_order(gate, up, down_layer.weight, hessian, mid, regions, recipe, name, all_rows_pruned)
-            both = torch.cat([order, order + mlp.intermediate])
-            if all_rows_pruned is not None:
-                all_rows_pruned = all_rows_pruned.rows(both)
+        pruned, order = select_and_prune(gate_up, down_layer.weight, hessian, mid, regions, recipe, name)
         with stage("prune"):
-            pruned = prune_gate_up(gate_up[both], hessian, regions, recipe, f"{name}: gate and up", all_rows_pruned)
             down_layer.weight.copy_(down_layer.weight[:, order])
-        del gate_up, gate, up, all_rows_pruned, hessian_in, hessian
+        del gate_up, hessian_in, hessian
         with stage("quantize"):
+            both = torch.cat([order, order + mlp.intermediate])
             self.stored.put_gate_up(name, mlp, gate_up_layers, pruned.weight, pruned.scales, both)
         gate_report = self._report(f"{name}: gate", pruned, slice(0, mlp.intermediate))
         up_report = self._report(f"{name}: up", pruned, slice(mlp.intermediate, None))
@@ -205,17 +195,17 @@ class BlockPruning:
     def _report(self, what: str, pruned: Pruned, rows: slice = slice(None)) -> ProjectionReport:
         if pruned.damping is not None and pruned.damping > self.recipe.damping:
             self.say(f"{what}: the Hessian needed a damping of {pruned.damping:g} to be factorized")
-        return projection_report(pruned, rows)
+        return projection_report([projection_sums(pruned, rows)])
 
 
 def intermediate_sizes(model: SourceModel, settings: PruneSettings) -> dict[str, int]:
-    """MLP that will be pruned → its intermediate size.
+    """MLP that will be pruned → its intermediate size; all routed experts of a block are one entry.
 
     Raises:
         SpenseError: a block without a gated MLP that may not be skipped, none with one, or MLPs whose projections have
             different names.
     """
-    if not any(isinstance(block.mlp, GatedMlp) for block in model.blocks):
+    if all(isinstance(block.mlp, Unsupported) for block in model.blocks):
         reasons = [(block.name, block.mlp) for block in model.blocks if isinstance(block.mlp, Unsupported)]
         name, reason = next((each for each in reasons if each[1].shared), reasons[0])
         owned = " of its own" if reason.shared else ""
@@ -225,14 +215,18 @@ def intermediate_sizes(model: SourceModel, settings: PruneSettings) -> dict[str,
         )
     sizes = {}
     for block in model.blocks:
-        if isinstance(block.mlp, GatedMlp):
-            sizes[f"{block.name}.{block.mlp.path}"] = block.mlp.intermediate
+        if not isinstance(block.mlp, Unsupported):
+            if isinstance(block.mlp, Mixture):
+                sizes[f"{block.name}.{block.mlp.path}"] = block.mlp.experts.intermediate
+            sizes |= {f"{block.name}.{mlp.path}": mlp.intermediate for mlp in block.mlps}
         elif not settings.skip_unsupported:
             raise SpenseError(
                 f"{block.name}: found {block.mlp.found}; expected one gated MLP (gate, up, down). "
                 "--skip-unsupported leaves such blocks as they are"
             )
-    projections = {block.mlp.projections for block in model.blocks if isinstance(block.mlp, GatedMlp)}
-    if len(projections) > 1:
-        raise SpenseError(f"{settings.model}: its MLPs name their projections differently: {projections}")
+    of_mlps = {mlp.projections for block in model.blocks for mlp in block.mlps}
+    of_experts = {experts.projections for experts in model.experts.values()}
+    for kind, projections in (("MLPs", of_mlps), ("experts", of_experts)):
+        if len(projections) > 1:
+            raise SpenseError(f"{settings.model}: its {kind} name their projections differently: {projections}")
     return sizes

@@ -15,7 +15,7 @@ from offline_prune.checkpoint.output_folder import PARTIAL
 from offline_prune.checkpoint.writer import merges
 from offline_prune.methods.recipe import Layout, Quantize, Selection
 from offline_prune.model.companions import companions
-from offline_prune.model.gated_mlp import GatedMlp
+from offline_prune.model.experts import Experts
 from offline_prune.model.loading import SourceModel
 from offline_prune.runtime import deterministic_reduce, distributed
 from offline_prune.runtime.activation_store import Place
@@ -26,6 +26,8 @@ from vllm_spense.errors import SpenseError
 GIB = 2**30
 #: Share of the memory that is free which a plan may count on.
 USABLE = 0.9
+#: That a plan counts on; of published models up to 10.
+_EXPERTS_OF_A_TOKEN = 10
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
@@ -97,7 +99,8 @@ def memory_plan(model: SourceModel, settings: PruneSettings, device: torch.devic
     recipe = settings.recipe
     tokens = settings.samples * settings.length // distributed.size()
     batch = max(settings.length, batch_tokens(settings, device))
-    mlps = [block.mlp for block in model.blocks if isinstance(block.mlp, GatedMlp)]
+    experts = list(model.experts.values())
+    mlps = [mlp for block in model.blocks for mlp in block.mlps] + experts
     hidden = max(mlp.hidden for mlp in mlps)
     widest = max(mlp.intermediate for mlp in mlps)
     parameters = max(sum(p.numel() for p in model.module(block.name).parameters()) for block in model.blocks)
@@ -123,6 +126,8 @@ def memory_plan(model: SourceModel, settings: PruneSettings, device: torch.devic
         + (4 * (widest**2 + hidden**2) if recipe.rounds_tuned else 0),
         "down": (5 if recipe.layout is not Layout.BACK else 4) * 4 * widest**2 + 4 * hidden**2 + weights,
     }
+    if experts:
+        phases |= _of_experts(max(experts, key=lambda each: each.count), batch, sums, dtype.itemsize)
     # Tuning keeps a copy of the dense MLP.
     weights_here = (parameters + (3 * widest * hidden if tunes else 0)) * dtype.itemsize
     kept = max(sum(_of_block(block.name, written)) for block in model.blocks)
@@ -144,6 +149,22 @@ def memory_plan(model: SourceModel, settings: PruneSettings, device: torch.devic
         ranks=distributed.size(),
     )
     return _placed(needs, settings)
+
+
+def _of_experts(experts: Experts, batch: int, sums: int, itemsize: int) -> dict[str, int]:
+    """Phases of a block with routed experts, each of which has Hessians of its own until it is pruned."""
+    count, hidden, inner = experts.count, experts.hidden, experts.intermediate
+    # Every expert gets all of its tokens once more, in their order, and what is sampled of them stays.
+    passed = batch * _EXPERTS_OF_A_TOKEN * (2 * hidden + 3 * inner) * itemsize
+    sample = _EXPERTS_OF_A_TOKEN * 2 * max(hidden, inner) * hidden * itemsize
+    weights = 5 * 4 * inner * hidden
+    return {
+        "experts": sums * 4 * count * (hidden**2 + inner) + passed + sample,
+        # As they are read, one by one, and as the model holds them.
+        "experts, loaded": 2 * 3 * count * inner * hidden * itemsize,
+        "experts, gate and up": 4 * count * (hidden**2 + inner) + 4 * 4 * hidden**2 + 3 * weights + sample,
+        "experts, down": sums * 4 * count * inner**2 + passed + sample + 4 * 4 * inner**2 + weights,
+    }
 
 
 def _kept_of_a_token(model: SourceModel, hidden: int) -> list[int]:
@@ -195,7 +216,8 @@ def batch_tokens(settings: PruneSettings, device: torch.device) -> int:
 
 def _written_bytes(model: SourceModel, settings: PruneSettings) -> dict[str, int]:
     """Tensor of the model → its bytes in the checkpoint."""
-    fp8 = {f"{name}.weight" for name in model.linears()} if settings.quantize is Quantize.FP8 else set()
+    layers = {*model.linears(), *(layer for experts in model.experts.values() for layer in experts.layers())}
+    fp8 = {f"{name}.weight" for name in layers} if settings.quantize is Quantize.FP8 else set()
     sizes = {name: model.tensors.nbytes(name) for name in model.tensors}
     return {name: size // model.tensors.dtype(name).itemsize if name in fp8 else size for name, size in sizes.items()}
 

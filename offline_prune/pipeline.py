@@ -29,19 +29,21 @@ from offline_prune.checkpoint.journal import Journal, Say
 from offline_prune.checkpoint.model_card import model_card
 from offline_prune.checkpoint.output_folder import OutputFolder, require_apart
 from offline_prune.checkpoint.writer import CheckpointWriter, fp8_config, restored
+from offline_prune.expert_pruning import MixturePruning
 from offline_prune.memory_plan import GIB, MemoryPlan, batch_tokens, memory_plan
 from offline_prune.methods.recipe import Quantize
 from offline_prune.methods.regions import mean_sparsity, model_regions
 from offline_prune.methods.unpruned_fp8 import InputHessians, compensated, nearest
+from offline_prune.model.experts import Mixture
 from offline_prune.model.gated_mlp import GatedMlp, Unsupported, linear
 from offline_prune.model.loading import Block, SourceModel
-from offline_prune.report import FILE, PICTURE, BlockTime, LayerReport, Report
+from offline_prune.report import FILE, PICTURE, UNTUNED, BlockTime, LayerReport, Report
 from offline_prune.runtime import deterministic_reduce, distributed
 from offline_prune.runtime.device import compute_dtype, pick_device
 from offline_prune.runtime.profiler import Profiler
 from offline_prune.settings import PruneSettings
 from vllm_spense.errors import SpenseError
-from vllm_spense.format import Annotation, Calibration
+from vllm_spense.format import Annotation, Calibration, Regions
 
 #: Called after each block with (blocks done, blocks in all, name of the block).
 Progress = Callable[[int, int, str], None]
@@ -138,12 +140,13 @@ class _Run:
             settings.alignment,
             settings.wanted_dense_first,
             required=bool(settings.dense_first),
+            experts=[f"{name}.{each.path}" for name, each in model.experts.items()],
         )
         self.quantized = set(self._quantized_linears())
         self.report = Report(
             model=settings.model,
             settings={**asdict(settings), "out": str(settings.out), "alignment": self.alignment},
-            mlp_sparsity=mean_sparsity(self.regions.values()),
+            mlp_sparsity=mean_sparsity(self._every_region()),
             skipped={block.name: block.mlp.found for block in model.blocks if isinstance(block.mlp, Unsupported)},
         )
 
@@ -155,6 +158,8 @@ class _Run:
             )
             for line in plan.lines():
                 self.say(line)
+            if self.model.experts and self.settings.recipe.tune_steps:
+                self.say(UNTUNED)
             with self.profiler.stage("calibration text"):
                 tokens = distributed.broadcast_from_first(lambda: self._tokens(tokens))
                 self.images = distributed.broadcast_from_first(lambda: self._images(tokens))
@@ -189,6 +194,11 @@ class _Run:
         writer.write_json(FILE, self.report.to_dict())
         with writer.file(PICTURE) as path:
             self.report.draw(path)
+
+    def _every_region(self) -> list[Regions]:
+        """Of every MLP, each expert one."""
+        counts = {f"{name}.{each.path}": each.count for name, each in self.model.experts.items()}
+        return [regions for name, regions in self.regions.items() for _ in range(counts.get(name, 1))]
 
     def _tokens(self, given: torch.Tensor | None) -> torch.Tensor:
         settings, model = self.settings, self.model
@@ -238,7 +248,7 @@ class _Run:
         names = [block.name for block in self.model.blocks]
         finished = journal.finished
         if all(self._part(name) in finished for name in names):
-            self.report.layers += [LayerReport.from_dict(finished[self._part(name)]) for name in self._pruned_blocks()]
+            self.report.layers += [layer for name in names for layer in self._finished(name, journal)]
             return
         with self.profiler.stage("forward"):
             stream = self._stream(tokens, plan, journal.folder)
@@ -263,11 +273,14 @@ class _Run:
         report.peak_device_gib = self.profiler.peak_device / GIB
 
     def _quantized_linears(self) -> Iterator[str]:
-        skipped = tuple(f"{block.name}." for block in self.model.blocks if isinstance(block.mlp, Unsupported))
+        left = tuple(f"{block.name}." for block in self.model.blocks if isinstance(block.mlp, Unsupported))
+        # A router, and what weighs the output of a shared MLP, decide too much for the few weights that they have.
+        left += tuple(f"{name}.{experts.holder}." for name, experts in self.model.experts.items() if experts.holder)
+        mlps = tuple(f"{block.name}.{mlp.path}." for block in self.model.blocks for mlp in block.mlps)
         if self.settings.quantize is Quantize.FP8:
             for name in self.model.linears():
                 # Whatever transformers makes of other tensors stays as the files have it.
-                if f"{name}.weight" in self.model.tensors and not (skipped and name.startswith(skipped)):
+                if f"{name}.weight" in self.model.tensors and (name.startswith(mlps) or not name.startswith(left)):
                     yield name
 
     def _part(self, block: str) -> str:
@@ -278,18 +291,26 @@ class _Run:
         """Tensors under the names that the files have for them."""
         return {self.model.tensors.stored(name): tensor for name, tensor in tensors.items()}
 
-    def _pruned_blocks(self) -> list[str]:
-        return [block.name for block in self.model.blocks if isinstance(block.mlp, GatedMlp)]
+    def _finished(self, block: str, journal: Journal) -> list[LayerReport]:
+        """What an earlier run reported of a block."""
+        return [LayerReport.from_dict(layer) for layer in journal.finished[self._part(block)] or ()]
 
     def _ignored(self) -> list[str]:
-        return ignored(self.model, self.quantized)
+        experts = {layer for each in self.model.experts.values() for layer in each.layers()}
+        return ignored(self.model, self.quantized, experts)
 
     def _annotation(self) -> Annotation:
         sizes = list(self.regions.values())
         default = max(set(sizes), key=sizes.count)
-        block = next(block for block in self.model.blocks if isinstance(block.mlp, GatedMlp))
-        assert isinstance(block.mlp, GatedMlp)
-        settings = self.settings
+        settings, model = self.settings, self.model
+        mlps = {f"{block.name}.{mlp.path}": mlp.projections for block in model.blocks for mlp in block.mlps}
+        experts = {f"{name}.{each.path}": each for name, each in model.experts.items()}
+        of_experts = next((each.projections for each in experts.values()), None)
+        of_mlps = next(iter(mlps.values()), of_experts)
+        assert of_mlps is not None
+        stored = {
+            name: experts[name].stored if name in experts else model.tensors.stored(name) for name in self.regions
+        }
         recorded = settings.recipe.recorded()
         if settings.calibration_images is not None:
             recorded |= {"calibration_images": settings.calibration_images, "image_share": settings.image_share}
@@ -298,12 +319,12 @@ class _Run:
             settings=MappingProxyType(recorded),
             calibration=Calibration(settings.calibration, settings.samples, settings.length, settings.seed),
             alignment=self.alignment,
-            projections=block.mlp.projections,
-            modules=tuple(map(self.model.tensors.stored, self.regions)),
+            projections=of_mlps,
+            modules=tuple(stored[name] for name in self.regions if name in mlps),
             default=default,
-            overrides={
-                self.model.tensors.stored(name): regions for name, regions in self.regions.items() if regions != default
-            },
+            overrides={stored[name]: regions for name, regions in self.regions.items() if regions != default},
+            experts=MappingProxyType({each.stored: each.count for each in experts.values()}),
+            expert_projections=of_experts,
         )
 
     def _copy_outside_blocks(self, writer: CheckpointWriter) -> None:
@@ -315,7 +336,7 @@ class _Run:
         with self.profiler.stage("write"):
             for name in self.model.tensors:
                 layer = name.rpartition(".")[0]
-                if name.startswith(inside):
+                if self.model.tensors.place(name).startswith(inside):
                     continue
                 tensor = self.model.tensors.read(name)
                 if layer in self.quantized and name.endswith(".weight"):
@@ -335,9 +356,11 @@ class _Run:
             stored = self.model.tensors.named(journal.tensors(self._part(block.name)))
             module = self.model.load(block.name, self.device, self.dtype, restored(stored, self.device))
         with self.profiler.stage("forward"):
+            self.report.layers += self._finished(block.name, journal)
             if isinstance(block.mlp, GatedMlp):
-                self.report.layers.append(LayerReport.from_dict(journal.finished[self._part(block.name)]))
                 stream.attend(index, module, block.mlp)
+            elif isinstance(block.mlp, Mixture):
+                stream.attend_experts(index, module, block.mlp)
             stream.advance(index, module, block.name)
 
     def _block(self, index: int, block: Block, stream: Stream) -> None:
@@ -354,23 +377,17 @@ class _Run:
         stored = BlockStateDict(self.model.tensors)
         with self.profiler.stage("quantize"), torch.inference_mode():
             self._quantize_unpruned(block.name, unpruned, hessians, module, stored)
-        layer = None
+        layers: list[LayerReport] = []
+        at_once = batch_tokens(self.settings, self.device)
+        common = self.settings.recipe, at_once, self.say
         if isinstance(block.mlp, GatedMlp):
             regions = self.regions[f"{block.name}.{block.mlp.path}"]
-            work = BlockPruning(
-                index,
-                block.name,
-                block.mlp,
-                module,
-                stream,
-                stored,
-                regions,
-                self.settings.recipe,
-                batch_tokens(self.settings, self.device),
-                self.say,
-            )
-            layer = work.process(self.dense)
-            self.report.layers.append(layer)
+            work = BlockPruning(index, block.name, block.mlp, module, stream, stored, regions, *common)
+            layers = [work.process(self.dense)]
+        elif isinstance(block.mlp, Mixture):
+            of_each = {path: self.regions[f"{block.name}.{path}"] for path in block.mlp.paths}
+            layers = MixturePruning(index, block.name, block.mlp, module, stream, stored, of_each, *common).process()
+        self.report.layers += layers
         if more:
             with self.profiler.stage("forward"):
                 stream.advance(index, module, block.name)
@@ -378,14 +395,15 @@ class _Run:
             with self.profiler.stage("write"):
                 tensors = self._as_stored(stored.complete(f"{block.name}."))
                 permutations = self._as_stored(stored.permutations)
-                self.writer.add(self._part(block.name), tensors, asdict(layer) if layer else None, permutations)
+                self.writer.add(
+                    self._part(block.name), tensors, [asdict(layer) for layer in layers] or None, permutations
+                )
 
     def _unpruned(self, block: Block) -> list[str]:
         """The linear layers of a block that are only rounded, by their names inside it."""
         inside = [name.removeprefix(f"{block.name}.") for name in self.quantized if name.startswith(f"{block.name}.")]
-        return [
-            name for name in inside if not (isinstance(block.mlp, GatedMlp) and name.startswith(f"{block.mlp.path}."))
-        ]
+        pruned = () if isinstance(block.mlp, Unsupported) else tuple(f"{path}." for path in block.mlp.paths)
+        return [name for name in inside if not name.startswith(pruned)]
 
     def _quantize_unpruned(
         self, block_name: str, layers: list[str], hessians: InputHessians, module: nn.Module, stored: BlockStateDict

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from vllm_spense.format import Regions
 
 FILE = "report.json"
 PICTURE = "report.png"
+#: What runs and cards say of models with experts.
+UNTUNED = "Blocks with experts are pruned and not tuned."
 PROJECTIONS = ("gate", "up", "down")
 
 
@@ -33,11 +36,28 @@ class ProjectionReport:
     damping: float | None
 
 
-def projection_report(pruned: Pruned, rows: slice = slice(None)) -> ProjectionReport:
+@dataclass(frozen=True)
+class ProjectionSums:
+    """What a report keeps of a pruned weight, or of some of its rows: see `Pruned` and `ProjectionReport`."""
+
+    error: float
+    power: float
+    zeros: float
+    damping: float | None
+
+
+def projection_sums(pruned: Pruned, rows: slice = slice(None)) -> ProjectionSums:
     """Sums up `rows` of a pruned weight."""
-    loss = pruned.error[rows].double().sum() / pruned.power[rows].double().sum().clamp_min(1e-300)
     zeros = (pruned.weight[rows] == 0).float().mean()
-    return ProjectionReport(float(loss), float(zeros), pruned.damping)
+    error, power = (each[rows].double().sum() for each in (pruned.error, pruned.power))
+    return ProjectionSums(float(error), float(power), float(zeros), pruned.damping)
+
+
+def projection_report(sums: Sequence[ProjectionSums]) -> ProjectionReport:
+    """Of one weight, or of one projection of all experts of a block, which are equally large."""
+    loss = sum(each.error for each in sums) / max(sum(each.power for each in sums), 1e-300)
+    dampings = [each.damping for each in sums if each.damping is not None]
+    return ProjectionReport(loss, sum(each.zeros for each in sums) / len(sums), max(dampings, default=None))
 
 
 @dataclass(frozen=True)
@@ -52,10 +72,12 @@ class ProjectionSummary:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One pruned MLP; `dense_indices` is the hash of the set that stayed dense.
+    """One pruned MLP, or all routed experts of a block; `dense_indices` is the hash of what stayed dense.
 
     Attributes:
         gate, up, down: as they were pruned, before any tuning and what is rounded after it.
+        tuning: None where nothing was tuned, as in blocks with experts.
+        tokens: how many tokens of the calibration text each expert saw; None for an MLP that sees all.
     """
 
     name: str
@@ -66,6 +88,7 @@ class LayerReport:
     up: ProjectionReport
     down: ProjectionReport
     tuning: TuningReport | None = None
+    tokens: list[int] | None = None
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LayerReport:
@@ -137,6 +160,18 @@ class Report:
             "‖(W − Ŵ)X‖² / ‖WX‖² on the calibration text, before any tuning:",
             "",
             *table(["projection", "zeros", "loss, median", "loss, largest"], rows),
+            *self._of_experts(),
+        ]
+
+    def _of_experts(self) -> list[str]:
+        seen = [tokens for layer in self.layers for tokens in layer.tokens or ()]
+        if not seen:
+            return []
+        return [
+            "",
+            f"Each expert saw {min(seen)} to {max(seen)} tokens of the calibration text, half of them at least "
+            f"{sorted(seen)[len(seen) // 2]}; one with fewer than it has inputs borrowed the rest from its layer. "
+            + UNTUNED,
         ]
 
     def draw(self, path: Path) -> None:

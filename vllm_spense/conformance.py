@@ -93,12 +93,13 @@ def read_quantization(quantization: Mapping[str, Any], file: object = None) -> A
     for module in annotation.modules:
         if "experts" in module.split("."):
             raise FormatError(
-                "Spense does not run pruned MoE experts",
+                "MoE experts are listed as modules",
                 file=file,
                 key="modules",
                 found=module,
-                expected="modules with one MLP each",
+                expected="experts under the key `experts`, and here modules with one MLP each",
             )
+    for module in annotation.mlps():
         for layer in annotation.layers(module):
             if layer in ignored:
                 raise FormatError(
@@ -228,21 +229,21 @@ def check_tensors(
         FormatError: a tensor of a pruned module is missing, or has the wrong type or a shape that contradicts the
             regions or its neighbours'; an FP8 weight without its scales, or scales without it.
     """
-    names = annotation.projections
-    for module in annotation.modules:
-        regions = annotation.regions(module)
-        gate, up, down = (_pruned(headers, layer, folder, quantized) for layer in annotation.layers(module))
-        for name, header in ((names.gate, gate), (names.up, up)):
-            require_extent(regions, header.shape[0], f"{module}.{name}", "rows", header.file, 1 + names.fused)
-        require_extent(regions, down.shape[1], f"{module}.{names.down}", "columns", down.file)
+    for module in annotation.mlps():
+        regions, names = annotation.regions(module), annotation.layers(module)
+        gate, up, down = (_pruned(headers, layer, folder, quantized) for layer in names)
+        parts = 2 if names[0] == names[1] else 1
+        for name, header in ((names[0], gate), (names[1], up)):
+            require_extent(regions, header.shape[0], name, "rows", header.file, parts)
+        require_extent(regions, down.shape[1], names[2], "columns", down.file)
         hidden = down.shape[0]
-        for name, header in ((names.gate, gate), (names.up, up)):
+        for name, header in ((names[0], gate), (names[1], up)):
             if header.shape[1] != hidden or hidden % GROUP:
                 raise FormatError(
                     "the hidden size is not that of down, or no multiple of four",
                     file=header.file,
-                    layer=f"{module}.{name}.weight",
-                    found=f"{header.shape[1]} columns, and {hidden} rows of {names.down}",
+                    layer=f"{name}.weight",
+                    found=f"{header.shape[1]} columns, and {hidden} rows of {names[2].removeprefix(f'{module}.')}",
                     expected=f"equal multiples of {GROUP}",
                 )
     for name, header in headers.items():

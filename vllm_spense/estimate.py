@@ -103,7 +103,7 @@ class Model:
         """
         for key in ("num_experts", "num_local_experts", "n_routed_experts"):
             if config.get(key):
-                raise SpenseError(f"{file}: Spense does not prune experts (key: {key}; found: {config[key]})")
+                raise SpenseError(f"{file}: the estimate does not know experts (key: {key}; found: {config[key]})")
         for key in (*_NUMBERS, *_MAY_BE_MISSING):
             found = config.get(key)
             optional = found is None and key in _MAY_BE_MISSING

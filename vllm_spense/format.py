@@ -7,7 +7,7 @@ reading an annotation costs nothing in a process that has not loaded torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
@@ -15,7 +15,8 @@ from typing import Any
 
 from vllm_spense.errors import FormatError
 
-VERSION = 1
+#: Of annotations that name no experts, and of those that do.
+VERSION, WITH_EXPERTS = 1, 2
 KEY = "spense"
 #: Holds the annotation of a checkpoint that has no `quantization_config` (`spense prune --quantize none`).
 SIDECAR = "spense.json"
@@ -25,6 +26,8 @@ GROUP = 4
 KEPT = 2
 #: Every sharding of a region must leave whole groups of four on each rank.
 MIN_ALIGNMENT = 32
+#: More experts than this in one layer are taken for an error.
+MOST_EXPERTS = 2**16
 
 Scalar = str | int | float | bool | None
 
@@ -98,7 +101,10 @@ class Annotation:
         projections: names of gate, up and down inside each module.
         modules: full names of the pruned MLP modules, in checkpoint spelling.
         default: regions of every module not named in `overrides`.
-        overrides: regions of single modules.
+        overrides: regions of single modules, or of all experts of a layer.
+        experts: full names of what holds the routed experts of a layer, in checkpoint spelling → how many these are.
+            Expert e is the pruned module NAME.e; all of a layer have the same regions.
+        expert_projections: names of gate, up and down inside each expert; None without experts.
     """
 
     method: str
@@ -109,33 +115,48 @@ class Annotation:
     modules: tuple[str, ...]
     default: Regions
     overrides: Mapping[str, Regions] = field(default_factory=lambda: MappingProxyType({}))
+    experts: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    expert_projections: Projections | None = None
 
     def __post_init__(self) -> None:
         _validate(self)
 
     def regions(self, module: str) -> Regions:
-        """Regions of one pruned module.
+        """Regions of one pruned module, of an expert, or of all experts of a layer.
 
         Raises:
-            KeyError: `module` is not among `modules`.
+            KeyError: `module` is not among `modules` nor `experts`.
         """
-        if module not in self._names:
+        name = self._holder(module) or module
+        if name not in self._names:
             raise KeyError(module)
-        return self.overrides.get(module, self.default)
+        return self.overrides.get(name, self.default)
 
     def layers(self, module: str) -> tuple[str, str, str]:
-        """Full names of a module's gate, up and down."""
-        names = self.projections
+        """Full names of the gate, up and down of a module or an expert."""
+        names = (self.expert_projections if self._holder(module) else None) or self.projections
         return f"{module}.{names.gate}", f"{module}.{names.up}", f"{module}.{names.down}"
+
+    def mlps(self) -> Iterator[str]:
+        """Full names of all pruned MLPs, each expert one."""
+        yield from self.modules
+        for name, count in self.experts.items():
+            for expert in range(count):
+                yield f"{name}.{expert}"
+
+    def _holder(self, module: str) -> str | None:
+        """What holds an expert."""
+        name = module.rpartition(".")[0]
+        return name if name in self.experts else None
 
     @cached_property
     def _names(self) -> frozenset[str]:
-        return frozenset(self.modules)
+        return frozenset((*self.modules, *self.experts))
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object, keys in the order of docs/format.md."""
         return {
-            "version": VERSION,
+            "version": WITH_EXPERTS if self.experts else VERSION,
             "method": {"name": self.method, "settings": dict(self.settings)},
             "calibration": None if self.calibration is None else self.calibration.to_dict(),
             "alignment": self.alignment,
@@ -145,7 +166,13 @@ class Annotation:
                 "overrides": {name: regions.to_dict() for name, regions in self.overrides.items()},
             },
             "modules": list(self.modules),
+            **self._experts_to_dict(),
         }
+
+    def _experts_to_dict(self) -> dict[str, Any]:
+        if self.expert_projections is None:
+            return {}
+        return {"experts": {"projections": self.expert_projections.to_dict(), "counts": dict(self.experts)}}
 
     def to_json(self) -> str:
         """The canonical text: two spaces of indent, a final newline."""
@@ -170,16 +197,18 @@ def _read_annotation(data: object) -> Annotation:
         raise FormatError("the annotation is not an object", key=KEY, found=_kind(data), expected="object")
     # The version comes first: a future version may have keys that mean nothing here.
     version = data.get("version")
-    if type(version) is not int or version != VERSION:
-        hint = "; a newer vllm-spense may read it" if type(version) is int and version > VERSION else ""
+    if type(version) is not int or version not in (VERSION, WITH_EXPERTS):
+        hint = "; a newer vllm-spense may read it" if type(version) is int and version > WITH_EXPERTS else ""
         raise FormatError(
             f"unknown version of the Spense format{hint}",
             key="version",
             found=version if type(version) is int else _kind(version),
-            expected=VERSION,
+            expected=f"{VERSION} | {WITH_EXPERTS}",
         )
     keys = ("version", "method", "calibration", "alignment", "projections", "regions", "modules")
-    _, method, calibration, alignment, projections, regions, modules = _take(data, "", keys)
+    more = ("experts",) if version == WITH_EXPERTS else ()
+    _, method, calibration, alignment, projections, regions, modules, *experts = _take(data, "", (*keys, *more))
+    of_experts, counts = _read_experts(*experts) if experts else (None, {})
 
     name, settings = _take(method, "method", ("name", "settings"))
     default, overrides = _take(regions, "regions", ("default", "overrides"))
@@ -188,7 +217,7 @@ def _read_annotation(data: object) -> Annotation:
         settings=_read_settings(settings),
         calibration=None if calibration is None else _read_calibration(calibration),
         alignment=_typed(alignment, "alignment", int),
-        projections=_read_projections(projections),
+        projections=_read_projections(projections, "projections"),
         modules=_read_modules(modules),
         default=_read_regions(default, "regions.default"),
         overrides=MappingProxyType(
@@ -197,6 +226,8 @@ def _read_annotation(data: object) -> Annotation:
                 for name, value in _typed(overrides, "regions.overrides", dict).items()
             }
         ),
+        experts=MappingProxyType(counts),
+        expert_projections=of_experts,
     )
 
 
@@ -219,13 +250,26 @@ def _read_calibration(data: object) -> Calibration:
     )
 
 
-def _read_projections(data: object) -> Projections:
-    gate, up, down = _take(data, "projections", ("gate", "up", "down"))
+def _read_projections(data: object, key: str) -> Projections:
+    gate, up, down = _take(data, key, ("gate", "up", "down"))
     return Projections(
-        gate=_typed(gate, "projections.gate", str),
-        up=_typed(up, "projections.up", str),
-        down=_typed(down, "projections.down", str),
+        gate=_typed(gate, f"{key}.gate", str),
+        up=_typed(up, f"{key}.up", str),
+        down=_typed(down, f"{key}.down", str),
     )
+
+
+def _read_experts(data: object) -> tuple[Projections, dict[str, int]]:
+    projections, counts = _take(data, "experts", ("projections", "counts"))
+    found = {}
+    for name, value in _typed(counts, "experts.counts", dict).items():
+        key = f"experts.counts.{name}"
+        found[name] = _typed(value, key, int)
+        if not 0 < found[name] <= MOST_EXPERTS:
+            raise FormatError("no number of experts", key=key, found=found[name], expected=f"1 to {MOST_EXPERTS}")
+    if not found:
+        raise FormatError("no experts are listed", key="experts.counts", found="{}", expected="at least one layer's")
+    return _read_projections(projections, "experts.projections"), found
 
 
 def _read_modules(data: object) -> tuple[str, ...]:
@@ -247,27 +291,34 @@ def _validate(annotation: Annotation) -> None:
             found=alignment,
             expected="32, 64, 128, …",
         )
-    if not annotation.modules:
+    if not annotation.modules and not annotation.experts:
         raise FormatError("no module is listed", key="modules", found="[]", expected="the modules that were pruned")
     names: set[str] = set()
     for name in annotation.modules:
         if name in names:
             raise FormatError("a module is listed twice", key="modules", found=name, expected="unique names")
         names.add(name)
-    projections = annotation.projections
-    if projections.down in (projections.gate, projections.up):
-        raise FormatError(
-            "down shares a tensor with gate or up",
-            key="projections.down",
-            found=projections.down,
-            expected="a layer of its own",
-        )
+    for name in annotation.experts:
+        if name in names:
+            raise FormatError("experts and a module have one name", key="modules", found=name, expected="unique names")
+        names.add(name)
+    for key, projections in (("projections", annotation.projections), ("experts", annotation.expert_projections)):
+        if projections and projections.down in (projections.gate, projections.up):
+            raise FormatError(
+                "down shares a tensor with gate or up",
+                key="experts.projections.down" if key == "experts" else "projections.down",
+                found=projections.down,
+                expected="a layer of its own",
+            )
     _validate_regions(annotation.default, alignment, "regions.default", None)
     for name, regions in annotation.overrides.items():
         key = f"regions.overrides.{name}"
         if name not in names:
             raise FormatError(
-                "an override names a module that is not listed", key=key, found=name, expected="a name from `modules`"
+                "an override names a module that is not listed",
+                key=key,
+                found=name,
+                expected="a name from `modules`" + (" or `experts`" if annotation.experts else ""),
             )
         _validate_regions(regions, alignment, key, name)
 

@@ -36,6 +36,14 @@ class Hessian:
                 else:
                     total.addmm_(left, right)
 
+    def skip_to(self, shard: int) -> None:
+        """Shards before this one that were given nothing are empty."""
+        self._sums.skip_to(shard)
+
+    def result(self) -> torch.Tensor:
+        """As `matrix`."""
+        return self.matrix()
+
     def matrix(self) -> torch.Tensor:
         """float32 (K, K), symmetric. Nothing can be added after this, and it cannot be asked for twice."""
         with stage("Hessian"):
@@ -57,6 +65,14 @@ class Energy:
         """Adds (tokens, K), any float type, of a shard of the text."""
         with stage("Hessian"):
             self._sums.of(shard).add_(torch.linalg.vector_norm(inputs, dim=0, dtype=torch.float32).square_())
+
+    def skip_to(self, shard: int) -> None:
+        """Shards before this one that were given nothing are empty."""
+        self._sums.skip_to(shard)
+
+    def result(self) -> torch.Tensor:
+        """As `diagonal`."""
+        return self.diagonal()
 
     def diagonal(self) -> torch.Tensor:
         """float32 (K,). Nothing can be added after this, and it cannot be asked for twice."""

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from offline_prune.calibration import recording
-from offline_prune.model.block_forward import Observer, Split, find_split, watch
+from offline_prune.model.block_forward import Enough, Observer, Split, find_split, watch
+from offline_prune.model.experts import Mixture, Mlp
 from offline_prune.model.fused_ops import Elementwise, find_elementwise
 from offline_prune.model.gated_mlp import GatedMlp
 from offline_prune.model.loading import SourceModel
@@ -25,6 +26,10 @@ from vllm_spense.errors import SpenseError
 
 #: Is shown inputs (tokens, K) and which of this rank's shards of the text they are of.
 ShardObserver = Callable[[torch.Tensor, int], None]
+#: Is shown the number of an expert, the inputs (tokens, H) routed to it, and their shard.
+ExpertObserver = Callable[[int, torch.Tensor, int], None]
+#: Runs the block on a batch of a shard and shows observers, by the submodules' names, the inputs of these.
+_Visit = Callable[[int, slice, dict[str, Observer]], None]
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Attended:
 
     index: int
     block: nn.Module
-    mlp: GatedMlp
+    mlp: Mlp
     split: Split | None
 
 
@@ -74,6 +79,7 @@ class Stream:
         self._splits: dict[Hashable, Split | None] = {}
         self._elementwise: dict[int, Elementwise] = {}
         self._split: Split | None = None
+        self._attended = False
         self._at = 0
 
         def room(width: int) -> torch.Tensor:
@@ -102,39 +108,110 @@ class Stream:
         on_mid: ShardObserver | None = None,
         mid_tokens: int | None = None,
     ) -> Attended:
-        """Takes the hidden states through a block's attention, once.
+        """Takes the hidden states through a block's attention, once, and shows observers what an MLP sees.
 
         Args:
             on_input: is shown the inputs of the block's MLP, (tokens, H).
             on_mid: is shown the intermediate activations, (tokens, I).
             mid_tokens: of about this many tokens of all ranks only, evenly spread; None for all.
         """
+        entrance, exit_ = f"{mlp.path}.{mlp.projections.gate}", f"{mlp.path}.{mlp.projections.down}"
+        shown = self._shown(mid_tokens) if on_mid else set()
+
+        def visit(shard: int, batch: slice, observers: dict[str, Observer]) -> None:
+            if on_input:
+                observers[entrance] = _flat(on_input, shard)
+            if on_mid and batch.start in shown:
+                observers[exit_] = _flat(on_mid, shard)
+            last = exit_ if batch.start in shown else entrance
+            watch(block, self._get(batch), self.arguments(index, batch), observers, last)
+
+        return self._attend(index, block, mlp, visit)
+
+    def attend_experts(
+        self,
+        index: int,
+        block: nn.Module,
+        mixture: Mixture,
+        on_expert: ExpertObserver | None = None,
+        on_some: ExpertObserver | None = None,
+        some_tokens: int | None = None,
+    ) -> Attended:
+        """As `attend`, for a block with routed experts, which its own router is watched at.
+
+        Args:
+            on_some: as `on_expert`, of about `some_tokens` tokens of all ranks only; None for all.
+        """
+        shown = self._shown(some_tokens) if on_some else set()
+
+        def visit(shard: int, batch: slice, observers: dict[str, Observer]) -> None:
+            def show(expert: int, inputs: torch.Tensor) -> None:
+                if on_expert:
+                    on_expert(expert, inputs, shard)
+                if on_some and batch.start in shown:
+                    on_some(expert, inputs, shard)
+
+            self._watch_experts(index, block, mixture, batch, observers, show)
+
+        return self._attend(index, block, mixture, visit)
+
+    def observe_experts(self, attended: Attended, on_expert: ExpertObserver) -> None:
+        """Shows an observer what the experts of a block are routed, as `attend_experts` does."""
+        index, block, mixture = attended.index, attended.block, attended.mlp
+        assert isinstance(mixture, Mixture)
+        assert attended.split is self._split, "the hidden states have moved on"
+        with self._with_kernels(index, block), self.entered(block):
+            for shard, batches in enumerate(self._shards):
+                for batch in batches:
+
+                    def show(expert: int, inputs: torch.Tensor, shard: int = shard) -> None:
+                        on_expert(expert, inputs, shard)
+
+                    self._watch_experts(index, block, mixture, batch, {}, show)
+
+    def _watch_experts(
+        self,
+        index: int,
+        block: nn.Module,
+        mixture: Mixture,
+        batch: slice,
+        observers: dict[str, Observer],
+        show: Callable[[int, torch.Tensor], None],
+    ) -> None:
+        def arrived() -> None:
+            raise Enough
+
+        with mixture.experts.watched(block, show, arrived):
+            watch(block, self._get(batch), self.arguments(index, batch), observers, None)
+
+    def _attend(self, index: int, block: nn.Module, mlp: Mlp, visit: _Visit) -> Attended:
+        """Visits all batches. The first time, the hidden states move on to after the attention."""
         self._arrive(index)
         with self._with_kernels(index, block):
+            if self._attended:
+                with self.entered(block):
+                    for shard, batches in enumerate(self._shards):
+                        for batch in batches:
+                            visit(shard, batch, {})
+                return Attended(index, block, mlp, self._split)
             kind = _kind(block)
             if kind not in self._splits:
                 first = self._batches[0]
                 self._splits[kind] = find_split(block, mlp, self._get(first), self.arguments(index, first))
             self._split = self._splits[kind]
-            entrance, exit_ = f"{mlp.path}.{mlp.projections.gate}", f"{mlp.path}.{mlp.projections.down}"
             for shard, batches in enumerate(self._shards):
-                shown = self._spread(batches, mid_tokens) if on_mid else []
                 for batch in batches:
-                    observers: dict[str, Observer] = {entrance: _flat(on_input, shard)} if on_input else {}
-                    if on_mid and batch in shown:
-                        observers[exit_] = _flat(on_mid, shard)
                     arrived: list[torch.Tensor] = []
-                    if self._split:
-                        observers[self._split.point] = arrived.append
-                    kwargs = self.arguments(index, batch)
-                    watch(block, self._get(batch), kwargs, observers, exit_ if batch in shown else entrance)
+                    visit(shard, batch, {self._split.point: arrived.append} if self._split else {})
                     if self._split:
                         self._put(batch, arrived[0])
+        self._attended = True
         return Attended(index, block, mlp, self._split)
 
     def observe(self, attended: Attended, on_mid: ShardObserver) -> None:
         """Shows an observer the intermediate activations, (tokens, I), of a block."""
         index, block, mlp = attended.index, attended.block, attended.mlp
+        assert isinstance(mlp, GatedMlp)
         assert attended.split is self._split, "the hidden states have moved on"
         exit_ = f"{mlp.path}.{mlp.projections.down}"
         with self._with_kernels(index, block), self.entered(block):
@@ -166,7 +243,7 @@ class Stream:
                     # Whatever is not finite makes the sum so, and that is read once.
                     broken += ~torch.isfinite(output.sum(dtype=torch.float32))
                     self._put(batch, output)
-        self._split = None
+        self._split, self._attended = None, False
         distributed.all_reduce(broken)
         if broken.item():
             raise SpenseError(f"{name}: its output on the text is not finite")
@@ -229,13 +306,19 @@ class Stream:
     def _put(self, batch: slice, hidden: torch.Tensor) -> None:
         self.hidden[batch].copy_(self.packed(hidden), non_blocking=True)
 
-    def _spread(self, batches: list[slice], tokens: int | None) -> list[slice]:
-        """Of a shard's batches so many, evenly spread, that all shards together show about so many tokens."""
-        if tokens is None:
-            return batches
+    @property
+    def tokens(self) -> int:
+        """Of all ranks together."""
         samples, length = self.hidden.shape[:2]
-        wanted = math.ceil(len(batches) * min(1.0, tokens / (distributed.size() * samples * length)))
-        return [batches[i * len(batches) // wanted] for i in range(wanted)]
+        return distributed.size() * samples * length
+
+    def _shown(self, tokens: int | None) -> set[int]:
+        """Beginnings of so many batches, evenly spread over each shard, that all shards show about so many tokens."""
+        found = []
+        for batches in self._shards:
+            wanted = len(batches) if tokens is None else math.ceil(len(batches) * min(1.0, tokens / self.tokens))
+            found += [batches[i * len(batches) // wanted].start for i in range(wanted)]
+        return set(found)
 
 
 def _batches(shard: range, at_once: int, alone: frozenset[int]) -> list[slice]:

@@ -149,6 +149,12 @@ class _Model:
             gate, up, down = (self._spelled.get(layer, layer) for layer in annotation.layers(module))
             self._pruned |= {gate: (module, 0, repeats), up: (module, 0, repeats), down: (module, 1, 1)}
         self._parents = tuple({f"{layer.rpartition('.')[0]}." for layer in self._pruned})
+        #: What holds routed experts, in either spelling.
+        self._experts = tuple(annotation.experts) + tuple(
+            known.rpartition(".")[0]
+            for stored, known in targets.items()
+            if stored.startswith(tuple(f"{name}." for name in annotation.experts))
+        )
 
     def move(self, name: str, header: TensorHeader) -> _Move | None:
         """How a tensor of an adapter is reordered; None for one that stays as it is.
@@ -157,6 +163,11 @@ class _Model:
             SpenseError: it is of no layer of the model, has another shape, or is not understood.
         """
         layer, part = _split(name)
+        if any(f"{layer}.".startswith(f"{experts}.") for experts in self._experts):
+            raise SpenseError(
+                f"{header.file}: {name}: found a tensor of routed experts, whose adapters are not rewritten; expected "
+                "an adapter of other layers"
+            )
         spelled = self._spelled.get(layer)
         if spelled is None:
             if part.startswith("lora_"):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
 from offline_prune.checkpoint.writer import stored_form
+from offline_prune.model.experts import Experts
 from offline_prune.model.gated_mlp import GatedMlp
 from offline_prune.model.model_tensors import ModelTensors
 
@@ -15,7 +18,8 @@ class BlockStateDict:
 
     Attributes:
         tensors: what has been kept so far, on the device that computed it.
-        permutations: pruned module → int32 (I,), the original index of each intermediate index; in host memory.
+        permutations: pruned module → int32 (I,), the original index of each intermediate index; or (E, I) of all routed
+            experts of a block. In host memory.
     """
 
     def __init__(self, source: ModelTensors) -> None:
@@ -33,6 +37,35 @@ class BlockStateDict:
         seen = weight if scales is not None else weight.to(self.source.dtype(f"{name}.weight"))
         layer.weight.copy_(seen)
         self.keep(name, weight, scales)
+
+    def put_expert(
+        self,
+        experts: Experts,
+        block: nn.Module,
+        expert: int,
+        pruned: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]],
+    ) -> None:
+        """As `put`, for some of an expert's projections.
+
+        Args:
+            pruned: `gate_up`, (2·I, H), or `down`, (H, I) → the weight and its scales.
+        """
+        gate_up, down = experts.parameters(block, expert)
+        names = experts.projections.to_dict()
+        for kind, (weight, scales) in pruned.items():
+            parts = ("down",) if kind == "down" else ("gate", "up")
+            whole = []
+            for i, part in enumerate(parts):
+                name = f"{experts.stored}.{expert}.{names[part]}"
+                rows = slice(i * len(weight) // len(parts), (i + 1) * len(weight) // len(parts))
+                whole.append(
+                    weight[rows] if scales is not None else weight[rows].to(self.source.dtype(f"{name}.weight"))
+                )
+                self.keep(name, weight[rows], None if scales is None else scales[rows])
+            seen = torch.cat(whole)
+            places = [down] if kind == "down" else gate_up
+            for place, values in zip(places, seen.chunk(len(places)), strict=True):
+                place.copy_(values)
 
     def put_gate_up(
         self,
@@ -63,5 +96,6 @@ class BlockStateDict:
 
     def complete(self, prefix: str) -> dict[str, torch.Tensor]:
         """What was kept, and whatever else the source has under a prefix, sorted by name."""
-        others = (name for name in self.source if name.startswith(prefix) and name not in self.tensors)
+        places = ((name, self.source.place(name)) for name in self.source)
+        others = (name for name, place in places if place.startswith(prefix) and name not in self.tensors)
         return dict(sorted({**self.tensors, **{name: self.source.read(name) for name in others}}.items()))

@@ -3,36 +3,52 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Iterator, Set
 
 from torch import nn
 
 from offline_prune.model.loading import SourceModel
 
 
-def ignored(model: SourceModel, quantized: Set[str]) -> list[str]:
-    """The `ignore` list of compressed-tensors: the head, whole blocks that were skipped, vision towers, draft heads.
+def ignored(model: SourceModel, quantized: Set[str], experts: Set[str] = frozenset()) -> list[str]:
+    """The `ignore` list of compressed-tensors: the head, whole blocks that were skipped, vision towers, draft heads,
+    routers of experts.
 
     A server's own names differ from the files' and from transformers' in what they begin with, so a subtree is a
     regular expression for its last names. Draft heads (MTP) are in the files alone.
 
     Args:
         quantized: full names of the linear layers that are quantized.
+        experts: the files' names of routed experts' layers, which all are.
     """
     tensors = model.tensors
     linears = {name for name, module in model.skeleton.named_modules() if isinstance(module, nn.Linear)}
-    files = {tensors.stored(f"{name}.weight").removesuffix(".weight") for name in quantized}
+    files = {tensors.stored(f"{name}.weight").removesuffix(".weight") for name in quantized} | experts
     spelled = {tensors.stored(f"{name}.weight").removesuffix(".weight") for name in linears - quantized}
     # In the files alone, or in another form there.
     foreign = {
         name.removesuffix(".weight")
         for name in tensors
         if name.endswith(".weight") and (name in tensors.converted or not tensors.known(name))
-    }
-    kept = _roots(linears - quantized, quantized) | _roots(spelled | foreign, files)
-    whole = (linears - quantized) | spelled
+    } - experts
+    # A server has linear layers for them; transformers has parameters.
+    routers = {name for name in _matrices(model) if name.startswith(_holders(model))} - files - spelled
+    kept = _roots(linears - quantized, quantized) | _roots(spelled | foreign, files) | routers
+    whole = (linears - quantized) | spelled | routers
     found = [root if root in whole else _subtree(root, quantized | files) for root in kept]
     return list(dict.fromkeys(sorted(found, key=lambda each: (each.startswith("re:"), each))))
+
+
+def _matrices(model: SourceModel) -> Iterator[str]:
+    """Modules whose `weight` is a matrix, by the files' names."""
+    for name in model.tensors:
+        if name.endswith(".weight") and name not in model.tensors.converted and len(model.tensors.shape(name)) == 2:
+            yield model.tensors.stored(name).removesuffix(".weight")
+
+
+def _holders(model: SourceModel) -> tuple[str, ...]:
+    """What holds experts and their router, by the beginnings of the files' names."""
+    return tuple(f"{experts.stored.rpartition('.')[0]}." for experts in model.experts.values())
 
 
 def _roots(names: Iterable[str], others: Set[str]) -> set[str]:

@@ -24,7 +24,7 @@ _MEASURED = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
 def facts(annotation: Annotation, fp8: bool) -> dict[str, str]:
     """What an annotation says, for people: heading → text."""
     calibration, default = annotation.calibration, annotation.default
-    sparsity = mean_sparsity(map(annotation.regions, annotation.modules))
+    sparsity = mean_sparsity(map(annotation.regions, annotation.mlps()))
     found = {
         "weights": "FP8 E4M3, one scale per output channel" if fp8 else "unquantized (research only)",
         "method": annotation.method,
@@ -32,11 +32,15 @@ def facts(annotation: Annotation, fp8: bool) -> dict[str, str]:
         "calibration": "none"
         if calibration is None
         else f"{calibration.source}, {calibration.samples} × {calibration.length} tokens, seed {calibration.seed}",
-        "MLPs": f"{len(annotation.modules)}, {annotation.modules[0]} … {annotation.modules[-1]}",
         "regions": f"sparse {default.sparse} + dense {default.dense} = {default.intermediate}",
         "MLP sparsity": f"{sparsity:.2%} (dense ratio {1 - 2 * sparsity:.3g})",
         "alignment": str(annotation.alignment),
     }
+    if annotation.modules:
+        found["MLPs"] = f"{len(annotation.modules)}, {annotation.modules[0]} … {annotation.modules[-1]}"
+    if annotation.experts:
+        layers = list(annotation.experts)
+        found["experts"] = f"{sum(annotation.experts.values())}, in {layers[0]} … {layers[-1]}"
     if annotation.overrides:
         found["other regions"] = "; ".join(
             f"{name}: {regions.sparse} + {regions.dense}" for name, regions in annotation.overrides.items()

@@ -78,7 +78,7 @@ class Verified:
 
     Attributes:
         tensors: how many tensors were read.
-        mlps: how many MLPs are in the Spense format.
+        mlps: how many MLPs are in the Spense format, each expert one.
         sparse_zeros, dense_zeros: share of zeros in all sparse and in all dense regions.
         also_2of4: projections whose dense region is 2:4 from end to end. The format allows it, and where the model
             was pruned before it is right; no file tells that from an annotation that counts too few sparse indices.
@@ -123,7 +123,7 @@ def verify(folder: Path, trust_remote_code: bool = False) -> Verified:
         if dense.numel() and (dense.float() != 0).any() and not excess_groups(dense).any():
             also_2of4.append(label)
     shares = {key: (count / total if total else 0.0) for key, (count, total) in zeros.items()}
-    mlps = len(checkpoint.annotation.modules)
+    mlps = sum(1 for _ in checkpoint.annotation.mlps())
     return Verified(len(files.headers), mlps, shares["sparse"], shares["dense"], tuple(also_2of4))
 
 
@@ -242,11 +242,11 @@ def _refuse_negative_zeros(weight: torch.Tensor, layer: str, where: Path) -> Non
 def _regions(checkpoint: Checkpoint) -> Iterator[tuple[str, str, torch.Tensor, torch.Tensor]]:
     """(layer, which projection, sparse region, dense region) of every pruned gate, up and down."""
     annotation, files = checkpoint.annotation, checkpoint.tensors
-    for module in annotation.modules:
+    for module in annotation.mlps():
         s = annotation.regions(module).sparse
         names = annotation.layers(module)
         gate, up, down = (files.read(f"{layer}.weight") for layer in names)
-        if annotation.projections.fused:
+        if names[0] == names[1]:
             gate, up = gate.chunk(2)
         yield names[0], "gate", gate[:s], gate[s:]
         yield names[1], "up", up[:s], up[s:]

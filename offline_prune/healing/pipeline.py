@@ -65,6 +65,11 @@ def heal(settings: HealSettings, progress: Progress = lambda *_: None, say: Say 
         if not distributed.is_first():
             progress, say = (lambda *_: None), (lambda _: None)
         checkpoint = open_checkpoint(settings.pruned)
+        if checkpoint.annotation.experts:
+            raise SpenseError(
+                f"{settings.pruned}: found routed experts ({next(iter(checkpoint.annotation.experts))}), which `spense "
+                "heal` does not train; expected one MLP in each block"
+            )
         out = OutputFolder(settings.out, settings.overwrite, settings.resume, say)
         distributed.broadcast_from_first(lambda: _take(out, settings, context))
         return _Run(checkpoint, settings, device, out, progress, say).run(context)

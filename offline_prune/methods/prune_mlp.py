@@ -23,6 +23,7 @@ from offline_prune.methods.sparsegpt import InverseFactor, inverse_factor, spars
 from offline_prune.methods.wanda import prune_by_score, wanda_scores
 from offline_prune.runtime import deterministic_reduce, distributed
 from offline_prune.runtime.matmul_precision import fast_matmul
+from offline_prune.runtime.profiler import stage
 from vllm_spense.format import Regions
 
 
@@ -53,6 +54,41 @@ class Pruned:
         """Some rows, or all in another order."""
         scales = None if self.scales is None else self.scales[order]
         return Pruned(self.weight[order], scales, self.error[order], self.power[order], self.factor)
+
+
+def select_and_prune(
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    hessian: torch.Tensor,
+    mid: torch.Tensor,
+    regions: Regions,
+    recipe: Recipe,
+    layer: str,
+) -> tuple[Pruned, torch.Tensor]:
+    """Chooses the order of one MLP's intermediate indices, and prunes gate and up in that order.
+
+    Args:
+        gate_up: float (2·I, H), gate's rows first, in the original order.
+        down: float (H, I), likewise.
+        hessian: float32 (H, H).
+        mid, layer: see `file_order`.
+
+    Returns:
+        Gate and up in file order, and that order, int64 (I,): position in the file → original index.
+    """
+    what = f"{layer}: gate and up"
+    all_rows_pruned = None
+    if recipe.selection is Selection.OUTPUT_LOSS and regions.sparse and regions.dense:
+        with stage("prune"):
+            all_rows_pruned = prune_all_rows(gate_up, hessian, recipe, what)
+    with stage("select"):
+        gate, up = gate_up.chunk(2)
+        order = file_order(gate, up, down, hessian, mid, regions, recipe, layer, all_rows_pruned)
+        both = torch.cat([order, order + regions.intermediate])
+        if all_rows_pruned is not None:
+            all_rows_pruned = all_rows_pruned.rows(both)
+    with stage("prune"):
+        return prune_gate_up(gate_up[both], hessian, regions, recipe, what, all_rows_pruned), order
 
 
 def file_order(

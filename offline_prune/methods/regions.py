@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import MIN_ALIGNMENT, Regions
@@ -17,7 +17,12 @@ _MOST_MORE = 0.1
 
 
 def model_regions(
-    sizes: Mapping[str, int], sparsity: float, alignment: int | None, dense_first: bool, required: bool
+    sizes: Mapping[str, int],
+    sparsity: float,
+    alignment: int | None,
+    dense_first: bool,
+    required: bool,
+    experts: Collection[str] = (),
 ) -> tuple[dict[str, Regions], int]:
     """The regions of every MLP, by module name, and their common alignment.
 
@@ -27,6 +32,7 @@ def model_regions(
         alignment: see `fit_regions`.
         dense_first: keep the first MLP dense where the others can take over its sparsity.
         required: it is an error where they cannot.
+        experts: names that stand for all routed experts of a block: these have the same regions in all blocks.
 
     Raises:
         SpenseError: sizes that do not fit, or the first MLP has to stay dense and the others cannot take its place.
@@ -37,11 +43,13 @@ def model_regions(
         regions[name], found = fit_regions(intermediate, sparsity, alignment, name)
         alignments.append(found)
     if dense_first:
-        moved = with_dense_first(regions, min(alignments))
+        moved = None if experts else with_dense_first(regions, min(alignments))
         if moved is None and required:
             raise SpenseError(
-                f"--dense-first: the other {len(regions) - 1} MLPs cannot take over the first one's sparsity; expected "
-                f"room in them, and so many that it adds at most {_MOST_MORE:.0%} to theirs"
+                f"--dense-first: the experts of all {len(experts)} blocks have the same regions; expected no experts"
+                if experts
+                else f"--dense-first: the other {len(regions) - 1} MLPs cannot take over the first one's sparsity; "
+                f"expected room in them, and so many that it adds at most {_MOST_MORE:.0%} to theirs"
             )
         regions = moved or regions
     return regions, min(alignments)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from offline_prune.model.gated_mlp import GatedMlp
+from offline_prune.model.experts import Mlp
 from offline_prune.runtime.matmul_precision import fast_matmul
 
 Observer = Callable[[torch.Tensor], None]
@@ -28,7 +28,7 @@ _ATTENTION = (
 )
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """Ends a forward pass whose output nobody needs."""
 
 
@@ -78,7 +78,7 @@ def watch(
             if name in observers:
                 observers[name](_first(args, named))
             if name == last:
-                raise _Enough
+                raise Enough
 
         return show
 
@@ -86,7 +86,7 @@ def watch(
     hooks = [block.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in names]
     try:
         return forward(block, hidden, kwargs)
-    except _Enough:
+    except Enough:
         return None
     finally:
         for handle in hooks:
@@ -148,10 +148,10 @@ class Split:
             yield
 
 
-def find_split(block: nn.Module, mlp: GatedMlp, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Split | None:
+def find_split(block: nn.Module, mlp: Mlp, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Split | None:
     """Tries out where the block can be entered after its attention.
 
-    Whatever child has linear layers and runs before the one that holds the MLP counts as attention. Every child that
+    Whatever child has linear layers and runs before the first that holds an MLP counts as attention. Every child that
     runs after it is a candidate; the right one is found by running the rest of the block on its input.
 
     Args:
@@ -160,7 +160,7 @@ def find_split(block: nn.Module, mlp: GatedMlp, hidden: torch.Tensor, kwargs: di
     Returns:
         None where no such point exists, as in blocks whose attention and MLP stand side by side.
     """
-    holder = mlp.path.split(".")[0]
+    holders = {path.split(".")[0] for path in mlp.paths}
     inputs: dict[str, torch.Tensor] = {}
     outputs: dict[str, Output | None] = {}
 
@@ -180,7 +180,8 @@ def find_split(block: nn.Module, mlp: GatedMlp, hidden: torch.Tensor, kwargs: di
         for handle in hooks:
             handle.remove()
     ran = list(inputs)
-    if holder not in ran:
+    holder = next((name for name in ran if name in holders), None)
+    if holder is None:
         return None
     attention = {
         name: output

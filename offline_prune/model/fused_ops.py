@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from offline_prune.model.block_forward import calling
+from offline_prune.model.experts import Mlp
 from offline_prune.model.gated_mlp import GatedMlp, Unsupported
 
 #: How far a kernel's output may be from the part's, relative to its norm for one token. BF16 rounds by up to 2⁻⁹.
@@ -51,7 +52,7 @@ class Elementwise:
 
 
 @torch.inference_mode()
-def find_elementwise(block: nn.Module, mlp: GatedMlp | Unsupported) -> Elementwise:
+def find_elementwise(block: nn.Module, mlp: Mlp | Unsupported) -> Elementwise:
     """Tries out what of a block, its weights in place, the kernels can stand for; the rest runs as it is."""
     norms: dict[str, float] = {}
     for path, module in block.named_modules():
@@ -71,9 +72,9 @@ def _normalizing(norm: nn.Module, eps: float) -> Callable[[torch.Tensor], torch.
     return lambda x: rms_norm(x, norm.weight, eps)  # type: ignore[arg-type]
 
 
-def _silu_gated(block: nn.Module, mlp: GatedMlp | Unsupported) -> GatedMlp | None:
+def _silu_gated(block: nn.Module, mlp: Mlp | Unsupported) -> GatedMlp | None:
     """The MLP if it computes down(silu(gate(x)) ⊙ up(x)) with three linear layers."""
-    if isinstance(mlp, Unsupported) or mlp.projections.gate == mlp.projections.up:
+    if not isinstance(mlp, GatedMlp) or mlp.projections.gate == mlp.projections.up:
         return None
     module = block.get_submodule(mlp.path)
     if not _takes_one(module):

@@ -9,7 +9,7 @@ needed, so this works on a model that exists only on the meta device.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -35,6 +35,11 @@ class GatedMlp:
     hidden: int
     intermediate: int
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of the only one that its block has."""
+        return (self.path,)
+
     def gate_up(self, block: nn.Module) -> tuple[nn.Linear, ...]:
         """The layers that hold gate and up: two, or one of 2·I rows."""
         names = dict.fromkeys((self.projections.gate, self.projections.up))
@@ -57,9 +62,16 @@ def linear(module: nn.Module, name: str) -> nn.Linear:
     return cast(nn.Linear, module.get_submodule(name))
 
 
+def gated_mlps(block: nn.Module) -> Iterator[GatedMlp]:
+    """All of one decoder block, experts in a list of modules among them, on any device, the meta device included."""
+    for path, module in block.named_modules():
+        if path and (mlp := _as_gated_mlp(path, module)):
+            yield mlp
+
+
 def find_gated_mlp(block: nn.Module) -> GatedMlp | Unsupported:
-    """The gated MLP of one decoder block, on any device, the meta device included."""
-    found = [mlp for path, module in block.named_modules() if path and (mlp := _as_gated_mlp(path, module))]
+    """The gated MLP of one decoder block that has no experts, on any device, the meta device included."""
+    found = list(gated_mlps(block))
     experts = _describe_experts(block, found)
     if experts:
         return Unsupported(experts)
@@ -159,18 +171,8 @@ def _probe(module: nn.Module, inputs: list[str], down: str, hidden: int, interme
         trial(torch.zeros(1, 1, hidden))
         return sink.seen
 
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, 1, 1, intermediate, generator=generator)
-    shuffle = torch.randperm(intermediate, generator=generator)
     try:
-        z = product(a, b)
-        elementwise = (
-            z.shape == a.shape
-            and bool(z.count_nonzero())
-            and torch.allclose(product(a[..., shuffle], b[..., shuffle]), z[..., shuffle])
-        )
-        second_is_up = elementwise and torch.allclose(product(a, 2 * b), 2 * z, rtol=1e-4)
-        first_is_up = elementwise and torch.allclose(product(2 * a, b), 2 * z, rtol=1e-4)
+        first_is_up, second_is_up = _linear_in(product, intermediate)
     except (TypeError, RuntimeError, NotImplementedError, AttributeError, ValueError, LookupError):
         return None  # Attention has linear layers of matching shapes too, but is not callable like an MLP.
     fused = len(inputs) == 1
@@ -179,3 +181,25 @@ def _probe(module: nn.Module, inputs: list[str], down: str, hidden: int, interme
     if first_is_up and not fused:
         return Projections(inputs[1], inputs[0], down)
     return None
+
+
+def splits_into_gate_and_up(activation: Callable[[torch.Tensor], torch.Tensor], intermediate: int) -> bool:
+    """Whether a function (…, 2·I) → (…, I) is the elementwise product of some f of the first half and the second."""
+    return _linear_in(lambda first, second: activation(torch.cat([first, second], -1)), intermediate)[1]
+
+
+def _linear_in(product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], intermediate: int) -> tuple[bool, bool]:
+    """Whether a function of two vectors (…, I) is elementwise and linear in the first one, and in the second one."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 1, 1, intermediate, generator=generator)
+    shuffle = torch.randperm(intermediate, generator=generator)
+    z = product(a, b)
+    elementwise = (
+        z.shape == a.shape
+        and bool(z.count_nonzero())
+        and torch.allclose(product(a[..., shuffle], b[..., shuffle]), z[..., shuffle])
+    )
+    if not elementwise:
+        return False, False
+    first = torch.allclose(product(2 * a, b), 2 * z, rtol=1e-4)
+    return first, torch.allclose(product(a, 2 * b), 2 * z, rtol=1e-4)

@@ -19,7 +19,9 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
-from offline_prune.model.gated_mlp import GatedMlp, Unsupported, find_gated_mlp
+from offline_prune.model.expert_names import with_names
+from offline_prune.model.experts import Experts, Mixture, Mlp, find_mlps
+from offline_prune.model.gated_mlp import GatedMlp, Unsupported
 from offline_prune.model.model_tensors import ModelTensors
 from offline_prune.model.prequantized import config_of_weights, refuse_unreadable
 from offline_prune.model.safetensors_reader import SafetensorsReader, resolve_model
@@ -32,10 +34,17 @@ from vllm_spense.errors import SpenseError
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder block: its full name and what its MLP is."""
+    """One decoder block: its full name and what its MLP is, or what it has in place of one."""
 
     name: str
-    mlp: GatedMlp | Unsupported
+    mlp: Mlp | Unsupported
+
+    @property
+    def mlps(self) -> tuple[GatedMlp, ...]:
+        """Its gated MLPs but for routed experts."""
+        if isinstance(self.mlp, GatedMlp):
+            return (self.mlp,)
+        return self.mlp.shared if isinstance(self.mlp, Mixture) else ()
 
 
 class SourceModel:
@@ -88,6 +97,11 @@ class SourceModel:
         """
         return load_processor(self.folder, self._trust)
 
+    @property
+    def experts(self) -> dict[str, Experts]:
+        """The routed experts of blocks that have some, by the blocks' names."""
+        return {block.name: block.mlp.experts for block in self.blocks if isinstance(block.mlp, Mixture)}
+
     def module(self, name: str) -> nn.Module:
         return self.skeleton.get_submodule(name)
 
@@ -132,9 +146,13 @@ class SourceModel:
         """
         module = self.module(name)
         read: dict[str, torch.Tensor] = self._ahead.pop(name).result() if name in self._ahead else {}
-        if any(self._stands_for(f"{name}.{key}") is None for key, _ in module.named_parameters()):
-            read = self._converted(name)
-        read = {**read, **(instead or {})}
+        given = instead or {}
+        mlp = next((block.mlp for block in self.blocks if block.name == name), None)
+        if isinstance(mlp, Mixture):
+            read |= self._assembled(mlp.experts, name, {**read, **given})
+        read = {**read, **given}
+        if any(f"{name}.{key}" not in read and self._stands_for(f"{name}.{key}") is None for key in _keys(module)):
+            read = {**self._converted(name), **read}
         for key, parameter in list(module.named_parameters()):
             full = f"{name}.{key}"
             weight = read[full] if full in read else self.tensors.read(self._stands_for(full) or full)
@@ -210,6 +228,13 @@ class SourceModel:
         others = [self._tied.get(name, name), *(key for key, to in self._tied.items() if to == name)]
         return next((other for other in others if other in self.tensors), None)
 
+    def _assembled(self, experts: Experts, name: str, at_hand: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A block's experts as its module holds them, from tensors under the files' names."""
+        names = [f"{layer}.weight" for layer in experts.layers()]
+        return experts.assembled(
+            name, {key: at_hand[key] if key in at_hand else self.tensors.read(key) for key in names}
+        )
+
     def _converted(self, name: str) -> dict[str, torch.Tensor]:
         """A block's weights where transformers keeps them in another form than the files, as it does experts."""
         stored = {key: self.tensors.read_stored(key) for key in self.tensors.parts_of(name)}
@@ -253,6 +278,10 @@ def _without_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def _keys(module: nn.Module) -> list[str]:
+    return [key for key, _ in module.named_parameters()]
+
+
 def _set_parameter(module: nn.Module, key: str, value: torch.Tensor) -> None:
     owner, _, leaf = key.rpartition(".")
     parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
@@ -288,7 +317,7 @@ def load_processor(folder: Path, trust_remote_code: bool = False) -> Any:
 
 def _described(blocks: list[tuple[str, nn.Module]], tensors: ModelTensors) -> list[Block]:
     """What the MLP of every block is. One that several blocks share sees inputs of all of them, and is not pruned."""
-    found = [Block(name, _stored_alike(find_gated_mlp(module), name, tensors)) for name, module in blocks]
+    found = [Block(name, _stored_alike(find_mlps(module), name, tensors)) for name, module in blocks]
     weights = {
         block.name: id(block.mlp.down(module).weight)
         for block, (_, module) in zip(found, blocks, strict=True)
@@ -303,8 +332,15 @@ def _described(blocks: list[tuple[str, nn.Module]], tensors: ModelTensors) -> li
     ]
 
 
-def _stored_alike(mlp: GatedMlp | Unsupported, block: str, tensors: ModelTensors) -> GatedMlp | Unsupported:
+def _stored_alike(mlp: Mlp | Unsupported, block: str, tensors: ModelTensors) -> Mlp | Unsupported:
     """An MLP whose files hold one tensor for each of its linear layers; a permutation could not be told to others."""
+    if isinstance(mlp, Mixture):
+        named = with_names(mlp.experts, block, tensors)
+        if isinstance(named, Unsupported):
+            return named
+        shared = [_stored_alike(each, block, tensors) for each in mlp.shared]
+        refused = next((each for each in shared if isinstance(each, Unsupported)), None)
+        return refused or Mixture(named, mlp.shared)
     if isinstance(mlp, GatedMlp):
         for name in dict.fromkeys(mlp.projections.to_dict().values()):
             layer = f"{block}.{mlp.path}.{name}"

@@ -8,6 +8,7 @@ has the files' again, so that every reader of the original reads the result.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,19 @@ from vllm_spense.errors import SpenseError
 _SCALE = "_scale"
 
 
+@dataclass(frozen=True)
+class Conversion:
+    """What transformers does to a tensor of the files beside renaming it.
+
+    Attributes:
+        position: of its kind among those that become one parameter, in the order in which they are put together.
+        operations: transformers' classes.
+    """
+
+    position: int
+    operations: tuple[str, ...]
+
+
 class ModelTensors:
     """What `SafetensorsReader` has, under the modules' names. Weights stored in FP8 come multiplied by their scales.
 
@@ -38,7 +52,7 @@ class ModelTensors:
 
     Attributes:
         targets: name in the files → name of the parameter or buffer that it becomes, or a part of.
-        converted: names in the files of tensors that become a part of one, or are otherwise not only renamed.
+        converted: names in the files of tensors that become a part of one, or are otherwise not only renamed → how.
 
     Raises:
         SpenseError: FP8 weights without scales, or another quantization.
@@ -88,6 +102,10 @@ class ModelTensors:
         names |= {f"{file}{_SCALE}": f"{name}{_SCALE}" for file, name in names.items()}
         return {names.get(name, name): tensor for name, tensor in stored.items()}
 
+    def place(self, name: str) -> str:
+        """Where in the model a tensor belongs: its name, or that of the parameter which it becomes a part of."""
+        return self.targets[name] if name in self.converted else name
+
     def known(self, name: str) -> bool:
         """Whether a tensor is a parameter or buffer of the model, or becomes a part of one."""
         return self._stored.get(name, name) in self.targets
@@ -96,6 +114,10 @@ class ModelTensors:
         """Tensors, by the files' names, that become parameters of a module."""
         hidden = self._fp8.hidden
         return [name for name, to in self.targets.items() if to.startswith(f"{module}.") and name not in hidden]
+
+    def parts_of_parameter(self, parameter: str) -> list[str]:
+        """Tensors, by the files' names, that a parameter is made of."""
+        return [name for name, to in self.targets.items() if to == parameter and name not in self._fp8.hidden]
 
     def file_of(self, name: str) -> Path:
         return self._files.file_of(self._in_files(name))
@@ -129,15 +151,20 @@ class ModelTensors:
         return self._fp8.read(name) if name in self._fp8 else self._files.read(name)
 
 
-def _targets(files: SafetensorsReader, model: PreTrainedModel) -> tuple[dict[str, str], set[str]]:
-    """Names in the files → in the model, and which of the former are converted on the way and not only renamed."""
+def _targets(files: SafetensorsReader, model: PreTrainedModel) -> tuple[dict[str, str], dict[str, Conversion]]:
+    """Names in the files → in the model, and how those are converted that are not only renamed on the way."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     places: dict[str, Any] = dict(model.state_dict())
     prefix = model.base_model_prefix
     targets: dict[str, str] = {}
-    converted: set[str] = set()
+    converted: dict[str, Conversion] = {}
+    steps = {
+        pattern: Conversion(position, tuple(type(step).__name__ for step in rule.operations))
+        for rule in reversed(converters)
+        for position, pattern in enumerate(rule.source_patterns)
+    }
     for name in sorted(files, key=dot_natural_key):
         to, pattern = rename_source_key(name, renamings, converters, prefix, places)
         if to not in places and name in places:
@@ -145,5 +172,5 @@ def _targets(files: SafetensorsReader, model: PreTrainedModel) -> tuple[dict[str
         if to in places:
             targets[name] = to
             if pattern is not None:
-                converted.add(name)
+                converted[name] = steps[pattern]
     return targets, converted

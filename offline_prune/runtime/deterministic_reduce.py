@@ -53,6 +53,11 @@ class ShardSums:
             self._shard = shard
         return self._sums[-1]
 
+    def skip_to(self, shard: int) -> None:
+        """Makes shards between the last one and this one empty, as experts' are that none of its tokens goes to."""
+        for each in range(self._shard + 1, shard + 1):
+            self.of(each)
+
     def total(self) -> torch.Tensor:
         """The sum over the shards of all ranks, to the same bits on each. Nothing can be added after this."""
         self._close()

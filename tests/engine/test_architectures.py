@@ -13,8 +13,8 @@ from vllm_spense.plugin.serving_check import Serving, find_class, prove_serving
 
 pytestmark = pytest.mark.engine
 
-#: One for each way: fused in the files and mapped by vLLM; mapped too late; by way of transformers; some layers dense.
-TEXT = ("GLM-4", "StableLM", "Phi-3 by way of transformers", "Qwen3-MoE with a dense layer")
+#: One for each way: fused in the files and mapped by vLLM; mapped too late; by way of transformers; experts.
+TEXT = ("GLM-4", "StableLM", "Phi-3 by way of transformers", "Qwen3-MoE with a dense layer", "Mixtral")
 SEEING = tuple(name for name, model in MODELS.items() if model.image)
 
 

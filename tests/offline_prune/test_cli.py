@@ -230,8 +230,8 @@ def test_help_keeps_what_is_in_brackets() -> None:
 
 
 def test_a_log_gets_a_line_for_every_tenth_of_the_blocks(tmp_path: Path, text: Path) -> None:
-    """And no bars, nor those of transformers, which converts each block of experts."""
-    model = tiny_model("qwen3-moe with a plain layer", tmp_path / "model", num_hidden_layers=24, mlp_only_layers=[23])
+    """And no bars, nor those of transformers."""
+    model = tiny_model("llama4 with a plain layer", tmp_path / "model", num_hidden_layers=24, moe_layers=[*range(23)])
     options = ["--calibration", text, "--samples", 2, "--length", 16, "--device", "cpu", "--skip-unsupported"]
     result = spense("prune", model, tmp_path / "out", *options)
     assert result.returncode == 0, result.stderr

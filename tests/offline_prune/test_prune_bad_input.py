@@ -64,7 +64,7 @@ def test_models_whose_blocks_share_their_mlp(tmp_path: Path, text: Path) -> None
 
 
 def test_skipping_is_advised_where_something_is_left(tmp_path: Path, text: Path) -> None:
-    model = tiny_model("qwen3-moe with a plain layer", tmp_path / "model")
+    model = tiny_model("llama4 with a plain layer", tmp_path / "model")
     refused(
         r"layers\.0: found a mixture .*; expected one gated MLP .*--skip-unsupported", tmp_path / "out", model, text
     )

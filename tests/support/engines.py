@@ -64,6 +64,7 @@ class Run:
         quantization: None leaves the choice to vLLM.
         ranks, stages: tensor and pipeline parallel size.
         among_others: takes a small part of a GPU's memory instead of nearly all.
+        expert_parallel: each rank has whole experts.
         adapters: LoRAs; prompt i takes the (i mod (n + 1))-th of n, and none where that is 0. All are in one batch.
     """
 
@@ -76,6 +77,7 @@ class Run:
     load_format: str = "auto"
     dtype: str = "float32"
     among_others: bool = False
+    expert_parallel: bool = False
     adapters: tuple[Path, ...] = ()
 
 

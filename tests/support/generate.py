@@ -44,6 +44,7 @@ def _run(prompts: list[str], run: dict[str, Any]) -> list[dict[str, Any]]:
         enforce_eager=not run["compiled"],
         tensor_parallel_size=run["ranks"],
         pipeline_parallel_size=run["stages"],
+        enable_expert_parallel=run["expert_parallel"],
         load_format=run["load_format"],
         dtype=run["dtype"],
         max_model_len=256,

@@ -37,26 +37,46 @@ FAMILIES = {
 UNSUPPORTED = {
     "gpt-neox": ("GPTNeoXConfig", {}),
     "opt": ("OPTConfig", {"ffn_dim": INTERMEDIATE, "word_embed_proj_dim": HIDDEN}),
-    "mixtral": ("MixtralConfig", {"num_local_experts": 4}),
+    "gpt-oss": ("GptOssConfig", {"num_local_experts": 4, "head_dim": 16}),
+    "granite-moe": ("GraniteMoeConfig", {"num_local_experts": 4}),
     "starcoder2": ("Starcoder2Config", {}),
 }
-MIXED = {
-    "qwen3-moe with a plain layer": (
-        "Qwen3MoeConfig",
+_QWEN3_MOE = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": INTERMEDIATE}
+EXPERTS = {
+    "qwen3-moe": ("Qwen3MoeConfig", _QWEN3_MOE),
+    "qwen3-moe with a plain layer": ("Qwen3MoeConfig", {**_QWEN3_MOE, "mlp_only_layers": [1]}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4}),
+    "deepseek-v3": (
+        "DeepseekV3Config",
         {
-            "head_dim": 16,
-            "num_experts": 4,
+            "n_routed_experts": 4,
             "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "mlp_only_layers": [1],
+            "moe_intermediate_size": INTERMEDIATE,
+            "n_shared_experts": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 16,
         },
+    ),
+}
+#: One block that can be pruned, and one that cannot.
+MIXED = {
+    "llama4 with a plain layer": (
+        "Llama4TextConfig",
+        {"head_dim": 16, "num_local_experts": 4, "moe_layers": [0], "intermediate_size_mlp": INTERMEDIATE},
     ),
 }
 
 
 def tiny_model(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **changes: object) -> Path:
     """Saves a random model of the family, with a tokenizer of single bytes, to `folder`."""
-    kind, special = (FAMILIES | UNSUPPORTED | MIXED)[name]
+    kind, special = (FAMILIES | UNSUPPORTED | EXPERTS | MIXED)[name]
     config = getattr(transformers, kind)(**{**_SIZES, **special, **changes})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(dtype)

@@ -167,7 +167,7 @@ def test_a_checkpoint_says_its_own_sparsity(tmp_path: Path) -> None:
     ("change", "words"),
     [
         ({"hidden_size": None}, "key: hidden_size; found: None"),
-        ({"num_experts": 128}, "does not prune experts"),
+        ({"num_experts": 128}, "does not know experts"),
     ],
 )
 def test_a_configuration_that_cannot_be_estimated_is_named(

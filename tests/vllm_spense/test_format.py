@@ -95,17 +95,21 @@ def annotations(draw: st.DrawFn) -> Annotation:
     alignment = 2 ** draw(st.integers(5, 10))
     sizes = st.integers(0, 40).map(lambda n: n * alignment)
     regions = st.builds(Regions, sizes, sizes).filter(lambda r: r.intermediate > 0)
-    modules = draw(st.lists(NAMES, min_size=1, max_size=5, unique=True))
-    overridden = draw(st.lists(st.sampled_from(modules), unique=True))
+    names = draw(st.lists(NAMES, min_size=1, max_size=8, unique=True))
+    modules, holders = names[:5], names[5:]
+    overridden = draw(st.lists(st.sampled_from(names), unique=True))
+    projections = st.builds(Projections, NAMES, NAMES, NAMES).filter(lambda p: p.down not in (p.gate, p.up))
     return Annotation(
         method=draw(NAMES),
         settings=draw(st.dictionaries(NAMES, SCALARS, max_size=4)),
         calibration=draw(st.none() | st.builds(Calibration, NAMES, st.integers(1), st.integers(1), st.integers(0))),
         alignment=alignment,
-        projections=draw(st.builds(Projections, NAMES, NAMES, NAMES).filter(lambda p: p.down not in (p.gate, p.up))),
+        projections=draw(projections),
         modules=tuple(modules),
         default=draw(regions),
         overrides={name: draw(regions) for name in overridden},
+        experts={name: draw(st.integers(1, 2**16)) for name in holders},
+        expert_projections=draw(projections) if holders else None,
     )
 
 
@@ -131,7 +135,9 @@ def edited(path: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("path", "value", "key", "words"),
     [
-        ("version", 2, "version", "newer"),
+        ("version", 3, "version", "newer"),
+        ("version", 2, "experts", "missing key"),
+        ("experts", {}, "experts", "unknown key"),
         ("version", 0, "version", "unknown version"),
         ("version", "1", "version", "unknown version"),
         ("version", True, "version", "unknown version"),
@@ -167,6 +173,48 @@ def test_what_is_wrong_is_named(path: str, value: Any, key: str, words: str) -> 
     assert words in str(caught.value)
     assert "found" in str(caught.value)
     assert "expected" in str(caught.value)
+
+
+EXPERTS = {"projections": {"gate": "w1", "up": "w3", "down": "w2"}, "counts": {"model.layers.0.moe": 3}}
+
+
+def with_experts(**changes: Any) -> dict[str, Any]:
+    data = edited("version", 2) | {"experts": EXPERTS}
+    for path, value in changes.items():
+        place = data["experts"] if path in EXPERTS else data
+        data |= {"experts": {**EXPERTS, path: value}} if place is data["experts"] else {path: value}
+    return data
+
+
+def test_experts_are_modules_with_names_and_regions_of_their_own() -> None:
+    data = with_experts()
+    data["regions"]["overrides"]["model.layers.0.moe"] = {"sparse": 256, "dense": 128}
+    annotation = Annotation.from_dict(data)
+    assert annotation.to_dict() == data
+    experts = [f"model.layers.0.moe.{i}" for i in range(3)]
+    assert list(annotation.mlps()) == ["model.layers.0.mlp", "model.layers.1.mlp", *experts]
+    assert {annotation.regions(name) for name in (*experts, "model.layers.0.moe")} == {Regions(256, 128)}
+    assert annotation.layers(experts[2]) == tuple(f"model.layers.0.moe.2.{leaf}" for leaf in ("w1", "w3", "w2"))
+    assert annotation.layers("model.layers.1.mlp")[0] == "model.layers.1.mlp.gate_proj"
+    assert Annotation.from_dict(with_experts(modules=[]) | {"regions": {**data["regions"], "overrides": {}}}).experts
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "words"),
+    [
+        ({"counts": {}}, "experts.counts", "no experts"),
+        ({"counts": {"a": 0}}, "experts.counts.a", "no number of experts"),
+        ({"counts": {"a": 2**40}}, "experts.counts.a", "no number of experts"),
+        ({"counts": {"a": "4"}}, "experts.counts.a", "wrong type"),
+        ({"counts": {"model.layers.1.mlp": 4}}, "modules", "one name"),
+        ({"projections": {"gate": "a", "up": "b", "down": "a"}}, "experts.projections.down", "shares a tensor"),
+        ({"version": 1}, "experts", "unknown key"),
+    ],
+)
+def test_what_is_wrong_with_experts_is_named(changes: dict[str, Any], key: str, words: str) -> None:
+    with pytest.raises(FormatError, match=words) as caught:
+        Annotation.from_dict(with_experts(**changes))
+    assert caught.value.key == key
 
 
 @pytest.mark.parametrize("data", [None, [], "spense", 1])

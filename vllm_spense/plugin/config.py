@@ -11,6 +11,7 @@ from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+from vllm.platforms import current_platform
 
 from vllm_spense.conformance import FP8, read_quantization
 from vllm_spense.errors import FormatError, SpenseError
@@ -19,6 +20,7 @@ from vllm_spense.ops.dense_copies import DenseCopies
 from vllm_spense.ops.elementwise_ops import INDUCTOR_OPTIONS
 from vllm_spense.plugin.activation import PLAIN_MLPS, FusedSiluAndMul
 from vllm_spense.plugin.cudagraph_sizes import capture_prefill
+from vllm_spense.plugin.experts import DenseExpertsMethod, ExpertRegions, RegionExpertsMethod
 from vllm_spense.plugin.layer_role import split_of
 from vllm_spense.plugin.linear import InputSplitLinearMethod, OutputSplitLinearMethod
 from vllm_spense.plugin.lora import arrangement
@@ -26,7 +28,14 @@ from vllm_spense.plugin.norms import PLAIN_NORMS, FusedRMSNorm
 from vllm_spense.plugin.pairing import Pairing, is_plain
 from vllm_spense.plugin.preflight import check_engine, check_files
 from vllm_spense.plugin.unpruned_linear import UnprunedFp8
-from vllm_spense.plugin.vllm_internals import arrange_loras, mapped_name, on_engine_completion, stand_in
+from vllm_spense.plugin.vllm_internals import (
+    CompressedTensorsW8A8Fp8MoEMethod,
+    RoutedExperts,
+    arrange_loras,
+    mapped_name,
+    on_engine_completion,
+    stand_in,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -51,7 +60,9 @@ class SpenseConfig(CompressedTensorsConfig):
 
     #: Regions and method of every pruned linear layer, by its name in vLLM's spelling.
     layers: dict[str, tuple[Regions, Method]]
-    #: What `layers` has been renamed with.
+    #: Regions and number of the experts of every layer that has some, by the name of what holds them.
+    experts: dict[str, tuple[Regions, int]]
+    #: What `layers` and `experts` have been renamed with.
     mappers: list[WeightsMapper]
     #: Of the model's modules; made when vLLM builds the first of them.
     pairing: Pairing | None = None
@@ -101,6 +112,7 @@ class SpenseConfig(CompressedTensorsConfig):
         annotation = read_quantization(config)
         spense = cast(SpenseConfig, super().from_config(config))
         spense.layers = _pruned_layers(annotation)
+        spense.experts = {name: (annotation.regions(name), count) for name, count in annotation.experts.items()}
         spense.mappers = []
         spense.copies = DenseCopies()
         return spense
@@ -129,6 +141,8 @@ class SpenseConfig(CompressedTensorsConfig):
         self.mappers.append(hf_to_vllm_mapper)
         named = ((mapped_name(hf_to_vllm_mapper, name), layer) for name, layer in self.layers.items())
         self.layers = {name: layer for name, layer in named if name is not None}
+        holders = ((mapped_name(hf_to_vllm_mapper, name), found) for name, found in self.experts.items())
+        self.experts = {name: found for name, found in holders if name is not None}
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Our method for a pruned layer, otherwise what compressed-tensors gives.
@@ -137,6 +151,8 @@ class SpenseConfig(CompressedTensorsConfig):
             FormatError: a layer inside a pruned module is not one that the annotation names, or a pruned layer is not
                 quantized to FP8 per channel and per token.
         """
+        if isinstance(layer, RoutedExperts) and prefix in self.experts:
+            return self._experts_method(layer, prefix)
         found = self._find(layer, prefix) if isinstance(layer, LinearBase) else None
         if found is None:
             return super().get_quant_method(layer, prefix)
@@ -150,6 +166,25 @@ class SpenseConfig(CompressedTensorsConfig):
         self._require_fp8(layer, prefix)
         regions, method = found
         return method(regions, prefix, self._pairing(), self.copies)
+
+    def _experts_method(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase:
+        engine = get_current_vllm_config()
+        check_engine(self.annotation, engine)
+        regions, count = self.experts[prefix]
+        parts = ExpertRegions(regions, count, prefix, engine.load_config.load_format == "dummy")
+        if current_platform.is_cpu():
+            # vLLM has no dense FP8 experts with a scale for each channel there.
+            return RegionExpertsMethod(layer, parts)
+        stock = super().get_quant_method(layer, prefix)
+        if not isinstance(stock, CompressedTensorsW8A8Fp8MoEMethod):
+            raise FormatError(
+                "pruned experts have the wrong quantization",
+                layer=prefix,
+                key="quantization_config.config_groups",
+                found=type(stock).__name__,
+                expected="FP8 per channel and per token",
+            )
+        return DenseExpertsMethod(stock, parts)
 
     def get_scheme(self, layer: torch.nn.Module, layer_name: str | None = None) -> Any:
         """vLLM's, for an unpruned layer; ours stands in for it where it can."""

@@ -7,16 +7,19 @@ counts the elements copied and reads the function's name, and a captured layer w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
 from vllm_spense.errors import FormatError
+from vllm_spense.format import Regions
 from vllm_spense.kernels.region_gemm.problem import Problem
 from vllm_spense.kernels.tuning.synthetic import random_weight
 from vllm_spense.layout import Shard
 
 Loader = Callable[..., None]
+#: Says whether it loaded something.
+ExpertLoader = Callable[..., bool]
 
 #: Of the values that `random_weight` draws.
 _DUMMY_STANDARD_DEVIATION = 16
@@ -77,6 +80,75 @@ def replicated_loader(layer: str) -> Loader:
         param.data.copy_(loaded_weight)
 
     return load_replicated
+
+
+def expert_rows_loader(layer: str, intermediate: int, shard: Shard, local: Mapping[int, int]) -> ExpertLoader:
+    """Loads gate's and up's weights and scales of one expert after the other: see `rows_loader`.
+
+    Args:
+        local: number of an expert in the checkpoint → on this rank; −1 or nothing for one that it does not hold.
+
+    Returns:
+        `load(param, loaded_weight, weight_name, shard_id, expert_id, return_success)`, where the shard is `w1` for gate
+        and `w3` for up.
+    """
+    load_rows = rows_loader(layer, intermediate, shard, 2)
+
+    def load_expert_rows(
+        param: torch.nn.Parameter,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool:
+        here = local.get(expert_id, -1)
+        if here >= 0:
+            load_rows(
+                torch.nn.Parameter(param.data[here], requires_grad=False), loaded_weight, ("w1", "w3").index(shard_id)
+            )
+        return here >= 0
+
+    return load_expert_rows
+
+
+def expert_columns_loader(layer: str, intermediate: int, shard: Shard, local: Mapping[int, int]) -> ExpertLoader:
+    """Loads down's weights of one expert after the other: see `columns_loader` and `expert_rows_loader`."""
+    return _of_expert(columns_loader(layer, intermediate, shard), local)
+
+
+def expert_loader(layer: str, local: Mapping[int, int]) -> ExpertLoader:
+    """Loads what every rank holds all of, down's scales, of one expert after the other: see `expert_rows_loader`."""
+    return _of_expert(replicated_loader(layer), local)
+
+
+def _of_expert(load: Loader, local: Mapping[int, int]) -> ExpertLoader:
+    def load_expert(
+        param: torch.nn.Parameter,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool:
+        here = local.get(expert_id, -1)
+        if here >= 0:
+            load(torch.nn.Parameter(param.data[here], requires_grad=False), loaded_weight)
+        return here >= 0
+
+    return load_expert
+
+
+def fill_dummy_experts(
+    gate_up: torch.Tensor, gate_up_scale: torch.Tensor, down: torch.Tensor, down_scale: torch.Tensor, regions: Regions
+) -> None:
+    """As `fill_dummy`, for all experts of a rank: (E, 2·I, H), (E, 2·I, 1), (E, H, I), (E, H, 1)."""
+    hidden = down.shape[1]
+    of_gate_up = Problem(gate_up.shape[1], hidden, regions, "output", projections=2)
+    of_down = Problem(hidden, down.shape[2], regions, "input")
+    for expert in range(len(down)):
+        fill_dummy(gate_up[expert], gate_up_scale[expert], of_gate_up)
+        fill_dummy(down[expert], down_scale[expert], of_down)
 
 
 def fill_dummy(weight: torch.Tensor, scale: torch.Tensor, problem: Problem) -> None:

@@ -50,6 +50,26 @@ def check_engine(annotation: Annotation, engine: VllmConfig) -> None:
         )
     for module in annotation.modules:
         shard(annotation.regions(module), 0, size, module)
+    if annotation.experts:
+        _check_experts(annotation, engine)
+
+
+def _check_experts(annotation: Annotation, engine: VllmConfig) -> None:
+    parallel = engine.parallel_config
+    for option, found, expected in (
+        ("--enable-eplb", parallel.enable_eplb, False),
+        ("--data-parallel-size", parallel.data_parallel_size, 1),
+        ("--enable-lora", engine.lora_config is not None, False),
+    ):
+        if found != expected:
+            raise SpenseError(
+                "Spense cannot serve pruned experts with this option; --quantization compressed-tensors serves the "
+                f"same files as dense experts (key: {option}; found: {found}; expected: {expected})"
+            )
+    # Under expert parallelism every rank has whole experts.
+    size = 1 if parallel.enable_expert_parallel else parallel.tensor_parallel_size
+    for name in annotation.experts:
+        shard(annotation.regions(name), 0, size, name)
 
 
 def check_files(annotation: Annotation, folder: Path) -> None:

@@ -102,11 +102,13 @@ def prove_serving(folder: Path, trust_remote_code: bool = False) -> Serving:
 
 
 def require_served(model: nn.Module, config: SpenseConfig) -> int:
-    """Every pruned MLP of a model that vLLM built has gate, up and down run by Spense; how many layers these are.
+    """Every pruned MLP of a model that vLLM built has gate, up and down run by Spense, and so have pruned experts; how
+    many layers these are, all experts of one being one.
 
     Raises:
         FormatError: the first that has not.
     """
+    from vllm_spense.plugin.experts import DenseExpertsMethod, RegionExpertsMethod
     from vllm_spense.plugin.linear import RegionLinearMethod
 
     ours: dict[str, list[RegionLinearMethod]] = {}
@@ -125,12 +127,24 @@ def require_served(model: nn.Module, config: SpenseConfig) -> int:
                 found=", ".join(each.name.rpartition(".")[2] for each in ours.get(mlp, [])) or "none of its layers",
                 expected="gate, up and down",
             )
+    experts = [
+        module.layer_name
+        for module in model.modules()
+        if isinstance(getattr(module, "quant_method", None), RegionExpertsMethod | DenseExpertsMethod)
+    ]
+    if missing := sorted(set(config.experts) - set(experts)):
+        raise FormatError(
+            f"vLLM's {type(model).__name__} does not give these pruned experts to Spense",
+            layer=missing[0],
+            found="other layers",
+            expected="one layer of routed experts",
+        )
     expected = len(config.annotation.modules)
     if len(ours) != expected:
         raise FormatError(
             f"vLLM's {type(model).__name__} leaves pruned MLPs out", found=f"{len(ours)} MLPs", expected=expected
         )
-    return sum(map(len, ours.values()))
+    return sum(map(len, ours.values())) + len(experts)
 
 
 def _build(folder: Path, trust_remote_code: bool) -> Serving:

@@ -15,6 +15,11 @@ from vllm import __version__
 from vllm.model_executor.custom_op import CustomOp, maybe_get_oot_by_class
 from vllm.model_executor.kernels.linear.scaled_mm.cutlass import CutlassFP8ScaledMMLinearKernel
 from vllm.model_executor.kernels.linear.scaled_mm.pytorch import ChannelWiseTorchFP8ScaledMMLinearKernel
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w8a8_fp8 import (  # noqa: E501
+    CompressedTensorsW8A8Fp8MoEMethod,
+)
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Fp8
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
@@ -25,13 +30,19 @@ if TYPE_CHECKING:
     from vllm_spense.kernels.region_gemm.unpruned_gemm import StockGemm
 
 #: vLLM's classes that `unpruned_linear.py` derives from: attributes `fp8_linear`, `config`, `layer_param_names`,
-#: `logical_output_size`, and the arguments of `apply_scaled_mm`.
+#: `logical_output_size`, and the arguments of `apply_scaled_mm`. And those that `experts.py` does: attributes
+#: `moe_config` and `expert_map` of the layer, `weight_quant` and `input_quant` of the stock method, and the arguments
+#: of `create_weights`, `apply` and of the weights' loaders.
 __all__ = [
     "CHECKED",
     "ChannelWiseTorchFP8ScaledMMLinearKernel",
     "CompressedTensorsW8A8Fp8",
+    "CompressedTensorsW8A8Fp8MoEMethod",
     "CutlassFP8ScaledMMLinearKernel",
+    "FusedMoEMethodBase",
+    "RoutedExperts",
     "arrange_loras",
+    "local_experts",
     "mapped_name",
     "on_engine_completion",
     "stand_in",
@@ -69,6 +80,16 @@ def _then(theirs: type[VerifyAndUpdateConfig], complete: Callable[[VllmConfig], 
         "completed_by": staticmethod(complete),
     }
     return type(f"{theirs.__name__}ThenSpense", (theirs,), members)
+
+
+def local_experts(layer: Any) -> dict[int, int]:
+    """Number of each expert of a `RoutedExperts` in the checkpoint → its number on this rank.
+
+    Depends on `_map_global_expert_id_to_local_expert_id`, which returns −1 for an expert of another rank.
+    """
+    count = layer.moe_config.num_experts
+    numbers = ((expert, layer._map_global_expert_id_to_local_expert_id(expert)) for expert in range(count))
+    return {expert: here for expert, here in numbers if here >= 0}
 
 
 def stand_in(ours: type[CustomOp]) -> bool:

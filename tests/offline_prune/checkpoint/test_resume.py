@@ -51,11 +51,21 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
-def test_blocks_of_experts_are_resumed_too(tmp_path: Path, text: Path) -> None:
-    model = tiny_model("qwen3-moe with a plain layer", tmp_path / "model")
-    run(model, tmp_path / "whole", text, skip_unsupported=True)
-    cut_off(model, tmp_path / "out", text, 1, skip_unsupported=True)
-    run(model, tmp_path / "out", text, skip_unsupported=True, resume=True)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama4 with a plain layer", {"skip_unsupported": True}),
+        ("qwen3-moe with a plain layer", {}),
+        ("deepseek-v3", {"method": "spensegpt++"}),
+        ("mixtral", {"quantize": "none"}),
+    ],
+)
+def test_blocks_of_experts_are_resumed_too(name: str, options: dict[str, Any], tmp_path: Path, text: Path) -> None:
+    model = tiny_model(name, tmp_path / "model")
+    whole = run(model, tmp_path / "whole", text, **options)
+    cut_off(model, tmp_path / "out", text, 1, **options)
+    resumed = run(model, tmp_path / "out", text, **options, resume=True)
+    assert [layer.tokens for layer in resumed.layers] == [layer.tokens for layer in whole.layers]
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

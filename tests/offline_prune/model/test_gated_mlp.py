@@ -33,7 +33,7 @@ def test_families(name: str) -> None:
     [
         ("gpt-neox", "no gated MLP .*mlp.dense_h_to_4h"),
         ("opt", "no gated MLP .*fc1"),
-        ("mixtral", "mixture of experts: mlp.experts.gate_up_proj"),
+        ("gpt-oss", "mixture of experts: mlp.experts.gate_up_proj"),
         ("starcoder2", "no gated MLP .*mlp.c_fc"),
     ],
 )

@@ -100,6 +100,15 @@ def test_two_ranks_that_are_killed_and_resumed_end_as_one(model: Path, tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
+def test_two_ranks_prune_experts_as_one_does(text: Path, tmp_path: Path) -> None:
+    """Also those that borrow: few tokens go to each of eight experts."""
+    model = tiny_model("qwen3-moe", tmp_path / "model", num_experts=8)
+    finished(torchrun(model, tmp_path / "two", text, "--batch-tokens", "128"))
+    report = run(model, tmp_path / "one", text, samples=12, batch_tokens=128)
+    assert min(min(layer.tokens or ()) for layer in report.layers) < 64
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
 def test_two_ranks_tune_together(text: Path, tmp_path: Path) -> None:
     """Both end with the same weights and losses, to the bit. They take other steps than one rank does: those losses are
     only about the same, and were a rank's share left out, half as large.

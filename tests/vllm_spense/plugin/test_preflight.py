@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from test_config import HIDDEN, MLP, I, quantization_config
 
-from vllm_spense.errors import FormatError
+from vllm_spense.errors import FormatError, SpenseError
+from vllm_spense.format import Annotation
 from vllm_spense.plugin.config import SpenseConfig
+from vllm_spense.plugin.preflight import check_engine
 
 
 @pytest.fixture
@@ -49,3 +53,37 @@ def test_files_against_the_annotation(
     save_file(tensors | ({} if tensor is None else {f"{MLP}.{name}": tensor}), tmp_path / "model.safetensors")
     with pytest.raises(FormatError, match=said):
         config.maybe_update_config(str(tmp_path))
+
+
+def engine(**changes: Any) -> Any:
+    given = {
+        "tensor_parallel_size": 1,
+        "data_parallel_size": 1,
+        "enable_expert_parallel": False,
+        "enable_eplb": False,
+        "lora_config": None,
+        **changes,
+    }
+    parallel = SimpleNamespace(**given)
+    return SimpleNamespace(
+        parallel_config=parallel, lora_config=given["lora_config"], load_config=SimpleNamespace(load_format="auto")
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"enable_eplb": True, "enable_expert_parallel": True}, "key: --enable-eplb; found: True"),
+        ({"data_parallel_size": 2}, "key: --data-parallel-size; found: 2; expected: 1"),
+        ({"lora_config": object()}, "key: --enable-lora"),
+        ({"tensor_parallel_size": 3}, r"does not divide the sparse region.*layer: model\.layers\.1\.mlp\.experts"),
+    ],
+)
+def test_options_that_experts_cannot_be_served_with(changes: dict[str, Any], words: str) -> None:
+    data = quantization_config()["spense"] | {"version": 2, "modules": []}
+    data["experts"] = {"projections": data["projections"], "counts": {"model.layers.1.mlp.experts": 4}}
+    annotation = Annotation.from_dict(data)
+    check_engine(annotation, engine())
+    check_engine(annotation, engine(tensor_parallel_size=3, enable_expert_parallel=True))
+    with pytest.raises(SpenseError, match=words):
+        check_engine(annotation, engine(**changes))

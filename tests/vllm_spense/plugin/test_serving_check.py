@@ -13,6 +13,7 @@ from torch import nn
 from vllm.model_executor.models.registry import ModelRegistry
 
 from vllm_spense.errors import FormatError, SpenseError
+from vllm_spense.plugin.experts import RegionExpertsMethod
 from vllm_spense.plugin.linear import InputSplitLinearMethod, OutputSplitLinearMethod, RegionLinearMethod
 from vllm_spense.plugin.serving_check import Serving, find_class, prove_serving, registry, require_served
 
@@ -34,9 +35,12 @@ def model(*layers: str, mlp: str = MLP) -> nn.Module:
     return built
 
 
-def config(*mlps: str, pruned: int = 1) -> Any:
+def config(*mlps: str, pruned: int = 1, experts: tuple[str, ...] = ()) -> Any:
     layers = {f"{mlp}.{name}": None for mlp in mlps for name in (GATE, UP, DOWN)}
-    return SimpleNamespace(layers=layers, annotation=SimpleNamespace(modules=[str(i) for i in range(pruned)]))
+    named = dict.fromkeys(experts)
+    return SimpleNamespace(
+        layers=layers, experts=named, annotation=SimpleNamespace(modules=[str(i) for i in range(pruned)])
+    )
 
 
 def test_every_pruned_layer_is_counted() -> None:
@@ -64,6 +68,17 @@ def test_a_pruned_layer_that_spense_does_not_run(built: nn.Module, found: str) -
 def test_a_pruned_mlp_that_vllm_drops() -> None:
     with pytest.raises(FormatError, match="leaves pruned MLPs out"):
         require_served(model(GATE_UP, DOWN), config(MLP, pruned=2))
+
+
+def test_pruned_experts_that_spense_does_not_run() -> None:
+    built: Any = model(GATE_UP, DOWN)
+    name = "language_model.model.layers.1.mlp.experts"
+    with pytest.raises(FormatError, match=rf"does not give these pruned experts to Spense \(layer: {name}"):
+        require_served(built, config(MLP, experts=(name,)))
+    experts: Any = nn.Module()
+    experts.quant_method, experts.layer_name = RegionExpertsMethod.__new__(RegionExpertsMethod), name
+    built.add_module("experts", experts)
+    assert require_served(built, config(MLP, experts=(name,))) == 3
 
 
 def test_registry_is_vllms() -> None:

@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,11 +24,16 @@ from vllm.model_executor.models.utils import WeightsMapper
 import vllm_spense
 from vllm_spense.plugin.activation import FusedSiluAndMul
 from vllm_spense.plugin.config import SpenseConfig, complete_engine
+from vllm_spense.plugin.experts import DenseExpertsMethod, RegionExpertsMethod
 from vllm_spense.plugin.unpruned_linear import UnprunedKernel, UnprunedOnCpu
 from vllm_spense.plugin.vllm_internals import (
     ChannelWiseTorchFP8ScaledMMLinearKernel,
     CompressedTensorsW8A8Fp8,
+    CompressedTensorsW8A8Fp8MoEMethod,
     CutlassFP8ScaledMMLinearKernel,
+    FusedMoEMethodBase,
+    RoutedExperts,
+    local_experts,
     mapped_name,
     on_engine_completion,
     stand_in,
@@ -36,7 +42,7 @@ from vllm_spense.plugin.vllm_internals import (
 #: What no other file of the plugin may use.
 INTERNAL = (
     *("MODELS_CONFIG_MAP", "op_registry_oot", "register_oot", "_map_name", "currentframe", "f_back", "ops._C"),
-    *("_all_lora_classes", "can_replace_layer", "set_lora"),
+    *("_all_lora_classes", "can_replace_layer", "set_lora", "_map_global_expert_id"),
 )
 
 
@@ -147,7 +153,34 @@ def test_mapped_name() -> None:
     assert mapped_name(mapper, "vision.0") is None
 
 
+def test_local_experts() -> None:
+    layer = SimpleNamespace(
+        moe_config=SimpleNamespace(num_experts=4),
+        _map_global_expert_id_to_local_expert_id=lambda expert: expert - 2 if expert > 1 else -1,
+    )
+    assert local_experts(layer) == {2: 0, 3: 1}
+    assert list(inspect.signature(RoutedExperts._map_global_expert_id_to_local_expert_id).parameters)[1:] == [
+        "expert_id"
+    ]
+
+
 class TestClassesThatOursDeriveFrom:
+    def test_experts(self) -> None:
+        for method in ("create_weights", "apply"):
+            base = inspect.signature(getattr(FusedMoEMethodBase, method))
+            assert list(inspect.signature(getattr(RegionExpertsMethod, method)).parameters) == list(base.parameters)
+        assert issubclass(DenseExpertsMethod, CompressedTensorsW8A8Fp8MoEMethod)
+        stock = inspect.signature(CompressedTensorsW8A8Fp8MoEMethod.__init__).parameters
+        assert list(stock)[1:4] == ["weight_quant", "input_quant", "moe"]
+        made = inspect.getsource(CompressedTensorsW8A8Fp8MoEMethod)
+        for name in ("w13_weight", "w2_weight", "w13_weight_scale", "w2_weight_scale"):
+            assert f'register_parameter("{name}"' in made
+        loader = inspect.signature(RoutedExperts.weight_loader).parameters
+        named = ["param", "loaded_weight", "weight_name", "shard_id", "expert_id", "return_success"]
+        assert list(loader)[1:] == named
+        for attribute in ("moe_config", "expert_map", "layer_name"):
+            assert f".{attribute}" in inspect.getsource(RoutedExperts) or hasattr(RoutedExperts, attribute)
+
     def test_the_scheme_makes_its_kernel_while_it_creates_weights(self) -> None:
         source = inspect.getsource(CompressedTensorsW8A8Fp8.create_weights)
         assert "self.fp8_linear = init_fp8_linear_kernel(" in source

@@ -1,0 +1,172 @@
+"""The whole pruner on mixtures of experts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import logits, run
+from safetensors.torch import load_file, save_file
+from tiny_models import EXPERTS, INTERMEDIATE, tiny_model
+from transformers import AutoModelForCausalLM
+
+from offline_prune.calibration.hidden_states import Stream
+from offline_prune.checkpoint.evaluate import load_dense
+from offline_prune.checkpoint.permutations import read_permutations
+from offline_prune.checkpoint.verify import open_checkpoint, verify
+from offline_prune.methods.recipe import METHODS, Selection
+from offline_prune.model.experts import Mixture
+from offline_prune.model.loading import SourceModel
+from offline_prune.model.safetensors_reader import SafetensorsReader
+from vllm_spense.errors import FormatError, SpenseError
+from vllm_spense.format import Regions
+
+SPARSE = 96
+LAYER = "model.layers.1.mlp.experts"
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model("qwen3-moe", tmp_path_factory.mktemp("models") / "model")
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_every_expert_is_pruned_and_nothing_else(name: str, tmp_path: Path, text: Path) -> None:
+    model = tiny_model(name, tmp_path / "model")
+    report = run(model, tmp_path / "out", text)
+    verified, annotation = verify(tmp_path / "out"), open_checkpoint(tmp_path / "out").annotation
+    mlps = list(annotation.mlps())
+    assert verified.mlps == len(mlps) == sum(len(layer.tokens or [0]) for layer in report.layers)
+    assert verified.sparse_zeros == pytest.approx(0.5, abs=0.01)
+    assert report.mlp_sparsity == 0.375
+    before, after = SafetensorsReader(model), SafetensorsReader(tmp_path / "out")
+    routers = [key for key in before if key.endswith((".gate.weight", "norm.weight", "embed_tokens.weight"))]
+    assert routers
+    for key in routers:
+        assert torch.equal(before.read(key), after.read(key)), key
+    for layer in report.layers:
+        if layer.tokens is not None:
+            # Two experts of each of the 8 · 64 tokens.
+            assert sum(layer.tokens) == 2 * 8 * 64
+            assert layer.tuning is None
+            assert all(0 < part.loss < 0.6 for part in (layer.gate, layer.up, layer.down))
+
+
+def test_transformers_reads_the_same_files(qwen: Path, tmp_path: Path, text: Path) -> None:
+    run(qwen, tmp_path / "out", text)
+    ours, _ = load_dense(tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    weights = dict(theirs.named_parameters())
+    found = [key for key, _ in ours.named_parameters() if ".experts." in key]
+    assert len(found) == 4
+    for key in found:
+        # transformers keeps dequantized experts in BF16.
+        assert torch.equal(weights[key], ours.get_parameter(key).bfloat16().float()), key
+
+
+def test_experts_have_orders_of_their_own_that_change_nothing(qwen: Path, tmp_path: Path, text: Path) -> None:
+    run(qwen, tmp_path / "out", text, sparsity=0.25, quantize="none")
+    run(qwen, tmp_path / "same", text, sparsity=0.0, quantize="none", selection="random")
+    annotation = open_checkpoint(tmp_path / "out").annotation
+    permutations = read_permutations(tmp_path / "out", annotation)
+    assert permutations is not None
+    orders = permutations[LAYER]
+    assert orders.shape == (4, INTERMEDIATE)
+    assert not torch.equal(orders[0], orders[1])
+    before, after = SafetensorsReader(qwen), SafetensorsReader(tmp_path / "out")
+    for expert, order in enumerate(orders):
+        dense = order[64:]
+        for leaf in ("gate_proj", "up_proj"):
+            key = f"{LAYER}.{expert}.{leaf}.weight"
+            assert torch.equal(after.read(key)[64:], before.read(key)[dense]), key
+    torch.testing.assert_close(logits(tmp_path / "same"), logits(qwen), rtol=1e-3, atol=1e-3)
+
+
+def test_the_annotation_is_short(qwen: Path, tmp_path: Path, text: Path) -> None:
+    run(qwen, tmp_path / "out", text)
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    spense = config["spense"]
+    assert spense["version"] == 2
+    assert spense["modules"] == []
+    assert spense["experts"]["counts"] == {f"model.layers.{i}.mlp.experts": 4 for i in range(2)}
+    assert spense["regions"]["default"] == Regions(SPARSE, 32).to_dict()
+    assert config["ignore"] == ["lm_head", *(f"model.layers.{i}.mlp.gate" for i in range(2))]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods(method: str, qwen: Path, tmp_path: Path, text: Path) -> None:
+    report = run(qwen, tmp_path / "out", text, method=method)
+    verify(tmp_path / "out")
+    seen = [tokens for layer in report.layers for tokens in layer.tokens or ()]
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"Each expert saw {min(seen)} to {max(seen)} tokens" in card
+    assert "Blocks with experts are pruned and not tuned." in card
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"selection": Selection.SPARSEGPT_SCORE},
+        {"selection": Selection.RANDOM, "grouping": "mixed"},
+        {"true_sequential": False, "layout": "none"},
+    ],
+    ids=str,
+)
+def test_options(options: dict[str, Any], qwen: Path, tmp_path: Path, text: Path) -> None:
+    run(qwen, tmp_path / "out", text, **options)
+    verify(tmp_path / "out")
+
+
+def test_experts_that_see_no_token_are_pruned_too(qwen: Path, tmp_path: Path, text: Path) -> None:
+    report = run(qwen, tmp_path / "out", text, samples=1, length=2)
+    assert any(0 in (layer.tokens or ()) for layer in report.layers)
+    verify(tmp_path / "out")
+
+
+def test_the_router_itself_is_watched(qwen: Path) -> None:
+    """What experts are shown is what the model's own experts are called with."""
+    source, cpu = SourceModel(str(qwen)), torch.device("cpu")
+    stream = Stream(source, torch.randint(0, 256, (3, 16)), cpu, torch.float32, 32)
+    block = source.load("model.layers.0", cpu, torch.float32)
+    mixture = source.blocks[0].mlp
+    assert isinstance(mixture, Mixture)
+    # Which tries out where the block can be entered.
+    stream.attend_experts(0, block, mixture)
+    calls, seen = [], {}
+    hook = block.mlp.experts.register_forward_pre_hook(lambda _, args: calls.append(args))
+    stream.attend_experts(0, block, mixture, lambda expert, x, shard: seen.setdefault(expert, []).append(x.clone()))
+    hook.remove()
+    for expert in range(4):
+        expected = [x[(index == expert).any(-1)] for x, index, _ in calls]
+        assert torch.equal(torch.cat(seen[expert]), torch.cat(expected))
+    assert sum(len(x) for parts in seen.values() for x in parts) == 3 * 16 * 2
+
+
+def test_damage_is_found(qwen: Path, tmp_path: Path, text: Path) -> None:
+    run(qwen, tmp_path / "out", text)
+    file = tmp_path / "out/model.safetensors"
+    whole = load_file(file)
+    key = f"{LAYER}.3.down_proj.weight"
+    broken = whole[key].clone()
+    broken.view(torch.uint8)[5, 8:12] = 0x38
+    save_file({**whole, key: broken}, file, metadata={"format": "pt"})
+    with pytest.raises(FormatError, match=rf"not 2:4.*row 5, columns 8 to 11.*{LAYER}\.3\.down_proj"):
+        verify(tmp_path / "out")
+    save_file({name: each for name, each in whole.items() if name != key}, file, metadata={"format": "pt"})
+    with pytest.raises(FormatError, match=rf"a tensor of a pruned module is missing.*{LAYER}\.3\.down_proj"):
+        verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"sparsity": 0.3}, r"layers\.0\.mlp\.experts: sparsity 0\.3 does not fit intermediate size 128"),
+        ({"dense_first": True}, "--dense-first: the experts of all 2 blocks have the same regions"),
+    ],
+)
+def test_regions_that_do_not_fit(options: dict[str, Any], words: str, qwen: Path, tmp_path: Path, text: Path) -> None:
+    with pytest.raises(SpenseError, match=words):
+        run(qwen, tmp_path / "out", text, **options)
