@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from vllm_spense.kernels.elementwise import norm_quant, scale, silu_mul_quant
+from vllm_spense.kernels.expert_gemm import instances as experts
 from vllm_spense.kernels.jit import nvrtc, sources
 from vllm_spense.kernels.one_launch import instances
 from vllm_spense.kernels.one_launch.schedule import DENSE_K, FIELDS, ROWS, Tiling
@@ -32,10 +33,18 @@ GEMMS = [
     (Tiling(128, 128, 2), BF16, True),
     (Tiling(256, 128, 3), FLOAT, False),
 ]
+#: The experts' GEMMs: every way to cut them, few experts and many.
+EXPERT_GEMMS = [
+    (experts.Tiling(tokens, sparse_k), count)
+    for tokens, sparse_k, count in (
+        (8, 256, 128), (32, 256, 8), (64, 256, 512), (128, 256, 128), (128, 128, 128), (256, 128, 128), (256, 128, 512),
+    )
+]  # fmt: skip
 #: Source, macros, architectures, most registers of a thread. A GEMM may have what its launch bounds allow; the others,
 #: a tenth more than was found.
 KERNELS: list[tuple[str, Mapping[str, int], tuple[str, ...], int]] = [
     *(("one_launch.cu", instances.macros(dtype, scaled, tiling), HOPPER, 168) for tiling, dtype, scaled in GEMMS),
+    *(("expert_gemm.cu", experts.macros(tiling, count), HOPPER, 168) for tiling, count in EXPERT_GEMMS),
     ("scale.cu", scale.MACROS, ("sm_89", *HOPPER, *BLACKWELL), 40),
     *(
         ("norm_quant.cu", norm_quant.macros(size, norm, scaled), ("sm_89", *HOPPER, *BLACKWELL), registers)
@@ -48,12 +57,14 @@ KERNELS: list[tuple[str, Mapping[str, int], tuple[str, ...], int]] = [
         )
     ),
     *(
-        ("silu_mul_quant.cu", silu_mul_quant.macros(size, tokens, raw_float), (*HOPPER, *BLACKWELL), registers)
-        for size, tokens, raw_float, registers in (
-            (64, 1, False, 47),
-            (8192, 2, False, 57),
-            (8192, 2, True, 62),
-            (34816, 2, True, 77),
+        ("silu_mul_quant.cu", silu_mul_quant.macros(size, tokens, raw_float, scaled), (*HOPPER, *BLACKWELL), registers)
+        for size, tokens, raw_float, scaled, registers in (
+            (64, 1, False, True, 47),
+            (8192, 2, False, True, 57),
+            (8192, 2, True, True, 62),
+            (34816, 2, True, True, 77),
+            (768, 1, False, False, 47),
+            (1408, 2, False, False, 57),
         )
     ),
 ]
@@ -123,6 +134,24 @@ def test_python_and_the_gemm_agree(tiling: Tiling, dtype: torch.dtype, scaled: b
     facts |= {f"OFFSET(Segment, {field})": 4 * place for place, field in enumerate(named)}
     macros = instances.macros(dtype, scaled, tiling)
     require("one_launch.cuh", macros, facts | layout(instances.Arguments))
+
+
+@pytest.mark.parametrize(("tiling", "count"), EXPERT_GEMMS, ids=str)
+def test_python_and_the_gemm_of_experts_agree(tiling: experts.Tiling, count: int) -> None:
+    assert experts.stages(tiling, count)[0] >= 4
+    facts = {
+        "THREADS": experts.THREADS,
+        "ROWS": experts.ROWS,
+        "DENSE_K": experts.DENSE_K,
+        "MMA_ROWS": TILE,
+        "METADATA_TILE_BYTES": TILE_BYTES,
+        "WIDTHS": len(experts.WIDTHS),
+        "SHARED_BYTES": experts.stages(tiling, count)[1],
+        "sizeof(Band)": ctypes.sizeof(experts.Band),
+        **{f"OFFSET(Band, {name})": getattr(experts.Band, name).offset for name, _ in experts.Band._fields_},
+        **layout(experts.Arguments),
+    }
+    require("expert_gemm.cuh", experts.macros(tiling, count), facts)
 
 
 @pytest.mark.parametrize("module", [norm_quant, silu_mul_quant, scale], ids=lambda module: module.__name__)

@@ -9,6 +9,7 @@
 #define VECTORS 1     // of eight values that a thread has in a row
 #define TOKENS 1      // that a cluster takes at once, so that it reads the weight's scales once for all of them
 #define RAW_FLOAT 0   // raw sums are float32; else bfloat16
+#define SCALED 1      // they still lack the scales; else there are none
 #endif
 
 constexpr int CLUSTER = 8, WARPS = THREADS / 32;
@@ -21,8 +22,8 @@ typedef bf16 Raw;
 
 struct Arguments {
     const Raw* raw;           // (tokens, 2 · size): [gate sparse | up sparse | gate dense | up dense]
-    const float* x_scale;     // (tokens)
-    const float* w_scale;     // (2 · size)
+    const float* x_scale;     // (tokens), if SCALED
+    const float* w_scale;     // (2 · size), if SCALED
     byte* out;                // (tokens, size)
     float* scale;             // (tokens)
     int tokens, size;
@@ -50,20 +51,23 @@ void silu_mul_quant(const __grid_constant__ Arguments arguments) {
         const int at = place(vector);
         if (at >= size) break;
         float gate_scale[WIDTH], up_scale[WIDTH];
-        load(arguments.w_scale + at, gate_scale);
-        load(arguments.w_scale + size + at, up_scale);
+        if (SCALED) {
+            load(arguments.w_scale + at, gate_scale);
+            load(arguments.w_scale + size + at, up_scale);
+        }
         const int gate_at = at < boundary ? at : at + boundary, up_at = at < boundary ? at + boundary : at + size;
 #pragma unroll
         for (int t = 0; t < TOKENS; ++t) {
             if (t >= count) break;
             const u64 row = u64(first + t) * 2 * size;
-            const float scale = arguments.x_scale[first + t];
+            const float scale = SCALED ? arguments.x_scale[first + t] : 1;
             float gate[WIDTH], up[WIDTH];
             load(arguments.raw + row + gate_at, gate);
             load(arguments.raw + row + up_at, up);
 #pragma unroll
             for (int i = 0; i < WIDTH; ++i) {
-                const float g = gate[i] * scale * gate_scale[i], u = up[i] * scale * up_scale[i];
+                const float g = SCALED ? gate[i] * scale * gate_scale[i] : gate[i];
+                const float u = SCALED ? up[i] * scale * up_scale[i] : up[i];
                 const float value = __fdividef(g, 1 + __expf(-g)) * u;
                 values[t][vector][i] = value;
                 largest[t] = larger(fabsf(value), largest[t]);

@@ -40,14 +40,15 @@ def fault(device: torch.device) -> str | None:
 
 
 def run(
-    raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor, boundary: int
+    raw: torch.Tensor, x_scale: torch.Tensor | None, w_scale: torch.Tensor | None, boundary: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """silu(gate) · up in FP8.
 
     Args:
         raw: (M, 2·I) bfloat16 or float32, gate_up's raw sums by region, contiguous. I is a multiple of `WIDTH`.
         x_scale: float32, one for each of the M tokens.
-        w_scale: float32, one for each of the 2·I rows of the weight, gate's before up's.
+        w_scale: float32, one for each of the 2·I rows of the weight, gate's before up's. Both are None for sums that
+            were scaled already.
         boundary: columns of a sparse region, a multiple of `WIDTH`.
 
     Returns:
@@ -59,9 +60,10 @@ def run(
     if not tokens:
         return out, scale
     at_once = _tokens_at_once(tokens)
-    kernel = _kernel(size, at_once, raw.dtype == torch.float32, raw.device)
+    kernel = _kernel(size, at_once, raw.dtype == torch.float32, x_scale is not None, raw.device)
+    scales = (None if tensor is None else tensor.data_ptr() for tensor in (x_scale, w_scale))
     arguments = Arguments(
-        raw.data_ptr(), x_scale.data_ptr(), w_scale.data_ptr(), out.data_ptr(), scale.data_ptr(), tokens, size,
+        raw.data_ptr(), *scales, out.data_ptr(), scale.data_ptr(), tokens, size,
         boundary,
     )  # fmt: skip
     blocks = _CLUSTER * -(-tokens // at_once)
@@ -69,10 +71,10 @@ def run(
     return out, scale
 
 
-def prepare(size: int, raw_dtype: torch.dtype, device: torch.device) -> None:
+def prepare(size: int, raw_dtype: torch.dtype, device: torch.device, scaled: bool = True) -> None:
     """Compiles and loads the kernel for every number of tokens."""
     for tokens in (1, _FEW + 1):
-        _kernel(size, _tokens_at_once(tokens), raw_dtype == torch.float32, device)
+        _kernel(size, _tokens_at_once(tokens), raw_dtype == torch.float32, scaled, device)
 
 
 #: Up to so many tokens a cluster for each is faster than one for two of them, which read the scales once (H100).
@@ -101,11 +103,17 @@ def shape(size: int) -> tuple[int, int]:
 
 
 @cache
-def _kernel(size: int, tokens: int, raw_float: bool, device: torch.device) -> driver.Kernel:
-    return driver.elementwise_kernel("silu_mul_quant", macros(size, tokens, raw_float), device)
+def _kernel(size: int, tokens: int, raw_float: bool, scaled: bool, device: torch.device) -> driver.Kernel:
+    return driver.elementwise_kernel("silu_mul_quant", macros(size, tokens, raw_float, scaled), device)
 
 
-def macros(size: int, tokens: int, raw_float: bool) -> dict[str, int]:
+def macros(size: int, tokens: int, raw_float: bool, scaled: bool = True) -> dict[str, int]:
     """What specializes the kernel; a cluster takes `tokens` at once."""
     threads, vectors = shape(size)
-    return {"THREADS": threads, "VECTORS": vectors, "TOKENS": tokens, "RAW_FLOAT": int(raw_float)}
+    return {
+        "THREADS": threads,
+        "VECTORS": vectors,
+        "TOKENS": tokens,
+        "RAW_FLOAT": int(raw_float),
+        "SCALED": int(scaled),
+    }

@@ -23,6 +23,7 @@
 // cluster through shared memory (ClusterReduction), others through global memory (SplitKReduction). No thread block
 // waits for work that may not have begun, so launches on two streams cannot block each other.
 #include "one_launch.cuh"
+#include "ring.cuh"
 #include "wgmma.cuh"
 
 // Four consecutive accumulators are a quad: those of rows r and r + 8 (the last two) for two neighbouring tokens.
@@ -32,16 +33,6 @@ typedef float Accum[4 * QUADS];
 constexpr Swizzle SPARSE_SWIZZLE = SPARSE_ROW_BYTES == 128 ? SWIZZLE_128B : SWIZZLE_64B;
 
 DEVICE void sync_consumers() { bar_sync_1<CONSUMER_THREADS>(); }
-
-// The stage that comes next, and the parity of the barriers' phase in this round of the ring.
-struct PipelineState {
-    int stage = 0;
-    u32 phase = 0;
-
-    DEVICE void advance() {
-        if (++stage == STAGES) stage = 0, phase ^= 1;
-    }
-};
 
 // Walks the steps of all segments of a thread block.
 struct Cursor {
@@ -84,7 +75,7 @@ struct Producer {
     // W is there before the previous kernel ends: only x has to wait for it.
     DEVICE void run(const Segment* first) const {
         Cursor w(first), x(first);
-        PipelineState pipe;
+        PipelineState<STAGES> pipe;
         int ahead = 0;
         for (; ahead < STAGES && !w.done; ++ahead, w.advance()) copy_w(w, ahead);
         griddepcontrol_wait();
@@ -133,15 +124,9 @@ struct Producer {
     }
 };
 
-// A thread's share of a metadata tile: the bytes of four neighbouring threads lie interleaved.
-DEVICE u32 metadata_word(u32 address, u32 selector) {
-    const uint4 v = ld_shared_u32x4(address);
-    return __byte_perm(__byte_perm(v.x, v.y, selector), __byte_perm(v.z, v.w, selector), 0x5410);
-}
-
 struct Consumer {
     const SharedMemory& shared;
-    PipelineState pipe;
+    PipelineState<STAGES> pipe;
     int group, thread, lane, warp;   // warpgroup among the consumers; thread and warp in it
 
     DEVICE explicit Consumer(const SharedMemory& shared) : shared(shared) {
@@ -167,7 +152,7 @@ struct Consumer {
     }
 
     DEVICE void sparse_step(Accum& accum) const {
-        const u32 selector = lane % 4 | (4 + lane % 4) << 4;
+        const u32 selector = metadata_selector(lane);
         const u32 w = shared.w(pipe.stage) + group * MMA_ROWS * SPARSE_ROW_BYTES;
         const u32 metadata = shared.metadata(pipe.stage) + group * SPARSE_INSTRUCTIONS * METADATA_TILE_BYTES +
             warp * 128 + lane / 4 * 16;

@@ -66,20 +66,22 @@ def _raw_sums(x: torch.Tensor, packed: Mapping[str, torch.Tensor], problem: Prob
 
 
 def silu_mul_quant(
-    raw: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor, boundary: int
+    raw: torch.Tensor, x_scale: torch.Tensor | None, w_scale: torch.Tensor | None, boundary: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """silu(gate) · up in FP8, everything before the quantization in float32.
 
     Args:
         raw: (M, 2·I), gate_up's raw sums by region, see `by_projection`.
         x_scale: float32, one for each of the M tokens.
-        w_scale: float32, one for each of the 2·I rows of the weight, gate's before up's.
+        w_scale: float32, one for each of the 2·I rows of the weight, gate's before up's. Both are None for sums that
+            were scaled already.
         boundary: columns of a sparse region.
 
     Returns:
         float8_e4m3fn (M, I) and its scales, float32 (M, 1).
     """
-    gate, up = scaled(by_projection(raw, boundary), x_scale, w_scale).chunk(2, -1)
+    sums = by_projection(raw, boundary).float()
+    gate, up = (sums if x_scale is None or w_scale is None else scaled(sums, x_scale, w_scale)).chunk(2, -1)
     return quantize(F.silu(gate) * up)
 
 

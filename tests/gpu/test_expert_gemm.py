@@ -1,0 +1,168 @@
+"""The experts' GEMMs against float64 on a real GPU: `pytest -m gpu tests/gpu/test_expert_gemm.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
+
+from vllm_spense.format import Regions
+from vllm_spense.kernels.expert_gemm import gemm, reference
+from vllm_spense.kernels.expert_gemm.instances import Tiling
+from vllm_spense.kernels.region_gemm.problem import Problem
+from vllm_spense.kernels.region_gemm.reference import fp8_difference, silu_mul_quant
+from vllm_spense.kernels.tuning.synthetic import random_fp8, random_weight
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device("cuda", 0)
+EXPERTS = 12
+TILINGS = [Tiling(8, 256), Tiling(32, 256), Tiling(64, 128), Tiling(128, 256), Tiling(128, 128), Tiling(256, 128)]
+#: Hidden size and regions: whole tiles; half tiles and steps; everything sparse; everything dense.
+SHAPES = [
+    (512, Regions(384, 128)),
+    (640, Regions(288, 96)),
+    (256, Regions(192, 0)),
+    (384, Regions(0, 160)),
+]
+#: Tokens of each expert.
+COUNTS = [
+    (0, 1, 2, 8, 9, 0, 16, 17, 31, 33, 0, 5),
+    (0,) * 7 + (700,) + (0,) * 4,
+    (64, 65, 128, 129, 256, 257, 0, 1, 300, 7, 8, 0),
+    (0,) * 11 + (3,),
+    (0,) * 12,
+]
+
+
+def offsets_of(counts: Sequence[int]) -> torch.Tensor:
+    return torch.tensor([0, *counts], device=DEVICE).cumsum(0).int()
+
+
+class Layer:
+    """gate_up or down of some experts, with random scales."""
+
+    def __init__(self, problem: Problem, experts: int = EXPERTS) -> None:
+        self.problem = problem
+        weight = torch.stack([random_weight(problem, DEVICE) for _ in range(experts)])
+        self.packed = reference.pack(weight, torch.rand(experts, problem.n, 1, device=DEVICE) + 0.5, problem)
+        self.weights = torch.stack([reference.unpacked(self.packed, problem, expert) for expert in range(experts)])
+
+    def exact(self, x: torch.Tensor, x_scale: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """float64."""
+        out = torch.full((len(x), self.problem.n), torch.nan, dtype=torch.float64, device=DEVICE)
+        begin = 0
+        for expert, count in enumerate(counts):
+            end = begin + count
+            sums = x[begin:end].double() @ self.weights[expert].double().t()
+            out[begin:end] = sums * x_scale[begin:end] * self.packed["w_scale"][expert]
+            begin = end
+        return out
+
+
+def require_close(found: torch.Tensor, exact: torch.Tensor, *what: object) -> None:
+    """BF16's rounding of each, and the tensor cores' of sums."""
+    scale = exact.abs().mean()
+    wrong = ~((found.double() - exact).abs() <= 0.008 * exact.abs() + 0.01 * scale)
+    if wrong.any():
+        row, column = wrong.nonzero()[0].tolist()
+        pytest.fail(
+            f"{what}: {int(wrong.sum())} of {wrong.numel()} wrong, first at {(row, column)}: "
+            f"found {found[row, column].item()}, expected {exact[row, column].item()}"
+        )
+
+
+def inputs(problem: Problem, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return random_fp8(rows, problem.k, DEVICE), torch.rand(rows, 1, device=DEVICE) + 0.5
+
+
+@pytest.mark.parametrize("cut", TILINGS, ids=str)
+@pytest.mark.parametrize(("hidden", "regions"), SHAPES, ids=str)
+def test_every_expert_multiplies_its_tokens(hidden: int, regions: Regions, cut: Tiling) -> None:
+    for problem in reference.problems(hidden, regions):
+        layer = Layer(problem)
+        for counts, old, dtype in product(COUNTS, (False, True), (torch.int32, torch.int64)):
+            x, x_scale = inputs(problem, sum(counts))
+            out = torch.full((len(x), problem.n), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+            offsets = offsets_of(counts).to(dtype)
+            torch.cuda.synchronize()
+            gemm.run(x, x_scale, offsets, layer.packed, problem, out, offsets_are_old=old, cut=cut)
+            require_close(out, layer.exact(x, x_scale, counts), problem, counts)
+
+
+def test_rows_of_no_expert_stay_as_they_are() -> None:
+    """As with experts of other ranks: their tokens lie before and after."""
+    problem, _ = reference.problems(512, Regions(384, 128))
+    layer = Layer(problem)
+    counts = COUNTS[0]
+    rows = sum(counts)
+    x, x_scale = inputs(problem, rows + 50)
+    out = torch.full((len(x), problem.n), 7.0, dtype=torch.bfloat16, device=DEVICE)
+    gemm.run(x, x_scale, offsets_of(counts) + 20, layer.packed, problem, out)
+    require_close(out[20 : 20 + rows], layer.exact(x[20 : 20 + rows], x_scale[20 : 20 + rows], counts))
+    assert (out[:20] == 7).all()
+    assert (out[20 + rows :] == 7).all()
+
+
+def test_a_token_does_not_depend_on_its_neighbours() -> None:
+    """Nor results on when they are computed: twice the same, to the bit."""
+    for problem in reference.problems(640, Regions(288, 96)):
+        layer = Layer(problem)
+        x, x_scale = inputs(problem, 300)
+        alone = gemm.run(x, x_scale, offsets_of((0, 0, 300)), {k: v[:3] for k, v in layer.packed.items()}, problem)
+        for _ in range(5):
+            again = gemm.run(x, x_scale, offsets_of((0, 0, 300)), {k: v[:3] for k, v in layer.packed.items()}, problem)
+            assert torch.equal(alone, again)
+        poisoned = x.clone()
+        poisoned.view(torch.uint8)[1:] = 0x7F
+        first = gemm.run(poisoned, x_scale, offsets_of((0, 0, 1, *[0] * 8, 299)), layer.packed, problem)
+        require_close(first[:1], layer.exact(x[:1], x_scale[:1], (0, 0, 1)))
+
+
+def random_counts(rows: int, experts: int) -> list[int]:
+    """Rows go to random experts, some of which get none."""
+    chosen = torch.randint(0, experts, (rows,)) % max(1, experts - 3)
+    return torch.bincount(chosen, minlength=experts).tolist()
+
+
+@pytest.mark.parametrize("rows", [8, 100, 1500])
+def test_a_captured_mlp_follows_its_routing(rows: int) -> None:
+    hidden, regions = 512, Regions(288, 96)
+    up, down = reference.problems(hidden, regions)
+    layers = Layer(up), Layer(down)
+    x, x_scale = inputs(up, rows)
+    offsets = offsets_of(random_counts(rows, EXPERTS))
+    raw = torch.empty(rows, up.n, dtype=torch.bfloat16, device=DEVICE)
+
+    def mlp() -> tuple[torch.Tensor, torch.Tensor]:
+        gemm.run(x, x_scale, offsets, layers[0].packed, up, raw)
+        return raw, gemm.mlp(x, x_scale, offsets, layers[0].packed, layers[1].packed, up, down)
+
+    mlp()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = mlp()
+    for _ in range(5):
+        counts = random_counts(rows, EXPERTS)
+        offsets.copy_(offsets_of(counts))
+        x.copy_(random_fp8(rows, hidden, DEVICE))
+        for tensor in captured:
+            tensor.view(torch.uint8).fill_(0xFF)
+        graph.replay()
+        require_close(captured[0], layers[0].exact(x, x_scale, counts), counts)
+        values, scale = silu_mul_quant(captured[0], None, None, regions.sparse)
+        # Where the kernel's rounding differs from its twin's, one FP8 step of some values.
+        exact = layers[1].exact(values, scale, counts)
+        assert float((captured[1].double() - exact).norm() / exact.norm()) < 0.01
+
+
+def test_the_activation_without_scales() -> None:
+    from vllm_spense.kernels.elementwise import silu_mul_quant as kernel
+
+    raw = torch.randn(37, 2 * 768, dtype=torch.bfloat16, device=DEVICE) * 3
+    assert fp8_difference(kernel.run(raw, None, None, 576), silu_mul_quant(raw, None, None, 576)) is None

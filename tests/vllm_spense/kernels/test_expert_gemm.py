@@ -1,0 +1,138 @@
+"""The experts' GEMM without a GPU: packed weights and their twin against a plain product, and the order of tiles as the
+compiler works it out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+
+from vllm_spense.format import Regions
+from vllm_spense.kernels.expert_gemm import gemm, instances, reference
+from vllm_spense.kernels.expert_gemm.instances import Tiling
+from vllm_spense.kernels.jit import nvrtc, sources
+from vllm_spense.kernels.region_gemm.problem import Problem
+from vllm_spense.kernels.tuning.synthetic import random_fp8, random_weight
+
+HIDDEN, EXPERTS = 96, 5
+REGIONS = [Regions(96, 32), Regions(128, 0), Regions(0, 64)]
+#: Tokens of each expert: none, one, some.
+COUNTS = (0, 1, 9, 0, 3)
+
+
+def offsets_of(counts: Sequence[int]) -> torch.Tensor:
+    return torch.tensor([0, *counts]).cumsum(0).int()
+
+
+def inputs(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weights (E, N, K) and their scales; x and its scales."""
+    cpu = torch.device("cpu")
+    weight = torch.stack([random_weight(problem, cpu) for _ in range(EXPERTS)])
+    x = random_fp8(sum(COUNTS), problem.k, cpu)
+    return weight, torch.rand(EXPERTS, problem.n, 1) + 0.5, x, torch.rand(len(x), 1) + 0.5
+
+
+@pytest.mark.parametrize("regions", REGIONS, ids=str)
+def test_packed_weights_multiply_as_they_were(regions: Regions) -> None:
+    for problem in reference.problems(HIDDEN, regions):
+        weight, w_scale, x, x_scale = inputs(problem)
+        packed = reference.pack(weight, w_scale, problem)
+        assert tuple(packed) == reference.TENSORS
+        out = torch.full((len(x), problem.n), torch.nan, dtype=torch.bfloat16)
+        reference.run(x, x_scale, offsets_of(COUNTS), packed, problem, out)
+
+        expert_of = torch.arange(EXPERTS).repeat_interleave(torch.tensor(COUNTS))
+        exact = torch.einsum("tk,tnk->tn", x.double(), weight.double()[expert_of]) * x_scale
+        exact *= w_scale.flatten(1)[expert_of]
+        if problem.split == "output":
+            gate, up = exact.chunk(2, -1)
+            at = regions.sparse
+            exact = torch.cat([gate[:, :at], up[:, :at], gate[:, at:], up[:, at:]], -1)
+        torch.testing.assert_close(out.double(), exact, rtol=0.01, atol=1e-3)
+
+
+@pytest.mark.parametrize("regions", REGIONS, ids=str)
+def test_packed_weights_take_the_bytes_that_the_format_says(regions: Regions) -> None:
+    for problem in reference.problems(HIDDEN, regions):
+        weight, w_scale, *_ = inputs(problem)
+        packed = reference.pack(weight, w_scale, problem)
+        found = sum(packed[name].nbytes for name in ("compressed", "dense"))
+        # Metadata comes in tiles of 64 × 64.
+        sn, sk = problem.region_major().sparse_shape
+        padding = (-(-sn // 64) * -(-sk // 64) * 512) - sn * sk // 8 if sn * sk else 0
+        assert found == EXPERTS * (problem.weight_bytes + padding)
+
+
+def bands(problem: Problem, cut: Tiling) -> list[tuple[int, ...]]:
+    """As tuples of their fields."""
+    return [tuple(getattr(band, name) for name, _ in band._fields_) for band in gemm._bands(problem, cut)]
+
+
+def tiles(counts: Sequence[int], problem: Problem, cut: Tiling) -> Iterator[tuple[int, ...]]:
+    """What expert_tiles.cuh shall find, by loops: (expert, row, row_end, column, token, token_end, width, index,
+    sparse_steps, dense_steps, shared)."""
+    offsets = offsets_of(counts).tolist()
+    for rows, _, column, sparse_steps, dense_steps in bands(problem, cut):
+        for expert, begin in enumerate(offsets[:-1]):
+            for row in range(0, rows, instances.ROWS):
+                for token in range(begin, offsets[expert + 1], cut.tokens):
+                    end = min(token + cut.tokens, offsets[expert + 1])
+                    index = next(i for i, width in enumerate(instances.WIDTHS) if width >= end - token)
+                    yield (
+                        expert, row, rows, column + row, token, end, instances.WIDTHS[index], index, sparse_steps,
+                        dense_steps, int(counts[expert] > cut.tokens),
+                    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("counts", "cut"),
+    [
+        ((0, 1, 9, 0, 3), Tiling(8, 256)),
+        ((0, 0, 40, 0, 0), Tiling(16, 256)),
+        ((33, 7, 0, 64, 65), Tiling(32, 128)),
+        ((0, 0, 0, 0, 0), Tiling(64, 256)),
+        ((300, 0, 256, 1, 17), Tiling(256, 128)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("problem", reference.problems(640, Regions(288, 96)), ids=str)
+def test_the_order_of_tiles(counts: Sequence[int], cut: Tiling, problem: Problem) -> None:
+    expected = list(tiles(counts, problem, cut))
+    firsts = torch.tensor([0, *(-(-count // cut.tokens) for count in counts)]).cumsum(0).tolist()
+    both = ", ".join("{" + ", ".join(map(str, band)) + "}" for band in bands(problem, cut))
+    literals = ", ".join("{" + ", ".join(map(str, tile)) + "}" for tile in expected) or "{}"
+    text = f"""
+        #include "expert_tiles.cuh"
+        #define LIST(...) {{__VA_ARGS__}}
+        constexpr int offsets[] = LIST({", ".join(map(str, offsets_of(counts).tolist()))});
+        constexpr int first[] = LIST({", ".join(map(str, firsts))});
+        constexpr Band bands[] = LIST({both});
+        constexpr Order<{cut.tokens}, {instances.ROWS}> order{{offsets, first, {len(counts)}, bands}};
+        constexpr int expected[][11] = LIST({literals});
+        __device__ constexpr bool same(int position) {{
+            const Tile t = order.tile(position);
+            const int found[] = {{
+                t.expert, t.row, t.row_end, t.column, t.token, t.token_end, t.width, t.index, t.sparse_steps,
+                t.dense_steps, t.shared}};
+            for (int i = 0; i < 11; ++i)
+                if (found[i] != expected[position][i]) return false;
+            return true;
+        }}
+        __device__ constexpr int first_wrong() {{
+            for (int position = 0; position < {len(expected)}; ++position)
+                if (!same(position)) return position;
+            return -1;
+        }}
+        static_assert(order.count() == {len(expected)}, "another number of tiles");
+        static_assert(first_wrong() == -1, "another tile");
+        __global__ void nothing() {{}}
+    """
+    options = ["--gpu-architecture=sm_90a", "--std=c++17"]
+    nvrtc.compile_program({"order.cu": text, **sources.with_includes("expert_tiles.cuh")}, options)
+
+
+def test_a_tile_is_no_wider_than_its_tokens_need() -> None:
+    for cut in (Tiling(64, 256), Tiling(256, 128)):
+        assert cut.tokens in instances.WIDTHS
+        assert instances.stages(cut, 512)[0] >= 4
