@@ -141,7 +141,7 @@ def test_a_captured_mlp_follows_its_routing(rows: int) -> None:
 
     def mlp() -> tuple[torch.Tensor, torch.Tensor]:
         gemm.run(x, x_scale, offsets, layers[0].packed, up, raw)
-        return raw, gemm.mlp(x, x_scale, offsets, layers[0].packed, layers[1].packed, up, down)
+        return raw, gemm.mlp(x, x_scale, offsets, layers[0].packed, layers[1].packed, (up, down))
 
     mlp()
     graph = torch.cuda.CUDAGraph()

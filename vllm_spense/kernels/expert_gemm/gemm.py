@@ -93,22 +93,21 @@ def mlp(
     offsets: torch.Tensor,
     gate_up: Packed,
     down: Packed,
-    up: Problem,
-    to: Problem,
+    problems: tuple[Problem, Problem],
 ) -> torch.Tensor:
     """Every expert's MLP of its tokens, in three launches: gate_up, SiLU · product · quantization, down.
 
     Args:
         x, x_scale, offsets: as of `run`.
         gate_up, down: what `reference.pack` returned.
-        up, to: their problems.
+        problems: of both, as `reference.problems` makes them.
 
     Returns:
         bfloat16 (R, hidden), in the order of x's rows. Rows outside of all experts hold anything.
     """
-    raw = run(x, x_scale, offsets, gate_up, up)
-    values, scale = silu_mul_quant.run(raw, None, None, up.regions.sparse)
-    return run(values, scale, offsets, down, to, offsets_are_old=True)
+    raw = run(x, x_scale, offsets, gate_up, problems[0])
+    values, scale = silu_mul_quant.run(raw, None, None, problems[0].regions.sparse)
+    return run(values, scale, offsets, down, problems[1], offsets_are_old=True)
 
 
 def prepare(problem: Problem, experts: int, max_rows: int, device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 
@@ -85,8 +86,7 @@ def run(
     """What `gemm.run` computes, in float32."""
     if out is None:
         out = torch.empty(len(x), problem.n, dtype=problem.out_dtype, device=x.device)
-    bounds = offsets.tolist()
-    for expert, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for expert, (begin, end) in enumerate(pairwise(offsets.tolist())):
         if begin < end:
             sums = x[begin:end].float() @ unpacked(packed, problem, expert).float().t()
             out[begin:end] = sums * x_scale.view(-1, 1)[begin:end] * packed["w_scale"][expert]
