@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
 from vllm_spense.format import Regions
-from vllm_spense.kernels.expert_gemm import gemm, reference
+from vllm_spense.kernels.expert_gemm import gemm, mixture, reference, routing
 from vllm_spense.kernels.expert_gemm.instances import Tiling
 from vllm_spense.kernels.region_gemm.problem import Problem
 from vllm_spense.kernels.region_gemm.reference import fp8_difference, silu_mul_quant
@@ -124,41 +124,60 @@ def test_a_token_does_not_depend_on_its_neighbours() -> None:
         require_close(first[:1], layer.exact(x[:1], x_scale[:1], (0, 0, 1)))
 
 
-def random_counts(rows: int, experts: int) -> list[int]:
-    """Rows go to random experts, some of which get none."""
-    chosen = torch.randint(0, experts, (rows,)) % max(1, experts - 3)
-    return torch.bincount(chosen, minlength=experts).tolist()
+def random_choices(tokens: int, top_k: int, experts: int) -> torch.Tensor:
+    """int32 (tokens, top_k), without repetition; three experts are never chosen."""
+    return torch.rand(tokens, experts - 3, device=DEVICE).topk(top_k, -1).indices.int()
 
 
-@pytest.mark.parametrize("rows", [8, 100, 1500])
-def test_a_captured_mlp_follows_its_routing(rows: int) -> None:
-    hidden, regions = 512, Regions(288, 96)
-    up, down = reference.problems(hidden, regions)
-    layers = Layer(up), Layer(down)
-    x, x_scale = inputs(up, rows)
-    offsets = offsets_of(random_counts(rows, EXPERTS))
-    raw = torch.empty(rows, up.n, dtype=torch.bfloat16, device=DEVICE)
+def require_twin(found: torch.Tensor, twin: torch.Tensor, *what: object) -> None:
+    """Of a whole mixture: where a value's rounding differs, a step of FP8 or BF16."""
+    error = float((found.double() - twin.double()).norm() / twin.double().norm())
+    assert error < 0.01, (what, error)
 
-    def mlp() -> tuple[torch.Tensor, torch.Tensor]:
-        gemm.run(x, x_scale, offsets, layers[0].packed, up, raw)
-        return raw, gemm.mlp(x, x_scale, offsets, layers[0].packed, layers[1].packed, (up, down))
 
-    mlp()
+def test_tokens_find_their_experts() -> None:
+    """Counted in every block, and with more choices than that; all experts here, and some elsewhere."""
+    for tokens, top_k, experts, size in ((1, 8, 128, 2048), (77, 4, 12, 96), (512, 8, 128, 7168), (3000, 8, 40, 512)):
+        x = torch.randn(tokens, size, dtype=torch.bfloat16, device=DEVICE)
+        x[0] = 0
+        ids = random_choices(tokens, top_k, experts)
+        here = torch.arange(experts, device=DEVICE).int() - experts // 2
+        for expert_map, choices in ((None, ids), (None, ids.long()), (here.clamp(min=-1), ids)):
+            count = experts if expert_map is None else experts - experts // 2
+            twin = reference.route(x, choices, count, expert_map)
+            routed = routing.route(x, choices, count, expert_map)
+            assert torch.equal(routed.offsets, twin[2]), (tokens, top_k, experts)
+            assert torch.equal(routed.places, twin[3]), (tokens, top_k, experts)
+            rows = len(twin[0])
+            assert fp8_difference((routed.x[:rows], routed.x_scale[:rows]), twin[:2]) is None
+            y = torch.randn(tokens * top_k, size, dtype=torch.bfloat16, device=DEVICE)
+            weights = torch.rand(tokens, top_k, device=DEVICE)
+            sums = routing.weighted_sum(y, routed.places, weights)
+            require_close(sums, reference.weighted_sum(y.double(), routed.places, weights.double()))
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 700])
+def test_a_captured_mixture_follows_its_routing(tokens: int) -> None:
+    hidden, top_k, regions = 512, 8, Regions(288, 96)
+    problems = reference.problems(hidden, regions)
+    packs = [Layer(problem).packed for problem in problems]
+    x = torch.randn(tokens, hidden, dtype=torch.bfloat16, device=DEVICE)
+    ids, weights = random_choices(tokens, top_k, EXPERTS), torch.rand(tokens, top_k, device=DEVICE)
+    mixture.prepare(problems, EXPERTS, top_k, tokens, DEVICE)
+    mixture.run(x, ids, weights, *packs, problems)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = mlp()
+        captured = mixture.run(x, ids, weights, *packs, problems)
     for _ in range(5):
-        counts = random_counts(rows, EXPERTS)
-        offsets.copy_(offsets_of(counts))
-        x.copy_(random_fp8(rows, hidden, DEVICE))
-        for tensor in captured:
-            tensor.view(torch.uint8).fill_(0xFF)
+        x.normal_()
+        weights.uniform_()
+        ids.copy_(random_choices(tokens, top_k, EXPERTS))
+        captured.view(torch.uint8).fill_(0xFF)
         graph.replay()
-        require_close(captured[0], layers[0].exact(x, x_scale, counts), counts)
-        values, scale = silu_mul_quant(captured[0], None, None, regions.sparse)
-        # Where the kernel's rounding differs from its twin's, one FP8 step of some values.
-        exact = layers[1].exact(values, scale, counts)
-        assert float((captured[1].double() - exact).norm() / exact.norm()) < 0.01
+        require_twin(captured, reference.mixture(x, ids, weights, *packs, problems), tokens)
+        again = captured.clone()
+        graph.replay()
+        assert torch.equal(again, captured)
 
 
 def test_the_activation_without_scales() -> None:

@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+from torch.nn.functional import silu
 
 from vllm_spense.format import Regions
 from vllm_spense.kernels.expert_gemm import gemm, instances, reference
 from vllm_spense.kernels.expert_gemm.instances import Tiling
 from vllm_spense.kernels.jit import nvrtc, sources
 from vllm_spense.kernels.region_gemm.problem import Problem
+from vllm_spense.kernels.region_gemm.reference import quantize
 from vllm_spense.kernels.tuning.synthetic import random_fp8, random_weight
 
 HIDDEN, EXPERTS = 96, 5
@@ -25,12 +27,12 @@ def offsets_of(counts: Sequence[int]) -> torch.Tensor:
     return torch.tensor([0, *counts]).cumsum(0).int()
 
 
-def inputs(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(problem: Problem, experts: int = EXPERTS) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Weights (E, N, K) and their scales; x and its scales."""
     cpu = torch.device("cpu")
-    weight = torch.stack([random_weight(problem, cpu) for _ in range(EXPERTS)])
+    weight = torch.stack([random_weight(problem, cpu) for _ in range(experts)])
     x = random_fp8(sum(COUNTS), problem.k, cpu)
-    return weight, torch.rand(EXPERTS, problem.n, 1) + 0.5, x, torch.rand(len(x), 1) + 0.5
+    return weight, torch.rand(experts, problem.n, 1) + 0.5, x, torch.rand(len(x), 1) + 0.5
 
 
 @pytest.mark.parametrize("regions", REGIONS, ids=str)
@@ -132,7 +134,33 @@ def test_the_order_of_tiles(counts: Sequence[int], cut: Tiling, problem: Problem
     nvrtc.compile_program({"order.cu": text, **sources.with_includes("expert_tiles.cuh")}, options)
 
 
-def test_a_tile_is_no_wider_than_its_tokens_need() -> None:
-    for cut in (Tiling(64, 256), Tiling(256, 128)):
-        assert cut.tokens in instances.WIDTHS
-        assert instances.stages(cut, 512)[0] >= 4
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_mixture_is_the_weighted_sum_of_its_experts(ranks: int) -> None:
+    """Also when two ranks have half of the experts each, and add up their parts."""
+    tokens, top_k, regions = 11, 2, Regions(96, 32)
+    problems = reference.problems(HIDDEN, regions)
+    (up, up_scale, *_), (down, down_scale, *_) = (inputs(problem, EXPERTS + 1) for problem in problems)
+    x = torch.randn(tokens, HIDDEN, dtype=torch.bfloat16)
+    ids = torch.stack([torch.randperm(EXPERTS + 1)[:top_k] for _ in range(tokens)])
+    weights = torch.rand(tokens, top_k)
+
+    expected = torch.zeros(tokens, HIDDEN)
+    for token, (choice, weight) in enumerate(zip(ids.tolist(), weights.tolist(), strict=True)):
+        for expert, share in zip(choice, weight, strict=True):
+            values, scale = quantize(x[token : token + 1])
+            gate, up_sums = (scale * (values.float() @ (up[expert].float() * up_scale[expert]).t())).chunk(2, -1)
+            values, scale = quantize(silu(gate.bfloat16().float()) * up_sums.bfloat16().float())
+            expected[token] += share * (scale * (values.float() @ (down[expert].float() * down_scale[expert]).t()))[0]
+
+    found = torch.zeros_like(expected)
+    each = (EXPERTS + 1) // ranks
+    for rank in range(ranks):
+        mine = slice(rank * each, (rank + 1) * each)
+        packs = [
+            reference.pack(weight[mine], scale[mine], problem)
+            for weight, scale, problem in zip((up, down), (up_scale, down_scale), problems, strict=True)
+        ]
+        numbers = torch.full((EXPERTS + 1,), -1, dtype=torch.int32)
+        numbers[mine] = torch.arange(each, dtype=torch.int32)
+        found += reference.mixture(x, ids, weights, *packs, problems, None if ranks == 1 else numbers).float()
+    assert (found - expected).norm() / expected.norm() < 0.02

@@ -7,7 +7,6 @@ from functools import cache, lru_cache
 
 import torch
 
-from vllm_spense.kernels.elementwise import silu_mul_quant
 from vllm_spense.kernels.expert_gemm.instances import (
     DENSE_K,
     ROWS,
@@ -85,29 +84,6 @@ def run(
     kernel, blocks = _kernel(cut, experts, x.device)
     kernel.launch(blocks, arguments, current_stream(x.device))
     return out
-
-
-def mlp(
-    x: torch.Tensor,
-    x_scale: torch.Tensor,
-    offsets: torch.Tensor,
-    gate_up: Packed,
-    down: Packed,
-    problems: tuple[Problem, Problem],
-) -> torch.Tensor:
-    """Every expert's MLP of its tokens, in three launches: gate_up, SiLU · product · quantization, down.
-
-    Args:
-        x, x_scale, offsets: as of `run`.
-        gate_up, down: what `reference.pack` returned.
-        problems: of both, as `reference.problems` makes them.
-
-    Returns:
-        bfloat16 (R, hidden), in the order of x's rows. Rows outside of all experts hold anything.
-    """
-    raw = run(x, x_scale, offsets, gate_up, problems[0])
-    values, scale = silu_mul_quant.run(raw, None, None, problems[0].regions.sparse)
-    return run(values, scale, offsets, down, problems[1], offsets_are_old=True)
 
 
 def prepare(problem: Problem, experts: int, max_rows: int, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""The experts' weights, packed, and their GEMM in plain torch on any device: the kernel's twin."""
+"""The experts' weights, packed, and a mixture in plain torch on any device: the twins of all kernels here."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from vllm_spense.format import Regions
 from vllm_spense.kernels.region_gemm.packing import compress, decompress
 from vllm_spense.kernels.region_gemm.problem import Problem
+from vllm_spense.kernels.region_gemm.reference import quantize, silu_mul_quant
 
 Packed = Mapping[str, torch.Tensor]
 #: What `pack` returns, in this order.
@@ -91,3 +92,44 @@ def run(
             sums = x[begin:end].float() @ unpacked(packed, problem, expert).float().t()
             out[begin:end] = sums * x_scale.view(-1, 1)[begin:end] * packed["w_scale"][expert]
     return out
+
+
+def route(
+    x: torch.Tensor, ids: torch.Tensor, experts: int, expert_map: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `routing.route` computes; rows of no expert are left out."""
+    chosen = ids.flatten().long() if expert_map is None else expert_map.long()[ids.flatten().long()]
+    mine = (chosen >= 0).nonzero().squeeze(1)
+    order = mine[chosen[mine].argsort(stable=True)]
+    places = torch.full_like(chosen, -1)
+    places[order] = torch.arange(len(order), device=x.device)
+    counts = torch.bincount(chosen[mine], minlength=experts)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+    values, scale = quantize(x)
+    rows = order // ids.shape[1]
+    return values[rows], scale[rows], offsets, places.int().view_as(ids)
+
+
+def weighted_sum(y: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """What `routing.weighted_sum` computes."""
+    out = torch.zeros(len(places), y.shape[1], dtype=torch.float32, device=y.device)
+    for place, weight in zip(places.t().long(), weights.t(), strict=True):
+        mine = place >= 0
+        out[mine] += weight[mine, None] * y[place[mine]].float()
+    return out.to(y.dtype)
+
+
+def mixture(
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: Packed,
+    down: Packed,
+    problems: tuple[Problem, Problem],
+    expert_map: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What `mixture.run` computes."""
+    values, scale, offsets, places = route(x, ids, len(gate_up["w_scale"]), expert_map)
+    raw = run(values, scale, offsets, gate_up, problems[0])
+    values, scale = silu_mul_quant(raw, None, None, problems[0].regions.sparse)
+    return weighted_sum(run(values, scale, offsets, down, problems[1]), places, weights)
