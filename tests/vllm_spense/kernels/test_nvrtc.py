@@ -72,11 +72,13 @@ KERNELS: list[tuple[str, Mapping[str, int], tuple[str, ...], int]] = [
         ("silu_mul_quant.cu", silu_mul_quant.macros(size, tokens, raw_float, scaled), (*HOPPER, *BLACKWELL), registers)
         for size, tokens, raw_float, scaled, registers in (
             (64, 1, False, True, 47),
+            (14336, 1, False, True, 60),
             (8192, 2, False, True, 57),
             (8192, 2, True, True, 62),
             (34816, 2, True, True, 77),
             (768, 1, False, False, 47),
-            (1408, 2, False, False, 57),
+            (1408, 4, False, False, 80),
+            (2048, 4, True, True, 120),
         )
     ),
 ]

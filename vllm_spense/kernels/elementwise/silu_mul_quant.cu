@@ -1,18 +1,19 @@
 // From gate_up's raw sums to down's input: scales, SiLU, product, and FP8 with one scale for each token, in one launch.
 //
-// A token's row is divided among a cluster of thread blocks, because a decode step has fewer tokens than the chip has
-// multiprocessors. They agree on the row's largest value through their shared memory.
+// A long row is divided among a cluster of thread blocks, because a decode step has fewer tokens than the chip has
+// multiprocessors. They agree on the row's largest value through their shared memory. A short one is one block's.
 #include "elementwise.cuh"
 
 #ifndef THREADS
 #define THREADS 192   // of a block
 #define VECTORS 1     // of eight values that a thread has in a row
-#define TOKENS 1      // that a cluster takes at once, so that it reads the weight's scales once for all of them
+#define CLUSTER 8     // blocks for a row
+#define TOKENS 1      // that a cluster takes at once: it reads the weight's scales once for all, and more is in flight
 #define RAW_FLOAT 0   // raw sums are float32; else bfloat16
 #define SCALED 1      // they still lack the scales; else there are none
 #endif
 
-constexpr int CLUSTER = 8, WARPS = THREADS / 32;
+constexpr int WARPS = THREADS / 32;
 
 #if RAW_FLOAT
 typedef float Raw;
@@ -30,13 +31,51 @@ struct Arguments {
     int boundary;             // columns of a sparse region
 };
 
-extern "C" __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS)
+// Of each token the largest value of the whole row, from the warps' of every block.
+DEVICE void largest_of_row(const float (&of_warps)[WARPS][TOKENS], u32 rank, float (&largest)[TOKENS]) {
+    __syncthreads();
+#if CLUSTER == 1
+#pragma unroll
+    for (int t = 0; t < TOKENS; ++t) {
+        largest[t] = 0;
+        for (int warp = 0; warp < WARPS; ++warp) largest[t] = larger(of_warps[warp][t], largest[t]);
+    }
+#else
+    __shared__ float of_blocks[CLUSTER][TOKENS];
+    const int thread = threadIdx.x;
+    barrier_cluster_wait();
+    if (thread < CLUSTER * TOKENS) {
+        const int to = thread / TOKENS, t = thread % TOKENS;
+        float mine = 0;
+        for (int warp = 0; warp < WARPS; ++warp) mine = larger(of_warps[warp][t], mine);
+        st_cluster_f32(shared_address(&of_blocks[rank][t]), to, mine);
+    }
+    cluster_sync();
+#pragma unroll
+    for (int t = 0; t < TOKENS; ++t) {
+        largest[t] = 0;
+#pragma unroll
+        for (int block = 0; block < CLUSTER; ++block) largest[t] = larger(of_blocks[block][t], largest[t]);
+    }
+#endif
+}
+
+#if CLUSTER > 1
+#define CLUSTERED __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define CLUSTERED
+#endif
+
+extern "C" __global__ CLUSTERED __launch_bounds__(THREADS)
 void silu_mul_quant(const __grid_constant__ Arguments arguments) {
     __shared__ float of_warps[WARPS][TOKENS];
-    __shared__ float of_blocks[CLUSTER][TOKENS];
+#if CLUSTER > 1
     const u32 rank = cluster_ctarank();
     // Nobody may write into a block's shared memory before it runs.
     barrier_cluster_arrive_relaxed();
+#else
+    const u32 rank = 0;
+#endif
     // The next kernel waits for this one's end, but may fetch its weights meanwhile.
     griddepcontrol_launch_dependents();
     const int size = arguments.size, boundary = arguments.boundary, first = blockIdx.x / CLUSTER * TOKENS;
@@ -81,22 +120,11 @@ void silu_mul_quant(const __grid_constant__ Arguments arguments) {
             largest[t] = larger(__shfl_xor_sync(~0u, largest[t], offset), largest[t]);
         if (lane == 0) of_warps[thread / 32][t] = largest[t];
     }
-    __syncthreads();
-    barrier_cluster_wait();
-    if (thread < CLUSTER * TOKENS) {
-        const int to = thread / TOKENS, t = thread % TOKENS;
-        float mine = 0;
-        for (int warp = 0; warp < WARPS; ++warp) mine = larger(of_warps[warp][t], mine);
-        st_cluster_f32(shared_address(&of_blocks[rank][t]), to, mine);
-    }
-    cluster_sync();
+    largest_of_row(of_warps, rank, largest);
 #pragma unroll
     for (int t = 0; t < TOKENS; ++t) {
         if (t >= count) break;
-        float all = 0;
-#pragma unroll
-        for (int block = 0; block < CLUSTER; ++block) all = larger(of_blocks[block][t], all);
-        const float scale = larger(all / LARGEST, SMALLEST_SCALE), inverse = 1 / scale;
+        const float scale = larger(largest[t] / LARGEST, SMALLEST_SCALE), inverse = 1 / scale;
         if (rank == 0 && thread == 0) arguments.scale[first + t] = scale;
 #pragma unroll
         for (int vector = 0; vector < VECTORS; ++vector) {

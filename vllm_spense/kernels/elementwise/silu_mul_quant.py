@@ -14,10 +14,15 @@ from vllm_spense.kernels.region_gemm.reference import FP8, fp8_difference
 
 #: Values that a thread takes at once: the intermediate size is a multiple of it.
 WIDTH = 8
-#: Thread blocks that share a row, and the most threads in one.
+#: Thread blocks that share a long row, and the most threads in one.
 _CLUSTER, _MAX_THREADS = 8, 512
+#: Up to this size a row is short: one thread block's, as an expert's is.
+_SHORT = 2048
+#: Up to so many tokens each has its own blocks; with more, so many are taken at once (H100; short rows: H200).
+_FEW_LONG, _LONG_AT_ONCE = 32, 2
+_FEW_SHORT, _SHORT_AT_ONCE = 1024, 4
 #: Sizes and numbers of tokens that `fault` tries: one and several vectors of a thread, full and partial clusters.
-_TRIALS = ((64, 1), (1536, 19), (34816, 130))
+_TRIALS = ((64, 1), (1536, 1027), (14336, 19), (34816, 130))
 
 
 @cache
@@ -59,30 +64,32 @@ def run(
     scale = torch.empty(tokens, 1, dtype=torch.float32, device=raw.device)
     if not tokens:
         return out, scale
-    at_once = _tokens_at_once(tokens)
+    at_once = _tokens_at_once(tokens, size)
     kernel = _kernel(size, at_once, raw.dtype == torch.float32, x_scale is not None, raw.device)
     scales = (None if tensor is None else tensor.data_ptr() for tensor in (x_scale, w_scale))
     arguments = Arguments(
         raw.data_ptr(), *scales, out.data_ptr(), scale.data_ptr(), tokens, size,
         boundary,
     )  # fmt: skip
-    blocks = _CLUSTER * -(-tokens // at_once)
+    blocks = _blocks_each(size) * -(-tokens // at_once)
     kernel.launch(blocks, arguments, current_stream(raw.device))
     return out, scale
 
 
 def prepare(size: int, raw_dtype: torch.dtype, device: torch.device, scaled: bool = True) -> None:
     """Compiles and loads the kernel for every number of tokens."""
-    for tokens in (1, _FEW + 1):
-        _kernel(size, _tokens_at_once(tokens), raw_dtype == torch.float32, scaled, device)
+    for at_once in {_tokens_at_once(tokens, size) for tokens in (1, max(_FEW_LONG, _FEW_SHORT) + 1)}:
+        _kernel(size, at_once, raw_dtype == torch.float32, scaled, device)
 
 
-#: Up to so many tokens a cluster for each is faster than one for two of them, which read the scales once (H100).
-_FEW = 32
+def _blocks_each(size: int) -> int:
+    return 1 if size <= _SHORT else _CLUSTER
 
 
-def _tokens_at_once(tokens: int) -> int:
-    return 1 if tokens <= _FEW else 2
+def _tokens_at_once(tokens: int, size: int) -> int:
+    if size <= _SHORT:
+        return 1 if tokens <= _FEW_SHORT else _SHORT_AT_ONCE
+    return 1 if tokens <= _FEW_LONG else _LONG_AT_ONCE
 
 
 class Arguments(ctypes.Structure):
@@ -96,9 +103,9 @@ class Arguments(ctypes.Structure):
 
 def shape(size: int) -> tuple[int, int]:
     """(threads of a block, vectors of a thread) that cover a row of `size` values."""
-    vectors = -(-size // WIDTH)
-    each = -(-vectors // (_CLUSTER * _MAX_THREADS))
-    warps = -(-vectors // (_CLUSTER * each * 32))
+    vectors, blocks = -(-size // WIDTH), _blocks_each(size)
+    each = -(-vectors // (blocks * _MAX_THREADS))
+    warps = -(-vectors // (blocks * each * 32))
     return 32 * warps, each
 
 
@@ -113,6 +120,7 @@ def macros(size: int, tokens: int, raw_float: bool, scaled: bool = True) -> dict
     return {
         "THREADS": threads,
         "VECTORS": vectors,
+        "CLUSTER": _blocks_each(size),
         "TOKENS": tokens,
         "RAW_FLOAT": int(raw_float),
         "SCALED": int(scaled),

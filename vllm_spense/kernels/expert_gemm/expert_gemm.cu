@@ -135,6 +135,13 @@ struct Consumer {
         const int row = tile.row + group * MMA_ROWS + warp * 16 + lane / 4;
         const float* w_scale = arguments.w_scale + u64(tile.expert) * arguments.n + tile.column + row - tile.row;
         const float scales[2] = {row < tile.row_end ? w_scale[0] : 0, row + 8 < tile.row_end ? w_scale[8] : 0};
+        // Of tokens lane, lane + 32, …: the warp's threads hand them to each other.
+        float x_scale[(WIDTH + 31) / 32];
+#pragma unroll
+        for (int i = 0; i < (WIDTH + 31) / 32; ++i) {
+            const int t = tile.token + 32 * i + lane;
+            x_scale[i] = t < tile.token_end ? arguments.x_scale[t] : 0;
+        }
 
         float accum[WIDTH / 2];
 #pragma unroll
@@ -149,7 +156,7 @@ struct Consumer {
             dense_step<WIDTH>(accum);
             release_stage();
         }
-        store<WIDTH>(accum, tile, scales);
+        store<WIDTH>(accum, tile, scales, x_scale);
     }
 
     template <int WIDTH>
@@ -189,34 +196,46 @@ struct Consumer {
     }
 
     // Accumulators hold tokens side by side, memory wants rows side by side: each warp turns them in its staging memory,
-    // 16 rows × 8 or 16 tokens at once.
+    // in squares of 16 rows × 8 or 16 tokens.
     template <int WIDTH>
-    DEVICE void store(const float (&accum)[WIDTH / 2], const Tile& tile, const float (&scales)[2]) const {
-        constexpr int QUADS = WIDTH < 16 ? 1 : 2;
+    DEVICE void store(
+        const float (&accum)[WIDTH / 2], const Tile& tile, const float (&scales)[2],
+        const float (&x_scale)[(WIDTH + 31) / 32]) const {
+        constexpr int QUADS = WIDTH < 16 ? 1 : 2, AT_ONCE = WIDTH < 16 * SQUARES ? 1 : SQUARES;
         const u32 staging = shared.staging + (group * 4 + warp) * WARP_STAGING_BYTES;
         // Of the 8 × 8 matrices (rows r and r + 8, of tokens t, then of tokens t + 8) each lane names one row of one.
         const u32 target = staging + (lane / 16 * 8 + lane % 8) * STAGING_PITCH + lane / 8 % 2 * 16;
         const int row = group * MMA_ROWS + warp * 16 + lane % 2 * 8;
 #pragma unroll
-        for (int first = 0; first < WIDTH / 8; first += QUADS) {
-            u32 pairs[2 * QUADS];
+        for (int first = 0; first < WIDTH / 8; first += QUADS * AT_ONCE) {
+            u32 pairs[AT_ONCE][2 * QUADS];
 #pragma unroll
-            for (int i = 0; i < QUADS; ++i) {
+            for (int i = 0; i < QUADS * AT_ONCE; ++i) {
                 const float* quad = &accum[4 * (first + i)];
-                const int t = tile.token + 8 * (first + i) + lane % 4 * 2;
-                const float a = t < tile.token_end ? arguments.x_scale[t] : 0;
-                const float b = t + 1 < tile.token_end ? arguments.x_scale[t + 1] : 0;
-                pairs[2 * i] = pack_bf16(quad[0] * a * scales[0], quad[1] * b * scales[0]);
-                pairs[2 * i + 1] = pack_bf16(quad[2] * a * scales[1], quad[3] * b * scales[1]);
+                const int t = 8 * (first + i);
+                const float a = __shfl_sync(~0u, x_scale[t / 32], t % 32 + lane % 4 * 2);
+                const float b = __shfl_sync(~0u, x_scale[t / 32], t % 32 + lane % 4 * 2 + 1);
+                u32* pair = &pairs[i / QUADS][i % QUADS * 2];
+                pair[0] = pack_bf16(quad[0] * a * scales[0], quad[1] * b * scales[0]);
+                pair[1] = pack_bf16(quad[2] * a * scales[1], quad[3] * b * scales[1]);
             }
             __syncwarp();
-            if constexpr (QUADS == 1) stmatrix_x2_trans(target, pairs[0], pairs[1]);
-            else stmatrix_x4_trans(target, pairs[0], pairs[1], pairs[2], pairs[3]);
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) {
+                const u32 to = target + i * SQUARE_BYTES;
+                if constexpr (QUADS == 1) stmatrix_x2_trans(to, pairs[i][0], pairs[i][1]);
+                else stmatrix_x4_trans(to, pairs[i][0], pairs[i][1], pairs[i][2], pairs[i][3]);
+            }
             __syncwarp();
-            const int t = tile.token + 8 * first + lane / 2;
-            if (lane < 16 * QUADS && t < tile.token_end && tile.row + row < tile.row_end) {
-                const uint4 v = ld_shared_u32x4(staging + lane / 2 * STAGING_PITCH + lane % 2 * 16);
-                *reinterpret_cast<uint4*>(arguments.out + u64(t) * arguments.n + tile.column + row) = v;
+            uint4 turned[AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i)
+                turned[i] = ld_shared_u32x4(staging + i * SQUARE_BYTES + lane / 2 * STAGING_PITCH + lane % 2 * 16);
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) {
+                const int t = tile.token + 8 * (first + i * QUADS) + lane / 2;
+                if (lane < 16 * QUADS && t < tile.token_end && tile.row + row < tile.row_end)
+                    *reinterpret_cast<uint4*>(arguments.out + u64(t) * arguments.n + tile.column + row) = turned[i];
             }
         }
     }

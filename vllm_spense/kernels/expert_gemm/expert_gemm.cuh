@@ -42,9 +42,10 @@ DEVICE_CONSTEXPR int sparse_step_bytes(int width) {
 }
 DEVICE_CONSTEXPR int dense_step_bytes(int width) { return ROWS * DENSE_K + width * 128; }
 
-// Where each consumer warp turns 16 × 16 outputs around. Rows of 48 bytes meet different banks.
-constexpr int STAGING_PITCH = 48, WARP_STAGING_BYTES = 16 * STAGING_PITCH;
-constexpr int STAGING_BYTES = CONSUMERS * 4 * WARP_STAGING_BYTES;
+// Where each consumer warp turns 16 × 16 outputs around, several at once in wide tiles. Rows of 48 bytes meet different
+// banks.
+constexpr int STAGING_PITCH = 48, SQUARE_BYTES = 16 * STAGING_PITCH, SQUARES = MAX_TOKENS < 128 ? 1 : 2;
+constexpr int WARP_STAGING_BYTES = SQUARES * SQUARE_BYTES, STAGING_BYTES = CONSUMERS * 4 * WARP_STAGING_BYTES;
 
 // Shared memory, by address: the ring begins at a multiple of 1024, as the swizzle asks.
 //

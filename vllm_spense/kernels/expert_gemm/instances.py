@@ -17,9 +17,9 @@ ROWS, DENSE_K = 128, 128
 THREADS = 384
 #: Tokens that a tile can be wide.
 WIDTHS = (8, 16, 32, 64, 128, 256)
-#: Of shared memory, per thread block on Hopper; what it takes for alignment, the epilogue's staging and barriers; and
-#: for each expert.
-_SHARED_BYTES, _FIXED_SHARED_BYTES, _EXPERT_BYTES = 227 * 1024, 1024 + 8 * 16 * 48 + 256, 8
+#: Of shared memory, per thread block on Hopper; what it takes for alignment and barriers; for the epilogue's squares of
+#: eight warps; and for each expert.
+_SHARED_BYTES, _FIXED_SHARED_BYTES, _SQUARES_BYTES, _EXPERT_BYTES = 227 * 1024, 1024 + 256, 8 * 16 * 48, 8
 _MAX_STAGES = 12
 
 
@@ -39,7 +39,8 @@ class Tiling:
 def stages(tiling: Tiling, experts: int) -> tuple[int, int]:
     """(steps in flight, bytes of shared memory), as expert_gemm.cuh lays them out."""
     stage = ROWS * DENSE_K + tiling.tokens * tiling.sparse_k + ROWS // TILE * tiling.sparse_k // TILE * TILE_BYTES
-    fixed = _FIXED_SHARED_BYTES + _EXPERT_BYTES * (experts + 1)
+    squares = 1 if tiling.tokens < 128 else 2
+    fixed = _FIXED_SHARED_BYTES + squares * _SQUARES_BYTES + _EXPERT_BYTES * (experts + 1)
     count = min((_SHARED_BYTES - fixed) // stage, _MAX_STAGES)
     return count, fixed + count * stage
 
