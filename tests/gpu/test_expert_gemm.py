@@ -22,7 +22,7 @@ pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda", 0)
 EXPERTS = 12
-TILINGS = [Tiling(8, 256), Tiling(32, 256), Tiling(64, 128), Tiling(128, 256), Tiling(128, 128), Tiling(256, 128)]
+TILINGS = [Tiling(64, 256), Tiling(128, 256), Tiling(256, 128)]
 #: Hidden size and regions: whole tiles; half tiles and steps; everything sparse; everything dense.
 SHAPES = [
     (512, Regions(384, 128)),

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 
 from vllm_spense.format import Regions
-from vllm_spense.kernels.region_gemm.problem import sum_dtype
+from vllm_spense.kernels.expert_gemm import reference
+from vllm_spense.kernels.region_gemm.problem import Problem, sum_dtype
 from vllm_spense.kernels.region_gemm.reference import quantize, scaled
+from vllm_spense.ops.dispatch import ONE_LAUNCH_CAPABILITY
 from vllm_spense.ops.gemm import LIBRARY
+from vllm_spense.ops.machine import describe
 
 #: f in f(gate) ⊙ up, by the names that servers have for it.
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -32,6 +36,9 @@ class ExpertWeights:
         down_sparse: (E, H, S), 2:4 along S.
         down_dense: (E, H, D).
         down_scale: float32 (E, H).
+
+    Where the kernel runs them, the sparse regions are compressed, uint8 (E, bytes), and gate_up's scales are in the
+    order of its rows there: gate's and up's sparse ones, gate's and up's dense ones (`expert_gemm.reference.pack`).
     """
 
     gate_up_sparse: torch.Tensor
@@ -44,6 +51,66 @@ class ExpertWeights:
     def tensors(self) -> dict[str, torch.Tensor]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
+    @property
+    def by_kernel(self) -> bool:
+        return self.gate_up_sparse.dtype == torch.uint8
+
+    @property
+    def problems(self) -> tuple[Problem, Problem]:
+        """gate_up and down of one expert."""
+        dense = self.gate_up_dense.shape[1] // 2
+        return _problems(self.down_scale.shape[1], self.gate_up_scale.shape[1] // 2 - dense, dense)
+
+    @property
+    def packed(self) -> tuple[reference.Packed, reference.Packed]:
+        """gate_up and down as the kernel takes them."""
+        gate_up = {"compressed": self.gate_up_sparse, "dense": self.gate_up_dense, "w_scale": self.gate_up_scale}
+        return gate_up, {"compressed": self.down_sparse, "dense": self.down_dense, "w_scale": self.down_scale}
+
+
+@cache
+def _problems(hidden: int, sparse: int, dense: int) -> tuple[Problem, Problem]:
+    return reference.problems(hidden, Regions(sparse, dense))
+
+
+def reason_against_kernel(
+    hidden: int, regions: Regions, count: int, top_k: int, dtype: torch.dtype, activation: str, device: torch.device
+) -> str | None:
+    """Why the kernel cannot run a layer's experts on this device, or None if it can; this tries it out.
+
+    Args:
+        regions, count: of this rank, of each expert and how many of them.
+        top_k: experts of a token.
+        dtype: the model's.
+        activation: a key of `ACTIVATIONS`.
+    """
+    machine = describe(device)
+    if machine.capability != ONE_LAUNCH_CAPABILITY:
+        return "they need compute capability {}.{}, and this is {}".format(*ONE_LAUNCH_CAPABILITY, machine)
+    if not machine.bindings:
+        return "nvmath-python is not installed (pip install 'nvmath-python[cu13]>=1.0')"
+    if dtype != torch.bfloat16 or activation != "silu":
+        return f"they compute SiLU in bfloat16, not {activation} in {str(dtype).removeprefix('torch.')}"
+    sizes, multiple = (hidden, regions.sparse, regions.dense), Problem.weight_multiple
+    if any(size % multiple for size in sizes):
+        return f"hidden size and regions {sizes} are not all multiples of {multiple}"
+    from vllm_spense.kernels.expert_gemm import mixture
+
+    if count > mixture.MAX_EXPERTS or top_k > mixture.MAX_TOP_K:
+        return (
+            f"they take {mixture.MAX_EXPERTS} experts on a GPU and {mixture.MAX_TOP_K} of a token, and these are "
+            f"{count} and {top_k}"
+        )
+    return mixture.fault(count, top_k, device)
+
+
+def prepare(weights: ExpertWeights, top_k: int, max_tokens: int) -> None:
+    """Compiles and loads what runs up to `max_tokens` tokens, before anything is captured."""
+    if weights.by_kernel:
+        from vllm_spense.kernels.expert_gemm import mixture
+
+        mixture.prepare(weights.problems, len(weights.down_scale), top_k, max_tokens, weights.down_scale.device)
+
 
 def pack(
     gate_up: torch.Tensor,
@@ -52,8 +119,9 @@ def pack(
     down_scale: torch.Tensor,
     regions: Regions,
     dtype: torch.dtype,
+    by_kernel: bool = False,
 ) -> ExpertWeights:
-    """Separates the regions of weights as a server loads them; zeros stay stored.
+    """Separates the regions of weights as a server loads them; zeros stay stored, unless the kernel runs them.
 
     Args:
         gate_up: FP8 E4M3 (E, 2·I, H), gate's rows before up's.
@@ -63,7 +131,14 @@ def pack(
         regions: of this rank.
         dtype: the model's. On a CPU weights are kept in the type that its products are summed in: it has no FP8
             arithmetic, and converting them at every call takes most of its time.
+        by_kernel: whether the kernel runs them; see `reason_against_kernel`.
     """
+    if by_kernel:
+        of_gate_up, of_down = _problems(gate_up.shape[2], regions.sparse, regions.dense)
+        return ExpertWeights(
+            *reference.pack(gate_up, gate_up_scale, of_gate_up).values(),
+            *reference.pack(down, down_scale, of_down).values(),
+        )
     kept = sum_dtype(dtype) if gate_up.device.type == "cpu" else gate_up.dtype
     halves = gate_up.unflatten(1, (2, regions.intermediate))
     sizes = regions.sparse, regions.dense
@@ -109,6 +184,11 @@ def _expert_mlp(
     activation: str,
 ) -> torch.Tensor:
     weights = ExpertWeights(*tensors)
+    if weights.by_kernel:
+        from vllm_spense.kernels.expert_gemm import mixture
+
+        choices, shares = topk_ids.contiguous(), topk_weights.float().contiguous()
+        return mixture.run(x.contiguous(), choices, shares, *weights.packed, weights.problems)
     count, k = len(weights.down_sparse), topk_ids.shape[1]
     flat = topk_ids.flatten().long()
     order = flat.argsort(stable=True)

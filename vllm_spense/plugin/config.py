@@ -184,7 +184,9 @@ class SpenseConfig(CompressedTensorsConfig):
                 found=type(stock).__name__,
                 expected="FP8 per channel and per token",
             )
-        return DenseExpertsMethod(stock, parts)
+        if reason := parts.reason_against_kernel(layer, torch.device("cuda", torch.cuda.current_device())):
+            return DenseExpertsMethod(stock, parts, reason)
+        return RegionExpertsMethod(layer, parts, engine.scheduler_config.max_num_batched_tokens)
 
     def get_scheme(self, layer: torch.nn.Module, layer_name: str | None = None) -> Any:
         """vLLM's, for an unpruned layer; ours stands in for it where it can."""

@@ -18,6 +18,8 @@ from vllm_spense.conformance import require_extent
 from vllm_spense.errors import FormatError, SpenseError
 from vllm_spense.format import Regions
 from vllm_spense.ops import experts
+from vllm_spense.ops.dispatch import SWITCH, Path
+from vllm_spense.ops.machine import forced
 from vllm_spense.plugin import loaders
 from vllm_spense.plugin.vllm_internals import CompressedTensorsW8A8Fp8MoEMethod, FusedMoEMethodBase, local_experts
 
@@ -42,6 +44,27 @@ class ExpertRegions:
 
     def __init__(self, regions: Regions, count: int, name: str, dummy: bool) -> None:
         self.regions, self.count, self.name, self.dummy = regions, count, name, dummy
+
+    def reason_against_kernel(self, layer: Layer, device: torch.device) -> str | None:
+        """Why Spense's kernel does not run this rank's experts, or None if it does; `SPENSE_PATH` may ask for stock's.
+
+        Raises:
+            FormatError: the tensor parallel size does not divide the regions.
+            SpenseError: `SPENSE_PATH` insists on the kernel, and it cannot run.
+        """
+        path = forced()
+        if path is Path.DENSE:
+            return f"{SWITCH}={path}"
+        moe = layer.moe_config
+        parallel = moe.moe_parallel_config
+        shard = layout.shard(self.regions, parallel.tp_rank, parallel.tp_size, self.name)
+        count, top_k, activation = moe.num_local_experts, moe.experts_per_token, moe.activation.value
+        reason = experts.reason_against_kernel(
+            moe.hidden_dim, shard.regions, count, top_k, moe.in_dtype, activation, device
+        )
+        if reason and path is Path.ONE_LAUNCH:
+            raise SpenseError(f"{SWITCH}={path} cannot be followed: {reason} (layer: {self.name})")
+        return reason
 
     def create_weights(self, layer: Layer, num_experts: int, hidden_size: int) -> Regions:
         """Registers this rank's weights, FP8 E4M3, and scales, float32; returns its regions.
@@ -127,11 +150,16 @@ class ExpertRegions:
 
 
 class RegionExpertsMethod(FusedMoEMethodBase):
-    """Runs the regions by `ops.experts.expert_mlp`. One instance serves one layer."""
+    """Runs the regions by `ops.experts.expert_mlp`. One instance serves one layer.
 
-    def __init__(self, layer: Layer, parts: ExpertRegions) -> None:
+    Args:
+        kernel_tokens: the most tokens of a step, where the kernel runs them; None where plain torch does.
+    """
+
+    def __init__(self, layer: Layer, parts: ExpertRegions, kernel_tokens: int | None = None) -> None:
         super().__init__(layer.moe_config)
         self.parts = parts
+        self.kernel_tokens = kernel_tokens
 
     def create_weights(
         self,
@@ -161,7 +189,10 @@ class RegionExpertsMethod(FusedMoEMethodBase):
             layer.w2_weight_scale.data,
             self.regions,
             self.dtype,
+            by_kernel=self.kernel_tokens is not None,
         )
+        if self.kernel_tokens is not None:
+            experts.prepare(packed, layer.moe_config.experts_per_token, self.kernel_tokens)
         for name in ("w13_weight", "w13_weight_scale", "w2_weight", "w2_weight_scale"):
             delattr(layer, name)
         for name, tensor in packed.tensors().items():
@@ -192,14 +223,13 @@ class DenseExpertsMethod(CompressedTensorsW8A8Fp8MoEMethod):
 
     Args:
         stock: vLLM's method for this layer.
+        reason: why Spense's kernel does not run.
     """
 
-    def __init__(self, stock: CompressedTensorsW8A8Fp8MoEMethod, parts: ExpertRegions) -> None:
+    def __init__(self, stock: CompressedTensorsW8A8Fp8MoEMethod, parts: ExpertRegions, reason: str) -> None:
         super().__init__(stock.weight_quant, stock.input_quant, stock.moe)
         self.parts = parts
-        logger.info_once(
-            "pruned experts run as dense FP8 by vLLM's own kernels: Spense has none for them on this machine"
-        )
+        logger.info_once("pruned experts run as dense FP8 by vLLM's own kernels, not by Spense's: %s", reason)
 
     def create_weights(self, layer: Layer, num_experts: int, hidden_size: int, *args: Any, **given: Any) -> None:
         """Registers this rank's weights: see `ExpertRegions.create_weights`."""

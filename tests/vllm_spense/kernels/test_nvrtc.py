@@ -38,7 +38,7 @@ GEMMS = [
 EXPERT_GEMMS = [
     (experts.Tiling(tokens, sparse_k), count)
     for tokens, sparse_k, count in (
-        (8, 256, 128), (32, 256, 8), (64, 256, 512), (128, 256, 128), (128, 128, 128), (256, 128, 128), (256, 128, 512),
+        (64, 256, 8), (64, 256, 512), (128, 256, 128), (256, 128, 128), (256, 128, 512),
     )
 ]  # fmt: skip
 #: Source, macros, architectures, most registers of a thread. A GEMM may have what its launch bounds allow; the others,
@@ -51,12 +51,12 @@ KERNELS: list[tuple[str, Mapping[str, int], tuple[str, ...], int]] = [
         for size, top_k, count, ranked in (
             (64, 2, 8, False),
             (2048, 8, 128, False),
-            (7168, 8, 256, False),
-            (4096, 8, 128, True),
+            (7168, 16, 512, False),
+            (4096, 16, 512, True),
         )
     ),
-    ("expert_ranks.cu", routing.rank_macros(8, 512), ("sm_89", *HOPPER, *BLACKWELL), 64),
-    ("expert_sum.cu", routing.sum_macros(8), ("sm_89", *HOPPER, *BLACKWELL), 128),
+    ("expert_ranks.cu", routing.rank_macros(16, 512), ("sm_89", *HOPPER, *BLACKWELL), 64),
+    ("expert_sum.cu", routing.sum_macros(16), ("sm_89", *HOPPER, *BLACKWELL), 128),
     ("scale.cu", scale.MACROS, ("sm_89", *HOPPER, *BLACKWELL), 40),
     *(
         ("norm_quant.cu", norm_quant.macros(size, norm, scaled), ("sm_89", *HOPPER, *BLACKWELL), registers)
@@ -77,8 +77,9 @@ KERNELS: list[tuple[str, Mapping[str, int], tuple[str, ...], int]] = [
             (8192, 2, True, True, 62),
             (34816, 2, True, True, 77),
             (768, 1, False, False, 47),
-            (1408, 4, False, False, 80),
-            (2048, 4, True, True, 120),
+            (768, 2, False, False, 57),
+            (768, 2, True, True, 62),
+            (2048, 1, True, True, 60),
         )
     ),
 ]

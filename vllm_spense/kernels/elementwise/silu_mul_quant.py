@@ -18,11 +18,12 @@ WIDTH = 8
 _CLUSTER, _MAX_THREADS = 8, 512
 #: Up to this size a row is short: one thread block's, as an expert's is.
 _SHORT = 2048
-#: Up to so many tokens each has its own blocks; with more, so many are taken at once (H100; short rows: H200).
-_FEW_LONG, _LONG_AT_ONCE = 32, 2
-_FEW_SHORT, _SHORT_AT_ONCE = 1024, 4
+#: Beyond so many tokens two long rows are taken at once (H100); and rows of at most so many values beyond so many tokens
+#: (H200): those of other short rows never gain (docs/notes/kernels.md).
+_FEW_LONG = 32
+_SHORTEST, _FEW_SHORTEST = 768, 2048
 #: Sizes and numbers of tokens that `fault` tries: one and several vectors of a thread, full and partial clusters.
-_TRIALS = ((64, 1), (1536, 1027), (14336, 19), (34816, 130))
+_TRIALS = ((64, 1), (768, 2051), (14336, 19), (34816, 130))
 
 
 @cache
@@ -78,7 +79,7 @@ def run(
 
 def prepare(size: int, raw_dtype: torch.dtype, device: torch.device, scaled: bool = True) -> None:
     """Compiles and loads the kernel for every number of tokens."""
-    for at_once in {_tokens_at_once(tokens, size) for tokens in (1, max(_FEW_LONG, _FEW_SHORT) + 1)}:
+    for at_once in {_tokens_at_once(tokens, size) for tokens in (1, max(_FEW_LONG, _FEW_SHORTEST) + 1)}:
         _kernel(size, at_once, raw_dtype == torch.float32, scaled, device)
 
 
@@ -87,9 +88,9 @@ def _blocks_each(size: int) -> int:
 
 
 def _tokens_at_once(tokens: int, size: int) -> int:
-    if size <= _SHORT:
-        return 1 if tokens <= _FEW_SHORT else _SHORT_AT_ONCE
-    return 1 if tokens <= _FEW_LONG else _LONG_AT_ONCE
+    if size > _SHORT:
+        return 1 if tokens <= _FEW_LONG else 2
+    return 2 if size <= _SHORTEST and tokens > _FEW_SHORTEST else 1
 
 
 class Arguments(ctypes.Structure):

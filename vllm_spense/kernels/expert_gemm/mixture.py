@@ -2,12 +2,58 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
+from vllm_spense.format import Regions
 from vllm_spense.kernels.elementwise import silu_mul_quant
-from vllm_spense.kernels.expert_gemm import gemm, routing
+from vllm_spense.kernels.expert_gemm import gemm, reference, routing
 from vllm_spense.kernels.expert_gemm.reference import Packed
 from vllm_spense.kernels.region_gemm.problem import Problem
+from vllm_spense.kernels.tuning.synthetic import random_weight
+
+#: Of this rank's experts, and of a token's choices: the most that tests compile the kernels for.
+MAX_EXPERTS, MAX_TOP_K = 512, 16
+#: What `fault` tries: tokens for each expert, one number for each way to cut; and sizes.
+_TRIAL_TOKENS, _TRIAL_HIDDEN, _TRIAL_REGIONS = (1, 40, 130), 256, Regions(96, 32)
+#: Relative to the twin's norm. Sums in another order round some activations to another FP8 value, which was seen to move
+#: a single token by 0.04; an expert that is wrong moves it by more than it is.
+_TRIAL_ERROR = 0.1
+
+
+@cache
+def fault(experts: int, top_k: int, device: torch.device) -> str | None:
+    """Why these kernels must not be used on a GPU, or None: tried out once in each process, against their twin."""
+    generator = torch.Generator(device).manual_seed(0)
+    problems = reference.problems(_TRIAL_HIDDEN, _TRIAL_REGIONS)
+    packs = [
+        reference.pack(
+            torch.stack([random_weight(problem, device) for _ in range(experts)]),
+            # While a model loads, torch's default is the model's dtype.
+            torch.rand(experts, problem.n, dtype=torch.float32, device=device, generator=generator) + 0.5,
+            problem,
+        )
+        for problem in problems
+    ]
+    for each in _TRIAL_TOKENS:
+        tokens = -(-each * experts // top_k)
+        x = torch.randn(tokens, _TRIAL_HIDDEN, dtype=torch.bfloat16, device=device, generator=generator)
+        # Some are another rank's.
+        chances = torch.rand(tokens, experts + top_k, dtype=torch.float32, device=device, generator=generator)
+        ids = chances.topk(top_k, -1).indices.int()
+        ids.masked_fill_(ids >= experts, -1)
+        weights = torch.rand(tokens, top_k, dtype=torch.float32, device=device, generator=generator)
+        try:
+            found = run(x, ids, weights, *packs, problems).double()
+        except RuntimeError as error:
+            return f"its kernels failed when they were tried: {error}"
+        expected = reference.mixture(x, ids, weights, *packs, problems).double()
+        error = float((found - expected).norm() / expected.norm())
+        # A NaN is no small error either.
+        if not error < _TRIAL_ERROR:
+            return f"its kernels are wrong on this machine: relative error {error:.1e} with {tokens} tokens"
+    return None
 
 
 def run(
