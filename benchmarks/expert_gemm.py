@@ -35,7 +35,7 @@ from vllm_spense.kernels.region_gemm.problem import Problem
 from vllm_spense.kernels.tuning.synthetic import random_fp8, random_weight
 from vllm_spense.kernels.tuning.timing import cold_copies, median_us, medians_us
 
-TOKENS = (1, 8, 32, 64, 128, 256, 8192)
+TOKENS = (1, 8, 32, 64, 128, 256, 1024, 8192)
 SPARSITIES = (0.25, 0.375, 0.5)
 #: Times of one call are averaged over so many routings.
 ROUTINGS = 16

@@ -191,6 +191,23 @@ def paths(result: Result) -> list[str]:
     return [*markdown(["layer", "ρ", "ideal", "path", *(f"M = {m}" for m in tokens)], lines), "", source(result)]
 
 
+def experts(result: Result) -> list[str]:
+    """Speed-up of the experts' GEMM over vLLM's best, and its share of what the weights' bytes allow."""
+    rows = result["rows"]
+    tokens = sorted({row["tokens"] for row in rows})
+    lines = []
+    for key in dict.fromkeys((row["shape"], row["layer"], row["routing"], row["sparsity"]) for row in rows):
+        mine = {
+            row["tokens"]: row
+            for row in rows
+            if (row["shape"], row["layer"], row["routing"], row["sparsity"]) == key and row["over_stock"]
+        }
+        cells = [f"{mine[m]['over_stock']:.2f} ({mine[m]['of_ideal']:.0%})" if m in mine else "" for m in tokens]
+        lines.append([*key[:3], f"{key[3]:.1%}", *cells])
+    headings = ["shape", "layer", "routing", "sparsity", *(f"{m} tokens" for m in tokens)]
+    return [*markdown(headings, lines), "", source(result)]
+
+
 def mlp(result: Result) -> list[str]:
     """One MLP inside and outside its GEMMs."""
     lines = (
@@ -385,6 +402,7 @@ TABLES: Mapping[str, tuple[str, Callable[..., list[str]]]] = {
     "gemm": ("gemm_sweep", gemm),
     "paths": ("gemm_sweep", paths),
     "gemm_h200": ("gemm_sweep-h200", gemm),
+    "experts": ("expert_gemm", experts),
     "mlp": ("layer_breakdown", mlp),
     "gpu_tests": ("gpu_tests", gpu_tests),
     "gpu_tests_serving": ("gpu_tests-serving", gpu_tests),

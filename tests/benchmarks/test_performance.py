@@ -182,6 +182,13 @@ def test_gemms_are_those_that_the_policy_takes(results: Path) -> None:
     assert "\n| down | 0.25 | 1.39 | 1.30 (93%) | 1.10 (79%) |\n" in table("gemm", results)
 
 
+def test_experts_against_stock_and_ideal(results: Path) -> None:
+    row = {"shape": "qwen3-30b-a3b", "layer": "down", "routing": "balanced", "sparsity": 0.375, "tokens": 32}
+    rows = [row | {"over_stock": 1.36, "of_ideal": 0.81}, row | {"tokens": 8, "over_stock": None, "of_ideal": 0.7}]
+    (results / "expert_gemm.json").write_text(json.dumps({**ABOUT, "rows": rows}))
+    assert "\n| qwen3-30b-a3b | down | balanced | 37.5% |  | 1.36 (81%) |\n" in table("experts", results)
+
+
 def test_what_was_not_measured_says_so(results: Path) -> None:
     assert "Not measured yet: `python benchmarks/gemm_sweep.py` on a GPU" in table("gemm", results)
     several = "`torchrun --nproc-per-node 2 benchmarks/prune_time.py` on 2 GPUs"

@@ -56,7 +56,10 @@ KERNELS: list[tuple[str, Mapping[str, int], tuple[str, ...], int]] = [
         )
     ),
     ("expert_ranks.cu", routing.rank_macros(16, 512), ("sm_89", *HOPPER, *BLACKWELL), 64),
-    ("expert_sum.cu", routing.sum_macros(16), ("sm_89", *HOPPER, *BLACKWELL), 128),
+    *(
+        ("expert_sum.cu", routing.sum_macros(top_k), ("sm_89", *HOPPER, *BLACKWELL), registers)
+        for top_k, registers in ((8, 128), (16, 185))
+    ),
     ("scale.cu", scale.MACROS, ("sm_89", *HOPPER, *BLACKWELL), 40),
     *(
         ("norm_quant.cu", norm_quant.macros(size, norm, scaled), ("sm_89", *HOPPER, *BLACKWELL), registers)

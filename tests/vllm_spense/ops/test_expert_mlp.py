@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from vllm_spense.format import Regions
+from vllm_spense.kernels.expert_gemm import mixture, reference
 from vllm_spense.kernels.region_gemm.problem import Problem
 from vllm_spense.kernels.region_gemm.reference import quantize
 from vllm_spense.kernels.tuning.synthetic import random_weight
-from vllm_spense.ops.experts import ACTIVATIONS, ExpertWeights, expert_mlp, pack
+from vllm_spense.ops import experts
+from vllm_spense.ops.dispatch import Device
+from vllm_spense.ops.experts import ACTIVATIONS, ExpertWeights, expert_mlp, pack, reason_against_kernel
 
 E, H, REGIONS, TOKENS, K = 5, 64, Regions(64, 32), 12, 2
 CPU = torch.device("cpu")
@@ -110,3 +115,55 @@ def test_the_op_is_one_that_compilers_take(loaded: dict[str, torch.Tensor]) -> N
     x, (ids, weights) = torch.randn(TOKENS, H), routing()
     arguments = (x, ids, weights, list(packed(loaded).tensors().values()), "silu")
     torch.library.opcheck(torch.ops.spense.expert_mlp.default, arguments)
+
+
+def test_the_kernel_gets_its_own_weights(loaded: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its twin in its place; choices of another rank are −1, and may be strided."""
+    monkeypatch.setattr(mixture, "run", reference.mixture)
+    weights = pack(**loaded, regions=REGIONS, dtype=torch.bfloat16, by_kernel=True)
+    assert weights.by_kernel
+    assert not packed(loaded).by_kernel
+    assert weights.gate_up_sparse.dtype == weights.down_sparse.dtype == torch.uint8
+    x, (ids, shares) = torch.randn(TOKENS, H).bfloat16(), routing()
+    ids[::2, 0] = -1
+    found = expert_mlp(x, ids.t().contiguous().t(), shares, weights)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected(x, ids, shares, loaded), rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, None),
+        ({"device": Device("cpu")}, "need compute capability 9.0, and this is cpu"),
+        ({"device": Device("cuda", (10, 0), True)}, "this is cuda 10.0"),
+        ({"device": Device("cuda", (9, 0), False)}, "nvmath-python is not installed"),
+        ({"dtype": torch.float16}, "not silu in float16"),
+        ({"activation": "gelu"}, "not gelu in bfloat16"),
+        ({"regions": Regions(72, 24)}, r"\(2048, 72, 24\) are not all multiples of 32"),
+        ({"hidden": 2000}, r"\(2000, 576, 192\)"),
+        ({"count": 513}, "these are 513 and 8"),
+        ({"top_k": 17}, "these are 128 and 17"),
+        ({"fault": "its kernels are wrong"}, "its kernels are wrong"),
+    ],
+)
+def test_where_the_kernel_runs(changes: dict, words: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = {
+        "hidden": 2048,
+        "regions": Regions(576, 192),
+        "count": 128,
+        "top_k": 8,
+        "dtype": torch.bfloat16,
+        "activation": "silu",
+        "device": Device("cuda", (9, 0), True),
+        "fault": None,
+        **changes,
+    }
+    machine, fault = case.pop("device"), case.pop("fault")
+    monkeypatch.setattr(experts, "describe", lambda device: machine)
+    monkeypatch.setattr(mixture, "fault", lambda experts, top_k, device: fault)
+    reason = reason_against_kernel(**case, device=CPU)
+    if words is None:
+        assert reason is None
+    else:
+        assert re.search(words, reason or "")

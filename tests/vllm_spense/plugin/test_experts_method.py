@@ -12,6 +12,8 @@ from torch import nn
 from vllm_spense.errors import FormatError, SpenseError
 from vllm_spense.format import Regions
 from vllm_spense.layout import rank_order
+from vllm_spense.ops.dispatch import Path
+from vllm_spense.plugin import experts as plugin
 from vllm_spense.plugin.experts import ExpertRegions, RegionExpertsMethod
 
 COUNT, HIDDEN, REGIONS = 4, 64, Regions(64, 32)
@@ -150,3 +152,22 @@ def test_a_shape_that_does_not_fit_is_refused() -> None:
     tensors[1, "w2"] = tensors[1, "w2"][0][:, :64], tensors[1, "w2"][1]
     with pytest.raises(FormatError, match="does not fit the regions"):
         layer.load(tensors)
+
+
+@pytest.mark.parametrize("path", [None, Path.DENSE, Path.ONE_LAUNCH, Path.LIBRARY])
+@pytest.mark.parametrize("reason", [None, "an old GPU"])
+def test_which_kernel_runs(path: Path | None, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(hidden, regions, count, top_k, dtype, activation, device) -> str | None:
+        assert (hidden, regions, count, top_k, activation) == (HIDDEN, Regions(32, 16), COUNT, 2, "silu")
+        return reason
+
+    monkeypatch.setattr(plugin.experts, "reason_against_kernel", asked)
+    monkeypatch.setattr(plugin, "forced", lambda: path)
+    sizes = {"hidden_dim": HIDDEN, "num_local_experts": COUNT, "experts_per_token": 2, "in_dtype": torch.bfloat16}
+    layer = Layer(1, 2, **sizes)
+    if path is Path.ONE_LAUNCH and reason:
+        with pytest.raises(SpenseError, match=r"SPENSE_PATH=one-launch cannot be followed: an old GPU .*mlp\.experts"):
+            layer.method.parts.reason_against_kernel(layer, torch.device("cpu"))
+    else:
+        found = layer.method.parts.reason_against_kernel(layer, torch.device("cpu"))
+        assert found == ("SPENSE_PATH=dense" if path is Path.DENSE else reason)

@@ -18,9 +18,9 @@ WIDTH = 8
 _CLUSTER, _MAX_THREADS = 8, 512
 #: Up to this size a row is short: one thread block's, as an expert's is.
 _SHORT = 2048
-#: Beyond so many tokens two long rows are taken at once (H100); and rows of at most so many values beyond so many tokens
-#: (H200): those of other short rows never gain (docs/notes/kernels.md).
+#: Beyond so many tokens two long rows are taken at once (H100).
 _FEW_LONG = 32
+#: And rows of at most so many values, beyond so many tokens; other short ones never gain (H200, docs/notes/kernels.md).
 _SHORTEST, _FEW_SHORTEST = 768, 2048
 #: Sizes and numbers of tokens that `fault` tries: one and several vectors of a thread, full and partial clusters.
 _TRIALS = ((64, 1), (768, 2051), (14336, 19), (34816, 130))

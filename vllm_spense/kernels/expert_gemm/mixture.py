@@ -17,8 +17,8 @@ from vllm_spense.kernels.tuning.synthetic import random_weight
 MAX_EXPERTS, MAX_TOP_K = 512, 16
 #: What `fault` tries: tokens for each expert, one number for each way to cut; and sizes.
 _TRIAL_TOKENS, _TRIAL_HIDDEN, _TRIAL_REGIONS = (1, 40, 130), 256, Regions(96, 32)
-#: Relative to the twin's norm. Sums in another order round some activations to another FP8 value, which was seen to move
-#: a single token by 0.04; an expert that is wrong moves it by more than it is.
+#: Relative to the twin's norm. Sums in another order round some activations to other FP8 values, which was seen to
+#: move a single token by 0.04.
 _TRIAL_ERROR = 0.1
 
 

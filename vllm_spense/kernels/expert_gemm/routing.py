@@ -16,8 +16,8 @@ FP8 = torch.float8_e4m3fn
 WIDTH = 8
 #: Choices that expert_ranks.cu sorts in one thread block.
 CHUNK = 1024
-#: Up to so many choices every block of expert_route.cu counts them itself.
-COUNTED = 4096
+#: Up to so many choices every block of expert_route.cu counts them itself (H200).
+COUNTED = 1536
 _MAX_THREADS, _SUM_THREADS = 256, 128
 
 
