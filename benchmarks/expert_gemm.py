@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
@@ -208,13 +208,20 @@ def stock_calls(
     Args:
         weights: packed with everything dense: W in its own order of rows, whose outputs nobody looks at.
     """
+
+    def made(make: Callable[..., Call]) -> list[Call]:
+        return [make(shape, layer, x, x_scale, packed, routing) for packed, routing in zip(cycle(weights), routings)]
+
+    return runnable({"cutlass": partial(made, cutlass_call), "triton": partial(made, triton_call)})
+
+
+def runnable(makers: Mapping[str, Callable[[], list[Call]]]) -> tuple[dict[str, list[Call]], dict[str, str]]:
+    """Those of vLLM's calls that run here by name, and why the others do not."""
     found: dict[str, list[Call]] = {}
     missing = {}
-    for name, make in {"cutlass": cutlass_call, "triton": triton_call}.items():
+    for name, make in makers.items():
         try:
-            calls = [
-                make(shape, layer, x, x_scale, packed, routing) for packed, routing in zip(cycle(weights), routings)
-            ]
+            calls = make()
             for call in calls:
                 call()
             torch.cuda.synchronize()

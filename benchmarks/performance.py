@@ -193,19 +193,27 @@ def paths(result: Result) -> list[str]:
 
 def experts(result: Result) -> list[str]:
     """Speed-up of the experts' GEMM over vLLM's best, and its share of what the weights' bytes allow."""
+    return _by_tokens(
+        result, ("shape", "layer", "routing"), lambda row: f"{row['over_stock']:.2f} ({row['of_ideal']:.0%})"
+    )
+
+
+def mixtures(result: Result) -> list[str]:
+    """Speed-up of a whole mixture after its router over vLLM's best."""
+    return _by_tokens(result, ("shape", "routing"), lambda row: f"{row['over_stock']:.2f}")
+
+
+def _by_tokens(result: Result, keys: Sequence[str], cell: Callable[[Row], str]) -> list[str]:
+    """A line for each of what `keys` and the sparsity tell apart, a column for each number of tokens."""
     rows = result["rows"]
     tokens = sorted({row["tokens"] for row in rows})
-    lines = []
-    for key in dict.fromkeys((row["shape"], row["layer"], row["routing"], row["sparsity"]) for row in rows):
-        mine = {
-            row["tokens"]: row
-            for row in rows
-            if (row["shape"], row["layer"], row["routing"], row["sparsity"]) == key and row["over_stock"]
-        }
-        cells = [f"{mine[m]['over_stock']:.2f} ({mine[m]['of_ideal']:.0%})" if m in mine else "" for m in tokens]
-        lines.append([*key[:3], f"{key[3]:.1%}", *cells])
-    headings = ["shape", "layer", "routing", "sparsity", *(f"{m} tokens" for m in tokens)]
-    return [*markdown(headings, lines), "", source(result)]
+    lines: dict[tuple[str, ...], dict[int, str]] = {}
+    for row in rows:
+        found = cell(row) if row["over_stock"] else ""
+        lines.setdefault((*(row[key] for key in keys), f"{row['sparsity']:.1%}"), {})[row["tokens"]] = found
+    headings = [*keys, "sparsity", *(f"{m} tokens" for m in tokens)]
+    cells = ([*names, *(line.get(m, "") for m in tokens)] for names, line in lines.items())
+    return [*markdown(headings, cells), "", source(result)]
 
 
 def mlp(result: Result) -> list[str]:
@@ -403,6 +411,7 @@ TABLES: Mapping[str, tuple[str, Callable[..., list[str]]]] = {
     "paths": ("gemm_sweep", paths),
     "gemm_h200": ("gemm_sweep-h200", gemm),
     "experts": ("expert_gemm", experts),
+    "mixtures": ("expert_mixture", mixtures),
     "mlp": ("layer_breakdown", mlp),
     "gpu_tests": ("gpu_tests", gpu_tests),
     "gpu_tests_serving": ("gpu_tests-serving", gpu_tests),

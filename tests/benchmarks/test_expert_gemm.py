@@ -1,4 +1,4 @@
-"""expert_gemm without a GPU: routings, and rows that say what could not run."""
+"""expert_gemm and expert_mixture without a GPU: routings, and rows that say what could not run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from benchmarks import expert_gemm
+from benchmarks import expert_gemm, expert_mixture
 from benchmarks.expert_gemm import Routing, Shape, route, sweep
 from vllm_spense.kernels.expert_gemm import reference
 
@@ -60,3 +60,30 @@ def test_a_row_says_what_ran_and_what_did_not(layer: str, monkeypatch: pytest.Mo
     assert row["stock_missing"] == {"triton": "RuntimeError: not here"}
     weights = row["active_experts"] * 64 * 128 * (2 if layer == "gate_up" else 1) * (0.25 + 0.75 * 0.625)
     assert row["ideal_us"] == pytest.approx(weights / 3e12 * 1e6, abs=0.02)
+
+
+def test_a_whole_mixture_against_those_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def medians(candidates: Sequence[Sequence[Callable[[], object]]], replays: int) -> list[float]:
+        for calls in candidates:
+            seen.append(calls[0]())
+        return [10.0, 8.0, 20.0]
+
+    def some(shape, x, shares, weights, choices) -> list[Callable[[], object]]:
+        return [lambda: None for _ in choices]
+
+    def none(*_: object) -> list[Callable[[], object]]:
+        raise RuntimeError("not here")
+
+    for name, stand_in in {"cutlass_calls": none, "triton_calls": some, "medians_us": medians}.items():
+        monkeypatch.setattr(expert_mixture, name, stand_in)
+    monkeypatch.setattr(expert_mixture.mixture, "run", reference.mixture)
+    monkeypatch.setattr(expert_gemm, "cold_copies", lambda weight_bytes, device: 1)
+    monkeypatch.setattr(expert_gemm.torch.cuda, "synchronize", lambda: None)
+    (row,) = expert_mixture.sweep(SHAPE, [0.375], [(4, "skewed")], CPU)
+    assert (row["us"], row["dense_us"], row["over_dense"]) == (8.0, 10.0, 1.25)
+    assert (row["stock_us"], row["over_stock"]) == ({"triton": 20.0}, 2.5)
+    assert row["stock_missing"] == {"cutlass": "RuntimeError: not here"}
+    dense, sparse, _ = seen
+    assert dense.shape == sparse.shape == (4, SHAPE.hidden)

@@ -187,6 +187,8 @@ def test_experts_against_stock_and_ideal(results: Path) -> None:
     rows = [row | {"over_stock": 1.36, "of_ideal": 0.81}, row | {"tokens": 8, "over_stock": None, "of_ideal": 0.7}]
     (results / "expert_gemm.json").write_text(json.dumps({**ABOUT, "rows": rows}))
     assert "\n| qwen3-30b-a3b | down | balanced | 37.5% |  | 1.36 (81%) |\n" in table("experts", results)
+    (results / "expert_mixture.json").write_text(json.dumps({**ABOUT, "rows": rows}))
+    assert "\n| qwen3-30b-a3b | balanced | 37.5% |  | 1.36 |\n" in table("mixtures", results)
 
 
 def test_what_was_not_measured_says_so(results: Path) -> None:
