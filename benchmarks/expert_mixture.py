@@ -6,8 +6,9 @@ times everything between the router and the sum over a token's experts, of two m
 benchmarks/results/expert_mixture.json. As in expert_gemm.py inputs are random, weights and routings take turns, and all
 kernels run in turn inside CUDA graphs; times are medians of one mixture.
 
-`stock_us` are vLLM's dense FP8 experts: CUTLASS, its choice on Hopper for scales of channels and tokens, and Triton, with
-the configuration that it chooses; each quantizes its input itself. `stock_missing` says which could not run and why.
+`stock_us` are vLLM's dense FP8 experts: CUTLASS, its choice on Hopper for scales of channels and tokens, and Triton,
+with the configuration that it chooses; each quantizes its input itself. `stock_missing` says which could not run, and
+why.
 """
 
 from __future__ import annotations
