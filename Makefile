@@ -1,11 +1,12 @@
 # The Python that makes .venv, the demo server's port, all methods in the demo: make demo PYTHON=python3.12 PORT=8001 ALL=1
+# Releases and all tests: make compat VERSIONS="0.26.0 0.32.0" ALL=1
 PYTHON ?= python3
 PORT ?= 8000
 ALL ?=
 RUN := .venv/bin/python -m
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test zoo format clean
+.PHONY: help setup demo test compat zoo format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -22,6 +23,9 @@ test: setup ## lint, check types, run all tests
 	$(RUN) mypy
 	$(RUN) pytest -n auto --dist loadfile --no-loadscope-reorder
 
+compat: setup ## run tests of the plugin with each release of vLLM that it is for, in environments of their own
+	$(RUN) benchmarks.compat $(if $(VERSIONS),--versions $(VERSIONS)) $(if $(filter-out 0,$(ALL)),--exhaustive)
+
 zoo: setup ## prune every architecture that transformers knows, tiny, and serve some
 	$(RUN) benchmarks.zoo
 	$(RUN) benchmarks.served
@@ -30,5 +34,5 @@ format: setup ## format the code
 	$(RUN) ruff check --fix
 	$(RUN) ruff format
 
-clean: ## remove .venv and .demo
-	rm -rf .venv .demo
+clean: ## remove .venv, .compat and .demo
+	rm -rf .venv .compat .demo

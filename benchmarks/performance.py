@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from benchmarks import alternatives_table, quality_tables
+from benchmarks import alternatives_table, quality_tables, serving_tables
 from benchmarks.envelope import RESULTS, ROOT
 from benchmarks.tables import Result, Row, markdown, source
 from scripts.models import KNOWN
@@ -24,7 +24,8 @@ from vllm_spense.estimate import GPUS, estimate, load
 #: Every file that has tables.
 DOCUMENTS = (
     ROOT / "README.md",
-    *(ROOT / "docs" / name for name in ("performance.md", "pruning-at-scale.md", "quality.md", "notes/tables.md")),
+    *(ROOT / "docs" / name for name in ("performance.md", "pruning-at-scale.md", "quality.md")),
+    *(ROOT / "docs/notes" / name for name in ("tables.md", "serving.md")),
 )
 #: Of the MLP weights, what 2:4 everywhere makes zero.
 MAX_SPARSITY = 0.5
@@ -234,18 +235,6 @@ def mlp(result: Result) -> list[str]:
     return [*markdown(headings, lines), "", source(result)]
 
 
-def gpu_tests(result: Result) -> list[str]:
-    """How the tests ended that need a GPU, and what they recorded."""
-    lines = []
-    for file in dict.fromkeys(row["file"] for row in result["rows"]):
-        mine = [row for row in result["rows"] if row["file"] == file]
-        counts = [sum(row[ending] for row in mine) for ending in ("passed", "failed", "skipped")]
-        recorded = [f"{name}: {value}" for row in mine for name, value in row["recorded"].items()]
-        name = f"`{file.rpartition('.')[2]}.py`"
-        lines.append([name, *counts, f"{sum(row['seconds'] for row in mine):.0f}", "; ".join(recorded)])
-    return [*markdown(["tests", "passed", "failed", "skipped", "s", "recorded"], lines), "", source(result)]
-
-
 def prune(result: Result) -> list[str]:
     """What pruning a whole model takes."""
     lines = (
@@ -381,6 +370,8 @@ def tasks(result: Result, *others: Result) -> list[str]:
 
 #: Result file → the command that makes it, and where, other than the benchmark of that name with its defaults on a GPU.
 RUNS: Mapping[str, tuple[str, str]] = {
+    "compat": ("make compat", "a CPU"),
+    "soak": ("python -m benchmarks.soak", "any machine with vLLM"),
     "prune_time-2gpus": ("torchrun --nproc-per-node 2 benchmarks/prune_time.py", "2 GPUs"),
     "alternatives": ("python benchmarks/alternatives.py --together 4", "a GPU"),
     "peers-int4": (
@@ -413,10 +404,13 @@ TABLES: Mapping[str, tuple[str, Callable[..., list[str]]]] = {
     "experts": ("expert_gemm", experts),
     "mixtures": ("expert_mixture", mixtures),
     "mlp": ("layer_breakdown", mlp),
-    "gpu_tests": ("gpu_tests", gpu_tests),
-    "gpu_tests_serving": ("gpu_tests-serving", gpu_tests),
-    "gpu_tests_serving_h200": ("gpu_tests-serving-h200", gpu_tests),
-    "gpu_tests_sleep": ("gpu_tests-sleep", gpu_tests),
+    "gpu_tests": ("gpu_tests", serving_tables.gpu_tests),
+    "gpu_tests_serving": ("gpu_tests-serving", serving_tables.gpu_tests),
+    "gpu_tests_serving_h200": ("gpu_tests-serving-h200", serving_tables.gpu_tests),
+    "gpu_tests_sleep": ("gpu_tests-sleep", serving_tables.gpu_tests),
+    "compat": ("compat", serving_tables.compat),
+    "compat_readme": ("compat", serving_tables.compat_sentence),
+    "soak": ("soak", serving_tables.soak),
     "readme": ("decode_speed", decode_longest),
     "alternatives": ("alternatives", alternatives_table.tables),
     "prune": ("prune_time", prune),

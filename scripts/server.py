@@ -66,8 +66,10 @@ def serving_vllm(model: Path, port: int, log: Path, on_cpu: bool, *options: str)
 
 
 @contextlib.contextmanager
-def serving(command: list[str], port: int, log: Path, env: dict[str, str] | None = None) -> Iterator[None]:
-    """Runs `command` and enters the context once `GET /health` answers on `port`.
+def serving(
+    command: list[str], port: int, log: Path, env: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Runs `command` and enters the context once `GET /health` answers on `port`; gives its process.
 
     Args:
         command: starts a server on `HOST` and `port`; ended with all the processes it has started.
@@ -89,7 +91,7 @@ def serving(command: list[str], port: int, log: Path, env: dict[str, str] | None
         )
     try:
         _wait_until_ready(server, port, log)
-        yield
+        yield server
     finally:
         _stop(server)
 

@@ -9,7 +9,16 @@ __version__ = "0.1.0"
 
 
 def register() -> None:
-    """vLLM plugin entry point (`vllm.general_plugins`): makes `--quantization spense` known. Idempotent."""
-    from vllm_spense.plugin.config import register_config
+    """vLLM plugin entry point (`vllm.general_plugins`): makes `--quantization spense` known. Idempotent.
 
-    register_config()
+    Says so at ERROR where this vLLM has moved what the plugin needs; an exception would end whatever was started, for
+    other models too.
+    """
+    from vllm_spense.plugin.versions import say_unregistered
+
+    try:
+        from vllm_spense.plugin.config import register_config
+
+        register_config()
+    except Exception as error:
+        say_unregistered(error)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks import performance
-from benchmarks.performance import DOCUMENTS, TABLES, errors, filled, gpu_tests, prune_sentence
+from benchmarks.performance import DOCUMENTS, TABLES, errors, filled, prune_sentence
+from benchmarks.serving_tables import compat_sentence, gpu_tests, soak
 from vllm_spense import estimate as module
 from vllm_spense.estimate import GPUS, estimate, load
 
@@ -172,6 +173,21 @@ def test_gpu_tests_are_summed_up_by_file() -> None:
     row = {"file": "tests.gpu.test_kernels", "test": "a", "passed": 3, "failed": 0, "skipped": 1, "seconds": 1.4}
     rows = [row | {"recorded": {"GPU": "+0 MiB"}}, row | {"test": "b", "failed": 1, "recorded": {}}]
     assert gpu_tests({**ABOUT, "rows": rows})[2] == "| `test_kernels.py` | 6 | 1 | 2 | 3 | GPU: +0 MiB |"
+
+
+def test_releases_that_fail_are_named() -> None:
+    row = {"version": "0.26.0", "failed": []}
+    rows = [row, row | {"version": "0.27.0", "failed": ["tests.a::test_b"]}, row | {"version": "0.28.0"}]
+    said = "passes on vLLM's CPU builds 0.26.0, 0.28.0; not all on 0.27.0 ("
+    assert said in compat_sentence({**ABOUT, "rows": rows})[0]
+
+
+def test_a_day_counts_what_was_wrong() -> None:
+    end = {"seconds": 1.04, "code": 0, "streams_ended": 8, "processes_left": 0}
+    row = {"server": "stock", "checks": {"chat": "", "tools": "Wrong: none"}, "clients": 8, "seconds": 20.0}
+    row |= {"streams": 9, "dropped": 2, "cancelled": 1, "tokens": 70, "wrong": ["a"], "grown_mib": 0.2, "sigterm": end}
+    found = soak({**ABOUT, "rows": [row]})
+    assert found[2] == "| stock | 1 of 2 | 8 × 20 s | 9 | 2 | 1 | 1 | 70 | +0 | 1.0 s, code 0, 0 processes left |"
 
 
 def test_gemms_are_those_that_the_policy_takes(results: Path) -> None:

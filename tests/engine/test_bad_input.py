@@ -105,6 +105,21 @@ def test_load_format(spense_checkpoint: Path, load_format: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("option", "value"), [("cpu_offload_gb", 4.0), ("offload_group_size", 2)], ids=["unified memory", "prefetched"]
+)
+def test_offloaded_weights(spense_checkpoint: Path, option: str, value: float) -> None:
+    message = refusal(spense_checkpoint, **{option: value})
+    assert f"key: --{option.replace('_', '-')}; found: {value}; expected: 0" in message
+
+
+def test_expert_parallel(spense_checkpoint: Path) -> None:
+    """Refused by vLLM: this model has none."""
+    assert "Number of experts in the model must be greater than 0" in refusal(
+        spense_checkpoint, enable_expert_parallel=True
+    )
+
+
+@pytest.mark.parametrize(
     ("switch", "value", "said"),
     [
         ("SPENSE_PATH", "libary", "SPENSE_PATH: found libary, expected reference | library | one-launch | dense"),

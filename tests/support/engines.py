@@ -66,6 +66,8 @@ class Run:
         among_others: takes a small part of a GPU's memory instead of nearly all.
         expert_parallel: each rank has whole experts.
         adapters: LoRAs; prompt i takes the (i mod (n + 1))-th of n, and none where that is 0. All are in one batch.
+        options: more of `vllm.LLM`'s arguments, as JSON.
+        again: asks twice, and the second answers count.
     """
 
     model: Path
@@ -79,6 +81,8 @@ class Run:
     among_others: bool = False
     expert_parallel: bool = False
     adapters: tuple[Path, ...] = ()
+    options: str = "{}"
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,11 +93,14 @@ class Completion:
     logprobs: list[dict[int, float]]
 
 
-def generate(runs: Sequence[Run], switches: Mapping[str, str] | None = None) -> dict[Run, list[Completion]]:
+def generate(
+    runs: Sequence[Run], switches: Mapping[str, str] | None = None, counts: dict[Run, dict[str, float]] | None = None
+) -> dict[Run, list[Completion]]:
     """Completions of `PROMPTS` by each run, all in one process beside this one.
 
     Args:
         switches: environment variables of that process.
+        counts: gets vLLM's counters of each run that sets `disable_log_stats` to false.
     """
     environment = os.environ | VLLM | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | (switches or {})
     with TemporaryDirectory() as folder:
@@ -109,12 +116,14 @@ def generate(runs: Sequence[Run], switches: Mapping[str, str] | None = None) -> 
         )
         assert done.returncode == 0, done.stdout.decode()[-5000:]
         found = json.loads(answers.read_text())
+    if counts is not None:
+        counts.update((run, one["counts"]) for run, one in zip(runs, found, strict=True))
     return {
         run: [
             Completion(one["tokens"], [{int(token): p for token, p in step.items()} for step in one["logprobs"]])
-            for one in completions
+            for one in answer["completions"]
         ]
-        for run, completions in zip(runs, found, strict=True)
+        for run, answer in zip(runs, found, strict=True)
     }
 
 
@@ -130,6 +139,28 @@ def require_as_near(ours: Sequence[Completion], theirs: Sequence[Completion], ag
     )
     assert mean(found) <= 2 * mean(usual), (mean(found), mean(usual))
     assert max(found) <= 2 * max(usual), (found, usual)
+
+
+def require_those_of(
+    ours: Sequence[Completion],
+    theirs: Sequence[Completion],
+    usual: tuple[Sequence[Completion], Sequence[Completion]],
+) -> str:
+    """Ours are theirs: at most twice as far from them as the two usual executions of the same files from each other.
+
+    Sums in another order round other activations to other FP8 values. By the mean, because the largest of so many
+    differences varies by as much again from run to run.
+
+    Returns:
+        What was found, for the record.
+    """
+    tolerance = 2 * mean(differences(*usual))
+    found = mean(differences(ours, theirs))
+    assert found <= tolerance, (found, tolerance)
+    require_same_or_tied(ours, theirs, 2 * spread(*usual), EXCEPTIONS)
+    # It is another execution, not the same one twice.
+    assert ours != theirs
+    return f"{found:.4f} nats, tolerance {tolerance:.4f}"
 
 
 def spread(ours: Sequence[Completion], theirs: Sequence[Completion]) -> float:

@@ -13,6 +13,7 @@ import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
+from vllm.v1.metrics.reader import Counter
 
 # On Intel CPUs with AMX oneDNN takes several hundred times as long for a product of FP8 matrices as torch does without
 # it. Here, where processes of other ranks come by as well.
@@ -22,7 +23,8 @@ torch._C._set_mkldnn_enabled(False)
 def main() -> None:
     """Reads {"prompts": […], "runs": [{…}, …]} from the file named first, writes one answer per run to the second.
 
-    An answer: for each prompt the token ids, and for each token the log probabilities of the likeliest tokens.
+    An answer: as "completions" for each prompt the token ids, and for each token the log probabilities of the likeliest
+    tokens; as "counts" the engine's counters by name.
     """
     source, target = sys.argv[1:]
     with open(source, encoding="utf-8") as file:
@@ -32,39 +34,40 @@ def main() -> None:
         json.dump(answers, file)
 
 
-def _run(prompts: list[str], run: dict[str, Any]) -> list[dict[str, Any]]:
+def _run(prompts: list[str], run: dict[str, Any]) -> dict[str, Any]:
     memory: dict[str, Any] = {}
     if run["among_others"]:
         # What the others take would be mistaken for this one's.
         memory = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 1 << 30}
+    options = json.loads(run["options"])
     adapters = [LoRARequest(path, number, path) for number, path in enumerate(run["adapters"], 1)]
-    llm = LLM(
-        run["model"],
-        quantization=run["quantization"],
-        enforce_eager=not run["compiled"],
-        tensor_parallel_size=run["ranks"],
-        pipeline_parallel_size=run["stages"],
-        enable_expert_parallel=run["expert_parallel"],
-        load_format=run["load_format"],
-        dtype=run["dtype"],
-        max_model_len=256,
-        seed=0,
-        **memory,
-        # One more than there are: on a CPU prompts without an adapter get what is in the last place.
-        **({"enable_lora": True, "max_loras": len(adapters) + 1, "max_lora_rank": 8} if adapters else {}),
-    )
+    # One more than there are: on a CPU prompts without an adapter get what is in the last place.
+    lora = {"enable_lora": True, "max_loras": len(adapters) + 1, "max_lora_rank": 8} if adapters else {}
+    arguments = {
+        "quantization": run["quantization"],
+        "enforce_eager": not run["compiled"],
+        "tensor_parallel_size": run["ranks"],
+        "pipeline_parallel_size": run["stages"],
+        "enable_expert_parallel": run["expert_parallel"],
+        "load_format": run["load_format"],
+        "dtype": run["dtype"],
+        "max_model_len": 256,
+        "seed": 0,
+    }
+    llm = LLM(run["model"], **arguments | memory | lora | options)
     if run["reload"]:
         # A reload must fill what was emptied, not leave what was there.
         llm.apply_model(_zero_weights)
         llm.collective_rpc("reload_weights")
     chosen = [[None, *adapters][i % (len(adapters) + 1)] for i in range(len(prompts))]
-    outputs = llm.generate(
-        prompts,
-        SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, logprobs=5),
-        use_tqdm=False,
-        lora_request=chosen if adapters else None,
-    )
-    answer = [
+    for _ in range(1 + run["again"]):
+        outputs = llm.generate(
+            prompts,
+            SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, logprobs=5),
+            use_tqdm=False,
+            lora_request=chosen if adapters else None,
+        )
+    completions = [
         {
             "tokens": list(output.outputs[0].token_ids),
             "logprobs": [
@@ -73,10 +76,12 @@ def _run(prompts: list[str], run: dict[str, Any]) -> list[dict[str, Any]]:
         }
         for output in outputs
     ]
+    counted = [] if options.get("disable_log_stats", True) else llm.get_metrics()
+    counts = {each.name: each.value for each in counted if isinstance(each, Counter)}
     del llm
     gc.collect()
     cleanup_dist_env_and_memory()
-    return answer
+    return {"completions": completions, "counts": counts}
 
 
 def _zero_weights(model: Any) -> None:

@@ -74,6 +74,7 @@ class RegionLinearMethod(LinearMethodBase):
         self.quantize = QuantFP8(static=False, group_shape=GroupShape.PER_TOKEN)
         self.engine = engine = get_current_vllm_config()
         self.dummy = engine.load_config.load_format == "dummy"
+        self.sleeps = getattr(engine.model_config, "enable_sleep_mode", False)
         self.max_tokens = engine.scheduler_config.max_num_batched_tokens
 
     def create_weights(
@@ -132,9 +133,10 @@ class RegionLinearMethod(LinearMethodBase):
             raise
         del layer.weight
         weight, problem = self.arrange(weight)
-        if weight.is_cuda:
+        if weight.is_cuda and not self.sleeps:
             # Or torch would cut packed weights out of what loaded ones leave, and the remainders would be of no use to
-            # anything as large as a KV cache.
+            # anything as large as a KV cache. Where the engine may sleep, vLLM has a pool of its own for weights, and
+            # gives back itself what is left over in that.
             torch.cuda.empty_cache()
         self.plan, packed = plan_layer(weight, problem, self.name, self.max_tokens, self.copies)
         for name, tensor in packed.items():

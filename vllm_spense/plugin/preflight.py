@@ -36,8 +36,8 @@ def check_engine(annotation: Annotation, engine: VllmConfig) -> None:
     """Refuses what the engine's settings and the regions cannot do together.
 
     Raises:
-        SpenseError: an unknown path in `SPENSE_PATH`, no number in `SPENSE_DENSE_COPY_GIB`, or an unsupported load
-            format.
+        SpenseError: an unknown path in `SPENSE_PATH`, no number in `SPENSE_DENSE_COPY_GIB`, an unsupported load format,
+            or weights offloaded to the host.
         FormatError: the tensor parallel size does not divide a region.
     """
     forced_path(os.environ.get(SWITCH))
@@ -48,6 +48,16 @@ def check_engine(annotation: Annotation, engine: VllmConfig) -> None:
             "Spense cannot load its regions with this load format "
             f"(key: --load-format; found: {load_format}; expected: {' | '.join(LOAD_FORMATS)})"
         )
+    # vLLM offloads what a layer has before its weights are packed, which is then dropped.
+    for option, found in (
+        ("--cpu-offload-gb", engine.offload_config.uva.cpu_offload_gb),
+        ("--offload-group-size", engine.offload_config.prefetch.offload_group_size),
+    ):
+        if found:
+            raise SpenseError(
+                "Spense keeps the weights of pruned layers in GPU memory and cannot offload them to the host "
+                f"(key: {option}; found: {found}; expected: 0)"
+            )
     for module in annotation.modules:
         shard(annotation.regions(module), 0, size, module)
     if annotation.experts:

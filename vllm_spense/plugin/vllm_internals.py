@@ -1,8 +1,8 @@
 """Everything of vLLM that Spense uses although it is not vLLM's public interface for plugins.
 
 Each function says what it depends on; a test of the same name fails where a new vLLM has changed it. All of it was read
-in the sources of `CHECKED`. Two more dependencies are lists of models whose source has a certain form, `PLAIN_MLPS` in
-`activation.py` and `PLAIN_NORMS` in `norms.py`; the tests of these modules hold them to vLLM's sources.
+in the sources of `versions.CHECKED`. Two more dependencies are lists of models whose source has a certain form,
+`PLAIN_MLPS` in `activation.py` and `PLAIN_NORMS` in `norms.py`; the tests of these modules hold them to vLLM's sources.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 #: `moe_config` and `expert_map` of the layer, `weight_quant` and `input_quant` of the stock method, and the arguments
 #: of `create_weights`, `apply` and of the weights' loaders.
 __all__ = [
-    "CHECKED",
     "ChannelWiseTorchFP8ScaledMMLinearKernel",
     "CompressedTensorsW8A8Fp8",
     "CompressedTensorsW8A8Fp8MoEMethod",
@@ -48,9 +47,6 @@ __all__ = [
     "stand_in",
     "stock_gemm",
 ]
-
-#: Versions whose sources were read for what is in this file.
-CHECKED = ("0.26.0", "0.28.0", "0.30.0", "0.31.0", "0.32.0", "0.33.0")
 
 #: What `ModelConfig.architecture` says of a model that vLLM runs by way of transformers.
 _TRANSFORMERS = tuple(f"Transformers{kind}{moe}ForCausalLM" for kind in ("", "MultiModal") for moe in ("", "MoE"))

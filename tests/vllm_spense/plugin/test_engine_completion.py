@@ -22,6 +22,9 @@ def engine_of(quant_config: Any, **settings: Any) -> Any:
         load_config=SimpleNamespace(load_format="auto"),
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
         lora_config=None,
+        offload_config=SimpleNamespace(
+            uva=SimpleNamespace(cpu_offload_gb=0), prefetch=SimpleNamespace(offload_group_size=0)
+        ),
         compilation_config=SimpleNamespace(cudagraph_capture_sizes=None, max_cudagraph_capture_size=None),
     )
 

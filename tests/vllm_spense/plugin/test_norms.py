@@ -144,6 +144,7 @@ def test_layers_hand_on_to_layers_and_the_last_to_a_norm(architecture: str) -> N
         r"|aux_hidden_states = self\._maybe_add_hidden_state\(\[\], 0, hidden_states, residual\)"
         r"|hidden_states, residual = layer\((positions, hidden_states, residual(, \*\*extra_layer_kwargs)?\))?"
         r"|positions, hidden_states, residual(, \*\*extra_layer_kwargs)?"
+        r"|hidden_states,"
         r"|(return IntermediateTensors\()?\{?\"hidden_states\": hidden_states,?( \"residual\": residual\}?\)?)?"
         r"|hidden_states, _ = self\.norm\(hidden_states, residual\)"
         r"|return hidden_states(, aux_hidden_states)?"

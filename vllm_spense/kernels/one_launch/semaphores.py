@@ -16,6 +16,8 @@ from functools import partial
 
 import torch
 
+from vllm_spense.kernels.lasting import lasting
+
 #: Captures that must find a slice without anything running outside of a capture between them. vLLM captures up to 80
 #: numbers of tokens, each in as many pieces as the model has layers and one more, and runs each number once before it.
 CAPTURES = 1 << 14
@@ -112,7 +114,9 @@ _of_device: dict[torch.device, Semaphores] = {}
 def semaphores(device: torch.device) -> Semaphores:
     """Those of a GPU."""
     if device not in _of_device:
-        _of_device[device] = Semaphores(partial(torch.zeros, dtype=torch.int64, device=device))
+        _of_device[device] = Semaphores(
+            lambda count: lasting(partial(torch.zeros, count, dtype=torch.int64, device=device))
+        )
     return _of_device[device]
 
 

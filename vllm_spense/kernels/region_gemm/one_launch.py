@@ -15,6 +15,7 @@ import torch
 from vllm_spense.format import Regions
 from vllm_spense.kernels.jit import driver
 from vllm_spense.kernels.jit.nvmath_support import current_stream
+from vllm_spense.kernels.lasting import lasting
 from vllm_spense.kernels.one_launch.instances import (
     MAX_TILE_TOKENS,
     MIN_TILE_TOKENS,
@@ -229,7 +230,7 @@ class OneLaunchPlan:
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         tables = schedule(problem, tokens, tiling, multiprocessors)
         self._kernel = _kernel(tiling, problem.out_dtype, problem.scaled, device)
-        self._segments = torch.from_numpy(tables.segments).to(device)
+        self._segments = lasting(lambda: torch.from_numpy(tables.segments).to(device))
         self._semaphores = 0 if tiling.cluster else tables.semaphores
         self._partial_floats = 0 if tiling.cluster else tables.partials * ROWS * tiling.tokens
         semaphores(device).reserve(self._semaphores)
