@@ -96,12 +96,12 @@ class MemoryPlan:
 
 
 def memory_plan(
-    model: SourceModel, settings: PruneSettings, device: torch.device, dtype: torch.dtype, written: int = 0
+    model: SourceModel, settings: PruneSettings, device: torch.device, dtype: torch.dtype, to_write: int = 0
 ) -> MemoryPlan:
     """Works out what the largest block needs, and picks the first place with room for the activations.
 
     Args:
-        written: sequences that the dense model writes before it is pruned.
+        to_write: sequences that the dense model writes before it is pruned.
 
     Raises:
         SpenseError: the device has too little memory for one block or, if it writes, for the dense model; or no place
@@ -157,16 +157,16 @@ def memory_plan(
         ranks=distributed.size(),
     )
     room = usable_host() if device.type == "cpu" else int(free_bytes(device) * USABLE)
-    return _placed(_with_writer(needs, model, settings.length, dtype, written, room), settings, room)
+    return _placed(_with_writer(needs, model, settings.length, dtype, to_write, room), settings, room)
 
 
 def _with_writer(
-    needs: MemoryPlan, model: SourceModel, length: int, dtype: torch.dtype, written: int, room: int
+    needs: MemoryPlan, model: SourceModel, length: int, dtype: torch.dtype, to_write: int, room: int
 ) -> MemoryPlan:
-    if not written:
+    if not to_write:
         return needs
     writer = Writer.of(model, dtype)
-    at_once = writer.at_once(written, length, needs.device, room)
+    at_once = writer.at_once(to_write, length, needs.device, room)
     found = replace(needs, generation=writer.bytes(at_once, length), written_at_once=at_once)
     if room < found.generation:
         raise SpenseError(
