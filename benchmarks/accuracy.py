@@ -94,7 +94,8 @@ def parse() -> argparse.Namespace:
         default=[""],
         metavar="NAME=VALUE,…",
         help="settings that each method is tried with, as PruneSettings names them,\n"
-        "such as: layout=back layout=front,selection=random; {model} stands for the model's name",
+        "such as: layout=back layout=front,selection=random calibration=builtin,calibration=generated;\n"
+        "{model} stands for the model's name",
     )
     parser.add_argument(
         "--heal",
@@ -166,11 +167,16 @@ def _naming(text: str, names: set[str]) -> str:
 
 
 def changes(text: str) -> Row:
-    """`layout=front,tune_steps=9` as {"layout": "front", "tune_steps": 9}."""
-    pairs = [item.partition("=")[::2] for item in text.split(",") if item]
-    return {
-        name: json.loads(value) if value[:1].isdigit() or value in ("true", "false") else value for name, value in pairs
-    }
+    """`layout=front,tune_steps=9` as {"layout": "front", "tune_steps": 9}; a name given twice has both values."""
+    found: Row = {}
+    for name, _, value in (item.partition("=") for item in text.split(",") if item):
+        read = json.loads(value) if value[:1].isdigit() or value in ("true", "false") else value
+        found[name] = (*_several(found[name]), read) if name in found else read
+    return found
+
+
+def _several(values: Any) -> tuple[Any, ...]:
+    return values if isinstance(values, tuple) else (values,)
 
 
 def earlier_rows(file: Path) -> list[Row]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 import torch
 
+from offline_prune.calibration.generated import Writer
 from offline_prune.calibration.images import image_places
 from offline_prune.checkpoint.output_folder import PARTIAL
 from offline_prune.checkpoint.writer import merges
@@ -46,6 +47,8 @@ class MemoryPlan:
         device: that computes.
         place: of the activations.
         ranks: how many there are.
+        generation: the whole dense model while it writes calibration text, before all else; 0 where it writes none.
+        written_at_once: sequences that it then writes together.
     """
 
     activations: int
@@ -57,10 +60,13 @@ class MemoryPlan:
     device: torch.device
     place: Place
     ranks: int = 1
+    generation: int = 0
+    written_at_once: int = 0
 
     @property
     def on_device(self) -> int:
-        return self.block + self.work + (self.activations if self.place is Place.DEVICE else 0)
+        pruning = self.block + self.work + (self.activations if self.place is Place.DEVICE else 0)
+        return max(pruning, self.generation)
 
     @property
     def host(self) -> int:
@@ -84,17 +90,24 @@ class MemoryPlan:
             *([f"{self.ranks} processes; memory of each:"] if self.ranks > 1 else []),
             f"calibration activations in {places[self.place]}: {gib(self.activations)}",
             f"one block and the work on it in memory of {self.device}: {gib(self.block + self.work)}",
+            *([f"the dense model while it writes text: {gib(self.generation)}"] if self.generation else []),
             f"memory of {self.device} in all: {gib(self.on_device)}",
             f"host memory in all: {gib(self.host)}, beyond Python, its libraries and the mapped model",
             f"disk in all: {gib(self.on_disk)}, of it {gib(self.disk)} for the checkpoint",
         ]
 
 
-def memory_plan(model: SourceModel, settings: PruneSettings, device: torch.device, dtype: torch.dtype) -> MemoryPlan:
+def memory_plan(
+    model: SourceModel, settings: PruneSettings, device: torch.device, dtype: torch.dtype, to_write: int = 0
+) -> MemoryPlan:
     """Works out what the largest block needs, and picks the first place with room for the activations.
 
+    Args:
+        to_write: sequences that the dense model writes before it is pruned.
+
     Raises:
-        SpenseError: the device has too little memory for one block, or no place has room.
+        SpenseError: the device has too little memory for one block or, if it writes, for the dense model; or no place
+            has room.
     """
     recipe = settings.recipe
     tokens = settings.samples * settings.length // distributed.size()
@@ -148,7 +161,25 @@ def memory_plan(model: SourceModel, settings: PruneSettings, device: torch.devic
         place=Place.DEVICE,
         ranks=distributed.size(),
     )
-    return _placed(needs, settings)
+    room = usable_host() if device.type == "cpu" else int(free_bytes(device) * USABLE)
+    return _placed(_with_writer(needs, model, settings.length, dtype, to_write, room), settings, room)
+
+
+def _with_writer(
+    needs: MemoryPlan, model: SourceModel, length: int, dtype: torch.dtype, to_write: int, room: int
+) -> MemoryPlan:
+    if not to_write:
+        return needs
+    writer = Writer.of(model, dtype)
+    at_once = writer.at_once(to_write, length, needs.device, room)
+    found = replace(needs, generation=writer.bytes(at_once, length), written_at_once=at_once)
+    if room < found.generation:
+        raise SpenseError(
+            f"{needs.device}: {room / GIB:.2f} GiB of memory usable, the dense model needs "
+            f"{found.generation / GIB:.2f} GiB while it writes the text of --calibration generated; a smaller --length "
+            "may help, or text that it wrote elsewhere, as a .jsonl file"
+        )
+    return found
 
 
 def _of_experts(experts: Experts, batch: int, sums: int, itemsize: int) -> dict[str, int]:
@@ -243,10 +274,9 @@ def _pinned_staging(model: SourceModel, written: dict[str, int]) -> int:
     )
 
 
-def _placed(needs: MemoryPlan, settings: PruneSettings) -> MemoryPlan:
+def _placed(needs: MemoryPlan, settings: PruneSettings, room: int) -> MemoryPlan:
     device, out = needs.device, settings.out
     host = usable_host()
-    room = host if device.type == "cpu" else int(free_bytes(device) * USABLE)
     if room < needs.block + needs.work:
         raise SpenseError(
             f"{device}: {room / GIB:.2f} GiB of memory usable, one block needs {(needs.block + needs.work) / GIB:.2f} "

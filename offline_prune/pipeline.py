@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import cast
 
 import torch
 import transformers
@@ -18,11 +16,11 @@ from torch import nn
 import vllm_spense
 from offline_prune.block_pruning import BlockPruning, intermediate_sizes
 from offline_prune.calibration.context_length import within_context
-from offline_prune.calibration.data import calibration_tokens, check_vocabulary
 from offline_prune.calibration.hidden_states import Stream
 from offline_prune.calibration.image_rows import captioned_images
 from offline_prune.calibration.images import ImagePlan, ImageReader, deal
 from offline_prune.calibration.recording import ImageInputs
+from offline_prune.calibration_text import CalibrationText
 from offline_prune.checkpoint.block_state_dict import BlockStateDict
 from offline_prune.checkpoint.ignored import ignored
 from offline_prune.checkpoint.journal import Journal, Say
@@ -153,18 +151,19 @@ class _Run:
     def run(self, tokens: torch.Tensor | None) -> Report:
         start = time.perf_counter()
         with self.profiler.running(), ExitStack() as context:
+            text = CalibrationText(self.model, self.settings, tokens, self.say)
             plan = distributed.broadcast_from_first(
-                lambda: memory_plan(self.model, self.settings, self.device, self.dtype)
+                lambda: memory_plan(self.model, self.settings, self.device, self.dtype, text.written)
             )
             for line in plan.lines():
                 self.say(line)
             if self.model.experts and self.settings.recipe.tune_steps:
                 self.say(UNTUNED)
             with self.profiler.stage("calibration text"):
-                tokens = distributed.broadcast_from_first(lambda: self._tokens(tokens))
-                self.images = distributed.broadcast_from_first(lambda: self._images(tokens))
-            journal = distributed.broadcast_from_first(lambda: self._open(self._identity(tokens), context))
-            self._blocks(tokens, plan, journal)
+                text.draw()
+                self.images = distributed.broadcast_from_first(lambda: self._images(*text.shape))
+            journal = distributed.broadcast_from_first(lambda: self._open(self._identity(text), context))
+            self._blocks(text, plan, journal)
             if self.writer:
                 self._close(self.writer, plan, start)
         return self.report
@@ -200,21 +199,11 @@ class _Run:
         counts = {f"{name}.{each.path}": each.count for name, each in self.model.experts.items()}
         return [regions for name, regions in self.regions.items() for _ in range(counts.get(name, 1))]
 
-    def _tokens(self, given: torch.Tensor | None) -> torch.Tensor:
-        settings, model = self.settings, self.model
-        tokens = given
-        if tokens is None:
-            shape = settings.samples, settings.length
-            tokens = calibration_tokens(settings.calibration, model.tokenizer, *shape, settings.seed, self.say)
-        check_vocabulary(tokens, cast(nn.Embedding, model.text.get_input_embeddings()).num_embeddings)
-        return tokens
-
-    def _images(self, tokens: torch.Tensor) -> ImagePlan | None:
+    def _images(self, samples: int, length: int) -> ImagePlan | None:
         source = self.settings.calibration_images
         if self.reader is None or source is None:
             return None
         found = captioned_images(source, self.settings.seed)
-        samples, length = tokens.shape
         return deal(found, self.reader.tokens, samples, length, self.settings.image_share, source, self.say)
 
     def _stream(self, tokens: torch.Tensor, plan: MemoryPlan, folder: Path) -> Stream:
@@ -226,7 +215,7 @@ class _Run:
         at_once = batch_tokens(self.settings, self.device)
         return Stream(self.model, mine, self.device, self.dtype, at_once, plan.place, folder, images)
 
-    def _identity(self, tokens: torch.Tensor) -> dict[str, object]:
+    def _identity(self, text: CalibrationText) -> dict[str, object]:
         """Whatever decides the result, by name: what a run that is resumed must have in common with this one."""
         settings = {key: value for key, value in self.settings.resolved().items() if key not in _WHERE_AND_HOW}
         return {
@@ -234,7 +223,7 @@ class _Run:
             "batch_tokens": batch_tokens(self.settings, self.device),
             "processes": distributed.size(),
             "model": self.model.tensors.fingerprint(),
-            "calibration tokens": hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()[:16],
+            "calibration tokens": text.fingerprint(),
             **({"calibration image files": self.images.fingerprint()} if self.images else {}),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "precision": str(self.dtype),
@@ -243,13 +232,15 @@ class _Run:
             "transformers": transformers.__version__,
         }
 
-    def _blocks(self, tokens: torch.Tensor, plan: MemoryPlan, journal: Journal) -> None:
+    def _blocks(self, text: CalibrationText, plan: MemoryPlan, journal: Journal) -> None:
         """Prunes block after block; those that are finished are only passed through."""
         names = [block.name for block in self.model.blocks]
         finished = journal.finished
         if all(self._part(name) in finished for name in names):
             self.report.layers += [layer for name in names for layer in self._finished(name, journal)]
             return
+        with self.profiler.stage("calibration text"):
+            tokens = text.whole(self.device, self.dtype, plan.written_at_once, self.out, journal)
         with self.profiler.stage("forward"):
             stream = self._stream(tokens, plan, journal.folder)
             self.dense = self._stream(tokens, plan, journal.folder) if self.settings.recipe.follows_dense else None
@@ -317,7 +308,7 @@ class _Run:
         return Annotation(
             method=settings.method,
             settings=MappingProxyType(recorded),
-            calibration=Calibration(settings.calibration, settings.samples, settings.length, settings.seed),
+            calibration=Calibration(" + ".join(settings.sources), settings.samples, settings.length, settings.seed),
             alignment=self.alignment,
             projections=of_mlps,
             modules=tuple(stored[name] for name in self.regions if name in mlps),

@@ -47,7 +47,9 @@ class Part:
 
 @dataclass(frozen=True)
 class State:
-    """What training needs to go on from a step; it replaces the state before, and is no part of the checkpoint.
+    """What a run needs to go on: training from a step, pruning with the text that the dense model wrote.
+
+    It replaces the state before, and is no part of the checkpoint.
 
     Attributes:
         state_files: names of the files, in the journal's folder → crc32.
@@ -144,8 +146,8 @@ class Journal:
         """Forgets the first part with a file that is not as it was written, and those after it; and a damaged state."""
         for name, crc32 in self.state.state_files.items() if self.state else ():
             if damage := _changed(self.folder / name, crc32):
-                say(f"{self.folder / name}: {damage}; training begins anew")
-                # Parts are made of what training ends with.
+                say(f"{self.folder / name}: {damage}; all of it begins anew")
+                # Parts are made with it, or of what training ends with.
                 self.state, self.parts = None, []
                 return
         for index, part in enumerate(self.parts):

@@ -19,11 +19,9 @@ def heal(
         str, typer.Option(help="mlp: the pruned MLPs' weights | all: every linear layer of the blocks, and norms.")
     ] = "mlp",
     calibration: Annotated[
-        str,
-        typer.Option(
-            help="Text to train on: as for `spense prune`, or `generated`, which the teacher writes at temperature 1."
-        ),
-    ] = "simplescaling/s1K-1.1",
+        list[str],
+        typer.Option(help="Text to train on: as for `spense prune`; `generated` is what the teacher writes."),
+    ] = ["simplescaling/s1K-1.1"],  # noqa: B006
     samples: Annotated[
         int, typer.Option(help="Sequences; more where the model's context is shorter than --length.")
     ] = 5120,
@@ -74,7 +72,7 @@ def heal(
         out=out,
         teacher=teacher,
         train=choice("train", Train, train),
-        calibration=calibration,
+        calibration=tuple(calibration),
         samples=samples,
         length=length,
         seed=seed,

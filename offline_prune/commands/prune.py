@@ -26,9 +26,12 @@ def prune(
         str, typer.Option(help="spensegpt++ | spensegpt+ | spensegpt | sparsegpt | wanda | magnitude")
     ] = DEFAULT_METHOD,
     calibration: Annotated[
-        str,
-        typer.Option(help="Hugging Face data set, .jsonl/.txt/.parquet file or folder, or `builtin` (no download)."),
-    ] = "simplescaling/s1K-1.1",
+        list[str],
+        typer.Option(
+            help="Hugging Face data set, .jsonl/.txt/.parquet file or folder, `builtin` (no download), or `generated`: "
+            "what the dense model writes. Several times: an equal share of each."
+        ),
+    ] = ["simplescaling/s1K-1.1"],  # noqa: B006
     samples: Annotated[
         int, typer.Option(help="Calibration sequences; more where the model's context is shorter than --length.")
     ] = 128,
@@ -149,7 +152,7 @@ def prune(
         grouping=grouping,
         layout=layout,
         alignment=alignment,
-        calibration=calibration,
+        calibration=tuple(calibration),
         samples=samples,
         length=length,
         seed=seed,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from offline_prune.model.loading import SourceModel
+from offline_prune.model.whole import around_blocks
 from offline_prune.runtime import distributed
 from vllm_spense.errors import SpenseError
 
@@ -46,15 +47,7 @@ class Language:
         whole: bool = False,
     ) -> None:
         self.source, self.device = source, device
-        self.head = output_head(source)
-        embedding = cast(nn.Embedding, source.text.get_input_embeddings())
-        tied = self.head.weight is embedding.weight
-        context.enter_context(source.outside_blocks(device, dtype))
-        if tied:
-            self.head.weight = embedding.weight
-        else:
-            assert source.head_name is not None
-            source.load(source.head_name, device, dtype)
+        self.head = context.enter_context(around_blocks(source, device, dtype))
         for block in source.blocks:
             module = source.load(block.name, device, dtype)
             for name, parameter in module.named_parameters(prefix=block.name):
@@ -113,17 +106,6 @@ def _spread(module: nn.Module, but: set[nn.Parameter] | None = None) -> None:
     if distributed.size() > 1:
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         fully_shard(module, reshard_after_forward=True, mp_policy=policy, ignored_params=but)
-
-
-def output_head(source: SourceModel) -> nn.Linear:
-    """
-    Raises:
-        SpenseError: the model has none.
-    """
-    head = source.skeleton.get_output_embeddings()
-    if head is None:
-        raise SpenseError(f"{source.folder}: found no output head, so no logits to train on")
-    return cast(nn.Linear, head)
 
 
 def require_alike(teacher: SourceModel, student: SourceModel) -> None:

@@ -12,7 +12,9 @@ import transformers
 
 import vllm_spense
 from offline_prune.calibration.context_length import within_context
-from offline_prune.calibration.data import calibration_tokens, check_vocabulary
+from offline_prune.calibration.data import check_vocabulary
+from offline_prune.calibration.generated import generate
+from offline_prune.calibration.mixture import GENERATED, drawn, mixed, shares
 from offline_prune.checkpoint.journal import Journal, Say
 from offline_prune.checkpoint.output_folder import OutputFolder, require_apart
 from offline_prune.checkpoint.verify import Checkpoint, open_checkpoint
@@ -22,7 +24,7 @@ from offline_prune.healing.plan import HealPlan, heal_plan
 from offline_prune.healing.report import HealReport
 from offline_prune.healing.settings import HealSettings
 from offline_prune.healing.state import SavedStates
-from offline_prune.healing.text import GENERATED, generate, heldout_sequences, split, step_sequences, steps_in_epoch
+from offline_prune.healing.text import heldout_sequences, split, step_sequences, steps_in_epoch
 from offline_prune.healing.training import History, Progress, Training, require_optimizer
 from offline_prune.healing.weights import trained_names, trained_weights
 from offline_prune.healing.writing import pruning_report, write_rest, write_weights
@@ -170,21 +172,22 @@ class _Run:
     def _training(self, states: SavedStates, plan: HealPlan, context: ExitStack) -> Training:
         """Both models in memory, the text, and training at its start or where a run was cut off."""
         settings, history = self.settings, states.history
-        tokens = states.text() if history else None
-        if tokens is None and settings.calibration != GENERATED:
-            with self.profiler.stage("text"):
-                tokens = distributed.broadcast_from_first(self._drawn)
-        with self.profiler.stage("load"):
-            teacher = Language(self.teacher, self.device, self.dtype, context, whole=tokens is None)
+        tokens, parts = states.text() if history else None, dict[str, torch.Tensor]()
+        written = 0 if history else shares(settings.sources, settings.samples).get(GENERATED, 0)
         if tokens is None:
             with self.profiler.stage("text"):
-                tokens = generate(
-                    teacher,
-                    settings,
-                    plan.written_at_once,
-                    lambda done, all: self.say(f"{done} of {all} sequences written"),
+                parts = distributed.broadcast_from_first(self._drawn)
+        with self.profiler.stage("load"):
+            teacher = Language(self.teacher, self.device, self.dtype, context, whole=bool(written))
+        if written:
+            shape = written, settings.length
+            with self.profiler.stage("text"):
+                parts[GENERATED] = generate(
+                    self.teacher, self.device, *shape, settings.seed, plan.written_at_once, self.say
                 )
             teacher.spread()
+        if tokens is None:
+            tokens = mixed(parts, settings.sources, settings.seed)
         check_vocabulary(tokens, teacher.head.out_features)
         with self.profiler.stage("load"):
             student = Language(
@@ -201,10 +204,10 @@ class _Run:
         self._note_rate(training.history)
         return training
 
-    def _drawn(self) -> torch.Tensor:
+    def _drawn(self) -> dict[str, torch.Tensor]:
         settings = self.settings
         shape = settings.samples, settings.length
-        return calibration_tokens(settings.calibration, self.student.tokenizer, *shape, settings.seed, self.say)
+        return drawn(settings.sources, self.student.tokenizer, *shape, settings.seed, self.say)
 
     def _note_rate(self, history: History) -> None:
         rate = self.settings.rate

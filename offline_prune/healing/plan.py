@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from offline_prune.calibration.generated import Writer, keys_and_values
+from offline_prune.calibration.mixture import GENERATED, shares
 from offline_prune.checkpoint.verify import Checkpoint
 from offline_prune.healing.loss import COPIES, chunk_tokens
-from offline_prune.healing.models import output_head
 from offline_prune.healing.settings import HealSettings, Optimizer
-from offline_prune.healing.text import FEWEST_AT_ONCE, GENERATED, MOST_AT_ONCE
 from offline_prune.healing.training import sequences_at_once
 from offline_prune.memory_plan import GIB, USABLE, free_bytes, require_disk_space, usable_host
 from offline_prune.model.gated_mlp import GatedMlp
 from offline_prune.model.loading import SourceModel
+from offline_prune.model.whole import output_head
 from offline_prune.runtime import distributed
 from vllm_spense.errors import SpenseError
 
@@ -93,7 +94,8 @@ def heal_plan(
         SpenseError: that is more than there is; says which settings, or how many GPUs, would do.
     """
     room = usable_host() if device.type == "cpu" else int(free_bytes(device) * USABLE)
-    sizes = _Sizes(student, checkpoint, trained, device, dtype, room)
+    writer = Writer.of(student, dtype) if GENERATED in settings.sources else None
+    sizes = _Sizes(student, checkpoint, trained, device, dtype, room, writer)
     ranks = distributed.size()
     plan = sizes.plan(settings, ranks)
     if room < plan.on_device:
@@ -127,7 +129,7 @@ def _others(settings: HealSettings, ranks: int, device: torch.device) -> Iterato
 
 
 class _Sizes:
-    """Of a student, in weights; one GPU's teacher has the same. Room is in bytes."""
+    """Of a student, in weights; one GPU's teacher has the same. Room is in bytes; the writer is the teacher, if any."""
 
     def __init__(
         self,
@@ -137,8 +139,9 @@ class _Sizes:
         device: torch.device,
         dtype: torch.dtype,
         room: int,
+        writer: Writer | None,
     ) -> None:
-        self.device, self.itemsize, self.room = device, dtype.itemsize, room
+        self.device, self.itemsize, self.room, self.writer = device, dtype.itemsize, room, writer
         self.text: Any = student.text.config.get_text_config()
         head, embedding = output_head(student), student.text.get_input_embeddings()
         self.vocabulary, self.hidden = head.weight.shape
@@ -155,10 +158,10 @@ class _Sizes:
         )
         heads = getattr(self.text, "num_attention_heads", 1)
         width = getattr(self.text, "head_dim", None) or self.hidden // heads
-        self.kv = 2 * (getattr(self.text, "num_key_value_heads", None) or heads) * width
+        kv = keys_and_values(self.text)
         # Of a token in one block: the residual stream, norms with their float32 copies, queries, keys and values
         # before and after rotation, and four tensors of the MLP; then gradients of the widest.
-        self.token = (12 * self.hidden + 4 * heads * width + 2 * self.kv + 4 * widest) * self.itemsize
+        self.token = (12 * self.hidden + 4 * heads * width + 2 * kv + 4 * widest) * self.itemsize
         self.token += 3 * widest * self.itemsize
         # Attention that is no fused kernel keeps its scores, once in float32.
         eager = getattr(self.text, "_attn_implementation", None) == "eager"
@@ -172,31 +175,21 @@ class _Sizes:
         gathered = 2 * self.block * self.itemsize if ranks > 1 else 0
         unsplit = self.block * (self.itemsize + 4) if ranks > 1 else self.largest * self.itemsize
         share = -(-self.trained // ranks)
-        at_once = self._written_at_once(settings)
+        written = shares(settings.sources, settings.samples).get(GENERATED, 0)
+        at_once = self.writer.at_once(written, settings.length, self.device, self.room) if self.writer else 0
         return HealPlan(
             models=2 * ((self.whole + -(-self.split // ranks)) * self.itemsize + gathered),
             gradients=4 * share + unsplit,
             optimizer=int((4 + 1 + _MOMENTS[settings.optimizer]) * share),
             activations=kept + one + 4 * tokens * self.hidden * self.itemsize,
             logits=4 * COPIES * self.vocabulary * min(tokens, chunk_tokens(self.vocabulary, self.device)),
-            generation=self._generation(settings, at_once) if settings.calibration == GENERATED else 0,
+            generation=self.writer.bytes(at_once, settings.length) if self.writer else 0,
             written_at_once=at_once,
             best=-(-self.stored // ranks),
             disk=self.checkpoint + int(2 * self.trained * (4 + _MOMENTS[settings.optimizer])) + 2 * self.stored,
             device=self.device,
             ranks=ranks,
         )
-
-    def _written_at_once(self, settings: HealSettings) -> int:
-        """A step costs a GPU about the same for one sequence as for many, so as many as half the room has space for."""
-        count = MOST_AT_ONCE[self.device.type]
-        while count > FEWEST_AT_ONCE and self._generation(settings, count) > self.room // 2:
-            count //= 2
-        return count
-
-    def _generation(self, settings: HealSettings, at_once: int) -> int:
-        cache = at_once * settings.length * self.blocks * self.kv * self.itemsize
-        return (self.whole + self.split) * self.itemsize + cache + 4 * 4 * at_once * self.vocabulary
 
 
 def _count(parameters: set[nn.Parameter]) -> int:

@@ -8,6 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from offline_prune.calibration.data import DEFAULT_SOURCE
+from offline_prune.calibration.mixture import shares, source_names
 from offline_prune.settings import choice, require_least
 from vllm_spense.errors import SpenseError
 
@@ -38,8 +39,7 @@ class HealSettings:
         out: folder to write; must be empty, or not there, unless `overwrite`.
         teacher: the dense model that `pruned` was made from: a local folder or a Hugging Face hub name.
         train: which weights are trained.
-        calibration: text to train on: see `calibration.data.calibration_tokens`; or `generated`, which the teacher
-            writes itself (`healing.text.generate`).
+        calibration: text to train on, as in `PruneSettings`; `generated` is what the teacher writes.
         samples, length, seed: of that text, in sequences and tokens, as in `PruneSettings`. `seed` also orders epochs.
         heldout: share of the sequences that are not trained on, but judge the weights.
         epochs: how often the text is gone through.
@@ -63,7 +63,7 @@ class HealSettings:
     out: Path
     teacher: str
     train: Train = Train.MLP
-    calibration: str = DEFAULT_SOURCE
+    calibration: str | tuple[str, ...] = DEFAULT_SOURCE
     samples: int = 5120
     length: int = 2048
     seed: int = 0
@@ -86,6 +86,8 @@ class HealSettings:
             object.__setattr__(self, name, choice(name, kind, getattr(self, name)))
         for name, least in (("samples", 2), ("length", 2), ("epochs", 1), ("step_tokens", 1), ("batch_tokens", 1)):
             require_least(name, getattr(self, name), least)
+        object.__setattr__(self, "calibration", self.sources)
+        shares(self.sources, self.samples)
         if not 0 < self.heldout <= 0.5:
             raise SpenseError(f"--heldout: found {self.heldout:g}, expected more than 0 and at most 0.5")
         if not 0 < self.rate <= 1:
@@ -94,3 +96,8 @@ class HealSettings:
             raise SpenseError(f"--warm-up: found {self.warm_up:g}, expected at least 0 and less than 1")
         if not (math.isfinite(self.save_minutes) and self.save_minutes >= 0):
             raise SpenseError(f"--save-minutes: found {self.save_minutes:g}, expected at least 0")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Of the text."""
+        return source_names(self.calibration)

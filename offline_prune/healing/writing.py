@@ -84,7 +84,7 @@ def _annotation(annotation: Annotation, settings: HealSettings, report: HealRepo
     """The pruner's, which also says how the weights were trained after it."""
     healed: dict[str, Scalar] = {
         "healed": str(settings.train),
-        "healed_text": settings.calibration,
+        "healed_text": " + ".join(settings.sources),
         # What is written may be an earlier state than the last.
         "healed_tokens": report.tokens // report.steps * report.history.best_step,
         "healed_rate": settings.rate,

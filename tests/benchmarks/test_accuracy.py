@@ -168,6 +168,10 @@ def test_variants_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         "tune_steps": 9,
         "tune_rate": 0.1,
     }
+    assert accuracy.changes("calibration=builtin,seed=3,calibration=generated,calibration=a.txt") == {
+        "calibration": ("builtin", "generated", "a.txt"),
+        "seed": 3,
+    }
     with pytest.raises(argparse.ArgumentTypeError, match="found layouts, expected one of activations, alignment"):
         accuracy.variant("layouts=front")
     with pytest.raises(argparse.ArgumentTypeError, match="found out, expected one of batch_tokens, calibration"):

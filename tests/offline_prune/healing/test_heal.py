@@ -137,10 +137,12 @@ def test_what_gets_worse_is_not_written(pair: Pair, tmp_path: Path) -> None:
     assert all(same_bytes(old[name], new[name]) for name in old)
 
 
-def test_a_teacher_writes_its_own_text(pair: Pair, tmp_path: Path) -> None:
+def test_a_teacher_writes_half_of_the_text(pair: Pair, tmp_path: Path) -> None:
     said: list[str] = []
-    report = heal(settings(pair, tmp_path / "out", calibration="generated", length=24, samples=48), say=said.append)
+    sources = str(pair.text), "generated"
+    report = heal(settings(pair, tmp_path / "out", calibration=sources, length=24, samples=96), say=said.append)
     assert report.after < report.before
+    assert open_checkpoint(tmp_path / "out").annotation.settings["healed_text"] == f"{pair.text} + generated"
     assert "the teacher while it writes text" in " ".join(said)
     assert "48 of 48 sequences written" in said
 

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from heal_runs import Pair, healed
 from tiny_models import tiny_model
 
 from offline_prune.healing import plan
-from offline_prune.healing.settings import HealSettings
 from vllm_spense.errors import SpenseError
 
 
@@ -155,19 +153,3 @@ def test_the_command(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "7 of 7 steps, after" in said.err
     assert "KL(teacher ‖ student) on 64 held-out tokens" in said.out
     assert json.loads((tmp_path / "out/report.json").read_text())["steps"] == 7
-
-
-def test_the_teacher_writes_as_much_at_once_as_half_the_room_takes() -> None:
-    sizes: Any = object.__new__(plan._Sizes)
-    sizes.__dict__ |= {"blocks": 10, "kv": 100, "itemsize": 2, "whole": 1000, "split": 5000, "vocabulary": 50}
-    settings = HealSettings(Path("pruned"), Path("out"), "teacher", length=1000)
-    sequence = 1000 * 10 * 100 * 2
-    for device, room, expected in (
-        ("cuda", 4000 * sequence, 512),
-        ("cuda", 300 * sequence, 128),
-        ("cuda", sequence, 32),
-        ("cpu", 4000 * sequence, 32),
-    ):
-        sizes.device, sizes.room = torch.device(device), room
-        assert sizes._written_at_once(settings) == expected
-        assert sizes._generation(settings, expected) < room / 2 or expected == 32

@@ -17,9 +17,13 @@ from runs import contents, run
 from tiny_models import tiny_model
 
 from offline_prune import pipeline
+from offline_prune.calibration.generated import generate
+from offline_prune.calibration.mixture import drawn, mixed
+from offline_prune.model.loading import SourceModel
+from offline_prune.model.whole import whole_model
 from offline_prune.runtime import deterministic_reduce, distributed
 from offline_prune.runtime.deterministic_reduce import ShardSums
-from offline_prune.runtime.device import pick_device
+from offline_prune.runtime.device import compute_dtype, pick_device
 from offline_prune.settings import PruneSettings
 from vllm_spense.errors import SpenseError
 
@@ -49,6 +53,29 @@ try:
     main(["prune", *sys.argv[1:]])
 finally:
     Path(__file__).with_name(f"rank-{os.environ['RANK']}.json").write_text(json.dumps(notes))
+"""
+
+
+#: `spense prune` that also writes what each rank calibrates on.
+TOKENS = """
+import os, sys
+from pathlib import Path
+
+import torch
+
+from offline_prune import pipeline
+from offline_prune.cli import main
+
+stream = pipeline._Run._stream
+
+
+def noted(self, tokens, *others):
+    torch.save(tokens, Path(__file__).with_name(f"rank-{os.environ['RANK']}"))
+    return stream(self, tokens, *others)
+
+
+pipeline._Run._stream = noted
+main(["prune", *sys.argv[1:]])
 """
 
 
@@ -124,6 +151,26 @@ def test_two_ranks_tune_together(text: Path, tmp_path: Path) -> None:
         assert alone.tuning
         assert together["tuning"]["before"] == pytest.approx(alone.tuning.before, rel=0.3)
         assert together["tuning"]["after"] == pytest.approx(alone.tuning.after, rel=0.3)
+
+
+def test_two_ranks_write_a_share_of_the_text_each(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "tokens.py"
+    program.write_text(TOKENS)
+    options = ["--calibration", "generated", "--method", "magnitude"]
+    said = finished(torchrun(llama, tmp_path / "two", text, *options, program=[str(program)]))
+    assert said.count("3 of 3 sequences written") == 1, "only the first rank talks"
+    first, second = (torch.load(tmp_path / f"rank-{rank}") for rank in (0, 1))
+    assert torch.equal(first, second)
+    source, written = SourceModel(str(llama)), []
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        with whole_model(source, CPU, compute_dtype(CPU)):
+            written.append(generate(source, CPU, 3, 64, 0, 3, lambda _: None))
+    sources = str(text), "generated"
+    parts = drawn(sources, source.tokenizer, 12, 64, 0, lambda _: None)
+    assert torch.equal(first, mixed({**parts, "generated": torch.cat(written)}, sources, 0))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,170 @@
+"""Calibration text that the dense model writes itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from offline_prune.calibration.chat import Chat, RefusedChat, chat_template, templated
+from offline_prune.model.loading import SourceModel
+from offline_prune.model.whole import output_head
+from offline_prune.runtime import distributed
+from vllm_spense.errors import SpenseError
+
+#: Sequences that are written together: at least where they fit, and at most on each kind of device.
+FEWEST_AT_ONCE, MOST_AT_ONCE = 32, {"cpu": 32, "cuda": 512}
+#: Tokens that a sequence begins with where there is no chat template.
+_PROMPT = 4
+#: Stands for what a user says while a template is looked at.
+_SAID = "what the user says"
+
+
+@dataclass(frozen=True)
+class Writer:
+    """What a model takes to write text.
+
+    Attributes:
+        weights: numbers in the language model and its head.
+        cache: numbers that keys and values of a token are, in all blocks.
+        vocabulary: logits of a token.
+        itemsize: bytes of a number.
+    """
+
+    weights: int
+    cache: int
+    vocabulary: int
+    itemsize: int
+
+    @classmethod
+    def of(cls, source: SourceModel, dtype: torch.dtype) -> Writer:
+        """
+        Raises:
+            SpenseError: the model cannot write.
+        """
+        head, skeleton = output_head(source), source.skeleton
+        if not skeleton.can_generate():
+            raise SpenseError(
+                f"--calibration: {type(skeleton).__name__} has no way to generate text; name another source than "
+                "`generated`"
+            )
+        parameters = {*source.text.parameters(), *head.parameters()}
+        text = source.text.config.get_text_config()
+        return cls(
+            weights=sum(parameter.numel() for parameter in parameters),
+            cache=len(source.blocks) * keys_and_values(text),
+            vocabulary=head.weight.shape[0],
+            itemsize=dtype.itemsize,
+        )
+
+    def bytes(self, at_once: int, length: int) -> int:
+        """Bytes that so many sequences of so many tokens need, the weights among them."""
+        return (self.weights + at_once * length * self.cache) * self.itemsize + 4 * 4 * at_once * self.vocabulary
+
+    def at_once(self, samples: int, length: int, device: torch.device, room: int) -> int:
+        """How many of this rank's sequences to write together.
+
+        A step costs a GPU about the same for one as for many, so as many as half the room has space for; `FEWEST` may
+        take all of it, and fewer are written only where that does not do.
+
+        Args:
+            samples: of all ranks.
+            room: bytes.
+        """
+        count = min(MOST_AT_ONCE[device.type], -(-samples // distributed.size()))
+        while count > 1 and self.bytes(count, length) > (room // 2 if count > FEWEST_AT_ONCE else room):
+            count //= 2
+        return count
+
+
+def keys_and_values(text: PretrainedConfig) -> int:
+    """Numbers that a token's keys and values are in one block."""
+    heads = getattr(text, "num_attention_heads", 1)
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return 2 * (getattr(text, "num_key_value_heads", None) or heads) * width
+
+
+@torch.no_grad()
+def generate(
+    source: SourceModel,
+    device: torch.device,
+    samples: int,
+    length: int,
+    seed: int,
+    at_once: int,
+    say: Callable[[str], None],
+) -> torch.Tensor:
+    """Sequences drawn from a model's own distribution (temperature 1), each rank's share of them.
+
+    Each begins as the chat template begins a user's turn, so that a chat model writes the question as well as the
+    answer; without a template with the tokenizer's first token, if it has one, and three random ones. What ends
+    a document does not end a sequence. Other values of `at_once` give other text.
+
+    Args:
+        source: whole on every rank's device.
+        samples, length: of all ranks together, how many sequences of how many tokens.
+        at_once: how many are written together.
+        say: told how many this rank has.
+
+    Returns:
+        int64 (samples, length), on every rank, in host memory.
+    """
+    ranks, rank = distributed.size(), distributed.rank()
+    share = -(-samples // ranks)
+    model: Any = source.skeleton
+    random = torch.Generator().manual_seed(seed * 1_000_003 + rank)
+    done: list[torch.Tensor] = []
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        # transformers draws from torch's own generator.
+        torch.manual_seed(seed * 1_000_003 + rank)
+        for start in range(0, share, at_once):
+            prompts = _prompts(source.tokenizer, min(at_once, share - start), random, length)
+            found = model.generate(
+                input_ids=prompts.to(device),
+                attention_mask=torch.ones_like(prompts).to(device),
+                max_new_tokens=length - prompts.shape[1],
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+            done.append(found)
+            say(f"{min(start + at_once, share)} of {share} sequences written")
+    mine = torch.cat(done).to(torch.int64)
+    if ranks == 1:
+        return mine.cpu()
+    parts = [torch.empty_like(mine) for _ in range(ranks)]
+    dist.all_gather(parts, mine)
+    return torch.cat(parts)[:samples].cpu()
+
+
+def _prompts(tokenizer: PreTrainedTokenizerBase, count: int, random: torch.Generator, length: int) -> torch.Tensor:
+    """int64 (count, n), n < length."""
+    start = _turn(tokenizer)
+    if start and len(start) < length:
+        return torch.tensor(start).expand(count, -1)
+    special = set(tokenizer.all_special_ids)
+    usual = torch.tensor([token for token in tokenizer.get_vocab().values() if token not in special])
+    n = min(_PROMPT, length - 1)
+    drawn = usual.sort().values[torch.randint(len(usual), (count, n), generator=random)]
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return drawn if first is None else torch.cat([torch.full((count, 1), first), drawn[:, : n - 1]], dim=1)
+
+
+def _turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the chat template has before a user's first words; nothing where there is no template, or no such part."""
+    template = chat_template(tokenizer)
+    if template is None:
+        return []
+    try:
+        whole = templated(Chat(({"role": "user", "content": _SAID},), "a user's turn"), template, tokenizer)
+    except RefusedChat:
+        return []
+    before, found, _ = whole.partition(_SAID)
+    return tokenizer(before, add_special_tokens=False)["input_ids"] if found else []

@@ -1,0 +1,191 @@
+"""Text that the dense model writes before it is pruned: what it takes, what is kept of it, when it is not written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import contents, cut_off, run
+from tiny_models import tiny_model
+
+from offline_prune import calibration_text, memory_plan, pipeline
+from offline_prune.calibration import generated
+from offline_prune.calibration.generated import Writer, generate
+from offline_prune.checkpoint.evaluate import load_dense
+from offline_prune.checkpoint.output_folder import PARTIAL
+from offline_prune.checkpoint.verify import open_checkpoint, verify
+from offline_prune.model.loading import SourceModel
+from offline_prune.model.whole import whole_model
+from offline_prune.pipeline import prune
+from offline_prune.runtime import distributed
+from offline_prune.settings import PruneSettings
+from vllm_spense.errors import SpenseError
+
+CPU = torch.device("cpu")
+SIZES = {"samples": 8, "length": 24}
+
+
+def refuse(*_: Any, **__: Any) -> None:
+    raise AssertionError("written again")
+
+
+def kept(out: Path) -> torch.Tensor:
+    return torch.load(out / PARTIAL / "state-text", weights_only=True)
+
+
+@pytest.fixture
+def mixture(text: Path) -> tuple[str, str]:
+    return str(text), "generated"
+
+
+def test_half_is_written_and_a_resumed_run_ends_with_equal_bytes(
+    llama: Path, tmp_path: Path, text: Path, mixture: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where it would be written otherwise now, as it may be on a GPU, or with other room."""
+    options = {**SIZES, "calibration": mixture}
+    said: list[str] = []
+    state = torch.get_rng_state()
+    prune(PruneSettings(str(llama), tmp_path / "whole", method="spensegpt+", device="cpu", **options), say=said.append)
+    assert torch.equal(torch.get_rng_state(), state), "nobody else's random numbers change"
+    verify(tmp_path / "whole")
+    assert "4 of 4 sequences written" in said
+    assert any(line.startswith("the dense model while it writes text: ") for line in said)
+    annotation = open_checkpoint(tmp_path / "whole").annotation
+    assert annotation.calibration is not None
+    assert annotation.calibration.source == f"{text} + generated"
+    cut_off(llama, tmp_path / "out", text, 1, **options)
+    assert kept(tmp_path / "out").shape == (4, 24)
+    monkeypatch.setattr(calibration_text, "generate", refuse)
+    run(llama, tmp_path / "out", text, resume=True, **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    run(llama, tmp_path / "out", text, resume=True, **options)
+    with pytest.raises(AssertionError, match="written again"):
+        run(llama, tmp_path / "other", text, **options)
+
+
+def test_what_was_written_is_kept_before_any_block_is(
+    llama: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**SIZES, "calibration": "generated"}
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline._Run, "_stream", refuse)
+        with pytest.raises(AssertionError):
+            run(llama, tmp_path / "out", text, **options)
+    written = kept(tmp_path / "out")
+    with pytest.raises(SpenseError, match="seed: found 0, expected 1"):
+        run(llama, tmp_path / "out", text, resume=True, seed=1, **options)
+    taken: list[torch.Tensor] = []
+    stream = pipeline._Run._stream
+
+    def noted(self: Any, tokens: torch.Tensor, *others: Any) -> Any:
+        taken.append(tokens)
+        return stream(self, tokens, *others)
+
+    monkeypatch.setattr(pipeline._Run, "_stream", noted)
+    monkeypatch.setattr(calibration_text, "generate", refuse)
+    run(llama, tmp_path / "out", text, resume=True, **options)
+    assert torch.equal(taken[0], written)
+
+
+def test_damaged_text_is_written_anew(llama: Path, tmp_path: Path, text: Path) -> None:
+    options = {**SIZES, "calibration": "generated"}
+    run(llama, tmp_path / "whole", text, **options)
+    cut_off(llama, tmp_path / "out", text, 1, **options)
+    file = tmp_path / "out" / PARTIAL / "state-text"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    run(llama, tmp_path / "out", text, resume=True, **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_the_whole_model_writes_and_is_gone_afterwards(family: str, tmp_path: Path) -> None:
+    """With an output head of its own, and with one tied to the embeddings. Logits are those of the model opened by
+    other code."""
+    folder = tiny_model(family, tmp_path / family)
+    source = SourceModel(str(folder))
+    tokens = torch.arange(12).view(1, 12)
+    with torch.no_grad(), whole_model(source, CPU, torch.float32):
+        found = source.skeleton(input_ids=tokens, use_cache=False).logits
+        written = generate(source, CPU, 5, 12, 0, 2, lambda _: None)
+    assert written.shape == (5, 12)
+    torch.testing.assert_close(found, load_dense(folder)[0](input_ids=tokens).logits, rtol=1e-4, atol=1e-4)
+    assert all(parameter.is_meta for parameter in source.skeleton.parameters())
+    head, embeddings = source.skeleton.get_output_embeddings(), source.text.get_input_embeddings()
+    assert (head.weight is embeddings.weight) == (family == "gemma3")
+
+
+def test_a_chat_model_begins_as_a_users_turn_does(llama: Path, tmp_path: Path) -> None:
+    chat = shutil.copytree(llama, tmp_path / "chat")
+    (chat / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}")
+    found = {}
+    for folder in (llama, chat):
+        source = SourceModel(str(folder))
+        with whole_model(source, CPU, torch.float32):
+            found[folder] = generate(source, CPU, 6, 12, 0, 4, lambda _: None)
+    decode = SourceModel(str(chat)).tokenizer.decode
+    assert {decode(row[:6]) for row in found[chat]} == {"<user>"}
+    assert (found[llama][:, 0] == 256).all(), "no template, so what begins a document"
+    assert len({tuple(row.tolist()) for row in found[llama][:, 1:4]}) == 6
+    assert len({tuple(row.tolist()) for row in found[chat]}) == 6
+
+
+def test_a_model_that_is_too_large_is_refused_before_any_work(
+    llama: Path, tmp_path: Path, text: Path, mixture: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generated.Writer, "bytes", lambda *_: 1 << 50)
+    words = (
+        r"cpu: .* GiB of memory usable, the dense model needs 1048576\.00 GiB while it writes the text of "
+        r"--calibration generated; a smaller --length may help, or text that it wrote elsewhere, as a \.jsonl file"
+    )
+    with pytest.raises(SpenseError, match=words):
+        run(llama, tmp_path / "out", text, calibration=mixture, **SIZES)
+    assert not (tmp_path / "out").exists()
+    # Tokens that are there already are not written.
+    tokens = torch.randint(0, 256, (8, 24))
+    settings = PruneSettings(str(llama), tmp_path / "out", "magnitude", calibration=mixture, device="cpu", **SIZES)
+    prune(settings, tokens=tokens)
+
+
+def test_a_model_that_cannot_write_is_refused(
+    llama: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = SourceModel(str(llama))
+    monkeypatch.setattr(type(source.skeleton), "can_generate", lambda *_: False)
+    with pytest.raises(SpenseError, match="--calibration: LlamaForCausalLM has no way to generate text; name another"):
+        run(llama, tmp_path / "out", text, calibration="generated", **SIZES)
+    assert not (tmp_path / "out").exists()
+
+
+def test_as_many_are_written_together_as_half_the_room_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = Writer(weights=6000, cache=1000, vocabulary=50, itemsize=2)
+    sequence = 1000 * 1000 * 2
+    for device, room, samples, expected in (
+        ("cuda", 4000 * sequence, 5120, 512),
+        ("cuda", 4000 * sequence, 100, 100),
+        ("cuda", 300 * sequence, 5120, 128),
+        ("cuda", 40 * sequence, 5120, 32),
+        ("cuda", 10 * sequence, 5120, 8),
+        ("cuda", sequence // 2, 5120, 1),
+        ("cpu", 4000 * sequence, 5120, 32),
+    ):
+        found = writer.at_once(samples, 1000, torch.device(device), room)
+        assert found == expected
+        assert (writer.bytes(found, 1000) <= room) == (found > 1)
+    monkeypatch.setattr(distributed, "size", lambda: 4)
+    assert writer.at_once(100, 1000, torch.device("cuda"), 4000 * sequence) == 25
+
+
+def test_the_plan_counts_the_whole_model(llama: Path, tmp_path: Path) -> None:
+    settings = PruneSettings(str(llama), tmp_path / "out", calibration="generated", device="cpu", **SIZES)
+    source = SourceModel(str(llama))
+    without = memory_plan.memory_plan(source, settings, CPU, torch.float32)
+    found = memory_plan.memory_plan(source, settings, CPU, torch.float32, 8)
+    assert (without.generation, found.written_at_once) == (0, 8)
+    weights = sum(parameter.numel() for parameter in source.skeleton.parameters())
+    cache = 8 * 24 * json.loads((llama / "config.json").read_text())["num_hidden_layers"] * 2 * 2 * 16
+    assert found.generation == 4 * (weights + cache) + 16 * 8 * 258
+    assert found.on_device == max(without.on_device, found.generation)
