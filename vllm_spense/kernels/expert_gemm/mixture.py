@@ -27,15 +27,14 @@ def fault(experts: int, top_k: int, device: torch.device) -> str | None:
     """Why these kernels must not be used on a GPU, or None: tried out once in each process, against their twin."""
     generator = torch.Generator(device).manual_seed(0)
     problems = reference.problems(_TRIAL_HIDDEN, _TRIAL_REGIONS)
-    packs = [
-        reference.pack(
-            torch.stack([random_weight(problem, device) for _ in range(experts)]),
-            # While a model loads, torch's default is the model's dtype.
-            torch.rand(experts, problem.n, dtype=torch.float32, device=device, generator=generator) + 0.5,
-            problem,
-        )
-        for problem in problems
-    ]
+
+    def random_pack(problem: Problem) -> Packed:
+        weight = torch.stack([random_weight(problem, device) for _ in range(experts)])
+        # While a model loads, torch's default is the model's dtype.
+        w_scale = torch.rand(experts, problem.n, dtype=torch.float32, device=device, generator=generator) + 0.5
+        return reference.pack(weight, w_scale, problem)
+
+    gate_up, down = map(random_pack, problems)
     for each in _TRIAL_TOKENS:
         tokens = -(-each * experts // top_k)
         x = torch.randn(tokens, _TRIAL_HIDDEN, dtype=torch.bfloat16, device=device, generator=generator)
@@ -45,14 +44,14 @@ def fault(experts: int, top_k: int, device: torch.device) -> str | None:
         ids.masked_fill_(ids >= experts, -1)
         weights = torch.rand(tokens, top_k, dtype=torch.float32, device=device, generator=generator)
         try:
-            found = run(x, ids, weights, *packs, problems).double()
+            found = run(x, ids, weights, gate_up, down, problems).double()
         except RuntimeError as error:
             return f"its kernels failed when they were tried: {error}"
-        expected = reference.mixture(x, ids, weights, *packs, problems).double()
-        error = float((found - expected).norm() / expected.norm())
+        expected = reference.mixture(x, ids, weights, gate_up, down, problems).double()
+        off = float((found - expected).norm() / expected.norm())
         # A NaN is no small error either.
-        if not error < _TRIAL_ERROR:
-            return f"its kernels are wrong on this machine: relative error {error:.1e} with {tokens} tokens"
+        if not off < _TRIAL_ERROR:
+            return f"its kernels are wrong on this machine: relative error {off:.1e} with {tokens} tokens"
     return None
 
 
