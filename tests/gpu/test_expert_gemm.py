@@ -159,7 +159,7 @@ def test_tokens_find_their_experts() -> None:
             require_close(sums, reference.weighted_sum(y.double(), routed.places, weights.double()))
 
 
-@pytest.mark.parametrize(("experts", "top_k"), [(12, 8), (128, 8), (4, 8)])
+@pytest.mark.parametrize(("experts", "top_k"), [(12, 8), (128, 8), (4, 8), (1, 8)])
 def test_nothing_is_wrong_here(experts: int, top_k: int) -> None:
     """What serving tries before it takes these kernels; also with fewer experts on a rank than a token has."""
     assert mixture.fault(experts, top_k, DEVICE) is None

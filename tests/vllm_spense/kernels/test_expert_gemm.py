@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import silu
 
 from vllm_spense.format import Regions
-from vllm_spense.kernels.expert_gemm import gemm, instances, reference
+from vllm_spense.kernels.expert_gemm import gemm, instances, mixture, reference
 from vllm_spense.kernels.expert_gemm.instances import Tiling
 from vllm_spense.kernels.jit import nvrtc, sources
 from vllm_spense.kernels.region_gemm.problem import Problem
@@ -164,3 +164,16 @@ def test_a_mixture_is_the_weighted_sum_of_its_experts(ranks: int) -> None:
         numbers[mine] = torch.arange(each, dtype=torch.int32)
         found += reference.mixture(x, ids, weights, *packs, problems, None if ranks == 1 else numbers).float()
     assert (found - expected).norm() / expected.norm() < 0.02
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(1, 8), (6, 2)])
+def test_a_mixture_that_is_wrong_is_found(experts: int, top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trial before serving, with the twin in the kernels' place: right, wrong, no numbers."""
+
+    def said(factor: float) -> str | None:
+        monkeypatch.setattr(mixture, "run", lambda *given: reference.mixture(*given) * factor)
+        return mixture.fault.__wrapped__(experts, top_k, torch.device("cpu"))
+
+    assert said(1) is None
+    assert "wrong on this machine: relative error 2.0e-01" in (said(1.2) or "")
+    assert "relative error nan" in (said(torch.nan) or "")

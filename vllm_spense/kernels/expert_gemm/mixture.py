@@ -38,10 +38,11 @@ def fault(experts: int, top_k: int, device: torch.device) -> str | None:
     for each in _TRIAL_TOKENS:
         tokens = -(-each * experts // top_k)
         x = torch.randn(tokens, _TRIAL_HIDDEN, dtype=torch.bfloat16, device=device, generator=generator)
-        # Some are another rank's.
+        # Some are another rank's, but never all of a token: a sum of nothing has no relative error.
         chances = torch.rand(tokens, experts + top_k, dtype=torch.float32, device=device, generator=generator)
         ids = chances.topk(top_k, -1).indices.int()
         ids.masked_fill_(ids >= experts, -1)
+        ids[:, 0] = torch.arange(tokens, device=device) % experts
         weights = torch.rand(tokens, top_k, dtype=torch.float32, device=device, generator=generator)
         try:
             found = run(x, ids, weights, gate_up, down, problems).double()
