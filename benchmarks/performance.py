@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from benchmarks import alternatives_table, quality_tables, serving_tables
+from benchmarks import alternatives_table, quality_results, serving_tables
 from benchmarks.envelope import RESULTS, ROOT
 from benchmarks.tables import Result, Row, markdown, source
 from scripts.models import KNOWN
@@ -27,8 +27,6 @@ DOCUMENTS = (
     *(ROOT / "docs" / name for name in ("performance.md", "pruning-at-scale.md", "quality.md")),
     *(ROOT / "docs/notes" / name for name in ("tables.md", "serving.md")),
 )
-#: Of the MLP weights, what 2:4 everywhere makes zero.
-MAX_SPARSITY = 0.5
 _TABLE = re.compile(r"(<!-- table ([\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -317,57 +315,6 @@ def selection(result: Result) -> list[str]:
     return [*markdown(headings, lines), "", source(result)]
 
 
-def of_quality(table: Callable[[Sequence[Row]], list[str]]) -> Callable[..., list[str]]:
-    """A table of each model in results of the quality benchmarks, on texts that all have, and what those are."""
-
-    def tables(result: Result, *others: Result) -> list[str]:
-        rows, sources = quality_tables.renamed(result["rows"]), [source(result)]
-        for other in others:
-            rows, more = quality_tables.on_common_texts(rows, quality_tables.renamed(other["rows"]))
-            rows += more
-            sources += [source(other)] if more else []
-        about = f"{quality_tables.measured_on(rows)}. {' '.join(sources)}"
-        return [*quality_tables.of_each_model(rows, table), "", about]
-
-    return tables
-
-
-def quality_headline(result: Result, *others: Result) -> list[str]:
-    """What each method loses, without spreads and the methods that nobody should choose."""
-    weak = ("spensegpt", "magnitude")
-    kept = [
-        row
-        for row in result["rows"]
-        if row["method"] not in weak and (row["method"] != "wanda" or row["sparsity"] == MAX_SPARSITY)
-    ]
-    return quality_summary({**result, "rows": kept}, *others)
-
-
-def over_models(result: Result, *others: Result) -> list[str]:
-    """What methods lose on the average model."""
-    rows = [row for each in (result, *others) for row in each["rows"]]
-    return [*quality_tables.over_models(rows), "", f"{quality_tables.measured_on(rows)}. {result['gpu']['name']}."]
-
-
-quality = of_quality(quality_tables.markdown)
-quality_summary = of_quality(quality_tables.summary)
-#: What tuning leaves of the losses without it.
-quality_gains = of_quality(quality_tables.gains)
-#: What FP8 adds to BF16's losses.
-quality_rounding = of_quality(quality_tables.added_by_fp8)
-#: Perplexity in both formats.
-perplexity = of_quality(quality_tables.by_format)
-#: What the rule for FP8 scales is worth.
-fp8_scales = of_quality(quality_tables.rounding_errors)
-
-
-def tasks(result: Result, *others: Result) -> list[str]:
-    """Right answers of each model."""
-    results = (result, *others)
-    rows = [row for each in results for row in each["rows"]]
-    return [*quality_tables.tasks(quality_tables.renamed(rows)), "", " ".join(source(each) for each in results)]
-
-
 #: Result file → the command that makes it, and where, other than the benchmark of that name with its defaults on a GPU.
 RUNS: Mapping[str, tuple[str, str]] = {
     "compat": ("make compat", "a CPU"),
@@ -424,31 +371,32 @@ TABLES: Mapping[str, tuple[str, Callable[..., list[str]]]] = {
     "prune_tuned": ("prune_time-tuned", prune),
     "prune_tuned_stages": ("prune_time-tuned", prune_stages),
     "selection": ("selection_tokens", selection),
-    "gains": ("accuracy-smollm2", quality_gains),
-    "summary": ("accuracy-smollm2 peers-int4", quality_headline),
-    "perplexity": ("perplexity-smollm2", perplexity),
-    "accuracy": ("accuracy-smollm2", quality),
-    "ablations": ("accuracy-smollm2-ablations", quality),
-    "accuracy_cpu": ("accuracy-smollm2-cpu", quality),
+    "gains": ("accuracy-smollm2", quality_results.gains),
+    "summary": ("accuracy-smollm2 peers-int4", quality_results.summary),
+    "summary_readme": ("accuracy-smollm2 peers-int4", quality_results.headline),
+    "perplexity": ("perplexity-smollm2", quality_results.perplexity),
+    "accuracy": ("accuracy-smollm2", quality_results.quality),
+    "ablations": ("accuracy-smollm2-ablations", quality_results.quality),
+    "accuracy_cpu": ("accuracy-smollm2-cpu", quality_results.quality),
     "models": (
         " ".join(f"accuracy-{kind}-{model}" for kind in ("domains", "heal") for model in KNOWN),
-        over_models,
+        quality_results.over_models,
     ),
-    **{f"domains_{model.partition('-')[0]}": (f"accuracy-domains-{model}", quality) for model in KNOWN},
-    **{f"heal_{model.partition('-')[0]}": (f"accuracy-heal-{model}", quality) for model in KNOWN},
-    "rates": ("accuracy-rates-smollm2-135m", quality),
-    "calibration": ("accuracy-calibration-qwen2.5-coder-0.5b", quality),
-    "options": ("accuracy-smollm2-options", quality),
-    "descent": ("accuracy-smollm2-descent", quality),
-    "gains_cpu": ("accuracy-smollm2-cpu", quality_gains),
-    "rounding": ("accuracy-smollm2-rounding", quality),
-    "rounding_added": ("accuracy-smollm2-rounding", quality_rounding),
-    "learned": ("learned-smollm2", quality),
-    "tasks": ("tasks", tasks),
-    "tasks_coder": ("tasks-coder-pruned tasks-coder-healed-25 tasks-coder-healed-37.5", tasks),
-    "peers": ("peers-smollm2", quality),
-    "int4": ("peers-int4", quality),
-    "fp8_scales": ("fp8_scales", fp8_scales),
+    **{f"domains_{model.partition('-')[0]}": (f"accuracy-domains-{model}", quality_results.quality) for model in KNOWN},
+    **{f"heal_{model.partition('-')[0]}": (f"accuracy-heal-{model}", quality_results.quality) for model in KNOWN},
+    "rates": ("accuracy-rates-smollm2-135m", quality_results.quality),
+    "calibration": ("accuracy-calibration-qwen2.5-coder-0.5b", quality_results.quality),
+    "options": ("accuracy-smollm2-options", quality_results.quality),
+    "descent": ("accuracy-smollm2-descent", quality_results.quality),
+    "gains_cpu": ("accuracy-smollm2-cpu", quality_results.gains),
+    "rounding": ("accuracy-smollm2-rounding", quality_results.quality),
+    "rounding_added": ("accuracy-smollm2-rounding", quality_results.rounding),
+    "learned": ("learned-smollm2", quality_results.quality),
+    "tasks": ("tasks", quality_results.tasks),
+    "tasks_coder": ("tasks-coder-pruned tasks-coder-healed-25 tasks-coder-healed-37.5", quality_results.tasks),
+    "peers": ("peers-smollm2", quality_results.quality),
+    "int4": ("peers-int4", quality_results.quality),
+    "fp8_scales": ("fp8_scales", quality_results.fp8_scales),
 }
 
 

@@ -20,7 +20,6 @@ from offline_prune.calibration.hidden_states import Stream
 from offline_prune.calibration.image_rows import captioned_images
 from offline_prune.calibration.images import ImagePlan, ImageReader, deal
 from offline_prune.calibration.recording import ImageInputs
-from offline_prune.calibration_text import CalibrationText
 from offline_prune.checkpoint.block_state_dict import BlockStateDict
 from offline_prune.checkpoint.ignored import ignored
 from offline_prune.checkpoint.journal import Journal, Say
@@ -40,6 +39,7 @@ from offline_prune.runtime import deterministic_reduce, distributed
 from offline_prune.runtime.device import compute_dtype, pick_device
 from offline_prune.runtime.profiler import Profiler
 from offline_prune.settings import PruneSettings
+from offline_prune.text import CalibrationText
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import Annotation, Calibration, Regions
 

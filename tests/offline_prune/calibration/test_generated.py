@@ -12,7 +12,7 @@ import torch
 from runs import contents, cut_off, run
 from tiny_models import tiny_model
 
-from offline_prune import calibration_text, memory_plan, pipeline
+from offline_prune import memory_plan, pipeline
 from offline_prune.calibration import generated
 from offline_prune.calibration.generated import Writer, generate
 from offline_prune.checkpoint.evaluate import load_dense
@@ -59,7 +59,7 @@ def test_half_is_written_and_a_resumed_run_ends_with_equal_bytes(
     assert annotation.calibration.source == f"{text} + generated"
     cut_off(llama, tmp_path / "out", text, 1, **options)
     assert kept(tmp_path / "out").shape == (4, 24)
-    monkeypatch.setattr(calibration_text, "generate", refuse)
+    monkeypatch.setattr("offline_prune.text.generate", refuse)
     run(llama, tmp_path / "out", text, resume=True, **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     run(llama, tmp_path / "out", text, resume=True, **options)
@@ -86,7 +86,7 @@ def test_what_was_written_is_kept_before_any_block_is(
         return stream(self, tokens, *others)
 
     monkeypatch.setattr(pipeline._Run, "_stream", noted)
-    monkeypatch.setattr(calibration_text, "generate", refuse)
+    monkeypatch.setattr("offline_prune.text.generate", refuse)
     run(llama, tmp_path / "out", text, resume=True, **options)
     assert torch.equal(taken[0], written)
 

@@ -1,0 +1,62 @@
+"""Results of the quality benchmarks as tables, each with where its numbers come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from benchmarks import quality_tables
+from benchmarks.tables import Result, Row, source
+
+#: Of the MLP weights, what 2:4 everywhere makes zero.
+MAX_SPARSITY = 0.5
+
+
+def of_quality(table: Callable[[Sequence[Row]], list[str]]) -> Callable[..., list[str]]:
+    """A table of each model in results of the quality benchmarks, on texts that all have, and what those are."""
+
+    def tables(result: Result, *others: Result) -> list[str]:
+        rows, sources = quality_tables.renamed(result["rows"]), [source(result)]
+        for other in others:
+            rows, more = quality_tables.on_common_texts(rows, quality_tables.renamed(other["rows"]))
+            rows += more
+            sources += [source(other)] if more else []
+        about = f"{quality_tables.measured_on(rows)}. {' '.join(sources)}"
+        return [*quality_tables.of_each_model(rows, table), "", about]
+
+    return tables
+
+
+def headline(result: Result, *others: Result) -> list[str]:
+    """What each method loses, without spreads and the methods that nobody should choose."""
+    weak = ("spensegpt", "magnitude")
+    kept = [
+        row
+        for row in result["rows"]
+        if row["method"] not in weak and (row["method"] != "wanda" or row["sparsity"] == MAX_SPARSITY)
+    ]
+    return summary({**result, "rows": kept}, *others)
+
+
+def over_models(result: Result, *others: Result) -> list[str]:
+    """What methods lose on the average model."""
+    rows = [row for each in (result, *others) for row in each["rows"]]
+    return [*quality_tables.over_models(rows), "", f"{quality_tables.measured_on(rows)}. {result['gpu']['name']}."]
+
+
+quality = of_quality(quality_tables.markdown)
+summary = of_quality(quality_tables.summary)
+#: What tuning leaves of the losses without it.
+gains = of_quality(quality_tables.gains)
+#: What FP8 adds to BF16's losses.
+rounding = of_quality(quality_tables.added_by_fp8)
+#: Perplexity in both formats.
+perplexity = of_quality(quality_tables.by_format)
+#: What the rule for FP8 scales is worth.
+fp8_scales = of_quality(quality_tables.rounding_errors)
+
+
+def tasks(result: Result, *others: Result) -> list[str]:
+    """Right answers of each model."""
+    results = (result, *others)
+    rows = [row for each in results for row in each["rows"]]
+    return [*quality_tables.tasks(quality_tables.renamed(rows)), "", " ".join(source(each) for each in results)]
