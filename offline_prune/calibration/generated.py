@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -118,7 +119,9 @@ def generate(
     model: Any = source.skeleton
     random = torch.Generator().manual_seed(seed * 1_000_003 + rank)
     done: list[torch.Tensor] = []
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
+        # A vision tower takes no part and has no weights here; transformers takes its device for the model's.
+        warnings.filterwarnings("ignore", ".*input_ids.* on a device type different")
         # transformers draws from torch's own generator.
         torch.manual_seed(seed * 1_000_003 + rank)
         for start in range(0, share, at_once):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from runs import contents, cut_off, run
+from seeing_models import seeing_model
 from tiny_models import tiny_model
 
 from offline_prune import memory_plan, pipeline
@@ -26,7 +27,7 @@ from offline_prune.settings import PruneSettings
 from vllm_spense.errors import SpenseError
 
 CPU = torch.device("cpu")
-SIZES = {"samples": 8, "length": 24}
+SIZES: dict[str, Any] = {"samples": 8, "length": 24}
 
 
 def refuse(*_: Any, **__: Any) -> None:
@@ -116,6 +117,13 @@ def test_the_whole_model_writes_and_is_gone_afterwards(family: str, tmp_path: Pa
     assert all(parameter.is_meta for parameter in source.skeleton.parameters())
     head, embeddings = source.skeleton.get_output_embeddings(), source.text.get_input_embeddings()
     assert (head.weight is embeddings.weight) == (family == "gemma3")
+
+
+def test_a_model_that_sees_writes_without_its_vision_tower(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    source = SourceModel(str(seeing_model("Gemma-3, multimodal", tmp_path / "model")))
+    with whole_model(source, CPU, torch.float32):
+        assert generate(source, CPU, 3, 12, 0, 3, lambda _: None).shape == (3, 12)
+    assert not [each for each in recwarn if "device type" in str(each.message)]
 
 
 def test_a_chat_model_begins_as_a_users_turn_does(llama: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,16 +72,16 @@ def test_names(given: tuple[str, ...], words: str) -> None:
 
 
 def test_settings_hold_a_tuple_however_it_was_given() -> None:
-    for kind, model in ((PruneSettings, "model"), (HealSettings, Path("pruned"))):
-        common: Any = {"teacher": "teacher"} if kind is HealSettings else {}
-        one, many = (
-            kind(model, Path("out"), calibration=given, **common)  # type: ignore[arg-type]
-            for given in ("builtin", ["builtin", "generated"])
-        )
+    kinds: list[Any] = [
+        partial(PruneSettings, "model", Path("out")),
+        partial(HealSettings, Path("pruned"), Path("out"), "teacher"),
+    ]
+    for kind in kinds:
+        one, many = (kind(calibration=given) for given in ("builtin", ["builtin", "generated"]))
         assert (one.sources, many.sources) == (("builtin",), ("builtin", "generated"))
         assert (one.calibration, many.calibration) == (one.sources, many.sources)
         with pytest.raises(SpenseError, match="--samples: found 2, expected at least 3"):
-            kind(model, Path("out"), calibration=("a", "b", "c"), samples=2, **common)  # type: ignore[arg-type]
+            kind(calibration=("a", "b", "c"), samples=2)
 
 
 @pytest.mark.parametrize(
