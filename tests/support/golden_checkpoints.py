@@ -1,6 +1,7 @@
 """Prints, as JSON, a hash of what the pruner writes for tiny random models and fixed seeds: one for each case.
 
-Run with `ENVIRONMENT`, so that every x86-64 CPU computes the same bits: one thread, no instruction beyond SSE.
+Run with `ENVIRONMENT`, so that CPUs compute the same bits as far as that can be had: one thread, no instruction beyond
+SSE.
 """
 
 from __future__ import annotations
