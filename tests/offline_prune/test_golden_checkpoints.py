@@ -12,8 +12,8 @@ import pytest
 from golden_checkpoints import CASES, ENVIRONMENT
 from golden_checkpoints import __file__ as PROGRAM
 
-#: Of each kind of CPU that was seen to compute other bits, which `ENVIRONMENT` does not prevent (two AMD EPYCs). Taken with
-#: torch 2.13 on the code of 2026-11-23. A change on purpose replaces them by what `PROGRAM` prints.
+#: Of each kind of CPU that was seen to compute other bits, which `ENVIRONMENT` does not prevent (two AMD EPYCs).
+#: Taken with torch 2.13 on the code of 2026-11-23. A change on purpose replaces them by what `PROGRAM` prints.
 HASHES = json.loads(Path(__file__).with_suffix(".json").with_stem("golden_checkpoints").read_text(encoding="utf-8"))
 
 
