@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -99,4 +101,4 @@ def test_processes_that_are_left_are_counted() -> None:
     parent.kill()
     parent.wait()
     assert soak._left(parent.pid) == 1
-    subprocess.run(["kill", "-9", f"-{parent.pid}"], check=True)
+    os.killpg(parent.pid, signal.SIGKILL)
