@@ -46,14 +46,15 @@ def client(pruned_folder: Path, log: Path) -> Iterator[OpenAI]:
 
 
 def test_answer_is_the_one_of_transformers(client: OpenAI, pruned_folder: Path) -> None:
-    """Its first token, in what both think of the likeliest: which one wins is another on every kind of CPU, and a server
+    """In what both think of the likeliest first tokens: which one wins is another on every kind of CPU, and a server
     rounds activations to FP8, which transformers does not."""
     messages = [{"role": "user", "content": QUESTION}]
     chat = client.chat.completions.create(
         model="smollm2", messages=messages, temperature=0, max_tokens=1, logprobs=True, top_logprobs=5
     )
     logprobs = chat.choices[0].logprobs
-    assert logprobs is not None and logprobs.content is not None
+    assert logprobs is not None
+    assert logprobs.content is not None
     found = {each.token: each.logprob for each in logprobs.content[0].top_logprobs}
     tokenizer: Any = AutoTokenizer.from_pretrained(pruned_folder)
     model: Any = AutoModelForCausalLM.from_pretrained(pruned_folder, dtype=torch.float32)
