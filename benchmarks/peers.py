@@ -75,7 +75,7 @@ PROX_RATE, PROX_STRENGTH = 0.016, 0.02
 #: Of HyperPrune: steps on each layer, and their learning rate.
 HYPER_STEPS, HYPER_RATE = 40, 0.01
 #: PATCH's: side of a tile, steps, and their learning rate.
-PATCH_TILE, PATCH_STEPS, PATCH_RATE = 64, 256, 0.1
+PATCH_TILE, PATCH_STEPS, PATCH_RATE = 64, 256, 0.3
 
 
 def main() -> None:
