@@ -66,7 +66,12 @@ def engine(**changes: Any) -> Any:
     }
     parallel = SimpleNamespace(**given)
     return SimpleNamespace(
-        parallel_config=parallel, lora_config=given["lora_config"], load_config=SimpleNamespace(load_format="auto")
+        parallel_config=parallel,
+        lora_config=given["lora_config"],
+        load_config=SimpleNamespace(load_format="auto"),
+        offload_config=SimpleNamespace(
+            uva=SimpleNamespace(cpu_offload_gb=0), prefetch=SimpleNamespace(offload_group_size=0)
+        ),
     )
 
 

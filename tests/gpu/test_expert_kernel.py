@@ -1,4 +1,4 @@
-"""The experts' GEMMs against float64 on a real GPU: `pytest -m gpu tests/gpu/test_expert_gemm.py`."""
+"""The experts' GEMMs against float64 on a real GPU: `pytest -m gpu tests/gpu/test_expert_kernel.py`."""
 
 from __future__ import annotations
 
