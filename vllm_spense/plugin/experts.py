@@ -20,7 +20,7 @@ from vllm_spense.format import Regions
 from vllm_spense.ops import experts
 from vllm_spense.ops.dispatch import SWITCH, Path
 from vllm_spense.ops.machine import forced
-from vllm_spense.plugin import loaders
+from vllm_spense.plugin import loaders, soundness
 from vllm_spense.plugin.vllm_internals import CompressedTensorsW8A8Fp8MoEMethod, FusedMoEMethodBase, local_experts
 
 logger = init_logger("vllm.spense")
@@ -115,38 +115,21 @@ class ExpertRegions:
         layer.w13_input_scale = layer.w2_input_scale = None
         return shard.regions
 
+    @soundness.said_by_workers()
     def require_sound(self, layer: Layer, regions: Regions) -> None:
         """Raises FormatError unless every expert's sparse regions are 2:4, and its weights and scales numbers."""
-        try:
-            self._require_sound(layer, regions)
-        except FormatError as error:
-            # In a worker, where the traceback that follows would bury it.
-            logger.error("%s", error)
-            raise
-
-    def _require_sound(self, layer: Layer, regions: Regions) -> None:
         w13, w2 = layer.w13_weight.data, layer.w2_weight.data
         if self.dummy:
             loaders.fill_dummy_experts(w13, layer.w13_weight_scale.data, w2, layer.w2_weight_scale.data, regions)
         for expert, (gate_up, down) in enumerate(zip(w13, w2, strict=True)):
             name = f"{self.name}, expert {expert} of this rank"
             for weight in (gate_up, down):
-                if (weight.view(torch.uint8) & 0x7F == 0x7F).any():
-                    raise FormatError("the weight is missing or holds NaN", layer=name, key="weight")
+                soundness.require_loaded(weight, name)
             for projection in gate_up.chunk(2):
                 layout.require_2of4(projection[: regions.sparse], name)
             layout.require_2of4(down[:, : regions.sparse], name)
         for part in ("w13", "w2"):
-            scale = getattr(layer, f"{part}_weight_scale").data
-            wrong = scale[~(scale.isfinite() & (scale > 0))]
-            if len(wrong):
-                raise FormatError(
-                    "a weight scale is missing or wrong",
-                    layer=self.name,
-                    key="weight_scale",
-                    found=wrong[0].item(),
-                    expected="a positive number for each output channel",
-                )
+            soundness.require_scales(getattr(layer, f"{part}_weight_scale").data, self.name)
 
 
 class RegionExpertsMethod(FusedMoEMethodBase):

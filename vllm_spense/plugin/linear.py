@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 import torch
 from torch.nn import Parameter
 from vllm.config import get_current_vllm_config
-from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
 from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
@@ -25,7 +24,6 @@ from vllm.model_executor.parameter import BasevLLMParameter
 
 from vllm_spense import layout
 from vllm_spense.conformance import require_extent
-from vllm_spense.errors import FormatError
 from vllm_spense.format import Regions
 from vllm_spense.kernels.region_gemm.problem import Problem, Scales, Split, sum_dtype
 from vllm_spense.kernels.region_gemm.reference import by_projection, scaled
@@ -33,13 +31,11 @@ from vllm_spense.layout import Shard
 from vllm_spense.ops import elementwise_ops, gemm
 from vllm_spense.ops.dense_copies import DenseCopies
 from vllm_spense.ops.layer_plan import LayerPlan, plan_layer
-from vllm_spense.plugin import compile_key, loaders
+from vllm_spense.plugin import compile_key, loaders, soundness
 from vllm_spense.plugin.activation import RawSums
 from vllm_spense.plugin.loaders import Loader
 from vllm_spense.plugin.norms import DeferredGemm, only_norms_read_layers
 from vllm_spense.plugin.pairing import Pairing, Quantized, mispaired
-
-logger = init_logger("vllm.spense")
 
 FP8 = torch.float8_e4m3fn
 #: A vLLM linear layer. Its parameters and settings are attributes that torch.nn.Module's type does not know.
@@ -125,12 +121,7 @@ class RegionLinearMethod(LinearMethodBase):
         weight, scale = layer.weight.data, layer.weight_scale.data
         if self.dummy:
             loaders.fill_dummy(weight, scale, self.problem)
-        try:
-            self._require_sound(weight, scale)
-        except FormatError as error:
-            # In a worker, where the traceback that follows would bury it.
-            logger.error("%s", error)
-            raise
+        self._require_sound(weight, scale)
         del layer.weight
         weight, problem = self.arrange(weight)
         if weight.is_cuda and not self.sleeps:
@@ -154,20 +145,12 @@ class RegionLinearMethod(LinearMethodBase):
         """What else was decided about this layer on this machine, and shows in how it is traced."""
         return (self.defers_epilogue,)
 
+    @soundness.said_by_workers()
     def _require_sound(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
-        if (weight.view(torch.uint8) & 0x7F == 0x7F).any():
-            raise FormatError("the weight is missing or holds NaN", layer=self.name, key="weight")
+        soundness.require_loaded(weight, self.name)
         for sparse, _ in self.problem.split_regions(weight):
             layout.require_2of4(sparse, self.name)
-        wrong = scale[~(scale.isfinite() & (scale > 0))]
-        if len(wrong):
-            raise FormatError(
-                "a weight scale is missing or wrong",
-                layer=self.name,
-                key="weight_scale",
-                found=wrong[0].item(),
-                expected="a positive number for each output channel",
-            )
+        soundness.require_scales(scale, self.name)
 
     def tensors(self, layer: Layer) -> list[torch.Tensor]:
         """The packed weight, in the order of the plan's `tensors`."""

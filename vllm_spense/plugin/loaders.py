@@ -94,35 +94,34 @@ def expert_rows_loader(layer: str, intermediate: int, shard: Shard, local: Mappi
     """
     load_rows = rows_loader(layer, intermediate, shard, 2)
 
-    def load_expert_rows(
-        param: torch.nn.Parameter,
-        loaded_weight: torch.Tensor,
-        weight_name: str,
-        shard_id: str,
-        expert_id: int,
-        return_success: bool = False,
-    ) -> bool:
-        here = local.get(expert_id, -1)
-        if here >= 0:
-            load_rows(
-                torch.nn.Parameter(param.data[here], requires_grad=False), loaded_weight, ("w1", "w3").index(shard_id)
-            )
-        return here >= 0
+    def load_projection(param: torch.nn.Parameter, loaded_weight: torch.Tensor, shard_id: str) -> None:
+        load_rows(param, loaded_weight, ("w1", "w3").index(shard_id))
 
-    return load_expert_rows
+    return _of_expert(load_projection, local)
 
 
 def expert_columns_loader(layer: str, intermediate: int, shard: Shard, local: Mapping[int, int]) -> ExpertLoader:
     """Loads down's weights of one expert after the other: see `columns_loader` and `expert_rows_loader`."""
-    return _of_expert(columns_loader(layer, intermediate, shard), local)
+    return _of_expert(_of_down(columns_loader(layer, intermediate, shard)), local)
 
 
 def expert_loader(layer: str, local: Mapping[int, int]) -> ExpertLoader:
     """Loads what every rank holds all of, down's scales, of one expert after the other: see `expert_rows_loader`."""
-    return _of_expert(replicated_loader(layer), local)
+    return _of_expert(_of_down(replicated_loader(layer)), local)
+
+
+def _of_down(load: Loader) -> Loader:
+    """The same for the one projection whose shard says nothing."""
+
+    def load_down(param: torch.nn.Parameter, loaded_weight: torch.Tensor, shard_id: str) -> None:
+        load(param, loaded_weight)
+
+    return load_down
 
 
 def _of_expert(load: Loader, local: Mapping[int, int]) -> ExpertLoader:
+    """Fills one expert's part of a parameter by `load(part, loaded_weight, shard_id)`."""
+
     def load_expert(
         param: torch.nn.Parameter,
         loaded_weight: torch.Tensor,
@@ -133,7 +132,7 @@ def _of_expert(load: Loader, local: Mapping[int, int]) -> ExpertLoader:
     ) -> bool:
         here = local.get(expert_id, -1)
         if here >= 0:
-            load(torch.nn.Parameter(param.data[here], requires_grad=False), loaded_weight)
+            load(torch.nn.Parameter(param.data[here], requires_grad=False), loaded_weight, shard_id)
         return here >= 0
 
     return load_expert
