@@ -290,3 +290,22 @@ def test_several_models_have_a_table_each_and_old_names_are_read() -> None:
     alone = quality_tables.of_each_model(both[:2], quality_tables.markdown)
     assert alone == quality_tables.markdown(both[:2])
     assert quality_tables.of_each_model(both, quality_tables.markdown) == ["a:", "", *alone, "", "b:", "", *alone]
+
+
+def test_the_mean_over_models_is_of_what_all_of_them_have() -> None:
+    def row(model: str, method: str, domain: str, kl: float) -> accuracy.Row:
+        return {"model": model, "method": method, "sparsity": 0.25, "format": "fp8", "domain": domain, "kl": kl}
+
+    healed = "spensegpt++ healed samples=9,rate=0.003,epochs=2"
+    rows = [
+        *(row("a", "spensegpt+", domain, 0.1) for domain in ("docs", "code")),
+        *(row("b", "spensegpt+", domain, 0.4) for domain in ("docs", "code")),
+        *(row("a", healed, domain, kl) for domain, kl in (("docs", 0.05), ("docs", 0.03), ("code", 0.1))),
+        *(row("b", healed, domain, 0.12) for domain in ("docs", "code")),
+        *(row("a", "wanda", domain, 0.9) for domain in ("docs", "code")),
+    ]
+    assert quality_tables.over_models(rows)[2:] == [
+        "| spensegpt+ | 25.0% | 0.250 (1.00) | 0.250 (1.00) |",
+        # Of docs 0.04 / 0.1 and 0.12 / 0.4, of code 0.1 / 0.1 and 0.12 / 0.4.
+        "| spensegpt++, healed at 0.003 | 25.0% | 0.080 (0.35) | 0.110 (0.65) |",
+    ]

@@ -89,6 +89,7 @@ def test_engines_that_share_a_gpu_have_room_for_every_batch(kv: str, tmp_path: P
     model = SimpleNamespace(get_vocab_size=lambda: 100)
     bench = Bench(SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config, model_config=model)), order.steps)
     assert all(bench.fits(*case) for case in grid(order))
+    assert needed_kv_bytes(replace(order, tensor_parallel=2)) == needed_kv_bytes(order) // 2
 
 
 def test_captured_are_the_batches_and_what_prefill_asks_for() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from benchmarks import make_shape as module
 from benchmarks.make_shape import make_shape
 from benchmarks.multimodal_shapes import MULTIMODAL_SHAPES
 from offline_prune.checkpoint.writer import fp8_config
+from vllm_spense.conformance import read_quantization
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import KEY, Annotation
 from vllm_spense.shapes import SHAPES
@@ -82,8 +84,12 @@ def test_of_several_parts_the_language_model_has_the_regions(shape: str, tmp_pat
     published = MULTIMODAL_SHAPES[shape]["text_config"]
     assert (text.hidden_size, text.intermediate_size) == (published["hidden_size"], published["intermediate_size"])
     assert text.num_hidden_layers == 4
-    quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
-    annotation = Annotation.from_dict(quantization[KEY])
+    config = json.loads((folder / "config.json").read_text())
+    assert any(
+        re.match(entry.removeprefix("re:"), "model.visual.blocks.0.attn.qkv")
+        for entry in config["quantization_config"]["ignore"]
+    )
+    annotation = read_quantization(config["quantization_config"])
     assert annotation.modules == tuple(f"model.language_model.layers.{i}.mlp" for i in range(4))
     assert annotation.default.intermediate == published["intermediate_size"]
     assert published["num_hidden_layers"] == 64
