@@ -222,5 +222,5 @@ def saved_bytes(config: Mapping[str, Any]) -> int:
     if KEY not in config.get("quantization_config", {}):
         return 0
     annotation = Annotation.from_dict(config["quantization_config"][KEY])
-    sparse = sum(annotation.regions(module).sparse for module in annotation.modules)
+    sparse = sum(annotation.regions(module).sparse for module in annotation.mlps())
     return 3 * sparse * text_config(config)["hidden_size"] * 3 // 8

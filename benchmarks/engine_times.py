@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind
 
 from benchmarks import worker_profile
-from benchmarks.make_shape import text_config
+from benchmarks.make_shape import SKEWED, text_config
 from benchmarks.random_weights import fill_int4_before_packing, fill_random, linear_kernels, weight_bytes
 from benchmarks.timings import READY, TOKEN_BUDGET, Timing, output_tokens, summarize, time_steps
 from benchmarks.worker_profile import KernelRun
@@ -67,6 +68,7 @@ class Order:
         tensor_parallel: GPUs that share every layer.
         prefills: further contexts, of one request.
         count_kernels: whether to count what runs in a decode step of `PROFILED`.
+        routing: `SKEWED` for routers of mixtures that prefer some experts; else random ones are balanced.
     """
 
     model: str
@@ -83,6 +85,7 @@ class Order:
     tensor_parallel: int = 1
     prefills: tuple[int, ...] = ()
     count_kernels: bool = True
+    routing: str | None = None
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ def run(order: Order) -> Answer:
     start = time.perf_counter()
     llm = start_engine(order)
     start_s = time.perf_counter() - start
-    llm.apply_model(fill_random)
+    llm.apply_model(partial(fill_random, skewed=order.routing == SKEWED))
     bench = Bench(llm, order.steps)
     # With several GPUs the engine is in other processes.
     alone = torch.cuda.is_available() and order.tensor_parallel == 1
@@ -201,11 +204,13 @@ class Watch:
 def plugin_watch() -> Watch:
     """On everything that the plugin does to loaded weights, but for filling them with dummy values."""
     from vllm_spense.plugin import loaders
+    from vllm_spense.plugin.experts import RegionExpertsMethod
     from vllm_spense.plugin.linear import RegionLinearMethod
     from vllm_spense.plugin.unpruned_linear import UnprunedKernel
 
     watch = Watch()
     watch.on(RegionLinearMethod, "process_weights_after_loading")
+    watch.on(RegionExpertsMethod, "process_weights_after_loading")
     watch.on(UnprunedKernel, "process_weights_after_loading")
     watch.on(loaders, "fill_dummy", sign=-1)
     return watch
@@ -227,6 +232,9 @@ def start_engine(order: Order) -> LLM:
     if text_config(config) is not config:
         # Then vLLM makes do without the processor that a shape lacks, and the language model is what is timed.
         special["limit_mm_per_prompt"] = {"image": 0, "video": 0}
+    if "linear_num_value_heads" in text_config(config):
+        # vLLM's own choice on Hopper is in flashinfer, which it does not need otherwise.
+        special["additional_config"] = {"gdn_prefill_backend": "triton"}
     return LLM(
         order.model,
         quantization=order.quantization,

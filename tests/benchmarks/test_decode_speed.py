@@ -121,12 +121,15 @@ def test_rows_hold_what_the_issue_names_and_null_for_what_dense_lacks() -> None:
         gpu_ms={(1, 16): 14.0, (8, 16): 21.0},
     )
     first, second = compare(
-        {"shape": "x", "layers": 2, "tensor_parallel": 1, "kv_cache_dtype": "fp8", "sparsity": 0.25}, dense, spense
+        {"shape": "x", "layers": 2, "tensor_parallel": 1, "routing": None, "kv_cache_dtype": "fp8", "sparsity": 0.25},
+        dense,
+        spense,
     )
     assert first == {
         "shape": "x",
         "layers": 2,
         "tensor_parallel": 1,
+        "routing": None,
         "batch": 1,
         "context": 16,
         "kv_cache_dtype": "fp8",
