@@ -69,6 +69,7 @@ class Order:
         prefills: further contexts, of one request.
         count_kernels: whether to count what runs in a decode step of `PROFILED`.
         routing: `SKEWED` for routers of mixtures that prefer some experts; else random ones are balanced.
+        timelines: batches of whose decode steps every run of a kernel is written down, with a context of 16.
     """
 
     model: str
@@ -86,6 +87,7 @@ class Order:
     prefills: tuple[int, ...] = ()
     count_kernels: bool = True
     routing: str | None = None
+    timelines: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ class Answer:
         linear_kernels: vLLM's names of what multiplies by the weights of linear layers.
         kernels: of a decode step of `PROFILED`; empty if that is not among what is timed, or not on a GPU.
         gpu_ms: (batch, context, ms that the GPU is busy in a decode step), if ordered.
+        timelines: (batch, what ran in some decode steps), if ordered.
     """
 
     start_s: float
@@ -113,6 +116,7 @@ class Answer:
     linear_kernels: tuple[str, ...] = ()
     kernels: tuple[Kernel, ...] = ()
     gpu_ms: tuple[tuple[int, int, float], ...] = ()
+    timelines: tuple[tuple[int, list[KernelRun]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,7 @@ def run(order: Order) -> Answer:
         llm.apply_model(linear_kernels)[0],
         kernels,
         gpu_ms,
+        tuple((batch, bench.profiled(batch, PROFILED[1])) for batch in order.timelines),
     )
 
 
@@ -317,7 +322,7 @@ class Bench:
         """What runs on the GPU in a decode step, most time first."""
         runs: Counter[str] = Counter()
         us: Counter[str] = Counter()
-        for event in self._profiled(batch, context):
+        for event in self.profiled(batch, context):
             # Some are templates spelled out over hundreds of characters.
             name = event.name[:_NAME_LENGTH]
             runs[name] += 1
@@ -328,13 +333,13 @@ class Bench:
     def gpu_ms(self, batch: int, context: int) -> float:
         """Time of a decode step in which anything runs on the GPU: in the rest it waits for the host."""
         busy, until = 0.0, 0.0
-        for event in sorted(self._profiled(batch, context), key=lambda event: event.start):
+        for event in sorted(self.profiled(batch, context), key=lambda event: event.start):
             # Kernels overlap where one begins before the one before it has ended.
             busy += max(event.end - max(event.start, until), 0)
             until = max(until, event.end)
         return round(busy / _PROFILED_STEPS / 1e3, 4)
 
-    def _profiled(self, batch: int, context: int) -> list[KernelRun]:
+    def profiled(self, batch: int, context: int) -> list[KernelRun]:
         """What ran on the first GPU in `_PROFILED_STEPS` decode steps."""
         results = self._results(self._prompts(batch, context), output_tokens(batch, context, 2 * _PROFILED_STEPS))
         begun: set[str] = set()
