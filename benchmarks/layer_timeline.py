@@ -40,7 +40,9 @@ TOKENS = (64, 128, 256, 512)
 GEMMS = ("o", "gate_up", "down", "qkv")
 #: Names of kernels.
 _ATTENTION = re.compile("flash|attention|fmha", re.IGNORECASE)
-_GEMM = re.compile("gemm|cutlass|one_launch|nvjet|whole", re.IGNORECASE)
+_GEMM = re.compile("gemm|cutlass|nvjet", re.IGNORECASE)
+#: Those of Inductor, which are called after the operators next to them.
+_INDUCTOR = "triton_"
 _NAME_LENGTH = 80
 
 Row = dict[str, Any]
@@ -112,7 +114,7 @@ def timeline_rows(
 
 
 def middle_layer(events: Sequence[KernelRun], layers: int) -> list[tuple[str, float, float]]:
-    """(name, us, idle us before it) of what follows an attention kernel, up to the next layer's and with it.
+    """(name, us, idle us before it) of what follows attention, up to the next layer's and with it.
 
     Args:
         events: of several decode steps.
@@ -137,6 +139,9 @@ def middle_layer(events: Sequence[KernelRun], layers: int) -> list[tuple[str, fl
         us = median(events[i].end - events[i].start for i in runs)
         idle = median(max(0.0, events[i].start - events[i - 1].end) for i in runs)
         found.append((name, us, idle))
+    # Attention may end with smaller kernels.
+    while _ATTENTION.search(found[0][0]):
+        found.append(found.pop(0))
     return found
 
 
@@ -148,7 +153,7 @@ def with_roles(layer: Sequence[tuple[str, float, float]]) -> list[tuple[str, str
     """
     found, seen, before = [], 0, False
     for name, us, idle in layer:
-        is_gemm = bool(_GEMM.search(name)) and not _ATTENTION.search(name)
+        is_gemm = bool(_GEMM.search(name)) and not _ATTENTION.search(name) and not name.startswith(_INDUCTOR)
         seen += is_gemm and not before
         before = is_gemm
         role = "attention" if _ATTENTION.search(name) else "other"

@@ -11,7 +11,10 @@ from vllm_spense.estimate import GPUS, Model
 from vllm_spense.format import Regions
 from vllm_spense.shapes import SHAPES
 
-LAYER = ["rope", "flash_fwd", "o_gemm", "norm", "gemm up", "silu", "one_launch", "one_launch", "norm", "gemm qkv"]
+LAYER = [
+    *("rope", "flash_fwd", "flash_combine", "o_gemm", "triton_red_gemm", "gemm up", "silu", "gemm down", "gemm down"),
+    *("norm", "cutlass qkv"),
+]
 LAYERS, STEPS = 3, 4
 
 
@@ -19,7 +22,7 @@ def steps() -> list[KernelRun]:
     """Each kernel takes one more us than the one before it in its layer, with 0.5 us between kernels."""
     events, now = [], 0.0
     for _ in range(STEPS):
-        for name in ["embed", "norm", "gemm qkv", *LAYER * (LAYERS - 1), *LAYER[:-1], "lm_head gemm"]:
+        for name in ["embed", "norm", "cutlass qkv", *LAYER * (LAYERS - 1), *LAYER[:-1], "lm_head gemm"]:
             took = 1.0 + LAYER.index(name) if name in LAYER else 50.0
             events.append(KernelRun(name, now, now + took))
             now += took + 0.5
@@ -28,11 +31,11 @@ def steps() -> list[KernelRun]:
 
 def test_a_layer_goes_from_one_attention_kernel_to_the_next() -> None:
     found = middle_layer(steps()[::-1], LAYERS)
-    assert [name for name, *_ in found] == [*LAYER[2:], *LAYER[:2]]
-    assert [us for _, us, _ in found] == pytest.approx([3, 4, 5, 6, 7, 7, 4, 10, 1, 2])
+    assert [name for name, *_ in found] == [*LAYER[3:], *LAYER[:3]]
+    assert [us for _, us, _ in found] == pytest.approx([4, 5, 6, 7, 8, 8, 10, 11, 1, 2, 3])
     assert [idle for *_, idle in found] == pytest.approx([0.5] * len(LAYER))
     roles = [role for _, role, *_ in with_roles(found)]
-    assert roles == ["o", "other", "gate_up", "other", "down", "down", "other", "qkv", "other", "attention"]
+    assert roles == ["o", "other", "gate_up", "other", "down", "down", "other", "qkv", "other", *["attention"] * 2]
 
 
 def test_a_layer_that_is_not_understood_is_refused() -> None:
