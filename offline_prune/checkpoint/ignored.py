@@ -22,7 +22,13 @@ def ignored(model: SourceModel, quantized: Set[str], experts: Set[str] = frozens
         experts: the files' names of routed experts' layers, which all are.
     """
     tensors = model.tensors
-    linears = {name for name, module in model.skeleton.named_modules() if isinstance(module, nn.Linear)}
+    held = {f"{name}.{each.path}" for name, each in model.experts.items()}
+    inside = tuple(f"{path}." for path in held)
+    linears = {
+        name
+        for name, module in model.skeleton.named_modules()
+        if isinstance(module, nn.Linear) and not name.startswith(inside)
+    }
     files = {tensors.stored(f"{name}.weight").removesuffix(".weight") for name in quantized} | experts
     spelled = {tensors.stored(f"{name}.weight").removesuffix(".weight") for name in linears - quantized}
     # In the files alone, or in another form there.
@@ -33,7 +39,8 @@ def ignored(model: SourceModel, quantized: Set[str], experts: Set[str] = frozens
     } - experts
     # A server has linear layers for them; transformers has parameters.
     routers = {name for name in _matrices(model) if name.startswith(_holders(model))} - files - spelled
-    kept = _roots(linears - quantized, quantized) | _roots(spelled | foreign, files) | routers
+    # Where a router is a linear layer, what holds it holds experts too.
+    kept = _roots(linears - quantized, quantized | held) | _roots(spelled | foreign, files) | routers
     whole = (linears - quantized) | spelled | routers
     found = [root if root in whole else _subtree(root, quantized | files) for root in kept]
     return list(dict.fromkeys(sorted(found, key=lambda each: (each.startswith("re:"), each))))

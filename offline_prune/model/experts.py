@@ -9,9 +9,10 @@ each token is tried out on a small copy of it, so this works on a model that exi
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -68,22 +69,26 @@ class Experts:
             for name in dict.fromkeys(self.projections.to_dict().values()):
                 yield f"{self.stored}.{expert}.{name}"
 
-    def assembled(self, name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Weights by the files' names → the module's parameters by full name, where it has them stacked.
+    def assembled(
+        self, name: str, read: Callable[[str], torch.Tensor], device: torch.device
+    ) -> dict[str, torch.Tensor]:
+        """The module's parameters by full name, where it has experts stacked: each weight goes to its place there.
 
         Args:
             name: the block's.
+            read: a tensor of the files, by its name there.
         """
-        if not self.stacked:
-            return {}
-        gate, up, down = (
-            torch.stack([tensors[f"{self.stored}.{expert}.{layer}.weight"] for expert in range(self.count)])
-            for layer in self.projections.to_dict().values()
-        )
-        return {
-            f"{name}.{self.path}.{parameter}": whole
-            for parameter, whole in zip(self.stacked, (torch.cat([gate, up], 1), down), strict=True)
-        }
+        gate, up, down = self.projections.to_dict().values()
+        found: dict[str, torch.Tensor] = {}
+        for parameter, parts in zip(self.stacked or (), ((gate, up), (down,)), strict=False):
+            full = f"{name}.{self.path}.{parameter}"
+            for expert, (i, part) in product(range(self.count), enumerate(parts)):
+                weight = read(f"{self.stored}.{expert}.{part}.weight")
+                height, width = weight.shape
+                if full not in found:
+                    found[full] = weight.new_empty(self.count, len(parts) * height, width, device=device)
+                found[full][expert, i * height : (i + 1) * height].copy_(weight, non_blocking=True)
+        return found
 
     def listed(self, expert: int) -> GatedMlp:
         """One expert of a list."""

@@ -149,7 +149,10 @@ class SourceModel:
         given = instead or {}
         mlp = next((block.mlp for block in self.blocks if block.name == name), None)
         if isinstance(mlp, Mixture):
-            read |= self._assembled(mlp.experts, name, {**read, **given})
+            at_hand = {**read, **given}
+            read |= mlp.experts.assembled(
+                name, lambda key: at_hand[key] if key in at_hand else self.tensors.read(key), device
+            )
         read = {**read, **given}
         if any(f"{name}.{key}" not in read and self._stands_for(f"{name}.{key}") is None for key in _keys(module)):
             read = {**self._converted(name), **read}
@@ -227,13 +230,6 @@ class SourceModel:
             return name
         others = [self._tied.get(name, name), *(key for key, to in self._tied.items() if to == name)]
         return next((other for other in others if other in self.tensors), None)
-
-    def _assembled(self, experts: Experts, name: str, at_hand: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A block's experts as its module holds them, from tensors under the files' names."""
-        names = [f"{layer}.weight" for layer in experts.layers()]
-        return experts.assembled(
-            name, {key: at_hand[key] if key in at_hand else self.tensors.read(key) for key in names}
-        )
 
     def _converted(self, name: str) -> dict[str, torch.Tensor]:
         """A block's weights where transformers keeps them in another form than the files, as it does experts."""

@@ -45,7 +45,9 @@ def test_every_expert_is_pruned_and_nothing_else(name: str, tmp_path: Path, text
     assert verified.sparse_zeros == pytest.approx(0.5, abs=0.01)
     assert report.mlp_sparsity == 0.375
     before, after = SafetensorsReader(model), SafetensorsReader(tmp_path / "out")
-    routers = [key for key in before if key.endswith((".gate.weight", "norm.weight", "embed_tokens.weight"))]
+    routers = [
+        key for key in before if key.endswith((".gate.weight", ".router.weight", "norm.weight", "embed_tokens.weight"))
+    ]
     assert routers
     for key in routers:
         assert torch.equal(before.read(key), after.read(key)), key

@@ -46,6 +46,8 @@ EXPERTS = {
     "qwen3-moe": ("Qwen3MoeConfig", _QWEN3_MOE),
     "qwen3-moe with a plain layer": ("Qwen3MoeConfig", {**_QWEN3_MOE, "mlp_only_layers": [1]}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4}),
+    # Its router is a linear layer.
+    "jamba": ("JambaConfig", {"num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 0, "mamba_d_state": 8}),
     "deepseek-v3": (
         "DeepseekV3Config",
         {
