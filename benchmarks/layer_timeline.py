@@ -3,9 +3,10 @@
     python benchmarks/layer_timeline.py
 
 runs both engines on Qwen3-32B's shape and writes benchmarks/results/layer_timeline.json: what runs between the
-attention kernels of two layers, in its order, with the median time over all layers and steps and the idle time before
-it. `bytes_us` and `products_us` are what a GEMM's weights take to arrive and its products to be made by the GPU's data
-sheet, so that nothing is faster than the larger of the two.
+attention kernels of two layers, in its order. `us` is how much later a kernel ends than all before it, the median over
+layers and steps: kernels overlap, and these times add up to the layer's. `runs_us` is from its own begin to its end.
+`bytes_us` and `products_us` are what a GEMM's weights take to arrive and its products to be made by the GPU's data
+sheet, so that no GEMM takes less than the larger of the two.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -41,6 +42,8 @@ GEMMS = ("o", "gate_up", "down", "qkv")
 #: Names of kernels.
 _ATTENTION = re.compile("flash|attention|fmha", re.IGNORECASE)
 _GEMM = re.compile("gemm|cutlass|nvjet", re.IGNORECASE)
+#: What a library does before its kernels.
+_WITHIN_GEMM = re.compile("memset", re.IGNORECASE)
 #: Those of Inductor, which are called after the operators next to them.
 _INDUCTOR = "triton_"
 _NAME_LENGTH = 80
@@ -105,16 +108,16 @@ def timeline_rows(
             "kernel": name[:_NAME_LENGTH],
             "role": role,
             "us": round(us, 2),
-            "idle_before_us": round(idle, 2),
+            "runs_us": round(runs_us, 2),
             "bytes_us": ideals[role][0] if role in ideals else None,
             "products_us": ideals[role][1] if role in ideals else None,
         }
-        for place, (name, role, us, idle) in enumerate(layer)
+        for place, (name, role, us, runs_us) in enumerate(layer)
     ]
 
 
 def middle_layer(events: Sequence[KernelRun], layers: int) -> list[tuple[str, float, float]]:
-    """(name, us, idle us before it) of what follows attention, up to the next layer's and with it.
+    """(name, us later than all before it, us of its own) of what follows attention, up to the next layer's and with it.
 
     Args:
         events: of several decode steps.
@@ -130,15 +133,16 @@ def middle_layer(events: Sequence[KernelRun], layers: int) -> list[tuple[str, fl
     # The one that takes longest, where several belong to attention.
     last = max(once, key=lambda name: sum(event.end - event.start for event in events if event.name == name))
     places = [place for place, event in enumerate(events) if event.name == last]
+    # Up to when something has run, before each event.
+    until = [*accumulate((event.end for event in events), max, initial=events[0].start)]
     stretches = [range(a + 1, b + 1) for a, b in pairwise(places)]
     usual = Counter(tuple(events[i].name for i in stretch) for stretch in stretches).most_common(1)[0][0]
     alike = [stretch for stretch in stretches if tuple(events[i].name for i in stretch) == usual]
     found = []
     for place, name in enumerate(usual):
         runs = [stretch[place] for stretch in alike]
-        us = median(events[i].end - events[i].start for i in runs)
-        idle = median(max(0.0, events[i].start - events[i - 1].end) for i in runs)
-        found.append((name, us, idle))
+        us = median(until[i + 1] - until[i] for i in runs)
+        found.append((name, us, median(events[i].end - events[i].start for i in runs)))
     # Attention may end with smaller kernels.
     while _ATTENTION.search(found[0][0]):
         found.append(found.pop(0))
@@ -146,18 +150,19 @@ def middle_layer(events: Sequence[KernelRun], layers: int) -> list[tuple[str, fl
 
 
 def with_roles(layer: Sequence[tuple[str, float, float]]) -> list[tuple[str, str, float, float]]:
-    """(name, role, us, idle us): one of `GEMMS`, `attention` or `other`. A GEMM may take several kernels in a row.
+    """(name, role, us, own us): one of `GEMMS`, `attention` or `other`. A GEMM may take several kernels in a row.
 
     Raises:
         SpenseError: another number of GEMMs.
     """
     found, seen, before = [], 0, False
-    for name, us, idle in layer:
+    for name, us, own_us in layer:
         is_gemm = bool(_GEMM.search(name)) and not _ATTENTION.search(name) and not name.startswith(_INDUCTOR)
+        is_gemm |= bool(_WITHIN_GEMM.search(name))
         seen += is_gemm and not before
         before = is_gemm
         role = "attention" if _ATTENTION.search(name) else "other"
-        found.append((name, GEMMS[min(seen, len(GEMMS)) - 1] if is_gemm else role, us, idle))
+        found.append((name, GEMMS[min(seen, len(GEMMS)) - 1] if is_gemm else role, us, own_us))
     if seen != len(GEMMS):
         names = ", ".join(name[:_NAME_LENGTH] for name, *_ in layer)
         raise SpenseError(f"a layer has {seen} GEMMs, expected {len(GEMMS)} (kernels: {names})")

@@ -1,4 +1,4 @@
-"""Tables of what works with vLLM: tests on GPUs and on its releases, and a client's day."""
+"""Tables of what works with vLLM: tests on GPUs and on its releases, a client's day; and of where a layer's time goes."""
 
 from __future__ import annotations
 
@@ -68,3 +68,19 @@ def soak(result: Result) -> list[str]:
     headings += ["memory since halfway, MiB", "SIGTERM while busy"]
     checks = ", ".join(result["rows"][0]["checks"])
     return [*markdown(headings, lines), "", f"The checks: {checks}.", "", source(result)]
+
+
+def timeline(result: Result) -> list[str]:
+    """Where the time of a decoder layer goes, by tokens: stock against Spense, and what the GEMMs could take."""
+    rows = result["rows"]
+    roles = ["o", "gate_up", "down", "qkv", "attention", "other"]
+    lines = []
+    for tokens, sparsity in dict.fromkeys((row["tokens"], row["sparsity"]) for row in rows):
+        mine = [row for row in rows if (row["tokens"], row["sparsity"]) == (tokens, sparsity)]
+        us = {role: sum(row["us"] for row in mine if row["role"] == role) for role in roles}
+        least = {row["role"]: max(row["bytes_us"], row["products_us"]) for row in mine if row["bytes_us"]}
+        cells = (f"{us[role]:.1f}" + (f" of {least[role]:.1f}" if role in least else "") for role in roles)
+        name = "stock" if sparsity is None else f"Spense {sparsity:.1%}"
+        lines.append([tokens, name, *cells, f"{sum(us.values()):.1f}", len(mine)])
+    lines.sort(key=lambda line: line[0])
+    return [*markdown(["tokens", "", *roles, "all, µs", "kernels"], lines), "", source(result)]
