@@ -36,9 +36,17 @@ Spense = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def spense_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Spense:
-    """The command in this process, which has long imported what a new one needs ten seconds for."""
+def _unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the command changes in its process is as it was after the test."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)
+    for name in ("OMP_WAIT_POLICY", "TQDM_DISABLE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def spense_here(_unchanged: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Spense:
+    """The command in this process, which has long imported what a new one needs ten seconds for."""
     # A temporary folder's name would break the lines of a table, a longer one elsewhere.
     monkeypatch.setenv("COLUMNS", "300")
 
@@ -167,10 +175,10 @@ def test_mistakes_end_in_one_message(arguments: tuple[str, ...], words: str, spe
     assert words in " ".join(result.stderr.split())
 
 
+@pytest.mark.usefixtures("_unchanged")
 def test_python_m_offline_prune_is_spense_prune(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["offline_prune", "/no/such/model", "/tmp/never"])
     with pytest.raises(SystemExit) as end:
         runpy.run_module("offline_prune", run_name="__main__")
