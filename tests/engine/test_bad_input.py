@@ -166,6 +166,13 @@ def last_words(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     """The lines that a server ends with which does not get as far as a worker. It runs in this process, which has
     imported what a new one needs ten seconds for."""
 
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("the engine starts")
+
+    # Or the test would never end.
+    monkeypatch.setattr(AsyncLLM, "__init__", started)
     # The server sets it, for what it would start; thus it is taken back.
     monkeypatch.setenv("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
 
