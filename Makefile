@@ -4,6 +4,8 @@ PYTHON ?= python3
 PORT ?= 8000
 ALL ?=
 RUN := .venv/bin/python -m
+# Images of containers set it. Then every process compiles all it imports anew, vLLM's front end for half a minute.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test compat zoo format clean

@@ -17,6 +17,10 @@ from scripts.demo import SERVED
 from scripts.pruned import CACHE, pruned
 from scripts.smollm2 import smollm2
 
+# Images of containers set it. What the tests start would compile all it imports anew, each time for seconds.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     # They share the cores with each other; what they start inherits this.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(workers))))

@@ -173,6 +173,7 @@ class C:
         ("vllm_spense.conformance", ("torch", "vllm")),
         ("vllm_spense.doctor", ("torch", "vllm", "numpy")),
         ("vllm_spense.estimate", ("torch", "vllm", "numpy")),
+        ("vllm_spense.kernels.tuning.plan_cache", ("torch", "vllm", "numpy")),
         ("offline_prune.cli", ("torch", "vllm", "transformers")),
         ("offline_prune.runtime.threads", ("torch", "vllm", "transformers")),
         ("offline_prune.pipeline", ("vllm",)),

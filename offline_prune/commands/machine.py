@@ -42,14 +42,12 @@ def estimate(
     """Say what sparsity would be worth on one GPU, before anything is pruned."""
     from vllm_spense.estimate import GPUS, KV_BYTES, load, read_cache
     from vllm_spense.estimate import estimate as run
+    from vllm_spense.kernels.tuning.plan_cache import folder
 
     for option, value, known in (("--gpu", gpu, GPUS), ("--kv-cache-dtype", kv_cache_dtype, KV_BYTES)):
         if value not in known:
             raise SpenseError(f"{option}: found {value}, expected {' | '.join(known)}")
     sizes, layers = load(model, sparsity)
-    # Loads torch, for which a mistake above need not wait.
-    from vllm_spense.kernels.tuning.plan_cache import folder
-
     found = run(sizes, layers, GPUS[gpu], batch, context, kv_cache_dtype, read_cache(folder()))
     zeros = sum(regions.mlp_sparsity for regions in layers) / sizes.num_hidden_layers
     about = f"{model} on one {GPUS[gpu].name}: batch {batch}, context {context}, KV cache {kv_cache_dtype}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from adapters import write_adapter
-from engines import Run, generate, spread
+from engines import Completion, Run, generate, spread
 from served import as_served
 
 from offline_prune.checkpoint.adapter import adapt
@@ -35,10 +35,19 @@ def adapters(
     return tuple(folder / f"adapted-{seed}" for seed in range(3))
 
 
+@pytest.fixture(scope="module")
+def answers(adapters: tuple[Path, ...], spense_checkpoint: Path) -> dict[int, list[Completion]]:
+    """By number of ranks."""
+    runs = {ranks: Run(spense_checkpoint, "spense", ranks=ranks, adapters=adapters) for ranks in (1, 2)}
+    found = generate([*runs.values()])
+    return {ranks: found[run] for ranks, run in runs.items()}
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_an_engine_says_what_transformers_says(ranks: int, adapters: tuple[Path, ...], spense_checkpoint: Path) -> None:
-    run = Run(spense_checkpoint, "spense", ranks=ranks, adapters=adapters)
-    found = generate([run])[run]
+def test_an_engine_says_what_transformers_says(
+    ranks: int, answers: dict[int, list[Completion]], adapters: tuple[Path, ...], spense_checkpoint: Path
+) -> None:
+    found = answers[ranks]
 
     def spreads(dealt: tuple[Path, ...]) -> list[float]:
         expected = as_served(spense_checkpoint, dealt, ranks, found)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,11 +154,53 @@ def test_missing_shard(edited: Callable[[Edit], Path]) -> None:
     assert "model-00002-of-00002.safetensors" in message
 
 
-def serve(model: Path, *arguments: str) -> list[str]:
+SERVER = "vllm.entrypoints.openai.api_server"
+
+
+def arguments(model: Path, *more: str) -> list[str]:
+    return ["--model", str(model), "--dtype", "float32", "--enforce-eager", "--max-model-len", "128", *more]
+
+
+@pytest.fixture
+def last_words(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """The lines that a server ends with which does not get as far as a worker. It runs in this process, which has
+    imported what a new one needs ten seconds for."""
+
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("the engine starts")
+
+    # Or the test would never end.
+    monkeypatch.setattr(AsyncLLM, "__init__", started)
+    # The server sets it, for what it would start; thus it is taken back.
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+
+    def run(model: Path, *more: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", [SERVER, *arguments(model, *more)])
+        with pytest.raises((SpenseError, ValueError)) as refused:
+            runpy.run_module(SERVER, run_name="__main__")
+        return "".join(traceback.format_exception(refused.value)).splitlines()
+
+    return run
+
+
+def test_terminal_ends_with_the_message(last_words: Callable[..., list[str]], spense_checkpoint: Path) -> None:
+    assert "with this load format" in last_words(spense_checkpoint, "--load-format", "sharded_state")[-1]
+
+
+def test_terminal_ends_with_the_annotation_error(
+    last_words: Callable[..., list[str]], edited: Callable[[Edit], Path]
+) -> None:
+    # The last line is pydantic's pointer to its own documentation.
+    said = last_words(edited(lambda config: config[KEY].update(version=3)))
+    assert "unknown version of the Spense format" in said[-2]
+
+
+def serve(model: Path) -> list[str]:
     """The lines that a server prints which does not come up."""
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     done = subprocess.run(
-        [*command, "--dtype", "float32", "--enforce-eager", "--max-model-len", "128", *arguments],
+        [sys.executable, "-m", SERVER, *arguments(model)],
         env=os.environ | VLLM,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -165,15 +209,6 @@ def serve(model: Path, *arguments: str) -> list[str]:
     )
     assert done.returncode != 0
     return done.stdout.splitlines()
-
-
-def test_terminal_ends_with_the_message(spense_checkpoint: Path) -> None:
-    assert "with this load format" in serve(spense_checkpoint, "--load-format", "sharded_state")[-1]
-
-
-def test_terminal_ends_with_the_annotation_error(edited: Callable[[Edit], Path]) -> None:
-    # The last line is pydantic's pointer to its own documentation.
-    assert "unknown version of the Spense format" in serve(edited(lambda config: config[KEY].update(version=3)))[-2]
 
 
 def test_third_non_zero_is_one_line_on_the_terminal(edited: Callable[[Edit], Path]) -> None:

@@ -25,9 +25,12 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(shared: Path) -> dict[Run, list[Completion]]:
-    runs = [Run(shared, "spense", ranks=2), Run(shared, "spense", ranks=2, expert_parallel=True)]
-    return {run: answers for run in runs for answers in generate([run]).values()}
+def answers(shared: Path) -> dict[Run, list[Completion]]:
+    return generate([Run(shared, "spense", compiled=True), *(on_two_ranks(shared, either) for either in (False, True))])
+
+
+def on_two_ranks(checkpoint: Path, expert_parallel: bool) -> Run:
+    return Run(checkpoint, "spense", ranks=2, expert_parallel=expert_parallel)
 
 
 def require_twin(found: list[Completion], checkpoint: Path, ranks: int, expert_ranks: int) -> None:
@@ -37,12 +40,11 @@ def require_twin(found: list[Completion], checkpoint: Path, ranks: int, expert_r
     assert apart[-1] <= ALL, apart
 
 
-def test_compiled(shared: Path) -> None:
-    run = Run(shared, "spense", compiled=True)
-    require_twin(generate([run])[run], shared, 1, 1)
+def test_compiled(shared: Path, answers: dict[Run, list[Completion]]) -> None:
+    require_twin(answers[Run(shared, "spense", compiled=True)], shared, 1, 1)
 
 
 @pytest.mark.parametrize("expert_parallel", [False, True])
-def test_on_two_ranks(expert_parallel: bool, shared: Path, two_ranks: dict[Run, list[Completion]]) -> None:
-    run = Run(shared, "spense", ranks=2, expert_parallel=expert_parallel)
-    require_twin(two_ranks[run], shared, 2, 1 if expert_parallel else 2)
+def test_on_two_ranks(expert_parallel: bool, shared: Path, answers: dict[Run, list[Completion]]) -> None:
+    found = answers[on_two_ranks(shared, expert_parallel)]
+    require_twin(found, shared, 2, 1 if expert_parallel else 2)

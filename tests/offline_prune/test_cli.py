@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -35,9 +36,17 @@ Spense = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def spense_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Spense:
-    """The command in this process, which has long imported what a new one needs ten seconds for."""
+def _unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the command changes in its process is as it was after the test."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)
+    for name in ("OMP_WAIT_POLICY", "TQDM_DISABLE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def spense_here(_unchanged: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Spense:
+    """The command in this process, which has long imported what a new one needs ten seconds for."""
     # A temporary folder's name would break the lines of a table, a longer one elsewhere.
     monkeypatch.setenv("COLUMNS", "300")
 
@@ -166,11 +175,15 @@ def test_mistakes_end_in_one_message(arguments: tuple[str, ...], words: str, spe
     assert words in " ".join(result.stderr.split())
 
 
-def test_python_m_offline_prune_is_spense_prune() -> None:
-    command = [sys.executable, "-m", "offline_prune", "/no/such/model", "/tmp/never"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 1
-    assert "error: /no/such/model: no such folder" in result.stderr
+@pytest.mark.usefixtures("_unchanged")
+def test_python_m_offline_prune_is_spense_prune(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["offline_prune", "/no/such/model", "/tmp/never"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("offline_prune", run_name="__main__")
+    assert end.value.code == 1
+    assert "error: /no/such/model: no such folder" in capsys.readouterr().err
 
 
 def test_without_the_extra_for_pruning_a_command_says_what_to_install(tmp_path: Path) -> None:
@@ -213,15 +226,15 @@ def test_names_are_not_markup(odd: str, out: Path, tmp_path: Path, spense_here: 
     assert "Traceback" not in said.stderr
 
 
-def test_a_run_to_an_odd_name_ends_well(tmp_path: Path, llama: Path, text: Path) -> None:
+def test_a_run_to_an_odd_name_ends_well(tmp_path: Path, llama: Path, text: Path, spense_here: Spense) -> None:
     out = tmp_path / "run[/x]out [red]:smile:"
     options = ["--calibration", text, "--samples", 8, "--length", 64, "--device", "cpu"]
-    result = spense("prune", llama, out, *options)
+    result = spense_here("prune", llama, out, *options)
     assert result.returncode == 0, result.stderr
     assert "run[/x]out [red]:smile:" in " ".join(result.stdout.split())
     assert (out / "config.json").exists()
     assert f"vLLM will serve it with LlamaForCausalLM; `spense verify '{out}' --serving` proves it" in result.stderr
-    again = spense("prune", llama, out, *options)
+    again = spense_here("prune", llama, out, *options)
     assert f"error: {out}: the folder is not empty" in again.stderr
 
 

@@ -10,10 +10,6 @@ import sys
 from typing import Any
 
 import torch
-from vllm import LLM, SamplingParams
-from vllm.distributed import cleanup_dist_env_and_memory
-from vllm.lora.request import LoRARequest
-from vllm.v1.metrics.reader import Counter
 
 # On Intel CPUs with AMX oneDNN takes several hundred times as long for a product of FP8 matrices as torch does without
 # it. Here, where processes of other ranks come by as well.
@@ -35,6 +31,12 @@ def main() -> None:
 
 
 def _run(prompts: list[str], run: dict[str, Any]) -> dict[str, Any]:
+    # Not above, where each process of a rank would load vLLM's front end too, which takes it seconds.
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.metrics.reader import Counter
+
     memory: dict[str, Any] = {}
     if run["among_others"]:
         # What the others take would be mistaken for this one's.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from vllm_spense.kernels.jit import sources
 from vllm_spense.kernels.tuning import plan_cache
@@ -190,7 +191,7 @@ def test_plans_depend_on_every_source_file(monkeypatch: pytest.MonkeyPatch) -> N
     texts = dict(sources._sources())
     names = {Path(name).name for name in texts}
     assert {"one_launch.cu", "one_launch.cuh", "ptx.cuh", "one_launch.py", "schedule.py", "library.py"} <= names
-    monkeypatch.setattr(plan_cache.torch.cuda, "get_device_name", lambda _: "GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "GPU")
     monkeypatch.setattr(plan_cache, "_driver", lambda: "1")
 
     def key() -> str:

@@ -13,11 +13,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_spense.kernels.jit.sources import code_digest, digest
+
+if TYPE_CHECKING:
+    import torch
 
 # A child of vLLM's logger: its handlers and level apply in every process that vLLM starts.
 logger = logging.getLogger("vllm.spense")
@@ -37,6 +38,9 @@ def folder() -> Path:
 @cache
 def environment(device: torch.device) -> Mapping[str, str]:
     """The part of a key that every search depends on: GPU, driver, torch and this package's code."""
+    # Not above: `spense estimate` only reads what is kept, and torch takes seconds to load.
+    import torch
+
     gpu = torch.cuda.get_device_name(device)
     return {"gpu": gpu, "driver": _driver(), "torch": torch.__version__, "code": code_digest()}
 
