@@ -27,13 +27,13 @@ import torch
 sys.path.insert(0, str(File(__file__).resolve().parents[1]))
 
 from benchmarks.envelope import RESULTS, write_result
-from vllm_spense.estimate import GPUS
 from vllm_spense.format import Regions
 from vllm_spense.kernels.region_gemm import library, one_launch
 from vllm_spense.kernels.region_gemm.problem import Problem, Split
 from vllm_spense.kernels.tuning.synthetic import random_fp8, random_weight
 from vllm_spense.kernels.tuning.timing import cold_copies, medians_us
 from vllm_spense.ops.dispatch import NEVER_ONE_LAUNCH, Path, choose
+from vllm_spense.roofline import GPUS
 
 #: split, N, K, projections of the merged gate and up and of down.
 LAYERS: dict[str, tuple[Split, int, int, int]] = {

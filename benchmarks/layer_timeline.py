@@ -32,8 +32,9 @@ from benchmarks.envelope import RESULTS, write_result
 from benchmarks.make_shape import annotation, make_shape
 from benchmarks.worker_profile import KernelRun
 from vllm_spense.errors import SpenseError
-from vllm_spense.estimate import GPUS, Gpu, Model
 from vllm_spense.format import Regions
+from vllm_spense.model_sizes import Model
+from vllm_spense.roofline import GPUS, Gpu
 from vllm_spense.shapes import SHAPES
 
 TOKENS = (64, 128, 256, 512)
@@ -187,7 +188,7 @@ def ideal_us(model: Model, regions: Regions | None, tokens: int, gpu: Gpu) -> di
         regions: of the MLP; None for dense.
     """
     qkv, o = model.attention_shapes
-    gate_up, down = model.mlp_shapes
+    gate_up, down = model.mlp_shapes(model.intermediate_size)
     shapes = {"o": o, "gate_up": gate_up, "down": down, "qkv": qkv}
     sparse = regions.sparse / regions.intermediate if regions else 0
     found = {}

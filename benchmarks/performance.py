@@ -19,7 +19,9 @@ from benchmarks import alternatives_table, quality_results, serving_tables
 from benchmarks.envelope import RESULTS, ROOT
 from benchmarks.tables import Result, Row, markdown, source
 from scripts.models import KNOWN
-from vllm_spense.estimate import GPUS, estimate, load
+from vllm_spense.estimate import estimate, load
+from vllm_spense.model_sizes import Pruned
+from vllm_spense.roofline import GPUS
 
 #: Every file that has tables.
 DOCUMENTS = (
@@ -144,10 +146,11 @@ def errors(result: Result) -> list[str]:
     rows = [row for row in result["rows"] if row["ratio"]]
     ratios, times = [], []
     for row in rows:
-        model, layers = load(row["shape"], row["sparsity"])
+        model, pruned = load(row["shape"], row["sparsity"])
         model = replace(model, num_hidden_layers=row["layers"])
-        layers = layers[: row["layers"]]
-        found = estimate(model, layers, gpu, row["batch"], row["context"], row["kv_cache_dtype"])
+        found = estimate(
+            model, Pruned(pruned.mlps[: row["layers"]]), gpu, row["batch"], row["context"], row["kv_cache_dtype"]
+        )
         ratios.append(abs(found.speed_up / row["ratio"] - 1))
         times.append(abs(found.dense_ms / row["dense_ms"] - 1))
     lines = (

@@ -1,4 +1,4 @@
-"""Tables of what works with vLLM: tests on GPUs and on its releases, a client's day; and of where a layer's time goes."""
+"""Tables of what works with vLLM, on GPUs and on its releases, of a client's day, and of where a layer's time goes."""
 
 from __future__ import annotations
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
-from vllm_spense.estimate import Gemm, Timed, read_cache
+from vllm_spense.estimate import Timed, read_cache
 from vllm_spense.ops.dispatch import LIBRARY_CAPABILITY, ONE_LAUNCH_CAPABILITY, SWITCH, Path, forced_path, token_ranges
+from vllm_spense.roofline import Gemm
 
 INSTALL = "pip install 'vllm-spense[cuda]'"
 #: By torch's major version of CUDA. Brings cuda-bindings, cuSPARSELt, cuBLASLt and NVRTC.

@@ -40,16 +40,18 @@ def estimate(
     kv_cache_dtype: Annotated[str, typer.Option(help="auto (BF16) | fp8")] = "auto",
 ) -> None:
     """Say what sparsity would be worth on one GPU, before anything is pruned."""
-    from vllm_spense.estimate import GPUS, KV_BYTES, load, read_cache
     from vllm_spense.estimate import estimate as run
+    from vllm_spense.estimate import load, read_cache
     from vllm_spense.kernels.tuning.plan_cache import folder
+    from vllm_spense.model_sizes import KV_BYTES
+    from vllm_spense.roofline import GPUS
 
     for option, value, known in (("--gpu", gpu, GPUS), ("--kv-cache-dtype", kv_cache_dtype, KV_BYTES)):
         if value not in known:
             raise SpenseError(f"{option}: found {value}, expected {' | '.join(known)}")
-    sizes, layers = load(model, sparsity)
-    found = run(sizes, layers, GPUS[gpu], batch, context, kv_cache_dtype, read_cache(folder()))
-    zeros = sum(regions.mlp_sparsity for regions in layers) / sizes.num_hidden_layers
+    sizes, pruned = load(model, sparsity)
+    found = run(sizes, pruned, GPUS[gpu], batch, context, kv_cache_dtype, read_cache(folder()))
+    zeros = pruned.sparsity(sizes)
     about = f"{model} on one {GPUS[gpu].name}: batch {batch}, context {context}, KV cache {kv_cache_dtype}"
     table = Table(title=about)
     for heading in ("", "dense FP8", f"Spense {zeros:.1%}"):

@@ -7,8 +7,9 @@ import pytest
 from benchmarks.layer_timeline import gpu_of, ideal_us, middle_layer, with_roles
 from benchmarks.worker_profile import KernelRun
 from vllm_spense.errors import SpenseError
-from vllm_spense.estimate import GPUS, Model
 from vllm_spense.format import Regions
+from vllm_spense.model_sizes import Model
+from vllm_spense.roofline import GPUS
 from vllm_spense.shapes import SHAPES
 
 LAYER = [

@@ -11,8 +11,10 @@ import pytest
 from benchmarks import performance
 from benchmarks.performance import DOCUMENTS, TABLES, errors, filled, prune_sentence
 from benchmarks.serving_tables import compat_sentence, gpu_tests, soak
-from vllm_spense import estimate as module
-from vllm_spense.estimate import GPUS, estimate, load
+from vllm_spense import estimate as estimates
+from vllm_spense import roofline
+from vllm_spense.estimate import estimate, load
+from vllm_spense.roofline import GPUS
 
 ABOUT = {
     "commit": "0123456789ab",
@@ -236,14 +238,16 @@ def test_errors_of_the_estimate(results: Path) -> None:
 
 def test_the_text_has_the_constants_of_the_code() -> None:
     text = (performance.ROOT / "docs/performance.md").read_text(encoding="utf-8")
-    regions = (module.STOCK, module.DENSE_REGION, module.SPARSE_REGION)
+    regions = (roofline.STOCK, roofline.DENSE_REGION, roofline.SPARSE_REGION)
     memory, products = ([getattr(share, name) for share in regions] for name in ("memory", "tensor_cores"))
     words = " ".join(text.split())
     assert f"{min(memory) * 100:.0f} to {max(memory) * 100:.0f}% of the memory's bandwidth" in words
     assert f"{min(products) * 100:.0f} to {max(products) * 100:.0f}% of the tensor cores' peak" in words
-    (layer, token), (own_layer, own_token) = module._STOCK_ELEMENTWISE, module._SPENSE_ELEMENTWISE
+    (layer, token), (own_layer, own_token) = estimates._STOCK.elementwise, estimates._SPENSE.elementwise
     assert f"{layer:.0f} µs a layer and {token} µs a layer and token" in words
     assert f"in stock vLLM, {own_layer} and {own_token} in Spense" in words
+    both = (*estimates._STOCK.around_experts, *estimates._SPENSE.around_experts)
+    assert "tokens, {:.0f} and {}, {:.0f} and {}.".format(*both) in words
 
 
 def test_four_bits_stand_beside_pruning_on_the_texts_that_both_have(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import torch
 
 from vllm_spense.doctor import Machine, dotted, examine, judge, turning_points
 from vllm_spense.errors import SpenseError
-from vllm_spense.estimate import Gemm, Timed
+from vllm_spense.estimate import Timed
 from vllm_spense.ops.dispatch import SWITCH, Path
+from vllm_spense.roofline import Gemm
 
 GATE_UP = Gemm(51200, 5120, "output", 38400, 12800)
 

@@ -13,20 +13,10 @@ import pytest
 from benchmarks.envelope import RESULTS
 from benchmarks.make_shape import make_shape
 from vllm_spense.errors import SpenseError
-from vllm_spense.estimate import (
-    GPUS,
-    STOCK,
-    Gemm,
-    Model,
-    Timed,
-    calibration,
-    estimate,
-    load,
-    read_cache,
-    region_us,
-)
-from vllm_spense.format import Regions
-from vllm_spense.shapes import SHAPES
+from vllm_spense.estimate import Timed, calibration, estimate, load, read_cache
+from vllm_spense.model_sizes import Mixture, Model, Pruned
+from vllm_spense.roofline import GPUS, STOCK, Gemm, region_us
+from vllm_spense.shapes import MIXTURES, SHAPES
 
 H100 = GPUS["h100"]
 NAME = "NVIDIA H100 80GB HBM3"
@@ -34,7 +24,7 @@ GATE_UP = Gemm(51200, 5120, "output", 38400, 12800)
 DOWN = Gemm(5120, 25600, "input", 19200, 6400)
 
 
-def qwen(sparsity: float = 0.375) -> tuple[Model, list[Regions]]:
+def qwen(sparsity: float = 0.375) -> tuple[Model, Pruned]:
     return load("qwen3-32b", sparsity)
 
 
@@ -87,7 +77,7 @@ def test_more_tokens_dilute_the_speed_up_and_more_sparsity_adds_to_it(sparsity: 
 
 def test_nothing_sparse_is_no_faster() -> None:
     model, _ = qwen()
-    found = estimate(model, [], H100, 32, 16)
+    found = estimate(model, Pruned(), H100, 32, 16)
     assert found.speed_up == 1
     assert found.spense_weight_bytes == found.dense_weight_bytes
 
@@ -157,17 +147,79 @@ def test_only_times_are_read_from_a_plan_cache(tmp_path: Path) -> None:
 
 def test_a_checkpoint_says_its_own_sparsity(tmp_path: Path) -> None:
     make_shape("qwen3-14b", tmp_path, 0.25, layers=3)
-    model, layers = load(str(tmp_path), None)
-    assert model.num_hidden_layers == len(layers) == 3
-    assert all(regions.mlp_sparsity == 0.25 for regions in layers)
-    assert all(regions.mlp_sparsity == 0.5 for regions in load(str(tmp_path), 0.5)[1])
+    model, pruned = load(str(tmp_path), None)
+    assert model.num_hidden_layers == len(pruned.mlps) == 3
+    assert all(regions.mlp_sparsity == 0.25 for regions in pruned.mlps)
+    assert all(regions.mlp_sparsity == 0.5 for regions in load(str(tmp_path), 0.5)[1].mlps)
+    assert pruned.sparsity(model) == 0.25
+
+
+@pytest.mark.parametrize("shape", MIXTURES)
+def test_a_mixture_counts_all_its_parts(shape: str, tmp_path: Path) -> None:
+    """The same by its sizes alone, and by the annotation of its files."""
+    by_name, pruned = load(shape, 0.375)
+    make_shape(shape, tmp_path, 0.375)
+    from_files, annotated = load(str(tmp_path), None)
+    assert by_name == from_files
+    assert pruned.experts == annotated.experts
+    assert sum(regions.sparse for regions in pruned.mlps) == pytest.approx(
+        sum(regions.sparse for regions in annotated.mlps), rel=0.01
+    )
+    assert pruned.sparsity(by_name) == pytest.approx(0.375, abs=0.001)
+    layers, hidden = by_name.num_hidden_layers, by_name.hidden_size
+    mixture = by_name.mixture
+    assert mixture
+    assert len(pruned.experts) == mixture.layers == layers - MIXTURES[shape].get("first_k_dense_replace", 0)
+    weights = 3 * hidden * mixture.layers * mixture.count * mixture.intermediate
+    if shape == "qwen3-30b-a3b":
+        assert by_name.mlps == []
+        # As decode_speed.py found both in an engine, which also keeps norms and the like.
+        row = json.loads((RESULTS / "decode_speed-qwen3-30b-a3b.json").read_text())["rows"][0]
+        assert by_name.weight_bytes() == pytest.approx(row["dense_weight_bytes"], rel=0.001)
+        assert by_name.weight_bytes(pruned) == pytest.approx(row["spense_weight_bytes"], rel=0.001)
+    else:
+        assert by_name.mlps == [10944, *[1408] * 45]
+        weights += 3 * hidden * (10944 + 45 * 1408)
+    saved = by_name.weight_bytes() - by_name.weight_bytes(pruned)
+    assert saved == pytest.approx(weights * 0.75 * 0.375, rel=0.001)
+
+
+def test_experts_without_tokens_are_not_read() -> None:
+    mixture = Mixture(1, 128, 8, 768, 0)
+    assert mixture.active(1) == pytest.approx(8)
+    assert mixture.active(32) == pytest.approx(128 * (1 - (120 / 128) ** 32))
+    assert mixture.active(10_000) == pytest.approx(128)
+    ms = [estimate(*load("qwen3-30b-a3b", 0.375), GPUS["h200"], batch, 16, "fp8").dense_ms for batch in (1, 8, 64)]
+    assert ms[0] < ms[1] < ms[2]
+
+
+def test_mixtures_are_near_what_was_measured() -> None:
+    """The constants are fitted to these rows."""
+    rows = json.loads((RESULTS / "decode_speed-qwen3-30b-a3b.json").read_text())["rows"]
+    for row in rows:
+        found = estimate(*load(row["shape"], row["sparsity"]), GPUS["h200"], row["batch"], row["context"], "fp8")
+        assert found.dense_ms == pytest.approx(row["dense_ms"], rel=0.1)
+        assert found.speed_up == pytest.approx(row["ratio"], rel=0.1)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"hidden_size": None}, "key: hidden_size; found: None"),
-        ({"num_experts": 128}, "does not know experts"),
+        ({"num_experts": 128}, "key: num_experts_per_tok; found: None"),
+        ({"num_experts": "x"}, "key: num_experts; found: x"),
+        (
+            {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 2},
+            "does not know which layers have experts .key: decoder_sparse_step; found: 2",
+        ),
+        (
+            {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "first_k_dense_replace": 2},
+            "key: first_k_dense_replace; found: 2",
+        ),
+        (
+            {"num_experts": 8, "num_experts_per_tok": 9, "moe_intermediate_size": 64},
+            "key: num_experts_per_tok; found: 9",
+        ),
     ],
 )
 def test_a_configuration_that_cannot_be_estimated_is_named(

@@ -20,7 +20,8 @@ from offline_prune.model.loading import SourceModel
 from vllm_spense.checkpoint_files import INDEX_NAME, SINGLE_NAME
 from vllm_spense.conformance import read_quantization
 from vllm_spense.errors import SpenseError
-from vllm_spense.estimate import GPUS, estimate, load, read_cache
+from vllm_spense.estimate import estimate, load, read_cache
+from vllm_spense.roofline import GPUS
 
 #: What stands in the place of a value: every type of JSON, and values that arithmetic or Python's own readers dislike.
 ODD = [None, True, 0, -1, 10**39, 1.5, float("nan"), float("inf"), "", "x", "../x", "re:(a+)+$", "é\n[/]", [], [[]], {}]

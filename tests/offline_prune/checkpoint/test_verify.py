@@ -320,7 +320,7 @@ def test_code_that_came_with_a_model_runs_only_when_trusted(
     with pytest.raises(SpenseError, match=r"its code comes with the model; --trust-remote-code"):
         verify(folder)
     assert open_checkpoint(folder).annotation == open_checkpoint(good).annotation
-    assert estimate.load(str(folder), None)[1] == [Regions(96, 32)] * 2
+    assert estimate.load(str(folder), None)[1].mlps == [Regions(96, 32)] * 2
     assert not (tmp_path / "ran").exists()
     with pytest.raises(SpenseError, match="code ran"):
         verify(folder, trust_remote_code=True)
