@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.engine_runs import EngineRun, in_turn
 from benchmarks.envelope import RESULTS, write_result
-from benchmarks.make_shape import annotation, make_shape
+from benchmarks.make_shape import annotation, make_shape, shape_config, text_config
+from benchmarks.multimodal_shapes import MULTIMODAL_SHAPES
 from benchmarks.worker_profile import KernelRun
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import Regions
@@ -69,7 +70,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="qwen3-32b")
+    parser.add_argument("--shape", choices=(*SHAPES, *MULTIMODAL_SHAPES), default="qwen3-32b")
     parser.add_argument("--layers", type=int, default=8, help="fewer layers than the shape has")
     parser.add_argument("--sparsity", type=float, default=0.375)
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="requests that decode")
@@ -96,7 +97,7 @@ def timeline_rows(
 ) -> list[Row]:
     """One row for each kernel of a layer, in their order."""
     gpu = gpu_of(torch.cuda.get_device_name())
-    config = {**SHAPES[options.shape]}
+    config = text_config(shape_config(options.shape))
     regions = None if sparsity is None else annotation(config, sparsity).default
     ideals = ideal_us(Model.from_config(config), regions, tokens, gpu)
     layer = with_roles(middle_layer(events, run.layers))
