@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from offline_prune.calibration.generated import Writer
+from offline_prune.calibration.generated import PIECE, Writer
 from offline_prune.calibration.images import image_places
 from offline_prune.checkpoint.output_folder import PARTIAL
 from offline_prune.checkpoint.writer import merges
@@ -103,7 +103,7 @@ def memory_plan(
     """Works out what the largest block needs, and picks the first place with room for the activations.
 
     Args:
-        to_write: sequences that the dense model writes before it is pruned.
+        to_write: texts that the dense model writes before it is pruned: `generated.pieces`.
 
     Raises:
         SpenseError: the device has too little memory for one block or, if it writes, for the dense model; or no place
@@ -162,7 +162,7 @@ def memory_plan(
         ranks=distributed.size(),
     )
     room = usable_host() if device.type == "cpu" else int(free_bytes(device) * USABLE)
-    return _placed(_with_writer(needs, model, settings.length, dtype, to_write, room), settings, room)
+    return _placed(_with_writer(needs, model, min(settings.length, PIECE), dtype, to_write, room), settings, room)
 
 
 def _with_writer(
@@ -176,8 +176,8 @@ def _with_writer(
     if room < found.generation:
         raise SpenseError(
             f"{needs.device}: {room / GIB:.2f} GiB of memory usable, the dense model needs "
-            f"{found.generation / GIB:.2f} GiB while it writes the text of --calibration generated; a smaller --length "
-            "may help, or text that it wrote elsewhere, as a .jsonl file"
+            f"{found.generation / GIB:.2f} GiB while it writes the text of --calibration generated; --calibration "
+            "builtin needs none of it, nor does text that it wrote elsewhere, as a .jsonl file"
         )
     return found
 
@@ -290,6 +290,13 @@ def _placed(needs: MemoryPlan, settings: PruneSettings, room: int) -> MemoryPlan
             break
     require_disk_space(out, plan.on_disk)
     return plan
+
+
+def whole_memory(device: torch.device) -> int:
+    """Bytes of memory that one rank may count on where nothing else is in it."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory * USABLE)
+    return int(psutil.virtual_memory().total * USABLE) // distributed.on_this_machine()
 
 
 def usable_host() -> int:

@@ -39,7 +39,7 @@ from offline_prune.runtime import deterministic_reduce, distributed
 from offline_prune.runtime.device import compute_dtype, pick_device
 from offline_prune.runtime.profiler import Profiler
 from offline_prune.settings import PruneSettings
-from offline_prune.text import CalibrationText
+from offline_prune.text import CalibrationText, default_sources
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import Annotation, Calibration, Regions
 
@@ -85,6 +85,9 @@ def prune(
             wanted = settings.samples, settings.length
             samples, length = within_context(*wanted, model.text.config, "calibration text", say)
             settings = replace(settings, samples=samples, length=length)
+        if settings.calibration is None:
+            found = distributed.broadcast_from_first(lambda: default_sources(model, tokens, device, say))
+            settings = replace(settings, calibration=found)
         return _Run(model, settings, device, compute_dtype(device), out, progress, say).run(tokens)
 
 

@@ -26,12 +26,13 @@ def prune(
         str, typer.Option(help="spensegpt++ | spensegpt+ | spensegpt | sparsegpt | wanda | magnitude")
     ] = DEFAULT_METHOD,
     calibration: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             help="Hugging Face data set, .jsonl/.txt/.parquet file or folder, `builtin` (no download), or `generated`: "
-            "what the dense model writes. Several times: an equal share of each."
+            "what the dense model writes. Several times: an equal share of each. \\[default: builtin and generated; "
+            "builtin where the dense model does not fit the device]"
         ),
-    ] = ["simplescaling/s1K-1.1"],  # noqa: B006
+    ] = None,
     samples: Annotated[
         int, typer.Option(help="Calibration sequences; more where the model's context is shorter than --length.")
     ] = 128,
@@ -152,7 +153,7 @@ def prune(
         grouping=grouping,
         layout=layout,
         alignment=alignment,
-        calibration=tuple(calibration),
+        calibration=tuple(calibration) if calibration else None,
         samples=samples,
         length=length,
         seed=seed,
