@@ -75,6 +75,7 @@ class BlockPruning:
     recipe: Recipe
     tokens_at_once: int
     say: Say
+    felt: torch.Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -164,7 +165,15 @@ class BlockPruning:
         scales = {name: self.stored.scales(f"{self.block}.{name}", self.stream.device) for name in layers}
         with stage("tune"):
             weights, report = tune(
-                self.module, scales, original, self.index, self.stream, dense, self.recipe, self.tokens_at_once
+                self.module,
+                scales,
+                original,
+                self.index,
+                self.stream,
+                dense,
+                self.recipe,
+                self.tokens_at_once,
+                self.felt,
             )
             with torch.inference_mode():
                 for name, weight in weights.items():

@@ -16,6 +16,7 @@ from torch import nn
 import vllm_spense
 from offline_prune.block_pruning import BlockPruning, intermediate_sizes
 from offline_prune.calibration.context_length import within_context
+from offline_prune.calibration.felt import Felt
 from offline_prune.calibration.hidden_states import Stream
 from offline_prune.calibration.image_rows import captioned_images
 from offline_prune.calibration.images import ImagePlan, ImageReader, deal
@@ -28,12 +29,14 @@ from offline_prune.checkpoint.output_folder import OutputFolder, require_apart
 from offline_prune.checkpoint.writer import CheckpointWriter, fp8_config, restored
 from offline_prune.expert_pruning import MixturePruning
 from offline_prune.memory_plan import GIB, MemoryPlan, batch_tokens, memory_plan
+from offline_prune.methods.allocation import allocate, losses
 from offline_prune.methods.recipe import Quantize
 from offline_prune.methods.regions import mean_sparsity, model_regions
 from offline_prune.methods.unpruned_fp8 import InputHessians, compensated, nearest
 from offline_prune.model.experts import Mixture
 from offline_prune.model.gated_mlp import GatedMlp, Unsupported, linear
 from offline_prune.model.loading import Block, SourceModel
+from offline_prune.model.whole import whole_model
 from offline_prune.report import FILE, PICTURE, UNTUNED, BlockTime, LayerReport, Report
 from offline_prune.runtime import deterministic_reduce, distributed
 from offline_prune.runtime.device import compute_dtype, pick_device
@@ -133,6 +136,7 @@ class _Run:
         self.images: ImagePlan | None = None
         #: Of the dense model, where blocks are tuned towards it or rounded by its inputs.
         self.dense: Stream | None = None
+        self.felt: list[torch.Tensor | None] = [None] * len(model.blocks)
         #: Only the first rank has one.
         self.writer: CheckpointWriter | None = None
         self.regions, self.alignment = model_regions(
@@ -244,6 +248,25 @@ class _Run:
             return
         with self.profiler.stage("calibration text"):
             tokens = text.whole(self.device, self.dtype, plan.written_at_once, self.out, journal)
+        wants_channels = self.settings.recipe.tune_loss.startswith("felt")
+        if wants_channels or self.settings.allocate != "uniform":
+            with self.profiler.stage("felt"), whole_model(self.model, self.device, self.dtype):
+                some = tokens[:: max(1, len(tokens) // 16)][:16, :512]
+                felt = Felt(self.model, some, self.device, self.settings.seed)
+                if wants_channels:
+                    self.felt = list(felt.channels())
+                if self.settings.allocate != "uniform":
+                    tables = {}
+                    for block, calls in zip(self.model.blocks, felt.calls, strict=True):
+                        assert isinstance(block.mlp, GatedMlp)
+                        module = self.model.module(block.name)
+                        tables[f"{block.name}.{block.mlp.path}"] = losses(module, block.mlp, calls, self.alignment)
+                    total = sum(each.sparse for each in self.regions.values())
+                    found = allocate(tables, total, self.alignment)
+                    for name, sparse in found.items():
+                        said = " ".join(f"{count}:{loss:.5f}" for count, loss in sorted(tables[name].items()))
+                        self.say(f"{name}: {sparse} sparse; {said}")
+                        self.regions[name] = Regions(sparse, self.regions[name].intermediate - sparse)
         with self.profiler.stage("forward"):
             stream = self._stream(tokens, plan, journal.folder)
             self.dense = self._stream(tokens, plan, journal.folder) if self.settings.recipe.follows_dense else None
@@ -376,7 +399,9 @@ class _Run:
         common = self.settings.recipe, at_once, self.say
         if isinstance(block.mlp, GatedMlp):
             regions = self.regions[f"{block.name}.{block.mlp.path}"]
-            work = BlockPruning(index, block.name, block.mlp, module, stream, stored, regions, *common)
+            work = BlockPruning(
+                index, block.name, block.mlp, module, stream, stored, regions, *common, self.felt[index]
+            )
             layers = [work.process(self.dense)]
         elif isinstance(block.mlp, Mixture):
             of_each = {path: self.regions[f"{block.name}.{path}"] for path in block.mlp.paths}

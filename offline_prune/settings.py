@@ -107,6 +107,8 @@ class PruneSettings:
     true_sequential: bool = True
     tune_steps: int | None = None
     tune_rate: float = 0.016
+    tune_loss: str = "plain"
+    allocate: str = "uniform"
     skip_unsupported: bool = False
     trust_remote_code: bool = False
     device: str = "auto"
@@ -179,6 +181,7 @@ class PruneSettings:
             true_sequential=self.true_sequential,
             tune_steps=method.tune_steps if self.tune_steps is None else self.tune_steps,
             tune_rate=self.tune_rate,
+            tune_loss=self.tune_loss,
             seed=self.seed,
         )
 

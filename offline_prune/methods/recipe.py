@@ -123,6 +123,7 @@ class Recipe:
     true_sequential: bool = True
     tune_steps: int = 0
     tune_rate: float = 0.016
+    tune_loss: str = "plain"
     seed: int = 0
 
     @property
