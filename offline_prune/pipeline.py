@@ -16,11 +16,11 @@ from torch import nn
 import vllm_spense
 from offline_prune.block_pruning import BlockPruning, intermediate_sizes
 from offline_prune.calibration.context_length import within_context
-from offline_prune.calibration.felt import Felt
 from offline_prune.calibration.hidden_states import Stream
 from offline_prune.calibration.image_rows import captioned_images
 from offline_prune.calibration.images import ImagePlan, ImageReader, deal
 from offline_prune.calibration.recording import ImageInputs
+from offline_prune.calibration.sensitivity import backwards, channel_weights, some_of
 from offline_prune.checkpoint.block_state_dict import BlockStateDict
 from offline_prune.checkpoint.ignored import ignored
 from offline_prune.checkpoint.journal import Journal, Say
@@ -36,7 +36,6 @@ from offline_prune.methods.unpruned_fp8 import InputHessians, compensated, neare
 from offline_prune.model.experts import Mixture
 from offline_prune.model.gated_mlp import GatedMlp, Unsupported, linear
 from offline_prune.model.loading import Block, SourceModel
-from offline_prune.model.whole import whole_model
 from offline_prune.report import FILE, PICTURE, UNTUNED, BlockTime, LayerReport, Report
 from offline_prune.runtime import deterministic_reduce, distributed
 from offline_prune.runtime.device import compute_dtype, pick_device
@@ -248,25 +247,9 @@ class _Run:
             return
         with self.profiler.stage("calibration text"):
             tokens = text.whole(self.device, self.dtype, plan.written_at_once, self.out, journal)
-        wants_channels = self.settings.recipe.tune_loss.startswith("felt")
-        if wants_channels or self.settings.allocate != "uniform":
-            with self.profiler.stage("felt"), whole_model(self.model, self.device, self.dtype):
-                some = tokens[:: max(1, len(tokens) // 16)][:16, :512]
-                felt = Felt(self.model, some, self.device, self.settings.seed)
-                if wants_channels:
-                    self.felt = list(felt.channels())
-                if self.settings.allocate != "uniform":
-                    tables = {}
-                    for block, calls in zip(self.model.blocks, felt.calls, strict=True):
-                        assert isinstance(block.mlp, GatedMlp)
-                        module = self.model.module(block.name)
-                        tables[f"{block.name}.{block.mlp.path}"] = losses(module, block.mlp, calls, self.alignment)
-                    total = sum(each.sparse for each in self.regions.values())
-                    found = allocate(tables, total, self.alignment)
-                    for name, sparse in found.items():
-                        said = " ".join(f"{count}:{loss:.5f}" for count, loss in sorted(tables[name].items()))
-                        self.say(f"{name}: {sparse} sparse; {said}")
-                        self.regions[name] = Regions(sparse, self.regions[name].intermediate - sparse)
+        if self.settings.recipe.tune_loss.startswith("felt") or self.settings.allocate != "uniform":
+            with self.profiler.stage("sensitivity"):
+                self._measure(some_of(tokens))
         with self.profiler.stage("forward"):
             stream = self._stream(tokens, plan, journal.folder)
             self.dense = self._stream(tokens, plan, journal.folder) if self.settings.recipe.follows_dense else None
@@ -280,6 +263,21 @@ class _Run:
             stages = {name: seconds - before.get(name, 0.0) for name, seconds in self.profiler.seconds.items()}
             self.report.blocks.append(BlockTime(block.name, time.perf_counter() - start, stages))
             self.progress(index + 1, len(names), block.name)
+
+    def _measure(self, tokens: torch.Tensor) -> None:
+        """What errors at each block cost; then the regions, if they follow that."""
+        tables = {}
+        for index, module, calls in backwards(self.model, tokens, self.device, self.dtype, self.settings.seed):
+            block = self.model.blocks[index]
+            self.felt[index] = channel_weights(calls)
+            if self.settings.allocate != "uniform" and isinstance(block.mlp, GatedMlp):
+                tables[f"{block.name}.{block.mlp.path}"] = losses(module, block.mlp, calls, self.alignment)
+        if tables:
+            total = sum(self.regions[name].sparse for name in tables)
+            for name, sparse in allocate(tables, total, self.alignment).items():
+                said = " ".join(f"{count}:{loss:.5f}" for count, loss in sorted(tables[name].items()))
+                self.say(f"{name}: {sparse} sparse; {said}")
+                self.regions[name] = Regions(sparse, self.regions[name].intermediate - sparse)
 
     def _close_report(self, plan: MemoryPlan, start: float) -> None:
         report = self.report

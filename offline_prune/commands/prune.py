@@ -10,6 +10,7 @@ from offline_prune.commands.options import RUN, Device, Length, Out, Overwrite, 
 from offline_prune.methods.recipe import DEFAULT_METHOD, Grouping, Layout, Quantize, Rounding, Selection
 from offline_prune.terminal import make_console, print_report, print_serving_class, progress_of, silence_bars
 
+_IMAGES = "Calibration with images"
 _RESEARCH = "Research: what methods and ablations are made of"
 
 
@@ -41,10 +42,13 @@ def prune(
         str | None,
         typer.Option(
             help="For a model that sees: folder of images with captions, .jsonl file with image and text, or `random`. "
-            "\\[default: text alone]"
+            "\\[default: text alone]",
+            rich_help_panel=_IMAGES,
         ),
     ] = None,
-    image_share: Annotated[float, typer.Option(help="Of the sequences, those that begin with images.")] = 0.5,
+    image_share: Annotated[
+        float, typer.Option(help="Of the sequences, those that begin with images.", rich_help_panel=_IMAGES)
+    ] = 0.5,
     overwrite: Overwrite = False,
     resume: Resume = False,
     skip_unsupported: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from offline_prune.calibration.felt import Felt
+from offline_prune.calibration.sensitivity import Call
 from offline_prune.methods.dense_selection import order_by_priority, spensegpt_plus_priority
 from offline_prune.methods.wanda import prune_by_score, wanda_scores
 from offline_prune.model.gated_mlp import GatedMlp, linear
@@ -19,8 +20,8 @@ RATIOS = (0.0, 0.25, 0.5, 0.75)
 
 
 @torch.no_grad()
-def losses(block: nn.Module, mlp: GatedMlp, calls: list[Any], step: int) -> dict[int, float]:
-    """Sparse indices → KL that pruning this MLP alone by Wanda's mask adds, as `Felt` predicts it."""
+def losses(block: nn.Module, mlp: GatedMlp, calls: list[Call], step: int) -> dict[int, float]:
+    """Sparse indices → KL that pruning this MLP alone by Wanda's mask adds, as gradients predict it."""
     inputs: dict[str, torch.Tensor] = {}
     gate, down = f"{mlp.path}.{mlp.projections.gate}", f"{mlp.path}.{mlp.projections.down}"
 
@@ -32,8 +33,8 @@ def losses(block: nn.Module, mlp: GatedMlp, calls: list[Any], step: int) -> dict
         linear(block, name).register_forward_pre_hook(lambda module, args, name=name: add(name, module, args))
         for name in (gate, down)
     ]
-    for args, kwargs, _, _ in calls:
-        block(*args, **kwargs)
+    for call in calls:
+        block(call.hidden, **call.kwargs)
     for handle in handles:
         handle.remove()
     layers = mlp.gate_up(block)
@@ -68,10 +69,10 @@ def losses(block: nn.Module, mlp: GatedMlp, calls: list[Any], step: int) -> dict
         }
         weights = {name: weight.to(linear(block, down).weight.dtype) for name, weight in weights.items()}
         total, count = 0.0, 0
-        for args, kwargs, hidden, grad in calls:
-            other = functional_call(block, weights, args, kwargs)
+        for call in calls:
+            other = functional_call(block, weights, (call.hidden,), call.kwargs)
             other = other[0] if isinstance(other, tuple) else other
-            each = ((other.float() - hidden.float()) * grad.float()).sum(-1).square()
+            each = ((other.float() - call.output.float()) * call.gradient.float()).sum(-1).square()
             total, count = total + each.sum().item(), count + each.numel()
         found[sparse] = total / count / 2
     return found
@@ -92,7 +93,7 @@ def allocate(tables: Mapping[str, Mapping[int, float]], total: int, step: int) -
             ) * (hull[-1][0] - hull[-2][0]):
                 hull.pop()
             hull.append(point)
-        for (a, low), (b, high) in zip(hull, hull[1:]):
+        for (a, low), (b, high) in itertools.pairwise(hull):
             slopes += [((high - low) / (b - a), a, place, name, (b - a) // step)]
     found = dict.fromkeys(tables, 0)
     left = total // step
