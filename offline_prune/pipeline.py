@@ -14,13 +14,12 @@ import transformers
 from torch import nn
 
 import vllm_spense
-from offline_prune.block_pruning import BlockPruning, intermediate_sizes
+from offline_prune.block_pruning import BlockPruning, intermediate_sizes, tuned_channels
 from offline_prune.calibration.context_length import within_context
 from offline_prune.calibration.hidden_states import Stream
 from offline_prune.calibration.image_rows import captioned_images
 from offline_prune.calibration.images import ImagePlan, ImageReader, deal
 from offline_prune.calibration.recording import ImageInputs
-from offline_prune.calibration.sensitivity import backwards, channel_weights, some_of
 from offline_prune.checkpoint.block_state_dict import BlockStateDict
 from offline_prune.checkpoint.ignored import ignored
 from offline_prune.checkpoint.journal import Journal, Say
@@ -29,7 +28,6 @@ from offline_prune.checkpoint.output_folder import OutputFolder, require_apart
 from offline_prune.checkpoint.writer import CheckpointWriter, fp8_config, restored
 from offline_prune.expert_pruning import MixturePruning
 from offline_prune.memory_plan import GIB, MemoryPlan, batch_tokens, memory_plan
-from offline_prune.methods.allocation import allocate, losses
 from offline_prune.methods.recipe import Quantize
 from offline_prune.methods.regions import mean_sparsity, model_regions
 from offline_prune.methods.unpruned_fp8 import InputHessians, compensated, nearest
@@ -135,7 +133,8 @@ class _Run:
         self.images: ImagePlan | None = None
         #: Of the dense model, where blocks are tuned towards it or rounded by its inputs.
         self.dense: Stream | None = None
-        self.felt: list[torch.Tensor | None] = [None] * len(model.blocks)
+        #: Weights of the channels of each block's output, where tuning has some.
+        self.channels: list[torch.Tensor | None] = [None] * len(model.blocks)
         #: Only the first rank has one.
         self.writer: CheckpointWriter | None = None
         self.regions, self.alignment = model_regions(
@@ -247,9 +246,8 @@ class _Run:
             return
         with self.profiler.stage("calibration text"):
             tokens = text.whole(self.device, self.dtype, plan.written_at_once, self.out, journal)
-        if self.settings.recipe.tune_loss.startswith("felt") or self.settings.allocate != "uniform":
-            with self.profiler.stage("sensitivity"):
-                self._measure(some_of(tokens))
+        with self.profiler.stage("sensitivity"):
+            self.channels = tuned_channels(self.model, self.settings, tokens, self.device, self.dtype, self.say)
         with self.profiler.stage("forward"):
             stream = self._stream(tokens, plan, journal.folder)
             self.dense = self._stream(tokens, plan, journal.folder) if self.settings.recipe.follows_dense else None
@@ -263,21 +261,6 @@ class _Run:
             stages = {name: seconds - before.get(name, 0.0) for name, seconds in self.profiler.seconds.items()}
             self.report.blocks.append(BlockTime(block.name, time.perf_counter() - start, stages))
             self.progress(index + 1, len(names), block.name)
-
-    def _measure(self, tokens: torch.Tensor) -> None:
-        """What errors at each block cost; then the regions, if they follow that."""
-        tables = {}
-        for index, module, calls in backwards(self.model, tokens, self.device, self.dtype, self.settings.seed):
-            block = self.model.blocks[index]
-            self.felt[index] = channel_weights(calls)
-            if self.settings.allocate != "uniform" and isinstance(block.mlp, GatedMlp):
-                tables[f"{block.name}.{block.mlp.path}"] = losses(module, block.mlp, calls, self.alignment)
-        if tables:
-            total = sum(self.regions[name].sparse for name in tables)
-            for name, sparse in allocate(tables, total, self.alignment).items():
-                said = " ".join(f"{count}:{loss:.5f}" for count, loss in sorted(tables[name].items()))
-                self.say(f"{name}: {sparse} sparse; {said}")
-                self.regions[name] = Regions(sparse, self.regions[name].intermediate - sparse)
 
     def _close_report(self, plan: MemoryPlan, start: float) -> None:
         report = self.report
@@ -397,9 +380,8 @@ class _Run:
         common = self.settings.recipe, at_once, self.say
         if isinstance(block.mlp, GatedMlp):
             regions = self.regions[f"{block.name}.{block.mlp.path}"]
-            work = BlockPruning(
-                index, block.name, block.mlp, module, stream, stored, regions, *common, self.felt[index]
-            )
+            mine = *common, self.channels[index]
+            work = BlockPruning(index, block.name, block.mlp, module, stream, stored, regions, *mine)
             layers = [work.process(self.dense)]
         elif isinstance(block.mlp, Mixture):
             of_each = {path: self.regions[f"{block.name}.{path}"] for path in block.mlp.paths}

@@ -19,6 +19,7 @@ from offline_prune.methods.recipe import (
     Recipe,
     Rounding,
     Selection,
+    TuneLoss,
 )
 from offline_prune.runtime.activation_store import Place
 from vllm_spense.errors import SpenseError
@@ -34,6 +35,7 @@ _CHOICES: tuple[tuple[str, str, type[StrEnum]], ...] = (
     ("layout", "layout", Layout),
     ("quantize", "quantize", Quantize),
     ("rounding", "fp8-rounding", Rounding),
+    ("tune_loss", "tune-loss", TuneLoss),
 )
 
 Choice = TypeVar("Choice", bound=StrEnum)
@@ -73,6 +75,8 @@ class PruneSettings:
         tune_steps: steps of Adam on each block's kept weights after it is pruned, in all one pass over the calibration
             text; 0 for none, None for the method's own.
         tune_rate: of those steps, relative to the weights: see `block_finetune.tune`.
+        tune_loss: what those steps make small: the `relative` error, or that with its channels weighed by the dense
+            model's predictions, `fisher`; None for the method's own.
         skip_unsupported: leave blocks without a gated MLP as they are instead of refusing the model.
         trust_remote_code: run the Python code that a model brings along.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
@@ -107,8 +111,7 @@ class PruneSettings:
     true_sequential: bool = True
     tune_steps: int | None = None
     tune_rate: float = 0.016
-    tune_loss: str = "plain"
-    allocate: str = "uniform"
+    tune_loss: TuneLoss | None = None
     skip_unsupported: bool = False
     trust_remote_code: bool = False
     device: str = "auto"
@@ -181,7 +184,7 @@ class PruneSettings:
             true_sequential=self.true_sequential,
             tune_steps=method.tune_steps if self.tune_steps is None else self.tune_steps,
             tune_rate=self.tune_rate,
-            tune_loss=self.tune_loss,
+            tune_loss=self.tune_loss or method.tune_loss,
             seed=self.seed,
         )
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from offline_prune.calibration.hidden_states import Stream
-from offline_prune.calibration.recording import head
+from offline_prune.calibration.recording import head, packed
 from offline_prune.model.loading import SourceModel
 from offline_prune.runtime.matmul_precision import fast_matmul
 
@@ -46,11 +46,11 @@ def backwards(
         seed: of the tokens that are drawn from the predictions.
     """
     stream = Stream(model, tokens, device, dtype, tokens.shape[1])
-    states = [stream.hidden.clone()]
+    states = [stream.hidden.to("cpu", copy=True)]
     for index, block in enumerate(model.blocks):
         stream.advance(index, model.load(block.name, device, dtype), block.name)
         model.unload(block.name)
-        states.append(stream.hidden.clone())
+        states.append(stream.hidden.to("cpu", copy=True))
     gradients = _at_the_head(model, tokens, stream, states[-1], dtype, seed)
     for index, block in reversed(list(enumerate(model.blocks))):
         module = model.load(block.name, device, dtype)
@@ -67,13 +67,28 @@ def backwards(
         del states[-1]
 
 
+def weights_of_channels(
+    model: SourceModel, tokens: torch.Tensor, device: torch.device, dtype: torch.dtype, seed: int
+) -> list[torch.Tensor | None]:
+    """`channel_weights` of every block's output.
+
+    Args:
+        tokens, seed: as `backwards` has them.
+    """
+    found: list[torch.Tensor | None] = [None] * len(model.blocks)
+    for index, _, calls in backwards(model, tokens, device, dtype, seed):
+        found[index] = channel_weights(calls)
+    return found
+
+
 def channel_weights(calls: list[Call]) -> torch.Tensor:
     """E[(g_c · ‖h‖)²] over the tokens, of each channel c, float32 (H,), with a mean of 1: how much errors relative to
     the size of a token's residual stream count."""
     total = torch.zeros((), device=calls[0].output.device)
     for call in calls:
-        size = call.output.float().square().sum(-1, keepdim=True)
-        total = total + (call.gradient.float().square() * size).flatten(0, -2).sum(0)
+        streams = len(call.output) if call.output.ndim > 3 else 0
+        output, gradient = (packed(each, streams).float().square() for each in (call.output, call.gradient))
+        total = total + (gradient * output.sum(-1, keepdim=True)).flatten(0, -2).sum(0)
     return total / total.mean()
 
 
@@ -82,7 +97,7 @@ def _at_the_head(
 ) -> list[torch.Tensor]:
     """g of each sequence at the last block's output."""
     random = torch.Generator(stream.device).manual_seed(seed)
-    found = []
+    found: list[torch.Tensor] = []
     with head(model, stream.device, dtype, gradients=True) as of:
         for i, state in enumerate(last.split(1)):
             hidden = stream.unpacked(state.to(stream.device)).clone().requires_grad_()

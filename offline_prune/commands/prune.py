@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from offline_prune.commands.options import RUN, Device, Length, Out, Overwrite, Resume
-from offline_prune.methods.recipe import DEFAULT_METHOD, Grouping, Layout, Quantize, Rounding, Selection
+from offline_prune.methods.recipe import DEFAULT_METHOD, Grouping, Layout, Quantize, Rounding, Selection, TuneLoss
 from offline_prune.terminal import make_console, print_report, print_serving_class, progress_of, silence_bars
 
 _IMAGES = "Calibration with images"
@@ -136,6 +136,14 @@ def prune(
     tune_rate: Annotated[
         float, typer.Option(help="Of those steps, relative to the weights.", rich_help_panel=_RESEARCH)
     ] = 0.016,
+    tune_loss: Annotated[
+        TuneLoss | None,
+        typer.Option(
+            help="What those steps make small: the relative error, or that with its channels weighed by what they do "
+            "to the dense model's predictions. \\[default: fisher for spensegpt++]",
+            rich_help_panel=_RESEARCH,
+        ),
+    ] = None,
 ) -> None:
     """Prune MODEL in one shot and write a checkpoint that vLLM serves.
 
@@ -170,6 +178,7 @@ def prune(
         true_sequential=true_sequential,
         tune_steps=tune_steps,
         tune_rate=tune_rate,
+        tune_loss=tune_loss,
         skip_unsupported=skip_unsupported,
         trust_remote_code=trust_remote_code,
         device=device,

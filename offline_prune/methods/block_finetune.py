@@ -32,7 +32,8 @@ _JUDGED_SHARE, _JUDGED_TOKENS = 1 / 16, 4096
 
 @dataclass(frozen=True)
 class TuningReport:
-    """‖f(x̃) − y‖² / ‖y‖², mean over tokens, of a block's output against the dense model's, before and after tuning."""
+    """‖f(x̃) − y‖² / ‖y‖², mean over tokens, of a block's output against the dense model's, before and after tuning;
+    with the weights of the channels, where they have some."""
 
     before: float
     after: float
@@ -63,7 +64,7 @@ def tune(
     dense: Stream,
     recipe: Recipe,
     tokens_at_once: int,
-    felt: torch.Tensor | None = None,
+    channels: torch.Tensor | None = None,
 ) -> tuple[dict[str, torch.Tensor], TuningReport]:
     """Adam on the non-zero weights of some linear layers, zeros fixed.
 
@@ -83,6 +84,7 @@ def tune(
         recipe: `tune_steps` make one pass over the calibration text, in an order drawn from `seed`; `tune_rate` is
             Adam's largest learning rate relative to the root mean square of each layer's kept weights.
         tokens_at_once: about how many go through the block together.
+        channels: float32 (H,), weights of the squared error's channels; None weighs all alike.
 
     Returns:
         float32 (N, K) of each layer, the values that inference will multiply with, and the loss on a fixed part of the
@@ -108,8 +110,6 @@ def tune(
         found = functional_call(block, parameters, (stream.unpacked(x),), kwargs)
         return stream.packed(found[0] if isinstance(found, tuple) else found).float()
 
-    channels = _channels(targets[order[:4096]].to(stream.device).float(), recipe.tune_loss, felt)
-
     def losses(units: torch.Tensor) -> Iterator[torch.Tensor]:
         """Their sum is the loss; each is as much of it as goes through the block at once."""
         for chunk in units.split(at_once):
@@ -121,8 +121,8 @@ def tune(
             kwargs = stream.unit_arguments(index, chunk)
             with torch.no_grad():
                 target = torch.lerp(output(original, x, kwargs), y.float(), _INHERITED)
-            error = ((output(served, x, kwargs) - target).square() * channels).sum(-1)
-            power = target.square().sum(-1)
+            error, power = (output(served, x, kwargs) - target).square(), target.square().sum(-1)
+            error = error.sum(-1) if channels is None else error @ channels
             yield (error / power).mean() * (len(chunk) / len(units))
 
     averages: dict[str, torch.Tensor] = {}
@@ -165,20 +165,6 @@ def tune(
         for name, weight in best.items()
     }
     return rounded, TuningReport(before, min(before, after))
-
-
-def _channels(y: torch.Tensor, kind: str, felt: torch.Tensor | None) -> torch.Tensor:
-    """Weights of the channels: trial."""
-    share = (y.square() / y.square().sum(-1, keepdim=True)).flatten(0, -2).mean(0)
-    flat = torch.ones_like(share)
-    if kind == "plain":
-        return flat
-    if kind in ("felt", "felt-half"):
-        assert felt is not None
-        found = felt.to(share) if kind == "felt" else felt.to(share).sqrt()
-    else:
-        found = share.clamp_min(share.mean() * 1e-3).pow(-1.0 if kind == "whitened" else -0.5)
-    return found / found.mean()
 
 
 def _share(step: int, steps: int) -> float:
