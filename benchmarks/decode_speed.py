@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.engine_runs import EngineRun, Measured, in_turn
 from benchmarks.envelope import RESULTS, write_result
-from benchmarks.make_shape import ALL_SHAPES, make_shape
+from benchmarks.make_shape import ALL_SHAPES, BALANCED, SKEWED, expert_counts, make_shape, shape_config, text_config
 from vllm_spense.errors import SpenseError
 
 SPARSITIES = (0.25, 0.375, 0.5)
@@ -61,6 +61,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--steps", type=int, default=24, help="output tokens timed for each batch and context, 8 or more"
     )
+    parser.add_argument(
+        "--routing", choices=(BALANCED, SKEWED), help=f"how tokens of a mixture choose experts [{BALANCED}]"
+    )
     parser.add_argument("--eager", action="store_true", help="neither compile nor capture: to try things out")
     parser.add_argument(
         "--capture",
@@ -85,6 +88,10 @@ def parse() -> argparse.Namespace:
     for option, found in (("together", options.together), ("tensor-parallel", options.tensor_parallel)):
         if found < 1:
             parser.error(f"--{option}: found {found}, expected at least 1")
+    experts = expert_counts(text_config(shape_config(options.shape)), "")
+    if options.routing and not experts:
+        parser.error(f"--routing: {options.shape} has no experts; expected the shape of a mixture")
+    options.routing = options.routing or (BALANCED if experts else None)
     if options.together > 1 and options.tensor_parallel > 1:
         parser.error("--together: several engines share one GPU only; expected 1 with --tensor-parallel")
     return options
@@ -106,6 +113,7 @@ def engine_rows(options: argparse.Namespace) -> Iterator[list[Row]]:
                         "shape": options.shape,
                         "layers": run.layers,
                         "tensor_parallel": run.ranks,
+                        "routing": options.routing,
                         "kv_cache_dtype": kv,
                         "sparsity": sparsity,
                     }
@@ -117,7 +125,7 @@ def shape_run(options: argparse.Namespace, sparsity: float | None, kv: str, work
     name = f"{options.shape}-{'dense' if sparsity is None else sparsity}"
     folder = make_shape(options.shape, work / name, sparsity, options.layers)
     quantization = "compressed-tensors" if sparsity is None else "spense"
-    return EngineRun(options, folder, quantization, kv, gpu_time=options.gpu_time)
+    return EngineRun(options, folder, quantization, kv, gpu_time=options.gpu_time, routing=options.routing)
 
 
 def server_rows(options: argparse.Namespace) -> Iterator[list[Row]]:
@@ -129,7 +137,14 @@ def server_rows(options: argparse.Namespace) -> Iterator[list[Row]]:
         for url in (options.dense_url, options.url)
     ]
     yield compare(
-        {"shape": options.url, "layers": None, "tensor_parallel": None, "kv_cache_dtype": None, "sparsity": None},
+        {
+            "shape": options.url,
+            "layers": None,
+            "tensor_parallel": None,
+            "routing": None,
+            "kv_cache_dtype": None,
+            "sparsity": None,
+        },
         *found,
     )
 
@@ -144,6 +159,7 @@ def compare(about: Row, dense: Measured, spense: Measured) -> list[Row]:
                 "shape": about["shape"],
                 "layers": about["layers"],
                 "tensor_parallel": about["tensor_parallel"],
+                "routing": about["routing"],
                 "batch": batch,
                 "context": context,
                 "kv_cache_dtype": about["kv_cache_dtype"],

@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks.envelope import ROOT
 from benchmarks.make_shape import text_config
 from benchmarks.timings import READY, TOKEN_BUDGET, Timing
+from benchmarks.worker_profile import KernelRun
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import KEY, Annotation
 
@@ -36,7 +37,7 @@ class Measured:
         saved_bytes: what the format says its regions save over dense weights.
         layer_kernels: how many kernels run in each layer in a decode step; None where nobody counted.
         gpu_ms: by (batch, context), for how much of a step the GPU is busy, where that was asked for.
-        working_bytes, linear_kernels: as `engine_times.Answer` has them; of an engine.
+        working_bytes, linear_kernels, timelines: as `engine_times.Answer` has them; of an engine.
     """
 
     timings: Mapping[tuple[int, int], Timing]
@@ -49,6 +50,7 @@ class Measured:
     gpu_ms: Mapping[tuple[int, int], float] = field(default_factory=dict)
     working_bytes: int | None = None
     linear_kernels: tuple[str, ...] = ()
+    timelines: tuple[tuple[int, list[KernelRun]], ...] = ()
 
 
 def in_turn(runs: Sequence[EngineRun], together: int) -> Iterator[EngineRun]:
@@ -170,6 +172,7 @@ class EngineRun:
             {(batch, context): ms for batch, context, ms in found["gpu_ms"]},
             found.get("working_bytes"),
             tuple(found.get("linear_kernels", ())),
+            tuple((batch, [KernelRun(**run) for run in runs]) for batch, runs in found.get("timelines", ())),
         )
 
     def stop(self) -> None:
@@ -222,5 +225,5 @@ def saved_bytes(config: Mapping[str, Any]) -> int:
     if KEY not in config.get("quantization_config", {}):
         return 0
     annotation = Annotation.from_dict(config["quantization_config"][KEY])
-    sparse = sum(annotation.regions(module).sparse for module in annotation.modules)
+    sparse = sum(annotation.regions(module).sparse for module in annotation.mlps())
     return 3 * sparse * text_config(config)["hidden_size"] * 3 // 8

@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind
 
 from benchmarks import worker_profile
-from benchmarks.make_shape import text_config
+from benchmarks.make_shape import SKEWED, text_config
 from benchmarks.random_weights import fill_int4_before_packing, fill_random, linear_kernels, weight_bytes
 from benchmarks.timings import READY, TOKEN_BUDGET, Timing, output_tokens, summarize, time_steps
 from benchmarks.worker_profile import KernelRun
@@ -67,6 +68,8 @@ class Order:
         tensor_parallel: GPUs that share every layer.
         prefills: further contexts, of one request.
         count_kernels: whether to count what runs in a decode step of `PROFILED`.
+        routing: `SKEWED` for routers of mixtures that prefer some experts; else random ones are balanced.
+        timelines: batches of whose decode steps every run of a kernel is written down, with a context of 16.
     """
 
     model: str
@@ -83,6 +86,8 @@ class Order:
     tensor_parallel: int = 1
     prefills: tuple[int, ...] = ()
     count_kernels: bool = True
+    routing: str | None = None
+    timelines: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,7 @@ class Answer:
         linear_kernels: vLLM's names of what multiplies by the weights of linear layers.
         kernels: of a decode step of `PROFILED`; empty if that is not among what is timed, or not on a GPU.
         gpu_ms: (batch, context, ms that the GPU is busy in a decode step), if ordered.
+        timelines: (batch, what ran in some decode steps), if ordered.
     """
 
     start_s: float
@@ -110,6 +116,7 @@ class Answer:
     linear_kernels: tuple[str, ...] = ()
     kernels: tuple[Kernel, ...] = ()
     gpu_ms: tuple[tuple[int, int, float], ...] = ()
+    timelines: tuple[tuple[int, list[KernelRun]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -138,7 +145,7 @@ def run(order: Order) -> Answer:
     start = time.perf_counter()
     llm = start_engine(order)
     start_s = time.perf_counter() - start
-    llm.apply_model(fill_random)
+    llm.apply_model(partial(fill_random, skewed=order.routing == SKEWED))
     bench = Bench(llm, order.steps)
     # With several GPUs the engine is in other processes.
     alone = torch.cuda.is_available() and order.tensor_parallel == 1
@@ -174,6 +181,7 @@ def run(order: Order) -> Answer:
         llm.apply_model(linear_kernels)[0],
         kernels,
         gpu_ms,
+        tuple((batch, bench.profiled(batch, PROFILED[1])) for batch in order.timelines),
     )
 
 
@@ -201,11 +209,13 @@ class Watch:
 def plugin_watch() -> Watch:
     """On everything that the plugin does to loaded weights, but for filling them with dummy values."""
     from vllm_spense.plugin import loaders
+    from vllm_spense.plugin.experts import RegionExpertsMethod
     from vllm_spense.plugin.linear import RegionLinearMethod
     from vllm_spense.plugin.unpruned_linear import UnprunedKernel
 
     watch = Watch()
     watch.on(RegionLinearMethod, "process_weights_after_loading")
+    watch.on(RegionExpertsMethod, "process_weights_after_loading")
     watch.on(UnprunedKernel, "process_weights_after_loading")
     watch.on(loaders, "fill_dummy", sign=-1)
     return watch
@@ -227,6 +237,9 @@ def start_engine(order: Order) -> LLM:
     if text_config(config) is not config:
         # Then vLLM makes do without the processor that a shape lacks, and the language model is what is timed.
         special["limit_mm_per_prompt"] = {"image": 0, "video": 0}
+    if "linear_num_value_heads" in text_config(config):
+        # vLLM's own choice on Hopper is in flashinfer, which it does not need otherwise.
+        special["additional_config"] = {"gdn_prefill_backend": "triton"}
     return LLM(
         order.model,
         quantization=order.quantization,
@@ -309,7 +322,7 @@ class Bench:
         """What runs on the GPU in a decode step, most time first."""
         runs: Counter[str] = Counter()
         us: Counter[str] = Counter()
-        for event in self._profiled(batch, context):
+        for event in self.profiled(batch, context):
             # Some are templates spelled out over hundreds of characters.
             name = event.name[:_NAME_LENGTH]
             runs[name] += 1
@@ -320,13 +333,13 @@ class Bench:
     def gpu_ms(self, batch: int, context: int) -> float:
         """Time of a decode step in which anything runs on the GPU: in the rest it waits for the host."""
         busy, until = 0.0, 0.0
-        for event in sorted(self._profiled(batch, context), key=lambda event: event.start):
+        for event in sorted(self.profiled(batch, context), key=lambda event: event.start):
             # Kernels overlap where one begins before the one before it has ended.
             busy += max(event.end - max(event.start, until), 0)
             until = max(until, event.end)
         return round(busy / _PROFILED_STEPS / 1e3, 4)
 
-    def _profiled(self, batch: int, context: int) -> list[KernelRun]:
+    def profiled(self, batch: int, context: int) -> list[KernelRun]:
         """What ran on the first GPU in `_PROFILED_STEPS` decode steps."""
         results = self._results(self._prompts(batch, context), output_tokens(batch, context, 2 * _PROFILED_STEPS))
         begun: set[str] = set()

@@ -12,6 +12,8 @@ import argparse
 import copy
 import json
 import sys
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.multimodal_shapes import MULTIMODAL_SHAPES
 from offline_prune.checkpoint.writer import fp8_config
-from offline_prune.methods.regions import fit_regions
+from offline_prune.methods.regions import model_regions
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import KEY, Annotation, Projections
-from vllm_spense.shapes import SHAPES
+from vllm_spense.shapes import MIXTURES, SHAPES
 
 DENSE = "dense"
-ALL_SHAPES = {**SHAPES, **MULTIMODAL_SHAPES}
+#: How tokens of a mixture choose experts: each is as likely, or some are likelier.
+BALANCED, SKEWED = "balanced", "skewed"
+#: Name → config.json of the unquantized model.
+ALL_SHAPES: Mapping[str, Mapping[str, Any]] = {**SHAPES, **MIXTURES, **MULTIMODAL_SHAPES}
 
 
 def main() -> None:
@@ -59,7 +64,8 @@ def make_shape(shape: str, out: Path, sparsity: float | None, layers: int | None
     ignore, prefix = ["lm_head"], "model.layers"
     if text is not config:
         ignore, prefix = [*ignore, r"re:(.*\.)?visual(\..*)?$"], "model.language_model.layers"
-    config["quantization_config"] = quantization = fp8_config(ignore)
+    routers = [f"{name.removesuffix('.experts')}.gate" for name in expert_counts(text, prefix)]
+    config["quantization_config"] = quantization = fp8_config([*ignore, *routers])
     if sparsity is not None:
         quantization[KEY] = annotation(text, sparsity, prefix).to_dict()
     return write_config(config, out)
@@ -90,17 +96,45 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def annotation(config: dict[str, Any], sparsity: float, prefix: str = "model.layers") -> Annotation:
     """What the pruner would write for such a model, had it pruned one."""
-    modules = tuple(f"{prefix}.{layer}.mlp" for layer in range(config["num_hidden_layers"]))
-    regions, alignment = fit_regions(config["intermediate_size"], sparsity, None, modules[0])
+    projections = Projections("gate_proj", "up_proj", "down_proj")
+    experts = expert_counts(config, prefix)
+    sizes = mlp_sizes(config, prefix)
+    regions, alignment = model_regions(sizes, sparsity, None, dense_first=False, required=False, experts=experts)
+    default = Counter(regions.values()).most_common(1)[0][0]
     return Annotation(
         method="none: dummy weights",
         settings={},
         calibration=None,
         alignment=alignment,
-        projections=Projections("gate_proj", "up_proj", "down_proj"),
-        modules=modules,
-        default=regions,
+        projections=projections,
+        modules=tuple(name for name in sizes if name not in experts),
+        default=default,
+        overrides={name: found for name, found in regions.items() if found != default},
+        experts=experts,
+        expert_projections=projections if experts else None,
     )
+
+
+def expert_counts(config: dict[str, Any], prefix: str) -> dict[str, int]:
+    """What holds the routed experts of a layer → how many these are; empty for a model without."""
+    count = config.get("num_experts") or config.get("n_routed_experts")
+    layers = range(config.get("first_k_dense_replace", 0), config["num_hidden_layers"])
+    return {f"{prefix}.{layer}.mlp.experts": count for layer in layers} if count else {}
+
+
+def mlp_sizes(config: dict[str, Any], prefix: str) -> dict[str, int]:
+    """MLPs and what stands for all routed experts of a layer → their intermediate size, in the model's order."""
+    sizes = {}
+    experts = expert_counts(config, prefix)
+    for layer in range(config["num_hidden_layers"]):
+        module = f"{prefix}.{layer}.mlp"
+        if f"{module}.experts" in experts:
+            sizes[f"{module}.experts"] = size = config["moe_intermediate_size"]
+            if shared := config.get("n_shared_experts"):
+                sizes[f"{module}.shared_experts"] = shared * size
+        else:
+            sizes[module] = config["intermediate_size"]
+    return sizes
 
 
 if __name__ == "__main__":

@@ -330,6 +330,11 @@ RUNS: Mapping[str, tuple[str, str]] = {
         "--methods spensegpt+ --blocks 2 --samples 64 --no-profile --out benchmarks/results/prune_time-shapes.json",
         "a GPU",
     ),
+    "prune_time-experts": (
+        "python benchmarks/prune_time.py --shapes qwen3-30b-a3b --methods spensegpt+ --no-profile",
+        "a GPU",
+    ),
+    "accuracy-tiny-moe": ("python -m benchmarks.accuracy --models FOLDER", "a GPU"),
 }
 #: Table → result file, further ones that it takes rows from where they exist, and what makes it.
 TABLES: Mapping[str, tuple[str, Callable[..., list[str]]]] = {
@@ -368,6 +373,8 @@ TABLES: Mapping[str, tuple[str, Callable[..., list[str]]]] = {
     "prune_real": ("prune_time-smollm2-135m", prune_real),
     "prune_shapes": ("prune_time-shapes", prune),
     "prune_gpus": ("prune_time-2gpus", prune),
+    "prune_experts": ("prune_time-experts", prune),
+    "prune_experts_stages": ("prune_time-experts", prune_stages),
     "prune_tuned": ("prune_time-tuned", prune),
     "prune_tuned_stages": ("prune_time-tuned", prune_stages),
     "selection": ("selection_tokens", selection),
@@ -386,6 +393,7 @@ TABLES: Mapping[str, tuple[str, Callable[..., list[str]]]] = {
     **{f"heal_{model.partition('-')[0]}": (f"accuracy-heal-{model}", quality_results.quality) for model in KNOWN},
     "rates": ("accuracy-rates-smollm2-135m", quality_results.quality),
     "calibration": ("accuracy-calibration-qwen2.5-coder-0.5b", quality_results.quality),
+    "mixture_quality": ("accuracy-tiny-moe", quality_results.quality),
     "options": ("accuracy-smollm2-options", quality_results.quality),
     "descent": ("accuracy-smollm2-descent", quality_results.quality),
     "gains_cpu": ("accuracy-smollm2-cpu", quality_results.gains),

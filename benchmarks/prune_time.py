@@ -15,6 +15,7 @@ does so on two GPUs and writes prune_time-2gpus.json. Other shapes and methods, 
 
     python benchmarks/prune_time.py --shapes llama-3.1-8b llama-3.3-70b --methods spensegpt+ --blocks 2 --no-profile
     python benchmarks/prune_time.py --methods spensegpt++ --blocks 2 --no-profile
+    python benchmarks/prune_time.py --shapes qwen3-30b-a3b --methods spensegpt+ --no-profile
 
 A real model is pruned whole, on the built-in calibration text:
 
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import re
 import statistics
@@ -53,10 +55,11 @@ from offline_prune.runtime import deterministic_reduce, distributed
 from offline_prune.runtime.device import pick_device
 from offline_prune.runtime.profiler import spent
 from offline_prune.settings import PruneSettings
-from vllm_spense.shapes import SHAPES
+from vllm_spense.shapes import MIXTURES, SHAPES
 
 #: Minutes for the whole model on a B200 with 128 × 16384 tokens, as the paper's Table 8 has them.
 PAPER = {("qwen3-32b", "spensegpt"): 1.33 * 60, ("qwen3-32b", "spensegpt+"): 1.87 * 60}
+ALL_SHAPES = {**SHAPES, **MIXTURES}
 #: Embeddings are outside of what is measured.
 VOCABULARY = 1024
 TENSOR_CORES = re.compile(r"nvjet|xmma|tensorop|wgmma|[sh]16816|flash|fmha|sdpa", re.IGNORECASE)
@@ -67,7 +70,7 @@ Row = dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["qwen3-32b"])
+    parser.add_argument("--shapes", nargs="+", choices=ALL_SHAPES, default=["qwen3-32b"])
     parser.add_argument("--model", type=Path, help="folder of a real model to prune whole, in place of shapes")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["spensegpt+", "spensegpt"])
     parser.add_argument("--blocks", type=int, default=3, help="blocks to measure")
@@ -149,15 +152,32 @@ def configure(folder: Path, shape: str, blocks: int) -> dict[str, dict[str, torc
     Returns:
         File → its tensors' names and shapes.
     """
-    config = {**SHAPES[shape], "num_hidden_layers": blocks, "vocab_size": VOCABULARY}
+    config = {**ALL_SHAPES[shape], "num_hidden_layers": blocks, "vocab_size": VOCABULARY}
     (folder / "config.json").write_text(json.dumps(config | {"bos_token_id": 0, "eos_token_id": 1}))
     files: dict[str, dict[str, torch.Size]] = {}
     for name, parameter in empty_model(folder).named_parameters():
         block = re.match(r".*\.layers\.\d+", name)
-        files.setdefault(f"{block[0] if block else 'rest'}.safetensors", {})[name] = parameter.shape
+        file = files.setdefault(f"{block[0] if block else 'rest'}.safetensors", {})
+        file |= dict(stored_shapes(name, parameter.shape))
     weight_map = {name: file for file, tensors in files.items() for name in tensors}
     (folder / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
     return files
+
+
+def stored_shapes(name: str, size: torch.Size) -> Iterator[tuple[str, torch.Size]]:
+    """Tensors of the files that make a parameter: transformers stacks all experts of a layer, files have each of them.
+
+    Args:
+        name: ends in `gate_up_proj` or `down_proj` where experts are stacked.
+    """
+    if len(size) < 3:
+        yield name, size
+        return
+    count, height, width = size
+    path, _, leaf = name.rpartition(".")
+    parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
+    for expert, part in itertools.product(range(count), parts):
+        yield f"{path}.{expert}.{part}.weight", torch.Size((height // len(parts), width))
 
 
 def settings_for(model: Path, out: Path, method: str, samples: int, options: argparse.Namespace) -> PruneSettings:
@@ -216,7 +236,7 @@ def measure(model: Path, shape: str, method: str, profile: bool, once: float, op
         aside += time.perf_counter() - start
 
     report = prune(settings, progress, say, random_tokens(settings))
-    layers = SHAPES[shape]["num_hidden_layers"]
+    layers = ALL_SHAPES[shape]["num_hidden_layers"]
     measured, last = report.blocks[: options.blocks], report.blocks[-1]
     return {
         **about(report, shape, method, layers, measured),

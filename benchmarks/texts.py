@@ -3,7 +3,7 @@
     python -m benchmarks.texts FOLDER
 
 writes them to FOLDER as JSON lines, for a machine where other packages are installed: a benchmark that is given the
-folder measures on the same text.
+folder measures on the same text. `--training` also writes what `python -m benchmarks.tiny_moe` trains on.
 """
 
 from __future__ import annotations
@@ -19,18 +19,23 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from offline_prune.calibration.data import BUILTIN_PACKAGES, docstrings, pack
-from offline_prune.calibration.heldout import HELDOUT, heldout_documents
+from offline_prune.calibration.data import BUILTIN_PACKAGES, docstrings, docstrings_of, pack, parsed, python_files
+from offline_prune.calibration.heldout import HELDOUT, bare_code, heldout_documents
 from scripts.lock import locked
 from scripts.pruned import CACHE
 from vllm_spense.errors import SpenseError
 
 CALIBRATION = "calibration"
+TRAINING = "training"
 HANDBOOK = "handbook"
 #: Held out, from the one most like the calibration text on. Only docstrings are in any calibration text.
 DOMAINS = (*HELDOUT, HANDBOOK)
 #: Of each text; more than any benchmark reads.
 _DOCUMENTS = 1000
+#: None of them is in a held-out text; the calibration text's are.
+TRAINING_PACKAGES = (*BUILTIN_PACKAGES, "scipy", "sklearn", "sympy", "networkx", "nltk", "vllm", "fontTools", "pyarrow")
+#: Of all training text, and of one document of it, so that a few tables of numbers do not make up much of it.
+_TRAINING_CHARACTERS, _LONGEST = 36_000_000, 20_000
 #: English prose about something else than Python: The Debian Administrator's Handbook.
 _PACKAGE, _PAGES = "debian-handbook", "usr/share/doc/debian-handbook/html/en-US"
 
@@ -39,14 +44,16 @@ def documents(name: str) -> Iterator[str]:
     """The documents of a text, in an order that is always the same.
 
     Args:
-        name: `calibration` (docstrings of some packages) or a domain: `handbook` (Debian's, its paragraphs without
-            listings), or as `heldout_documents` has it.
+        name: `calibration` (docstrings of some packages), `training` (docstrings, and code without them, of more), or
+            a domain: `handbook` (Debian's, its paragraphs without listings), or as `heldout_documents` has it.
 
     Raises:
         SpenseError: `handbook` on a machine that cannot download Debian's packages.
     """
     if name == CALIBRATION:
         return docstrings(BUILTIN_PACKAGES, seed=0)
+    if name == TRAINING:
+        return _training()
     return _handbook(CACHE / _PACKAGE) if name == HANDBOOK else heldout_documents(name)
 
 
@@ -58,21 +65,50 @@ def heldout(
     Raises:
         SpenseError: no such file, or too little text.
     """
-    found = documents(domain) if folder is None else _read(folder / f"{domain}.jsonl")
-    return pack(found, tokenizer, samples, length, domain)
+    return pack(documents_in(folder, domain), tokenizer, samples, length, domain)
 
 
-def write(folder: Path) -> None:
-    """One `NAME.jsonl` for each text, a document a line."""
+def documents_in(folder: Path | None, name: str) -> Iterator[str]:
+    """As `documents`, or from a folder that `write` filled.
+
+    Raises:
+        SpenseError: no such file.
+    """
+    return documents(name) if folder is None else _read(folder / f"{name}.jsonl")
+
+
+def write(folder: Path, training: bool = False) -> None:
+    """One `NAME.jsonl` for each text, a document a line.
+
+    Args:
+        training: the training text too, which is much longer.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (CALIBRATION, *DOMAINS):
-        lines = [json.dumps({"text": text}) + "\n" for text in islice(documents(name), _DOCUMENTS)]
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    for name in (CALIBRATION, *DOMAINS, *([TRAINING] if training else [])):
+        found = documents(name) if name == TRAINING else islice(documents(name), _DOCUMENTS)
+        with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in found)
+
+
+def _training() -> Iterator[str]:
+    left = _TRAINING_CHARACTERS
+    for path in python_files(TRAINING_PACKAGES, seed=0):
+        tree = parsed(path)
+        if tree is None:
+            continue
+        for text in filter(None, (docstrings_of(path), bare_code(tree))):
+            yield text[: min(left, _LONGEST)]
+            left -= min(len(text), _LONGEST)
+            if left <= 0:
+                return
 
 
 def _read(file: Path) -> Iterator[str]:
     if not file.is_file():
-        raise SpenseError(f"{file}: no such file; `python -m benchmarks.texts {file.parent}` writes it")
+        raise SpenseError(
+            f"{file}: no such file; `python -m benchmarks.texts {file.parent}` writes it"
+            + (" with --training" if file.stem == TRAINING else "")
+        )
     # Not `splitlines`: it also cuts at characters that JSON strings may hold.
     for line in filter(None, file.read_text(encoding="utf-8").split("\n")):
         yield json.loads(line)["text"]
@@ -136,7 +172,9 @@ def main() -> None:
         prog="python -m benchmarks.texts", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    write(parser.parse_args().folder)
+    parser.add_argument("--training", action="store_true")
+    options = parser.parse_args()
+    write(options.folder, options.training)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ SERVED = Path(__file__).parent / "results/served.json"
 
 _HEADINGS = {
     "prunes": "Pruned in every block",
-    "prunes with --skip-unsupported": "Pruned where a block has a dense gated MLP",
+    "prunes with --skip-unsupported": "Pruned in some blocks",
     "refused": "Refused",
     "not built": "Not tried",
 }
 _WORDS = {
     "prunes": "",
-    "prunes with --skip-unsupported": "The other blocks, experts most of the time, stay as they are, and "
+    "prunes with --skip-unsupported": "The others have no gated MLP of a known form and stay as they are, and "
     "`--skip-unsupported` says that this is meant. Of four blocks so many were pruned:",
     "refused": "",
     "not built": "Small sizes alone do not make a configuration of these, or they need a package that is not there:",
@@ -88,7 +88,8 @@ def _reason(outcome: Outcome) -> str:
 
 
 _REASONS = {
-    "found a mixture of": "all MLPs are mixtures of experts",
+    "do not hold each expert by itself": "the files hold all experts of a layer in one tensor",
+    "found a mixture of": "experts of a form that is not known",
     "found no gated MLP": "no gated MLP",
     "found an encoder with a decoder": "an encoder with a decoder",
     "several streams": "blocks take several streams of hidden states at once",

@@ -15,6 +15,7 @@ from offline_prune.calibration.images import image_places
 from offline_prune.calibration.sensitivity import LENGTH, SEQUENCES
 from offline_prune.checkpoint.output_folder import PARTIAL
 from offline_prune.checkpoint.writer import merges
+from offline_prune.expert_pruning import batch_bytes, experts_at_once
 from offline_prune.methods.recipe import Layout, Quantize, Selection
 from offline_prune.model.companions import companions
 from offline_prune.model.experts import Experts
@@ -145,7 +146,8 @@ def memory_plan(
         "down": (5 if recipe.layout is not Layout.BACK else 4) * 4 * widest**2 + 4 * hidden**2 + weights,
     }
     if experts:
-        phases |= _of_experts(max(experts, key=lambda each: each.count), batch, sums, dtype.itemsize)
+        most = max(experts, key=lambda each: each.count)
+        phases |= _of_experts(most, experts_at_once(most, recipe, device), batch, sums, dtype.itemsize)
     # Tuning keeps a copy of the dense MLP.
     weights_here = (parameters + (3 * widest * hidden if tunes else 0)) * dtype.itemsize
     kept = max(sum(_of_block(block.name, written)) for block in model.blocks)
@@ -192,19 +194,22 @@ def _with_writer(
     return found
 
 
-def _of_experts(experts: Experts, batch: int, sums: int, itemsize: int) -> dict[str, int]:
-    """Phases of a block with routed experts, each of which has Hessians of its own until it is pruned."""
+def _of_experts(experts: Experts, at_once: int, batch: int, sums: int, itemsize: int) -> dict[str, int]:
+    """Phases of a block with routed experts, each of which has Hessians of its own until it is pruned.
+
+    Args:
+        at_once: experts that are pruned together.
+    """
     count, hidden, inner = experts.count, experts.hidden, experts.intermediate
     # Every expert gets all of its tokens once more, in their order, and what is sampled of them stays.
     passed = batch * _EXPERTS_OF_A_TOKEN * (2 * hidden + 3 * inner) * itemsize
     sample = _EXPERTS_OF_A_TOKEN * 2 * max(hidden, inner) * hidden * itemsize
-    weights = 5 * 4 * inner * hidden
     return {
         "experts": sums * 4 * count * (hidden**2 + inner) + passed + sample,
         # As they are read, one by one, and as the model holds them.
         "experts, loaded": 2 * 3 * count * inner * hidden * itemsize,
-        "experts, gate and up": 4 * count * (hidden**2 + inner) + 4 * 4 * hidden**2 + 3 * weights + sample,
-        "experts, down": sums * 4 * count * inner**2 + passed + sample + 4 * 4 * inner**2 + weights,
+        "experts, gate and up": 4 * count * (hidden**2 + inner) + at_once * batch_bytes(experts) + sample,
+        "experts, down": sums * 4 * count * inner**2 + passed + sample + at_once * batch_bytes(experts),
     }
 
 

@@ -145,6 +145,13 @@ def _documents(source: str, seed: int, length: int) -> Iterator[Document]:
 
 def docstrings(packages: Iterable[str], seed: int) -> Iterator[str]:
     """The docstrings of installed packages, one Python file's after another's, files in random order."""
+    for path in python_files(packages, seed):
+        if text := docstrings_of(path):
+            yield text
+
+
+def python_files(packages: Iterable[str], seed: int) -> list[Path]:
+    """All Python files of installed packages, in random order; packages that are not installed have none."""
     files: list[Path] = []
     for package in packages:
         spec = importlib.util.find_spec(package)
@@ -152,19 +159,26 @@ def docstrings(packages: Iterable[str], seed: int) -> Iterator[str]:
             files += Path(spec.origin).parent.rglob("*.py")
     files.sort(key=lambda path: path.parts[-4:])
     random.Random(seed).shuffle(files)
-    for path in files:
-        text = "\n\n".join(_docstrings_of(path))
-        if text:
-            yield text
+    return files
 
 
-def _docstrings_of(path: Path) -> Iterator[str]:
+def docstrings_of(path: Path) -> str:
+    """The longer docstrings of a Python file, an empty line between them."""
+    tree = parsed(path)
+    return "\n\n".join(_long_docstrings(tree)) if tree else ""
+
+
+def parsed(path: Path) -> ast.Module | None:
+    """A Python file's syntax tree, or None: packages ship templates and tests of broken files."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
-            tree = ast.parse(path.read_text(encoding="utf-8"))
+            return ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError):
-        return  # Packages ship templates and tests of broken files; they are no prose.
+        return None
+
+
+def _long_docstrings(tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node, clean=False)

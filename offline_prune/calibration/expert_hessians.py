@@ -40,7 +40,7 @@ class ExpertHessians:
     """
 
     def __init__(self, count: int, size: int, device: torch.device, tokens: int, sampled: int) -> None:
-        self._hessians: list[Hessian] = [Hessian(size, device) for _ in range(count)]
+        self._hessians: list[Hessian] = [Hessian(size, device, few=True) for _ in range(count)]
         self._seen = [0] * count
         self._device = device
         self._stride = max(1, tokens // sampled)
@@ -50,7 +50,7 @@ class ExpertHessians:
     def add(self, expert: int, inputs: torch.Tensor, shard: int) -> None:
         """Adds (tokens, K) of a shard of the text that are routed to an expert."""
         self._hessians[expert].skip_to(shard)
-        self._hessians[expert].add(inputs, shard)
+        self._hessians[expert].add_untimed(inputs, shard)
         self._seen[expert] += len(inputs)
         self.sample.setdefault(shard, []).append(inputs[:: self._stride].clone())
 
@@ -89,13 +89,13 @@ class MidStatistics:
 
     def __init__(self, kind: type[Hessian] | type[Energy], count: int, size: int, device: torch.device) -> None:
         self._kind, self._size, self._device = kind, size, device
-        self._own = [kind(size, device) for _ in range(count)]
+        self._own = [kind(size, device, few=True) for _ in range(count)]
         self._shown = [0] * count
 
     def add(self, expert: int, mid: torch.Tensor, shard: int) -> None:
         """Adds (tokens, I) of an expert."""
         self._own[expert].skip_to(shard)
-        self._own[expert].add(mid, shard)
+        self._own[expert].add_untimed(mid, shard)
         self._shown[expert] += len(mid)
 
     def results(self, sample: dict[int, list[torch.Tensor]], mid: Mid, shards: int) -> list[torch.Tensor]:
@@ -114,11 +114,11 @@ class MidStatistics:
             own.skip_to(shards - 1)
             total = own.result()
             if n < self._size:
-                borrowed = self._kind(self._size, self._device)
+                borrowed = self._kind(self._size, self._device, few=True)
                 for shard in range(shards):
                     borrowed.skip_to(shard)
                     for part in sample.get(shard, []):
-                        borrowed.add(mid(expert, part), shard)
+                        borrowed.add_untimed(mid(expert, part), shard)
                 total.add_(borrowed.result(), alpha=(self._size - n) / sampled)
             found.append(total)
         return found

@@ -37,14 +37,18 @@ def heldout_documents(domain: str) -> Iterator[str]:
 def _code() -> Iterator[str]:
     library = Path(sysconfig.get_paths()["stdlib"])
     for file in _shuffled(sorted(file for package in _CODE for file in (library / package).glob("*.py"))):
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if (
-                isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-                and ast.get_docstring(node) is not None
-            ):
-                node.body = node.body[1:] or [ast.Pass()]
-        yield ast.unparse(tree)
+        yield bare_code(ast.parse(file.read_text(encoding="utf-8")))
+
+
+def bare_code(tree: ast.Module) -> str:
+    """The code of a syntax tree, which is changed, without docstrings and comments."""
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            and ast.get_docstring(node) is not None
+        ):
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
 
 
 def _shuffled(items: list[Item]) -> list[Item]:

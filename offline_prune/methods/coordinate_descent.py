@@ -6,12 +6,12 @@ values without zeros are v = ŵ − R_g·G, G = (H_gg)⁻¹. Zeros at a pair z o
 than v, and what stays is best at v_k − v_z·(G_zz)⁻¹·G_zk (Optimal Brain Surgeon for two weights at once; Hassibi &
 Stork 1993). Of the six pairs the cheapest one goes, so f never rises. Columns that are not pruned take v.
 
-All functions are pure: tensors in, tensors out.
+All functions are pure: tensors in, tensors out. Shapes that begin with … also take a batch, as `sparsegpt` does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -31,9 +31,9 @@ class Groups(NamedTuple):
     """What decides about each of n groups of four columns, float32.
 
     Attributes:
-        inverse: (n, 4, 4): G.
-        quadratic: (n, 6, 2, 2): (G_zz)⁻¹ of each pair z.
-        follow: (n, 6, 2, 2): (G_zz)⁻¹·G_zk, what the two that stay lose by each of the two that go.
+        inverse: (…, n, 4, 4): G.
+        quadratic: (…, n, 6, 2, 2): (G_zz)⁻¹ of each pair z.
+        follow: (…, n, 6, 2, 2): (G_zz)⁻¹·G_zk, what the two that stay lose by each of the two that go.
     """
 
     inverse: torch.Tensor
@@ -41,7 +41,9 @@ class Groups(NamedTuple):
     follow: torch.Tensor
 
     def subset(self, groups: slice) -> Groups:
-        return Groups(*(table[groups] for table in self))
+        return Groups(
+            self.inverse[..., groups, :, :], self.quadratic[..., groups, :, :, :], self.follow[..., groups, :, :, :]
+        )
 
 
 #: `solve_block` or its Triton twin.
@@ -52,7 +54,7 @@ def descend(
     weight: torch.Tensor,
     pruned: torch.Tensor,
     hessian: torch.Tensor,
-    damping: float,
+    damping: float | Sequence[float],
     *,
     sparse_rows: torch.Tensor,
     sparse_columns: torch.Tensor,
@@ -66,10 +68,10 @@ def descend(
     SparseGPT's is. On a GPU one kernel walks the groups of a block; `solve_block` is its twin in plain torch.
 
     Args:
-        weight: float (N, K), W.
-        pruned: float32 (N, K), Ŵ, 2:4 in its sparse rows and columns.
-        hessian: float32 (K, K), H.
-        damping: λ / mean(diag H), positive if H is singular; H + λ·I stands for H above.
+        weight: float (…, N, K), W.
+        pruned: float32 (…, N, K), Ŵ, 2:4 in its sparse rows and columns.
+        hessian: float32 (…, K, K), H.
+        damping: λ / mean(diag H), of a batch that of each; positive if H is singular; H + λ·I stands for H above.
         sparse_rows: bool (N,); other rows stay as they are.
         sparse_columns: bool (K,); True comes in runs of whole groups of four.
         passes: how many.
@@ -77,15 +79,16 @@ def descend(
         row_chunks: see `sparsegpt.sparsegpt`.
 
     Returns:
-        float32 (N, K).
+        float32 (…, N, K).
     """
     if not passes:
         return pruned
     everywhere = bool(sparse_rows.all())
-    work = pruned.clone() if everywhere else pruned[sparse_rows]
-    delta = work - (weight if everywhere else weight[sparse_rows])
+    work = pruned.clone() if everywhere else pruned[..., sparse_rows, :]
+    delta = work - (weight if everywhere else weight[..., sparse_rows, :])
     heights = [int(chunk.sum()) for chunk in sparse_rows.tensor_split(row_chunks)]
-    added = damping * hessian.diagonal().double().mean().item()
+    mean = hessian.diagonal(dim1=-2, dim2=-1).double().mean(-1)
+    added = (torch.as_tensor(damping, dtype=mean.dtype, device=mean.device) * mean).float()
     blocks = list(_blocks(sparse_columns, block_size))
     groups = group_tables(hessian, added, sparse_columns)
     solve = _solver(work.device)
@@ -93,38 +96,38 @@ def descend(
     for _ in range(passes):
         done = 0
         for here, sparse in blocks:
-            corner = hessian[here, here].clone()
-            corner.diagonal().add_(added)
-            slope = torch.cat([chunk @ hessian[:, here] for chunk in delta.split(heights)])
-            slope.add_(delta[:, here], alpha=added)
+            corner = hessian[..., here, here].clone()
+            corner.diagonal(dim1=-2, dim2=-1).add_(added[..., None])
+            slope = torch.cat([chunk @ hessian[..., here] for chunk in delta.split(heights, -2)], -2)
+            slope.addcmul_(delta[..., here], added[..., None, None])
             if sparse:
-                count = slope.shape[1] // GROUP
-                change = solve(work[:, here], slope, corner, *groups.subset(slice(done, done + count)))
+                count = slope.shape[-1] // GROUP
+                change = solve(work[..., here], slope, corner, *groups.subset(slice(done, done + count)))
                 done += count
             else:
-                change = -torch.cholesky_solve(slope.T, torch.linalg.cholesky(corner)).T
-                work[:, here].add_(change)
-            delta[:, here].add_(change)
+                change = -torch.cholesky_solve(slope.mT, torch.linalg.cholesky(corner)).mT
+                work[..., here].add_(change)
+            delta[..., here].add_(change)
 
     if everywhere:
         return work
     result = pruned.clone()
-    result[sparse_rows] = work
+    result[..., sparse_rows, :] = work
     return result
 
 
-def group_tables(hessian: torch.Tensor, added: float, sparse_columns: torch.Tensor) -> Groups:
-    """Of every group of four among the sparse columns, with `added` on the diagonal of H."""
+def group_tables(hessian: torch.Tensor, added: torch.Tensor, sparse_columns: torch.Tensor) -> Groups:
+    """Of every group of four among the sparse columns, with `added`, float32 (…), on the diagonal of H (…, K, K)."""
     first = sparse_columns.nonzero().view(-1, GROUP)
-    corners = hessian[first[:, :, None], first[:, None, :]].double()
-    corners.diagonal(dim1=1, dim2=2).add_(added)
+    corners = hessian[..., first[:, :, None], first[:, None, :]].double()
+    corners.diagonal(dim1=-2, dim2=-1).add_(added[..., None, None])
     inverse = torch.linalg.inv(corners)
     quadratic, follow = [], []
     for pair, stay in zip(PAIRS, _STAYING, strict=True):
-        of_pair = torch.linalg.inv(inverse[:, pair][:, :, pair])
+        of_pair = torch.linalg.inv(inverse[..., pair, :][..., pair])
         quadratic.append(of_pair)
-        follow.append(of_pair @ inverse[:, pair][:, :, stay])
-    return Groups(*(table.float() for table in (inverse, torch.stack(quadratic, 1), torch.stack(follow, 1))))
+        follow.append(of_pair @ inverse[..., pair, :][..., stay])
+    return Groups(*(table.float() for table in (inverse, torch.stack(quadratic, -3), torch.stack(follow, -3))))
 
 
 def _blocks(sparse_columns: torch.Tensor, block_size: int) -> Iterator[tuple[slice, bool]]:
@@ -158,14 +161,17 @@ def solve_block(
     """Decides neighbouring groups of four in place, one after the other, and returns by how much weights changed.
 
     Args:
-        weight: float32 (N, n), overwritten by the new values.
-        slope: float32 (N, n), R of these columns; overwritten.
-        corner: float32 (n, n), the columns' part of the damped H.
+        weight: float32 (…, N, n), overwritten by the new values.
+        slope: float32 (…, N, n), R of these columns; overwritten.
+        corner: float32 (…, n, n), the columns' part of the damped H.
         inverse, quadratic, follow: of these n / 4 groups, as `Groups` has them.
 
     Returns:
-        float32 (N, n).
+        float32 (…, N, n).
     """
+    if weight.ndim > 2:
+        problems = zip(weight, slope, corner, inverse, quadratic, follow, strict=True)
+        return torch.stack([solve_block(*problem) for problem in problems])
     columns, slopes = weight.T.contiguous(), slope.T.contiguous()
     changes = torch.empty_like(columns)
     of_pairs = _of_pairs(quadratic, follow)

@@ -55,10 +55,19 @@ def _descend(
     width,
     weight_stride,
     corner_stride,
+    next_weight,
+    next_corner,
     TABLE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    # The pointers to this problem of a batch.
+    problem = tl.program_id(1).to(tl.int64)
+    weight += problem * next_weight
+    corner += problem * next_corner
+    slope += problem * height * width
+    change += problem * height * width
+    tables += problem * (width // 4) * TABLE
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     exists = (rows < height)[:, None] & (columns < width)[None, :]
@@ -115,13 +124,13 @@ def solve_block(
     follow: torch.Tensor,
 ) -> torch.Tensor:
     """`coordinate_descent.solve_block` in one launch: same arguments, same result but for the order of sums."""
-    height, width = weight.shape
+    *batch, height, width = weight.shape
     assert slope.is_contiguous()
-    change = torch.empty(height, width, device=weight.device)
+    change = torch.empty(weight.shape, device=weight.device)
     q = quadratic
-    pairs = torch.stack([q[..., 0, 0], 2 * q[..., 0, 1], q[..., 1, 1], *follow.flatten(2).unbind(2)], dim=2)
-    tables = torch.cat([inverse.flatten(1), pairs.flatten(1)], dim=1)
-    _descend[(triton.cdiv(height, ROWS),)](
+    pairs = torch.stack([q[..., 0, 0], 2 * q[..., 0, 1], q[..., 1, 1], *follow.flatten(-2).unbind(-1)], dim=-1)
+    tables = torch.cat([inverse.flatten(-2), pairs.flatten(-2)], dim=-1)
+    _descend[(triton.cdiv(height, ROWS), *(batch or [1]))](
         weight,
         slope,
         change,
@@ -129,6 +138,8 @@ def solve_block(
         tables,
         height,
         width,
+        weight.stride(-2),
+        corner.stride(-2),
         weight.stride(0),
         corner.stride(0),
         TABLE=_TABLE,

@@ -24,13 +24,13 @@ def channel_scales(weight: torch.Tensor, headroom: float = 1.0) -> torch.Tensor:
     """headroom · max |w| / 448 of each row.
 
     Args:
-        weight: (N, K) float.
+        weight: (…, N, K) float.
         headroom: how far weights may grow before they saturate.
 
     Returns:
-        float32 (N, 1), positive, exactly representable in BF16; 1 for a row of zeros.
+        float32 (…, N, 1), positive, exactly representable in BF16; 1 for a row of zeros.
     """
-    return _scales_for(weight.abs().amax(dim=1, keepdim=True).float(), headroom)
+    return _scales_for(weight.abs().amax(dim=-1, keepdim=True).float(), headroom)
 
 
 def _scales_for(largest: torch.Tensor, headroom: float) -> torch.Tensor:
@@ -45,14 +45,14 @@ def least_squares_scales(weight: torch.Tensor, headroom: float = 1.0) -> torch.T
     and one octave holds all there is to choose from: which weights come to lie where the steps are relatively small.
 
     Args:
-        weight: (N, K) float.
+        weight: (…, N, K) float.
         headroom: how far weights may at least grow before they saturate.
 
     Returns:
         As `channel_scales`.
     """
     found = []
-    for chunk in weight.split(max(1, _AT_ONCE[weight.device.type] // weight.shape[1])):
+    for chunk in weight.flatten(0, -2).split(max(1, _AT_ONCE[weight.device.type] // weight.shape[-1])):
         chunk = chunk.float()
         largest = chunk.abs().amax(dim=1, keepdim=True)
         best = least = torch.full_like(largest, torch.inf)
@@ -62,7 +62,7 @@ def least_squares_scales(weight: torch.Tensor, headroom: float = 1.0) -> torch.T
             best = torch.where(error < least, scales, best)
             least = torch.minimum(least, error)
         found.append(best)
-    return torch.cat(found)
+    return torch.cat(found).view(*weight.shape[:-1], 1)
 
 
 def to_fp8(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,12 @@
-"""Pruning one gated MLP: the mathematics between its Hessians and its final weights."""
+"""Pruning one gated MLP: the mathematics between its Hessians and its final weights.
+
+Shapes that begin with … also take a batch of MLPs, a layer's experts, with the same regions.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,12 +22,15 @@ from offline_prune.methods.dense_selection import (
 )
 from offline_prune.methods.fp8 import COMPENSATION_HEADROOM, channel_scales, least_squares_scales, round_to_fp8
 from offline_prune.methods.recipe import Grouping, Layout, Quantize, Recipe, Selection, Solver
-from offline_prune.methods.sparsegpt import InverseFactor, inverse_factor, sparsegpt
+from offline_prune.methods.sparsegpt import InverseFactor, inverse_factor, inverse_factors, sparsegpt
 from offline_prune.methods.wanda import prune_by_score, wanda_scores
 from offline_prune.runtime import deterministic_reduce, distributed
 from offline_prune.runtime.matmul_precision import fast_matmul
 from offline_prune.runtime.profiler import stage
 from vllm_spense.format import Regions
+
+#: Names a weight in errors; of a batch each of them.
+Names = str | Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -32,9 +38,9 @@ class Pruned:
     """A pruned weight.
 
     Attributes:
-        weight: float32 (N, K), the values that inference will multiply with.
-        scales: float32 (N, 1) of its FP8 form, or None.
-        error: tr(Δ·H·Δᵀ) of each row, float32 (N,): the squared error of that output over the calibration text.
+        weight: float32 (…, N, K), the values that inference will multiply with.
+        scales: float32 (…, N, 1) of its FP8 form, or None.
+        error: tr(Δ·H·Δᵀ) of each row, float32 (…, N): the squared error of that output over the calibration text.
         power: tr(W·H·Wᵀ) of each row, the square of the output itself.
         factor: of H, its columns in the order in which they were processed; None where nothing asked for one.
     """
@@ -47,13 +53,33 @@ class Pruned:
 
     @property
     def damping(self) -> float | None:
-        """λ / mean(diag H) that the factorization needed."""
+        """λ / mean(diag H) that the factorization needed, of a batch the largest."""
         return self.factor.damping if self.factor else None
 
     def rows(self, order: torch.Tensor) -> Pruned:
-        """Some rows, or all in another order."""
-        scales = None if self.scales is None else self.scales[order]
-        return Pruned(self.weight[order], scales, self.error[order], self.power[order], self.factor)
+        """Some rows, or all in another order.
+
+        Args:
+            order: int64 (n,), of a batch (E, n).
+        """
+        scales = None if self.scales is None else _rows(self.scales, order)
+        return Pruned(
+            _rows(self.weight, order), scales, _rows(self.error, order), _rows(self.power, order), self.factor
+        )
+
+    def each(self) -> list[Pruned]:
+        """Of a batch."""
+        count = len(self.weight)
+        scales = [None] * count if self.scales is None else list(self.scales)
+        factors = self.factor.each() if self.factor else [None] * count
+        return [Pruned(*parts) for parts in zip(self.weight, scales, self.error, self.power, factors, strict=True)]
+
+
+def _rows(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """tensor[order], or tensor[e][order[e]] of each e."""
+    if order.ndim == 1:
+        return tensor[order]
+    return tensor[torch.arange(len(order), device=order.device)[:, None], order]
 
 
 def select_and_prune(
@@ -63,32 +89,41 @@ def select_and_prune(
     mid: torch.Tensor,
     regions: Regions,
     recipe: Recipe,
-    layer: str,
+    layer: Names,
 ) -> tuple[Pruned, torch.Tensor]:
     """Chooses the order of one MLP's intermediate indices, and prunes gate and up in that order.
 
     Args:
-        gate_up: float (2·I, H), gate's rows first, in the original order.
-        down: float (H, I), likewise.
-        hessian: float32 (H, H).
+        gate_up: float (…, 2·I, H), gate's rows first, in the original order.
+        down: float (…, H, I), likewise.
+        hessian: float32 (…, H, H).
         mid, layer: see `file_order`.
 
     Returns:
-        Gate and up in file order, and that order, int64 (I,): position in the file → original index.
+        Gate and up in file order, and that order, int64 (…, I): position in the file → original index.
     """
-    what = f"{layer}: gate and up"
+    what = f"{layer}: gate and up" if isinstance(layer, str) else [f"{each}: gate and up" for each in layer]
     all_rows_pruned = None
     if recipe.selection is Selection.OUTPUT_LOSS and regions.sparse and regions.dense:
         with stage("prune"):
             all_rows_pruned = prune_all_rows(gate_up, hessian, recipe, what)
     with stage("select"):
-        gate, up = gate_up.chunk(2)
-        order = file_order(gate, up, down, hessian, mid, regions, recipe, layer, all_rows_pruned)
-        both = torch.cat([order, order + regions.intermediate])
+        gate, up = gate_up.chunk(2, -2)
+        if isinstance(layer, str):
+            order = file_order(gate, up, down, hessian, mid, regions, recipe, layer, all_rows_pruned)
+        else:
+            alone = all_rows_pruned.each() if all_rows_pruned else [None] * len(layer)
+            order = torch.stack(
+                [
+                    file_order(gate[i], up[i], down[i], hessian[i], mid[i], regions, recipe, name, alone[i])
+                    for i, name in enumerate(layer)
+                ]
+            )
+        both = torch.cat([order, order + regions.intermediate], -1)
         if all_rows_pruned is not None:
             all_rows_pruned = all_rows_pruned.rows(both)
     with stage("prune"):
-        return prune_gate_up(gate_up[both], hessian, regions, recipe, what, all_rows_pruned), order
+        return prune_gate_up(_rows(gate_up, both), hessian, regions, recipe, what, all_rows_pruned), order
 
 
 def file_order(
@@ -142,14 +177,14 @@ def random_seed(layer: str, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {layer}".encode()).digest()[:8], "little")
 
 
-def prune_all_rows(gate_up: torch.Tensor, hessian: torch.Tensor, recipe: Recipe, layer: str) -> Pruned:
+def prune_all_rows(gate_up: torch.Tensor, hessian: torch.Tensor, recipe: Recipe, layer: Names) -> Pruned:
     """Prunes gate and up as if no row stayed dense, without rounding.
 
     Args:
-        gate_up: float (2·I, H), gate's rows first.
-        hessian: float32 (H, H).
+        gate_up: float (…, 2·I, H), gate's rows first.
+        hessian: float32 (…, H, H).
     """
-    rows, columns = (torch.ones(size, dtype=torch.bool, device=gate_up.device) for size in gate_up.shape)
+    rows, columns = (torch.ones(size, dtype=torch.bool, device=gate_up.device) for size in gate_up.shape[-2:])
     return _prune(gate_up, hessian, rows, columns, replace(recipe, quantize=Quantize.NONE), layer)
 
 
@@ -158,14 +193,14 @@ def prune_gate_up(
     hessian: torch.Tensor,
     regions: Regions,
     recipe: Recipe,
-    layer: str,
+    layer: Names,
     all_rows_pruned: Pruned | None = None,
 ) -> Pruned:
     """Prunes gate and up together, which share their inputs.
 
     Args:
-        gate_up: float (2·I, H), gate's rows first, both in file order.
-        hessian: float32 (H, H).
+        gate_up: float (…, 2·I, H), gate's rows first, both in file order.
+        hessian: float32 (…, H, H).
         all_rows_pruned: what `prune_all_rows` made of these rows, in file order too: what it has is not done again.
     """
     return _prune(gate_up, hessian, *_gate_up_regions(gate_up, regions), recipe, layer, all_rows_pruned)
@@ -189,7 +224,7 @@ def round_gate_up(
 def _gate_up_regions(gate_up: torch.Tensor, regions: Regions) -> tuple[torch.Tensor, torch.Tensor]:
     """bool (2·I,) and (H,): which rows and columns are 2:4."""
     rows = torch.arange(regions.intermediate, device=gate_up.device) < regions.sparse
-    return rows.repeat(2), torch.ones(gate_up.shape[1], dtype=torch.bool, device=gate_up.device)
+    return rows.repeat(2), torch.ones(gate_up.shape[-1], dtype=torch.bool, device=gate_up.device)
 
 
 def prune_down(
@@ -198,22 +233,24 @@ def prune_down(
     order: torch.Tensor,
     regions: Regions,
     recipe: Recipe,
-    layer: str,
+    layer: Names,
 ) -> Pruned:
     """Prunes the first S columns of down.
 
     Args:
-        down: float (H, I), columns in file order.
-        hessian: float32 (I, I), in file order.
-        order: (I,), position in the file → original index; decides the processing order of layout `none`.
+        down: float (…, H, I), columns in file order.
+        hessian: float32 (…, I, I), in file order.
+        order: (I,), position in the file → original index; decides the processing order of layout `none`, which so
+            takes only batches of one.
     """
     steps = processing_order(order, regions, recipe.layout)
-    rows = torch.ones(len(down), dtype=torch.bool, device=down.device)
+    rows = torch.ones(down.shape[-2], dtype=torch.bool, device=down.device)
     if recipe.layout is Layout.BACK:
         # Nothing moves, and another Hessian would need as much memory as the first.
         return _prune(down, hessian, rows, steps < regions.sparse, recipe, layer)
-    pruned = _prune(down[:, steps], hessian[steps][:, steps], rows, steps < regions.sparse, recipe, layer)
-    return replace(pruned, weight=pruned.weight[:, steps.argsort()].contiguous())
+    moved = hessian[..., steps, :][..., steps]
+    pruned = _prune(down[..., steps], moved, rows, steps < regions.sparse, recipe, layer)
+    return replace(pruned, weight=pruned.weight[..., steps.argsort()].contiguous())
 
 
 def round_down(
@@ -232,23 +269,27 @@ def _prune(
     sparse_rows: torch.Tensor,
     sparse_columns: torch.Tensor,
     recipe: Recipe,
-    layer: str,
+    layer: Names,
     all_rows_pruned: Pruned | None = None,
 ) -> Pruned:
     weight = weight.float()
     factor = all_rows_pruned.factor if all_rows_pruned else None
     compensates, passes = recipe.solver is Solver.SPARSEGPT, recipe.descent_passes
     if factor is None and (compensates or passes):
-        factor = inverse_factor(hessian, recipe.damping, layer)
+        if isinstance(layer, str):
+            factor = inverse_factor(hessian, recipe.damping, layer)
+        else:
+            factor = inverse_factors(hessian, recipe.damping, layer)
 
     def unrounded(rows: slice) -> torch.Tensor:
-        chunk, sparse = weight[rows], sparse_rows[rows]
+        chunk, sparse = weight[..., rows, :], sparse_rows[rows]
         if compensates and factor:
             result = sparsegpt(
                 chunk, factor, sparse_rows=sparse, sparse_columns=sparse_columns, row_chunks=_row_chunks()
             )
         else:
-            scores = wanda_scores(chunk, hessian.diagonal()) if recipe.solver is Solver.WANDA else chunk.abs()
+            energy = hessian.diagonal(dim1=-2, dim2=-1)
+            scores = wanda_scores(chunk, energy) if recipe.solver is Solver.WANDA else chunk.abs()
             result = prune_by_score(chunk, scores, sparse_rows=sparse, sparse_columns=sparse_columns)
         if not factor:
             return result
@@ -256,7 +297,7 @@ def _prune(
             chunk,
             result,
             hessian,
-            factor.damping,
+            factor.damping if isinstance(layer, str) else factor.dampings,
             sparse_rows=sparse,
             sparse_columns=sparse_columns,
             passes=passes,
@@ -266,7 +307,7 @@ def _prune(
     result, scales = weight, None
     if recipe.prunes_unrounded:
         if all_rows_pruned is None:
-            result = distributed.row_parallel(len(weight), unrounded)
+            result = distributed.row_parallel(weight.shape[-2], unrounded)
         else:
             result = torch.where(sparse_rows[:, None], all_rows_pruned.weight, weight)
     if recipe.rounds_inside:
@@ -290,15 +331,15 @@ def _rounded(
 
     def rounded(rows: slice) -> torch.Tensor:
         return sparsegpt(
-            weight[rows],
+            weight[..., rows, :],
             factor,
             sparse_rows=sparse_rows[rows],
             sparse_columns=sparse_columns,
-            scales=scales[rows],
+            scales=scales[..., rows, :],
             row_chunks=_row_chunks(),
         )
 
-    return distributed.row_parallel(len(weight), rounded), scales
+    return distributed.row_parallel(weight.shape[-2], rounded), scales
 
 
 def _row_chunks() -> int:
@@ -312,4 +353,4 @@ def _scale_rule(recipe: Recipe) -> Callable[..., torch.Tensor]:
 
 def _row_power(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     with fast_matmul():
-        return ((weight @ hessian) * weight).sum(1)
+        return ((weight @ hessian) * weight).sum(-1)

@@ -1,11 +1,12 @@
 """SparseGPT (Frantar & Alistarh 2023) for a weight of which only some rows and columns are 2:4 sparse.
 
-All functions are pure: tensors in, tensors out.
+All functions are pure: tensors in, tensors out. Shapes that begin with … also take a batch: weights of one size, such
+as experts', with a Hessian each and the same sparse rows and columns. One launch then does what would take one each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +22,11 @@ MAX_DAMPING = 1.0
 DENSE = -1
 #: Triangular matrices of this size are inverted by substitution, larger ones by halves.
 _SMALL = 1024
+#: Matrices of a batch of this size are factorized by the library, larger ones by halves.
+_SMALL_IN_BATCH = 128
 
-#: (columns of W (N, n), changed in place; their corner of U (n, n); roles; prunable rows (N,); scales (N,)) → errors.
+#: (columns of W (…, N, n), changed in place; their corner of U (…, n, n); roles; prunable rows (N,); scales (…, N)) →
+#: errors (…, N, n).
 Solver = Callable[[torch.Tensor, torch.Tensor, list[int], torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
@@ -31,12 +35,21 @@ class InverseFactor:
     """U with H⁻¹ = Uᵀ·U.
 
     Attributes:
-        upper: float32 (K, K), upper triangular with a positive diagonal.
-        damping: the λ / mean(diag H) that made the factorization succeed.
+        upper: float32 (…, K, K), upper triangular with a positive diagonal.
+        dampings: the λ / mean(diag H) that made the factorization succeed, of each matrix.
     """
 
     upper: torch.Tensor
-    damping: float
+    dampings: tuple[float, ...]
+
+    @property
+    def damping(self) -> float:
+        """The largest."""
+        return max(self.dampings)
+
+    def each(self) -> list[InverseFactor]:
+        """Of a batch."""
+        return [InverseFactor(upper, (damping,)) for upper, damping in zip(self.upper, self.dampings, strict=True)]
 
 
 def inverse_factor(hessian: torch.Tensor, damping: float, layer: str) -> InverseFactor:
@@ -73,7 +86,61 @@ def inverse_factor(hessian: torch.Tensor, damping: float, layer: str) -> Inverse
                 )
             damping = max(damping, 1e-4) * 10
         _invert_lower(lower)
-        return InverseFactor(lower.flip(0, 1).contiguous(), damping)
+        return InverseFactor(lower.flip(0, 1).contiguous(), (damping,))
+
+
+def inverse_factors(hessians: torch.Tensor, damping: float, layers: Sequence[str]) -> InverseFactor:
+    """As `inverse_factor`, of a batch: the same matrices but for the order of sums.
+
+    Needs memory for three more batches of H's size.
+
+    Args:
+        hessians: float32 (E, K, K).
+        layers: E names.
+    """
+    diagonal = hessians.diagonal(dim1=1, dim2=2)
+    means = diagonal.double().mean(1)
+    with stage("factorize"):
+        damped = hessians.flip(1, 2)
+        damped.diagonal(dim1=1, dim2=2).add_(damping * means.float()[:, None])
+        inverse, failed = _inverse_cholesky(damped)
+        del damped
+        upper = inverse.flip(1, 2)
+    dampings = [damping] * len(hessians)
+    # What is no number fails too, and is told apart there.
+    failed |= ~(torch.isfinite(upper.diagonal(dim1=1, dim2=2)).all(1) & (means > 0))
+    for i in failed.nonzero().flatten().tolist():
+        alone = inverse_factor(hessians[i], damping, layers[i])
+        upper[i], dampings[i] = alone.upper, alone.damping
+    return InverseFactor(upper, tuple(dampings))
+
+
+def _inverse_cholesky(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """L⁻¹ of M = L·Lᵀ, and which matrices have none.
+
+    With M = [[A, Bᵀ], [B, C]] and A = L_A·L_Aᵀ, the corner of L is X = B·L_A⁻ᵀ, C − X·Xᵀ = L_C·L_Cᵀ, and that of L⁻¹
+    −L_C⁻¹·X·L_A⁻¹. So nearly all of it is products of matrices, which a GPU does for a whole batch at once.
+
+    Args:
+        matrices: float32 (E, n, n), symmetric.
+
+    Returns:
+        float32 (E, n, n), lower triangular, and bool (E,).
+    """
+    size = matrices.shape[-1]
+    if size <= _SMALL_IN_BATCH:
+        lower, failed = torch.linalg.cholesky_ex(matrices)
+        identity = torch.eye(size, dtype=lower.dtype, device=lower.device).expand_as(lower)
+        return torch.linalg.solve_triangular(lower, identity, upper=False), failed != 0
+    half = size // 2
+    top, failed = _inverse_cholesky(matrices[:, :half, :half])
+    corner = matrices[:, half:, :half] @ top.mT
+    bottom, too = _inverse_cholesky(matrices[:, half:, half:] - corner @ corner.mT)
+    inverse = torch.zeros_like(matrices)
+    inverse[:, :half, :half] = top
+    inverse[:, half:, half:] = bottom
+    inverse[:, half:, :half] = (bottom @ (corner @ top)).neg_()
+    return inverse, failed | too
 
 
 def _invert_lower(lower: torch.Tensor) -> None:
@@ -142,17 +209,17 @@ def sparsegpt(
     a block; `solve_block` is its twin in plain torch.
 
     Args:
-        weight: float (N, K).
-        factor: of this weight's input Hessian (K, K).
+        weight: float (…, N, K).
+        factor: of this weight's input Hessian (…, K, K).
         sparse_rows: bool (N,); other rows are never pruned.
         sparse_columns: bool (K,); True comes in runs of whole groups of four. Other columns are never pruned.
-        scales: (N, 1) float32; rounds every weight to FP8 with these, or None.
+        scales: (…, N, 1) float32; rounds every weight to FP8 with these, or None.
         block_size: columns between two updates of everything to the right.
         row_chunks: in how many products such an update is made; how a library multiplies may depend on the number of
             rows, and so in the last bit the result.
 
     Returns:
-        float32 (N, K).
+        float32 (…, N, K).
     """
     upper = factor.upper
     solve = _solver(weight.device)
@@ -160,20 +227,21 @@ def sparsegpt(
     # Without rounding, a row that is never pruned makes no error and gets none.
     rows = sparse_rows if scales is None else torch.ones_like(sparse_rows)
     everywhere = bool(rows.all())
-    work = result if everywhere else result[rows]
+    work = result if everywhere else result[..., rows, :]
     prunable = sparse_rows[rows]
     heights = [int(chunk.sum()) for chunk in rows.tensor_split(row_chunks)]
-    channel = None if scales is None else scales.float().squeeze(1)
+    channel = None if scales is None else scales.float().squeeze(-1).contiguous()
 
     for block in _blocks(sparse_columns, block_size, dense_too=scales is not None):
         here = slice(block.start, block.stop)
-        errors = solve(work[:, here], upper[here, here], block.roles, prunable, channel)
-        if block.stop < work.shape[1]:
-            for right, made in zip(work[:, block.stop :].split(heights), errors.split(heights), strict=True):
-                right.addmm_(made, upper[here, block.stop :], alpha=-1)
+        errors = solve(work[..., here], upper[..., here, here], block.roles, prunable, channel)
+        if block.stop < work.shape[-1]:
+            spread = upper[..., here, block.stop :]
+            for right, made in zip(work[..., block.stop :].split(heights, -2), errors.split(heights, -2), strict=True):
+                (right.addmm_ if right.ndim == 2 else right.baddbmm_)(made, spread, alpha=-1)
 
     if not everywhere:
-        result[rows] = work
+        result[..., rows, :] = work
     return result
 
 
@@ -195,15 +263,19 @@ def solve_block(
     """Decides neighbouring columns of a weight in place and returns their errors.
 
     Args:
-        weight: float32 (N, n), overwritten by the final values.
-        corner: float32 (n, n), the columns' part of U.
+        weight: float32 (…, N, n), overwritten by the final values.
+        corner: float32 (…, n, n), the columns' part of U.
         roles: n times `DENSE` or the column's place in its group.
         prunable: bool (N,).
-        scales: float32 (N,) for rounding to FP8, or None.
+        scales: float32 (…, N) for rounding to FP8, or None.
 
     Returns:
-        float32 (N, n): (w_c − ŵ_c) / U_cc.
+        float32 (…, N, n): (w_c − ŵ_c) / U_cc.
     """
+    if weight.ndim > 2:
+        of_each = [None] * len(weight) if scales is None else list(scales)
+        problems = zip(weight, corner, of_each, strict=True)
+        return torch.stack([solve_block(part, own, roles, prunable, each) for part, own, each in problems])
     columns = weight.T.contiguous()
     errors = torch.empty_like(columns)
     start = 0

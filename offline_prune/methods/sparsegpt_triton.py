@@ -62,11 +62,18 @@ def _walk(
     width,
     weight_stride,
     corner_stride,
+    next_weight,
+    next_corner,
     ROUND: tl.constexpr,
     LARGEST: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    # The pointers to this problem of a batch.
+    problem = tl.program_id(1).to(tl.int64)
+    weight += problem * next_weight
+    corner += problem * next_corner
+    errors += problem * height * width
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     exists = (rows < height)[:, None] & (columns < width)[None, :]
@@ -74,7 +81,7 @@ def _walk(
     tile = tl.load(weight + place * weight_stride + columns[None, :], mask=exists, other=0.0)
     may_prune = tl.load(prunable + rows, mask=rows < height, other=0).to(tl.int32)
     if ROUND:
-        scale = tl.load(scales + rows, mask=rows < height, other=1.0)
+        scale = tl.load(scales + problem * height + rows, mask=rows < height, other=1.0)
     made = tl.zeros([ROWS, COLUMNS], tl.float32)
     pruned = tl.zeros([ROWS], tl.int32)
     for c in range(width):
@@ -104,9 +111,10 @@ def solve_block(
     scales: torch.Tensor | None,
 ) -> torch.Tensor:
     """`sparsegpt.solve_block` in one launch: same arguments, same result but for the order of sums."""
-    height, width = weight.shape
-    errors = torch.empty(height, width, device=weight.device)
-    _walk[(triton.cdiv(height, ROWS),)](
+    *batch, height, width = weight.shape
+    errors = torch.empty(weight.shape, device=weight.device)
+    assert scales is None or scales.is_contiguous()
+    _walk[(triton.cdiv(height, ROWS), *(batch or [1]))](
         weight,
         errors,
         corner,
@@ -115,6 +123,8 @@ def solve_block(
         scales,
         height,
         width,
+        weight.stride(-2),
+        corner.stride(-2),
         weight.stride(0),
         corner.stride(0),
         ROUND=scales is not None,

@@ -89,17 +89,17 @@ def row_parallel(height: int, rows_of: Callable[[slice], torch.Tensor]) -> torch
 
     Args:
         height: number of rows.
-        rows_of: rows → float (rows, n).
+        rows_of: rows → float (…, rows, n).
 
     Returns:
-        float (height, n), to the same bits on every rank.
+        float (…, height, n), to the same bits on every rank.
     """
     if size() == 1:
         return rows_of(slice(None))
     mine = slice(height * rank() // size(), height * (rank() + 1) // size())
     part = rows_of(mine)
-    whole = part.new_zeros(height, part.shape[1])
-    whole[mine] = part
+    whole = part.new_zeros(*part.shape[:-2], height, part.shape[-1])
+    whole[..., mine, :] = part
     all_reduce(whole)
     return whole
 

@@ -121,12 +121,15 @@ def test_rows_hold_what_the_issue_names_and_null_for_what_dense_lacks() -> None:
         gpu_ms={(1, 16): 14.0, (8, 16): 21.0},
     )
     first, second = compare(
-        {"shape": "x", "layers": 2, "tensor_parallel": 1, "kv_cache_dtype": "fp8", "sparsity": 0.25}, dense, spense
+        {"shape": "x", "layers": 2, "tensor_parallel": 1, "routing": None, "kv_cache_dtype": "fp8", "sparsity": 0.25},
+        dense,
+        spense,
     )
     assert first == {
         "shape": "x",
         "layers": 2,
         "tensor_parallel": 1,
+        "routing": None,
         "batch": 1,
         "context": 16,
         "kv_cache_dtype": "fp8",
@@ -160,7 +163,7 @@ def test_the_gpu_is_busy_while_anything_runs(monkeypatch: pytest.MonkeyPatch) ->
     """Kernels that overlap, one inside of another, a gap; in ms of one of the steps."""
     spans = [(0, 2000), (1000, 3000), (7000, 9000), (7500, 8000), (9000, 9800)]
     events = [KernelRun("kernel", start, end) for start, end in reversed(spans)]
-    monkeypatch.setattr(Bench, "_profiled", lambda *_: events)
+    monkeypatch.setattr(Bench, "profiled", lambda *_: events)
     assert Bench.__new__(Bench).gpu_ms(1, 16) == (3.0 + 2.8) / 8
 
 

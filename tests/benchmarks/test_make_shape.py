@@ -17,7 +17,7 @@ from offline_prune.checkpoint.writer import fp8_config
 from vllm_spense.conformance import read_quantization
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import KEY, Annotation
-from vllm_spense.shapes import SHAPES
+from vllm_spense.shapes import MIXTURES, SHAPES
 
 #: Billions of parameters, as published.
 PARAMETERS = {"qwen3-32b": 32.8, "qwen3-14b": 14.8, "seed-oss-36b": 36.2, "llama-3.1-8b": 8.03, "llama-3.3-70b": 70.6}
@@ -45,6 +45,48 @@ def test_a_spense_shape_is_a_checkpoint_without_weights(shape: str, sparsity: fl
     assert annotation.default.mlp_sparsity == sparsity
     assert len(annotation.modules) == config["num_hidden_layers"]
     assert config["quantization_config"] == fp8_config(["lm_head"])
+
+
+@pytest.mark.parametrize(("shape", "billions", "active"), [("qwen3-30b-a3b", 30.5, 3.3), ("glm-4.5-air", 106, 12)])
+def test_mixtures_have_as_many_parameters_as_published(shape: str, billions: float, active: float) -> None:
+    """All, and those that a token meets."""
+    config = {**MIXTURES[shape]}
+    hidden, top_k = config["hidden_size"], config["num_experts_per_tok"]
+    heads = config["num_attention_heads"] + config["num_key_value_heads"]
+    attention = config["num_hidden_layers"] * 2 * hidden * heads * config["head_dim"]
+    sizes = module.mlp_sizes(config, "model.layers")
+    experts = module.expert_counts(config, "model.layers")
+    every, met = (
+        sum(3 * hidden * size * (count(name) if name in experts else 1) for name, size in sizes.items())
+        for count in (experts.__getitem__, lambda _: top_k)
+    )
+    outside = attention + 2 * config["vocab_size"] * hidden
+    # GLM's published figures leave out a layer that predicts tokens further on.
+    assert (outside + every) / 1e9 == pytest.approx(billions, rel=0.02)
+    assert (outside + met) / 1e9 == pytest.approx(active, rel=0.15)
+
+
+@pytest.mark.parametrize("shape", MIXTURES)
+@pytest.mark.parametrize("sparsity", [0.25, 0.375, 0.5])
+def test_a_mixture_has_regions_for_experts_shared_ones_and_dense_layers(
+    shape: str, sparsity: float, tmp_path: Path
+) -> None:
+    folder = make_shape(shape, tmp_path, sparsity, layers=3)
+    assert AutoConfig.from_pretrained(folder).num_hidden_layers == 3
+    quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
+    annotation = read_quantization(quantization)
+    config = MIXTURES[shape]
+    first = config.get("first_k_dense_replace", 0)
+    holders = [f"model.layers.{i}.mlp" for i in range(first, 3)]
+    assert annotation.experts == {f"{name}.experts": 128 for name in holders}
+    shared = [f"{name}.shared_experts" for name in holders] if "n_shared_experts" in config else []
+    assert annotation.modules == (*(f"model.layers.{i}.mlp" for i in range(first)), *shared)
+    for name in (*annotation.modules, *annotation.experts):
+        regions = annotation.regions(name)
+        size = config["intermediate_size" if name == "model.layers.0.mlp" else "moe_intermediate_size"]
+        assert regions.intermediate == size
+        assert regions.mlp_sparsity == pytest.approx(sparsity, abs=0.005)
+    assert quantization["ignore"] == ["lm_head", *(f"{name}.gate" for name in holders)]
 
 
 def test_dense_is_the_same_without_regions(tmp_path: Path) -> None:

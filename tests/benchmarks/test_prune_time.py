@@ -11,6 +11,7 @@ import pytest
 from benchmarks import prune_time
 from benchmarks.performance import prune, prune_real, prune_stages
 from offline_prune.report import BlockTime, Report
+from vllm_spense.shapes import MIXTURES
 
 
 def test_what_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,6 +41,22 @@ def test_what_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert row["planned_host_gib"] > 0
     assert len(prune(result)) == 2 + 3 + 2
     assert len(prune_stages(result)) > 2 + 7
+
+
+def test_a_mixture_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "num_experts": 4}
+    small |= {"moe_intermediate_size": 128, "num_experts_per_tok": 2}
+    monkeypatch.setitem(prune_time.ALL_SHAPES, "small", {**MIXTURES["qwen3-30b-a3b"], **small})
+    out = tmp_path / "result.json"
+    options = ["--shapes", "small", "--methods", "spensegpt+", "--blocks", "2", "--no-profile"]
+    options += ["--samples", "8", "--length", "32", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["prune_time.py", *options, "--folder", str(tmp_path), "--out", str(out)])
+    prune_time.main()
+    result = json.loads(out.read_text())
+    (row,) = result["rows"]
+    assert (row["layers"], row["blocks_measured"], len(row["block_seconds"])) == (48, 2, 3)
+    assert 60 * row["projected_minutes"] > 40 * row["seconds_per_block"] > 0
+    assert len(prune(result)) == 2 + 1 + 2
 
 
 def test_a_real_model_is_pruned_whole(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,34 @@ def test_everything_else_too() -> None:
     assert torch.equal(model["norm"].weight, torch.ones(K))
 
 
+def test_experts_keep_the_size_of_their_inputs() -> None:
+    experts, layer = 3, nn.Module()
+    layer.w13_weight = parameter(torch.zeros(experts, N, K).to(torch.float8_e4m3fn))
+    layer.w13_weight_scale = parameter(torch.full((experts, N, 1), -1e-3))
+    fill_random(layer)
+    for weight, scale in zip(layer.w13_weight, layer.w13_weight_scale, strict=True):
+        y = torch.randn(64, K) @ weight.float().t() * scale.t()
+        assert y.std().item() == pytest.approx(1, rel=0.05)
+    assert not torch.equal(layer.w13_weight[0].float(), layer.w13_weight[1].float())
+
+
+def test_a_skewed_router_prefers_some_experts_and_both_engines_get_the_same() -> None:
+    """How many of 512 choices of 8 go to the likeliest eighth of 128 experts."""
+    shares = {}
+    for skewed in (False, True):
+        weights = []
+        for others in ((), ("before",)):
+            model = nn.ModuleDict({name: nn.Linear(K, N) for name in others})
+            model["mlp"] = nn.ModuleDict({"gate": nn.Linear(K, 128, bias=False)})
+            fill_random(model, skewed)
+            weights.append(model["mlp"]["gate"].weight)
+        assert torch.equal(*weights)
+        chosen = (torch.randn(512, K) @ weights[0].t()).topk(8, -1).indices
+        shares[skewed] = (chosen < 16).float().mean().item()
+    assert shares[False] < 0.2
+    assert 0.35 < shares[True] < 0.6
+
+
 def test_scales_that_do_not_fit_are_refused() -> None:
     model = nn.ModuleDict({"down": fp8_layer(N, K, 1, transposed=True)})
     with pytest.raises(ValueError, match=r"down: 1 scales for an FP8 weight of shape \(512, 384\)"):

@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 import elementwise_parts
-from column_problems import compare, every_problem, ties
+from column_problems import batches, compare, every_problem, ties
 from descent_problems import every_problem as every_problem_of_descent
 from runs import contents, cut_off
 from tiny_models import tiny_model
@@ -47,6 +47,7 @@ def test_the_kernel_against_its_twin() -> None:
     for problem in every_problem(1000, DEVICE):
         compare(solve_block, problem)
     ties(solve_block, DEVICE)
+    batches(solve_block, DEVICE)
 
 
 def test_the_descent_kernel_against_its_twin() -> None:
@@ -132,6 +133,17 @@ def test_the_factor_of_a_large_matrix() -> None:
     damped.diagonal().add_(0.01 * matrix.diagonal().double().mean())
     # Hᵢ·U maps to itself: U·H·Uᵀ = I.
     assert (upper @ damped @ upper.T - torch.eye(6000, device=DEVICE)).abs().max() < 1e-3
+
+
+def test_factors_of_a_batch() -> None:
+    hessians = torch.stack([each.float().T @ each.float() for each in (correlated(4096, 1000) for _ in range(3))])
+    found = sparsegpt.inverse_factors(hessians, 0.01, ["a", "b", "c"])
+    for hessian, factor in zip(hessians, found.each(), strict=True):
+        alone = sparsegpt.inverse_factor(hessian, 0.01, "layer").upper.double()
+        damped = hessian.double()
+        damped.diagonal().add_(0.01 * hessian.diagonal().double().mean())
+        exact = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+        assert (factor.upper - exact).norm() <= 2 * (alone - exact).norm() + 1e-6 * exact.norm()
 
 
 @pytest.fixture(scope="module")

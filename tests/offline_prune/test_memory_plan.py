@@ -11,14 +11,14 @@ import psutil
 import pytest
 import torch
 
-from benchmarks.prune_time import configure
+from benchmarks.prune_time import ALL_SHAPES, configure
 from offline_prune import memory_plan
 from offline_prune.memory_plan import GIB, MemoryPlan
 from offline_prune.model.loading import SourceModel
+from offline_prune.runtime.activation_store import Place
 from offline_prune.runtime.pinned_buffers import pinned_bytes
 from offline_prune.settings import PruneSettings
 from vllm_spense.errors import SpenseError
-from vllm_spense.shapes import SHAPES
 
 GPU = torch.device("cuda", 0)
 
@@ -109,7 +109,7 @@ def test_tuning_fits_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_rows_pruned_to_choose_among_them_have_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gate and up in float32, in two orders: shown where these need most, in an MLP no wider than its input."""
-    monkeypatch.setitem(SHAPES, "square", {**SHAPES["tiny"], "hidden_size": 512, "intermediate_size": 512})
+    monkeypatch.setitem(ALL_SHAPES, "square", {**ALL_SHAPES["tiny"], "hidden_size": 512, "intermediate_size": 512})
     plain, scored = (
         planned(
             tmp_path / selection,
@@ -124,3 +124,16 @@ def test_rows_pruned_to_choose_among_them_have_room(tmp_path: Path, monkeypatch:
         for selection in ("spensegpt+", "output-loss")
     )
     assert scored.work - plain.work == 2 * 2 * 4 * 512 * 512
+
+
+def test_experts_have_room_for_their_hessians_and_for_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planned(tmp_path / "many", "qwen3-30b-a3b", 78.0, monkeypatch)
+    # Of 8 parts of the text, sums of four subtrees.
+    assert plan.work >= 4 * 128 * 4 * 2048**2
+    assert plan.place is Place.DEVICE
+    little = {"samples": 1, "length": 64, "batch_tokens": 64}
+    few = planned(tmp_path / "few", "qwen3-30b-a3b", 78.0, monkeypatch, **little)
+    # One sum, and 32 experts' factors and weights.
+    assert few.work >= 128 * 4 * 2048**2 + 32 * (3 * 4 * 2048**2 + 4 * 4 * 2 * 768 * 2048)
+    alone = planned(tmp_path / "one", "qwen3-30b-a3b", 78.0, monkeypatch, **little, layout="none")
+    assert alone.work < few.work

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,17 @@ from safetensors.torch import load_file, save_file
 from tiny_models import EXPERTS, INTERMEDIATE, tiny_model
 from transformers import AutoModelForCausalLM
 
+from offline_prune import expert_pruning
 from offline_prune.calibration.hidden_states import Stream
 from offline_prune.checkpoint.evaluate import load_dense
 from offline_prune.checkpoint.permutations import read_permutations
 from offline_prune.checkpoint.verify import open_checkpoint, verify
-from offline_prune.methods.recipe import METHODS, Selection
-from offline_prune.model.experts import Mixture
+from offline_prune.methods.recipe import METHODS, Layout, Recipe, Selection
+from offline_prune.model.experts import Experts, Mixture
 from offline_prune.model.loading import SourceModel
 from offline_prune.model.safetensors_reader import SafetensorsReader
 from vllm_spense.errors import FormatError, SpenseError
-from vllm_spense.format import Regions
+from vllm_spense.format import Projections, Regions
 
 SPARSE = 96
 LAYER = "model.layers.1.mlp.experts"
@@ -53,6 +55,39 @@ def test_every_expert_is_pruned_and_nothing_else(name: str, tmp_path: Path, text
             assert sum(layer.tokens) == 2 * 8 * 64
             assert layer.tuning is None
             assert all(0 < part.loss < 0.6 for part in (layer.gate, layer.up, layer.down))
+
+
+@pytest.mark.parametrize("method", ["spensegpt++", "spensegpt+", "wanda"])
+def test_batches_of_experts_come_out_as_one_by_one(
+    method: str, qwen: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    for at_once in (1, 3, 32):
+        monkeypatch.setattr(expert_pruning, "_AT_ONCE", at_once)
+        found[at_once] = run(qwen, tmp_path / str(at_once), text, method=method, sparsity=0.375).layers
+        verify(tmp_path / str(at_once))
+    for one, three, all_of_them in zip(*found.values(), strict=True):
+        for part in ("gate", "up", "down"):
+            expected = pytest.approx(getattr(one, part).loss, rel=0.02)
+            assert getattr(three, part).loss == expected
+            assert getattr(all_of_them, part).loss == expected
+
+
+def test_how_many_experts_are_pruned_at_once() -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    published = Experts("mlp.experts", 128, 2048, 768, Projections("gate", "up", "down"), None)
+    assert expert_pruning.experts_at_once(published, Recipe(), gpu) == 32
+    assert expert_pruning.experts_at_once(published, Recipe(), cpu) == 1
+    # Each has an order of its own in which its columns are processed.
+    assert expert_pruning.experts_at_once(published, Recipe(layout=Layout.NONE), gpu) == 1
+    wide = replace(published, hidden=7168, intermediate=2048)
+    assert 1 < expert_pruning.experts_at_once(wide, Recipe(), gpu) < 32
+    assert expert_pruning.experts_at_once(replace(published, count=8), Recipe(), gpu) == 8
+
+
+def test_a_layout_with_orders_of_their_own(qwen: Path, tmp_path: Path, text: Path) -> None:
+    run(qwen, tmp_path / "out", text, sparsity=0.25, layout="none")
+    assert verify(tmp_path / "out").sparse_zeros == pytest.approx(0.5, abs=0.01)
 
 
 def test_transformers_reads_the_same_files(qwen: Path, tmp_path: Path, text: Path) -> None:

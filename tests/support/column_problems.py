@@ -57,6 +57,24 @@ def compare(solve: Solver, problem: Problem) -> None:
         assert (found_errors - expected_errors).norm() <= 1e-3 * expected_errors.norm(), problem
 
 
+def batches(solve: Solver, device: torch.device) -> None:
+    """Holds a batch against its problems one by one: each has weights, a corner and scales of its own."""
+    generator = torch.Generator().manual_seed(1)
+    roles = [*GROUP, DENSE, *GROUP, *GROUP]
+    width = len(roles)
+    weight = torch.randn(3, 21, width + 8, generator=generator).to(device)
+    corner = (torch.eye(width + 4) + 0.1 * torch.randn(3, width + 4, width + 4, generator=generator).triu(1)).to(device)
+    prunable = (torch.arange(21) % 3 > 0).to(device)
+    for scales in (None, channel_scales(weight, 1.5).squeeze(-1)):
+        found = weight.clone()
+        errors = solve(found[..., 2 : 2 + width], corner[:, :width, :width], roles, prunable, scales)
+        for i, expected in enumerate(weight.clone()):
+            own = None if scales is None else scales[i]
+            alone = solve(expected[:, 2 : 2 + width], corner[i, :width, :width], roles, prunable, own)
+            assert torch.equal(found[i], expected)
+            assert torch.equal(errors[i], alone)
+
+
 def ties(solve: Solver, device: torch.device) -> None:
     """Of equal weights the later two go, in rows that may be pruned."""
     weight = torch.ones(3, 4, device=device)

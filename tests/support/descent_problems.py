@@ -13,7 +13,7 @@ def compare(solve: Solver, rows: int, width: int, device: torch.device) -> None:
     mix = torch.randn(width, width, generator=generator) / width**0.5 + 0.3 * torch.eye(width)
     inputs = torch.randn(4 * width, width, generator=generator) @ mix
     hessian = (inputs.T @ inputs).to(device)
-    groups = group_tables(hessian, 0.0, torch.ones(width, dtype=torch.bool, device=device))
+    groups = group_tables(hessian, torch.zeros((), device=device), torch.ones(width, dtype=torch.bool, device=device))
     weight = (0.02 * torch.randn(rows, width + 16, generator=generator)).to(device)
     here = slice(5, 5 + width)
     slope = 0.2 * (weight[:, here] @ hessian)
@@ -31,6 +31,25 @@ def compare(solve: Solver, rows: int, width: int, device: torch.device) -> None:
     assert same.float().mean() >= 0.95
 
 
+def batches(solve: Solver, device: torch.device) -> None:
+    """Holds a batch against its problems one by one."""
+    generator = torch.Generator().manual_seed(1)
+    width = 24
+    inputs = torch.randn(3, 4 * width, width + 4, generator=generator).to(device)
+    hessian = inputs.mT @ inputs
+    groups = group_tables(hessian, torch.zeros(3, device=device), torch.arange(width + 4, device=device) < width)
+    weight = torch.randn(3, 21, width + 8, generator=generator).to(device)
+    slope = 5 * torch.randn(3, 21, width, generator=generator).to(device)
+    found, corner = weight.clone(), hessian[:, :width, :width]
+    change = solve(found[..., 2 : 2 + width], slope.clone(), corner, *groups)
+    for i, expected in enumerate(weight.clone()):
+        own = [table[i] for table in groups]
+        alone = solve(expected[:, 2 : 2 + width], slope[i].clone(), corner[i], *own)
+        assert torch.equal(found[i], expected)
+        assert torch.equal(change[i], alone)
+
+
 def every_problem(solve: Solver, rows: int, device: torch.device) -> None:
     for width in (128, 12, 40):
         compare(solve, rows, width, device)
+    batches(solve, device)

@@ -9,12 +9,13 @@ pytest.importorskip("triton")
 
 INTERPRETED = """
 import torch
-from column_problems import every_problem, compare, ties
+from column_problems import batches, every_problem, compare, ties
 from offline_prune.methods.sparsegpt_triton import solve_block
 
 for problem in every_problem(21, torch.device("cpu")):
     compare(solve_block, problem)
 ties(solve_block, torch.device("cpu"))
+batches(solve_block, torch.device("cpu"))
 """
 
 

@@ -1,0 +1,201 @@
+"""Kernel by kernel, one decoder layer of a decode step: stock vLLM in FP8 against Spense (issue 24).
+
+    python benchmarks/layer_timeline.py
+
+runs both engines on Qwen3-32B's shape and writes benchmarks/results/layer_timeline.json: what runs between the
+attention kernels of two layers, in its order, with the median time over all layers and steps and the idle time before
+it. `bytes_us` and `products_us` are what a GEMM's weights take to arrive and its products to be made by the GPU's data
+sheet, so that nothing is faster than the larger of the two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import closing
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.engine_runs import EngineRun, in_turn
+from benchmarks.envelope import RESULTS, write_result
+from benchmarks.make_shape import annotation, make_shape
+from benchmarks.worker_profile import KernelRun
+from vllm_spense.errors import SpenseError
+from vllm_spense.estimate import GPUS, Gpu, Model
+from vllm_spense.format import Regions
+from vllm_spense.shapes import SHAPES
+
+TOKENS = (64, 128, 256, 512)
+#: A layer's GEMMs in their order from one attention kernel to the next.
+GEMMS = ("o", "gate_up", "down", "qkv")
+#: Names of kernels.
+_ATTENTION = re.compile("flash|attention|fmha", re.IGNORECASE)
+_GEMM = re.compile("gemm|cutlass|nvjet", re.IGNORECASE)
+#: Those of Inductor, which are called after the operators next to them.
+_INDUCTOR = "triton_"
+_NAME_LENGTH = 80
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    options = parse()
+    rows: list[Row] = []
+    with TemporaryDirectory() as temporary:
+        work = options.work or Path(temporary)
+        runs = [engine(options, work, sparsity) for sparsity in (None, options.sparsity)]
+        with closing(in_turn(runs, options.together)) as turns:
+            for sparsity, run in zip((None, options.sparsity), turns, strict=True):
+                for tokens, events in run.measure().timelines:
+                    rows += timeline_rows(options, run, sparsity, tokens, events)
+                write_result(options.out, "layer_timeline", rows)
+    for row in rows:
+        print(" ".join(f"{key}={value}" for key, value in row.items()))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-32b")
+    parser.add_argument("--layers", type=int, default=8, help="fewer layers than the shape has")
+    parser.add_argument("--sparsity", type=float, default=0.375)
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="requests that decode")
+    parser.add_argument("--kv", choices=("auto", "fp8"), default="fp8", help="type of the KV cache")
+    parser.add_argument("--together", type=int, default=2, help="engines that share the GPU's memory")
+    parser.add_argument("--work", type=Path, help="folder for configurations, logs and what engines measured")
+    parser.add_argument("--out", type=Path, default=RESULTS / "layer_timeline.json")
+    parser.set_defaults(
+        contexts=[16], batches=None, most_tokens=None, steps=16, eager=False, capture=512, tensor_parallel=1
+    )
+    options = parser.parse_args()
+    options.batches = options.tokens
+    return options
+
+
+def engine(options: argparse.Namespace, work: Path, sparsity: float | None) -> EngineRun:
+    folder = make_shape(options.shape, work / f"timeline-{sparsity}", sparsity, options.layers)
+    quantization = "compressed-tensors" if sparsity is None else "spense"
+    return EngineRun(options, folder, quantization, options.kv, count_kernels=False, timelines=options.tokens)
+
+
+def timeline_rows(
+    options: argparse.Namespace, run: EngineRun, sparsity: float | None, tokens: int, events: Sequence[KernelRun]
+) -> list[Row]:
+    """One row for each kernel of a layer, in their order."""
+    gpu = gpu_of(torch.cuda.get_device_name())
+    config = {**SHAPES[options.shape]}
+    regions = None if sparsity is None else annotation(config, sparsity).default
+    ideals = ideal_us(Model.from_config(config), regions, tokens, gpu)
+    layer = with_roles(middle_layer(events, run.layers))
+    return [
+        {
+            "shape": options.shape,
+            "tokens": tokens,
+            "sparsity": sparsity,
+            "place": place,
+            "kernel": name[:_NAME_LENGTH],
+            "role": role,
+            "us": round(us, 2),
+            "idle_before_us": round(idle, 2),
+            "bytes_us": ideals[role][0] if role in ideals else None,
+            "products_us": ideals[role][1] if role in ideals else None,
+        }
+        for place, (name, role, us, idle) in enumerate(layer)
+    ]
+
+
+def middle_layer(events: Sequence[KernelRun], layers: int) -> list[tuple[str, float, float]]:
+    """(name, us, idle us before it) of what follows attention, up to the next layer's and with it.
+
+    Args:
+        events: of several decode steps.
+
+    Raises:
+        SpenseError: no kernel's name says attention, or none runs once in each layer.
+    """
+    events = sorted(events, key=lambda event: event.start)
+    counts = Counter(event.name for event in events if _ATTENTION.search(event.name))
+    once = [name for name, count in counts.items() if count % layers == 0]
+    if not once:
+        raise SpenseError(f"no attention kernel that runs in each of {layers} layers (found: {dict(counts)})")
+    # The one that takes longest, where several belong to attention.
+    last = max(once, key=lambda name: sum(event.end - event.start for event in events if event.name == name))
+    places = [place for place, event in enumerate(events) if event.name == last]
+    stretches = [range(a + 1, b + 1) for a, b in pairwise(places)]
+    usual = Counter(tuple(events[i].name for i in stretch) for stretch in stretches).most_common(1)[0][0]
+    alike = [stretch for stretch in stretches if tuple(events[i].name for i in stretch) == usual]
+    found = []
+    for place, name in enumerate(usual):
+        runs = [stretch[place] for stretch in alike]
+        us = median(events[i].end - events[i].start for i in runs)
+        idle = median(max(0.0, events[i].start - events[i - 1].end) for i in runs)
+        found.append((name, us, idle))
+    # Attention may end with smaller kernels.
+    while _ATTENTION.search(found[0][0]):
+        found.append(found.pop(0))
+    return found
+
+
+def with_roles(layer: Sequence[tuple[str, float, float]]) -> list[tuple[str, str, float, float]]:
+    """(name, role, us, idle us): one of `GEMMS`, `attention` or `other`. A GEMM may take several kernels in a row.
+
+    Raises:
+        SpenseError: another number of GEMMs.
+    """
+    found, seen, before = [], 0, False
+    for name, us, idle in layer:
+        is_gemm = bool(_GEMM.search(name)) and not _ATTENTION.search(name) and not name.startswith(_INDUCTOR)
+        seen += is_gemm and not before
+        before = is_gemm
+        role = "attention" if _ATTENTION.search(name) else "other"
+        found.append((name, GEMMS[min(seen, len(GEMMS)) - 1] if is_gemm else role, us, idle))
+    if seen != len(GEMMS):
+        names = ", ".join(name[:_NAME_LENGTH] for name, *_ in layer)
+        raise SpenseError(f"a layer has {seen} GEMMs, expected {len(GEMMS)} (kernels: {names})")
+    return found
+
+
+def gpu_of(name: str) -> Gpu:
+    """
+    Raises:
+        SpenseError: a GPU whose data sheet `estimate` does not have.
+    """
+    for gpu in GPUS.values():
+        if gpu.name in name:
+            return gpu
+    raise SpenseError(f"no data sheet of {name}; expected one of {', '.join(gpu.name for gpu in GPUS.values())}")
+
+
+def ideal_us(model: Model, regions: Regions | None, tokens: int, gpu: Gpu) -> dict[str, tuple[float, float]]:
+    """(by bytes, by products) of each of `GEMMS`.
+
+    Args:
+        regions: of the MLP; None for dense.
+    """
+    qkv, o = model.attention_shapes
+    gate_up, down = model.mlp_shapes
+    shapes = {"o": o, "gate_up": gate_up, "down": down, "qkv": qkv}
+    sparse = regions.sparse / regions.intermediate if regions else 0
+    found = {}
+    for name, (n, k) in shapes.items():
+        share = sparse if name in ("gate_up", "down") else 0
+        bytes_us = n * k * (1 - share * 0.375) / gpu.bytes_per_s * 1e6
+        products_us = 2 * tokens * n * k * (1 - share / 2) / gpu.fp8_flops * 1e6
+        found[name] = round(bytes_us, 2), round(products_us, 2)
+    return found
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SpenseError as error:
+        sys.exit(str(error))
