@@ -82,14 +82,16 @@ def weights_of_channels(
 
 
 def channel_weights(calls: list[Call]) -> torch.Tensor:
-    """E[(g_c · ‖h‖)²] over the tokens, of each channel c, float32 (H,), with a mean of 1: how much errors relative to
-    the size of a token's residual stream count."""
-    total = torch.zeros((), device=calls[0].output.device)
+    """E[(g_c · ‖h‖)²] over the tokens, of each channel c, float32 (H,): how much errors relative to the size of a
+    token's residual stream count. They are scaled such that an error as large as the stream in every channel is 1."""
+    total = shares = torch.zeros((), device=calls[0].output.device)
     for call in calls:
         streams = len(call.output) if call.output.ndim > 3 else 0
         output, gradient = (packed(each, streams).float().square() for each in (call.output, call.gradient))
-        total = total + (gradient * output.sum(-1, keepdim=True)).flatten(0, -2).sum(0)
-    return total / total.mean()
+        size = output.sum(-1, keepdim=True)
+        total = total + (gradient * size).flatten(0, -2).sum(0)
+        shares = shares + (output / size).flatten(0, -2).mean(0) / len(calls)
+    return total / (total @ shares)
 
 
 def _at_the_head(

@@ -25,7 +25,10 @@ def test_gradients_are_those_of_the_whole_model(family: str, tmp_path: Path) -> 
         found[index] = torch.cat([call.gradient for call in calls]), torch.cat([call.output for call in calls])
         size = found[index][1].square().sum(-1, keepdim=True)
         expected = (found[index][0].square() * size).sum((0, 1))
-        torch.testing.assert_close(channel_weights(calls), expected / expected.mean())
+        weights = channel_weights(calls)
+        torch.testing.assert_close(weights / weights.mean(), expected / expected.mean())
+        shares = (found[index][1].square() / size).mean((0, 1))
+        assert (weights @ shares).item() == pytest.approx(1, rel=1e-4), "an error as large as the output is one of 1"
     assert list(found) == list(reversed(range(len(source.blocks))))
     assert all(parameter.is_meta for parameter in source.skeleton.parameters())
 
