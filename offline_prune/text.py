@@ -52,8 +52,8 @@ def default_sources(
             return DEFAULT_MIXTURE
         why = f"needs {needed / GIB:.2f} GiB to write, and {device} has {room / GIB:.2f} GiB in all"
     say(
-        f"calibration text: {BUILTIN} alone, because the dense model {why}; quality holds on more kinds of text with "
-        "another --calibration that the model wrote elsewhere"
+        f"calibration text: {BUILTIN} alone, because the dense model {why}; what it wrote elsewhere, "
+        "as another --calibration, helps on text unlike docstrings"
     )
     return (BUILTIN,)
 
