@@ -94,7 +94,8 @@ def parse() -> argparse.Namespace:
         default=[""],
         metavar="NAME=VALUE,…",
         help="settings that each method is tried with, as PruneSettings names them,\n"
-        "such as: layout=back layout=front,selection=random calibration=builtin,calibration=generated;\n"
+        "such as: layout=back layout=front,selection=random; calibration=builtin,calibration=generated is what\n"
+        "`spense prune` takes by default, with --texts the folder's calibration text for builtin;\n"
         "{model} stands for the model's name",
     )
     parser.add_argument(
@@ -237,7 +238,7 @@ def pruned_rows(
             "seed": case["seed"],
             "quantize": FORMATS[case["format"]],
             "device": str(device),
-            **changes(change.replace("{model}", model.name)),
+            **with_texts(changes(change.replace("{model}", model.name)), options.texts),
         }
         report = prune(PruneSettings(str(model), pruned, **settings))
         found, _ = load_dense(pruned, str(device))
@@ -247,7 +248,7 @@ def pruned_rows(
                 "calibration": calibration_source(options.texts),
                 "seed": case["seed"],
                 "device": str(device),
-                **changes(heal_change.replace("{model}", model.name)),
+                **with_texts(changes(heal_change.replace("{model}", model.name)), options.texts),
             }
             del found
             healed = Path(folder) / "healed"
@@ -260,6 +261,14 @@ def pruned_rows(
 def calibration_source(folder: Path | None) -> str:
     """The calibration text of a folder of texts, or the built-in one, as `PruneSettings` names it."""
     return BUILTIN if folder is None else str(folder / f"{CALIBRATION}.jsonl")
+
+
+def with_texts(settings: Row, folder: Path | None) -> Row:
+    """Settings in which the built-in text, where a variant names it, is that of a folder of texts, if there is one."""
+    if "calibration" not in settings:
+        return settings
+    names = (calibration_source(folder) if name == BUILTIN else name for name in _several(settings["calibration"]))
+    return {**settings, "calibration": tuple(names)}
 
 
 def measured(

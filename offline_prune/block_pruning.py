@@ -10,6 +10,7 @@ from torch import nn
 
 from offline_prune.calibration.hessian import Energy, Hessian
 from offline_prune.calibration.hidden_states import Stream
+from offline_prune.calibration.sensitivity import some_of, weights_of_channels
 from offline_prune.checkpoint.block_state_dict import BlockStateDict
 from offline_prune.checkpoint.writer import Say
 from offline_prune.methods.block_finetune import TuningReport, tune
@@ -27,6 +28,7 @@ from offline_prune.model.experts import Mixture
 from offline_prune.model.gated_mlp import GatedMlp, Unsupported, linear
 from offline_prune.model.loading import SourceModel
 from offline_prune.report import LayerReport, ProjectionReport, projection_report, projection_sums
+from offline_prune.runtime import distributed
 from offline_prune.runtime.profiler import stage
 from offline_prune.settings import PruneSettings
 from vllm_spense.errors import SpenseError
@@ -63,6 +65,7 @@ class BlockPruning:
         stored: takes the results.
         tokens_at_once: about how many go through the block together while it is tuned.
         say: told about Hessians that needed more damping.
+        channels: weights of the channels of the block's output while it is tuned: see `tune`.
     """
 
     index: int
@@ -75,6 +78,7 @@ class BlockPruning:
     recipe: Recipe
     tokens_at_once: int
     say: Say
+    channels: torch.Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -164,7 +168,15 @@ class BlockPruning:
         scales = {name: self.stored.scales(f"{self.block}.{name}", self.stream.device) for name in layers}
         with stage("tune"):
             weights, report = tune(
-                self.module, scales, original, self.index, self.stream, dense, self.recipe, self.tokens_at_once
+                self.module,
+                scales,
+                original,
+                self.index,
+                self.stream,
+                dense,
+                self.recipe,
+                self.tokens_at_once,
+                self.channels,
             )
             with torch.inference_mode():
                 for name, weight in weights.items():
@@ -196,6 +208,30 @@ class BlockPruning:
         if pruned.damping is not None and pruned.damping > self.recipe.damping:
             self.say(f"{what}: the Hessian needed a damping of {pruned.damping:g} to be factorized")
         return projection_report([projection_sums(pruned, rows)])
+
+
+def tuned_channels(
+    model: SourceModel,
+    settings: PruneSettings,
+    tokens: torch.Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    say: Say,
+) -> list[torch.Tensor | None]:
+    """Of each block the weights of its output's channels while it is tuned; None where all count alike.
+
+    Args:
+        tokens: the calibration text, the same on all ranks, int64 (samples, length).
+        say: told where a model has no predictions to weigh them by.
+    """
+    nothing: list[torch.Tensor | None] = [None] * len(model.blocks)
+    if not settings.recipe.weighs_channels or not any(isinstance(block.mlp, GatedMlp) for block in model.blocks):
+        return nothing
+    if model.head_name is None:
+        say("tuning weighs all channels alike, because the model has no output head")
+        return nothing
+    found = weights_of_channels(model, some_of(tokens), device, dtype, settings.seed)
+    return distributed.broadcast_from_first(lambda: found)
 
 
 def intermediate_sizes(model: SourceModel, settings: PruneSettings) -> dict[str, int]:

@@ -10,8 +10,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from offline_prune.calibration.generated import Writer
+from offline_prune.calibration.generated import PIECE, Writer
 from offline_prune.calibration.images import image_places
+from offline_prune.calibration.sensitivity import LENGTH, SEQUENCES
 from offline_prune.checkpoint.output_folder import PARTIAL
 from offline_prune.checkpoint.writer import merges
 from offline_prune.expert_pruning import batch_bytes, experts_at_once
@@ -19,6 +20,7 @@ from offline_prune.methods.recipe import Layout, Quantize, Selection
 from offline_prune.model.companions import companions
 from offline_prune.model.experts import Experts
 from offline_prune.model.loading import SourceModel
+from offline_prune.model.whole import output_head
 from offline_prune.runtime import deterministic_reduce, distributed
 from offline_prune.runtime.activation_store import Place
 from offline_prune.runtime.pinned_buffers import pinned_bytes
@@ -48,6 +50,8 @@ class MemoryPlan:
         device: that computes.
         place: of the activations.
         ranks: how many there are.
+        gradients: all but the blocks of the dense model, and logits of a sequence with their gradients, before pruning
+            begins; 0 where tuning weighs all channels alike.
         generation: the whole dense model while it writes calibration text, before all else; 0 where it writes none.
         written_at_once: sequences that it then writes together.
     """
@@ -61,13 +65,14 @@ class MemoryPlan:
     device: torch.device
     place: Place
     ranks: int = 1
+    gradients: int = 0
     generation: int = 0
     written_at_once: int = 0
 
     @property
     def on_device(self) -> int:
         pruning = self.block + self.work + (self.activations if self.place is Place.DEVICE else 0)
-        return max(pruning, self.generation)
+        return max(pruning, self.generation, self.gradients)
 
     @property
     def host(self) -> int:
@@ -104,7 +109,7 @@ def memory_plan(
     """Works out what the largest block needs, and picks the first place with room for the activations.
 
     Args:
-        to_write: sequences that the dense model writes before it is pruned.
+        to_write: texts that the dense model writes before it is pruned: `generated.pieces`.
 
     Raises:
         SpenseError: the device has too little memory for one block or, if it writes, for the dense model; or no place
@@ -152,6 +157,10 @@ def memory_plan(
         seeing = -(-len(image_places(settings.samples, settings.image_share)) // distributed.size())
         phases["images"] = _seeing_work(model, settings.length, dtype.itemsize)
         staging += streams * seeing * kept_of_images(model, settings.length, dtype.itemsize)
+    weighs, few = recipe.weighs_channels and model.head_name is not None, min(settings.length, LENGTH)
+    if weighs:
+        phases["gradients"] = _gradients(model, few, widest, hidden, dtype.itemsize)
+        staging += (len(model.blocks) + 1) * min(settings.samples, SEQUENCES) * few * hidden * dtype.itemsize
     needs = MemoryPlan(
         activations=streams * sum(rooms),
         pinned_activations=streams * sum(map(pinned_bytes, rooms)),
@@ -162,9 +171,10 @@ def memory_plan(
         device=device,
         place=Place.DEVICE,
         ranks=distributed.size(),
+        gradients=_at_the_head(model, few, dtype.itemsize) if weighs else 0,
     )
     room = usable_host() if device.type == "cpu" else int(free_bytes(device) * USABLE)
-    return _placed(_with_writer(needs, model, settings.length, dtype, to_write, room), settings, room)
+    return _placed(_with_writer(needs, model, min(settings.length, PIECE), dtype, to_write, room), settings, room)
 
 
 def _with_writer(
@@ -178,8 +188,8 @@ def _with_writer(
     if room < found.generation:
         raise SpenseError(
             f"{needs.device}: {room / GIB:.2f} GiB of memory usable, the dense model needs "
-            f"{found.generation / GIB:.2f} GiB while it writes the text of --calibration generated; a smaller --length "
-            "may help, or text that it wrote elsewhere, as a .jsonl file"
+            f"{found.generation / GIB:.2f} GiB while it writes the text of --calibration generated; --calibration "
+            "builtin needs none of it, nor does text that it wrote elsewhere, as a .jsonl file"
         )
     return found
 
@@ -245,6 +255,19 @@ def _tuning(widest: int, hidden: int, batch: int, itemsize: int) -> int:
     return 3 * widest * hidden * per_weight + 6 * batch * (widest + hidden) * itemsize
 
 
+def _gradients(model: SourceModel, length: int, widest: int, hidden: int, itemsize: int) -> int:
+    """Bytes that a block needs beside its weights for the gradient of one sequence."""
+    heads = getattr(model.text.config, "num_attention_heads", 1)
+    # What attention attends to, in float32 and in the model's type, and their gradients; as when tuning, the rest.
+    return heads * length**2 * 2 * (4 + itemsize) + 6 * length * (widest + 2 * hidden) * itemsize
+
+
+def _at_the_head(model: SourceModel, length: int, itemsize: int) -> int:
+    """Bytes of all but the blocks, and of one sequence's logits in float32: with what is drawn from, and gradients."""
+    vocabulary, width = output_head(model).weight.shape
+    return (model.parameters_outside_blocks() + vocabulary * width) * itemsize + 5 * 4 * length * vocabulary
+
+
 def batch_tokens(settings: PruneSettings, device: torch.device) -> int:
     """Tokens that pass through a block at once: enough to keep the device busy."""
     return settings.batch_tokens or BATCH_TOKENS[device.type]
@@ -295,6 +318,13 @@ def _placed(needs: MemoryPlan, settings: PruneSettings, room: int) -> MemoryPlan
             break
     require_disk_space(out, plan.on_disk)
     return plan
+
+
+def whole_memory(device: torch.device) -> int:
+    """Bytes of memory that one rank may count on where nothing else is in it."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory * USABLE)
+    return int(psutil.virtual_memory().total * USABLE) // distributed.on_this_machine()
 
 
 def usable_host() -> int:

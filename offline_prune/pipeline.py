@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 import vllm_spense
-from offline_prune.block_pruning import BlockPruning, intermediate_sizes
+from offline_prune.block_pruning import BlockPruning, intermediate_sizes, tuned_channels
 from offline_prune.calibration.context_length import within_context
 from offline_prune.calibration.hidden_states import Stream
 from offline_prune.calibration.image_rows import captioned_images
@@ -39,7 +39,7 @@ from offline_prune.runtime import deterministic_reduce, distributed
 from offline_prune.runtime.device import compute_dtype, pick_device
 from offline_prune.runtime.profiler import Profiler
 from offline_prune.settings import PruneSettings
-from offline_prune.text import CalibrationText
+from offline_prune.text import CalibrationText, default_sources
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import Annotation, Calibration, Regions
 
@@ -85,6 +85,9 @@ def prune(
             wanted = settings.samples, settings.length
             samples, length = within_context(*wanted, model.text.config, "calibration text", say)
             settings = replace(settings, samples=samples, length=length)
+        if settings.calibration is None:
+            found = distributed.broadcast_from_first(lambda: default_sources(model, tokens, device, say))
+            settings = replace(settings, calibration=found)
         return _Run(model, settings, device, compute_dtype(device), out, progress, say).run(tokens)
 
 
@@ -130,6 +133,8 @@ class _Run:
         self.images: ImagePlan | None = None
         #: Of the dense model, where blocks are tuned towards it or rounded by its inputs.
         self.dense: Stream | None = None
+        #: Weights of the channels of each block's output, where tuning has some.
+        self.channels: list[torch.Tensor | None] = [None] * len(model.blocks)
         #: Only the first rank has one.
         self.writer: CheckpointWriter | None = None
         self.regions, self.alignment = model_regions(
@@ -241,6 +246,8 @@ class _Run:
             return
         with self.profiler.stage("calibration text"):
             tokens = text.whole(self.device, self.dtype, plan.written_at_once, self.out, journal)
+        with self.profiler.stage("sensitivity"):
+            self.channels = tuned_channels(self.model, self.settings, tokens, self.device, self.dtype, self.say)
         with self.profiler.stage("forward"):
             stream = self._stream(tokens, plan, journal.folder)
             self.dense = self._stream(tokens, plan, journal.folder) if self.settings.recipe.follows_dense else None
@@ -373,7 +380,8 @@ class _Run:
         common = self.settings.recipe, at_once, self.say
         if isinstance(block.mlp, GatedMlp):
             regions = self.regions[f"{block.name}.{block.mlp.path}"]
-            work = BlockPruning(index, block.name, block.mlp, module, stream, stored, regions, *common)
+            mine = *common, self.channels[index]
+            work = BlockPruning(index, block.name, block.mlp, module, stream, stored, regions, *mine)
             layers = [work.process(self.dense)]
         elif isinstance(block.mlp, Mixture):
             of_each = {path: self.regions[f"{block.name}.{path}"] for path in block.mlp.paths}

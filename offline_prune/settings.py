@@ -9,8 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
-from offline_prune.calibration.data import DEFAULT_SOURCE
-from offline_prune.calibration.mixture import shares, source_names
+from offline_prune.calibration.mixture import MOST_WRITTEN, shares, source_names
 from offline_prune.methods.recipe import (
     DEFAULT_METHOD,
     METHODS,
@@ -20,6 +19,7 @@ from offline_prune.methods.recipe import (
     Recipe,
     Rounding,
     Selection,
+    TuneLoss,
 )
 from offline_prune.runtime.activation_store import Place
 from vllm_spense.errors import SpenseError
@@ -35,6 +35,7 @@ _CHOICES: tuple[tuple[str, str, type[StrEnum]], ...] = (
     ("layout", "layout", Layout),
     ("quantize", "quantize", Quantize),
     ("rounding", "fp8-rounding", Rounding),
+    ("tune_loss", "tune-loss", TuneLoss),
 )
 
 Choice = TypeVar("Choice", bound=StrEnum)
@@ -57,8 +58,9 @@ class PruneSettings:
         layout: where dense columns stand while down is pruned.
         alignment: S and D are multiples of it; None picks the largest power of two up to 256 that fits.
         calibration: one source or several that give equal shares: see `calibration.data.calibration_tokens`; or
-            `generated`, which the dense model writes itself (`calibration.generated.generate`). Always a tuple
-            afterwards.
+            `generated`, which the dense model writes itself (`calibration.generated.generate`), at most
+            `mixture.MOST_WRITTEN` tokens where others can give the rest. A tuple afterwards; None for what suits the
+            model and the device: `text.default_sources`.
         samples, length, seed: of the calibration text, in sequences and tokens. If `length` is beyond the model's
             context, `prune` takes more and shorter sequences: `context_length.fit_to_context`.
         calibration_images: see `calibration.image_rows.captioned_images`; None for text alone.
@@ -73,6 +75,8 @@ class PruneSettings:
         tune_steps: steps of Adam on each block's kept weights after it is pruned, in all one pass over the calibration
             text; 0 for none, None for the method's own.
         tune_rate: of those steps, relative to the weights: see `block_finetune.tune`.
+        tune_loss: what those steps make small: the `relative` error, or that with its channels weighed by the dense
+            model's predictions, `fisher`; None for the method's own.
         skip_unsupported: leave blocks without a gated MLP as they are instead of refusing the model.
         trust_remote_code: run the Python code that a model brings along.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
@@ -94,7 +98,7 @@ class PruneSettings:
     grouping: Grouping | None = None
     layout: Layout = Layout.BACK
     alignment: int | None = None
-    calibration: str | tuple[str, ...] = DEFAULT_SOURCE
+    calibration: str | tuple[str, ...] | None = None
     samples: int = 128
     length: int = 16384
     seed: int = 0
@@ -107,6 +111,7 @@ class PruneSettings:
     true_sequential: bool = True
     tune_steps: int | None = None
     tune_rate: float = 0.016
+    tune_loss: TuneLoss | None = None
     skip_unsupported: bool = False
     trust_remote_code: bool = False
     device: str = "auto"
@@ -128,8 +133,9 @@ class PruneSettings:
             one_of("activations", self.activations, (AUTO, *Place))
         for name in ("samples", "length", "batch_tokens"):
             require_least(name, getattr(self, name), 1)
-        object.__setattr__(self, "calibration", self.sources)
-        shares(self.sources, self.samples)
+        if self.calibration is not None:
+            object.__setattr__(self, "calibration", self.sources)
+            shares(self.sources, self.samples)
         if not 0 < self.image_share <= 1:
             raise SpenseError(f"--image-share: found {self.image_share:g}, expected more than 0 and at most 1")
         if not (math.isfinite(self.damping) and 0 <= self.damping <= 1):
@@ -145,8 +151,14 @@ class PruneSettings:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Of the calibration text."""
+        """Of the calibration text, once it is known."""
+        assert self.calibration is not None
         return source_names(self.calibration)
+
+    @property
+    def shares(self) -> dict[str, int]:
+        """Source → how many sequences it gives."""
+        return shares(self.sources, self.samples, max(1, MOST_WRITTEN // self.length))
 
     @property
     def wanted_sparsity(self) -> float:
@@ -172,6 +184,7 @@ class PruneSettings:
             true_sequential=self.true_sequential,
             tune_steps=method.tune_steps if self.tune_steps is None else self.tune_steps,
             tune_rate=self.tune_rate,
+            tune_loss=self.tune_loss or method.tune_loss,
             seed=self.seed,
         )
 

@@ -10,18 +10,52 @@ from typing import cast
 import torch
 from torch import nn
 
-from offline_prune.calibration.data import check_vocabulary
-from offline_prune.calibration.generated import generate
-from offline_prune.calibration.mixture import GENERATED, drawn, mixed, shares
+from offline_prune.calibration.data import BUILTIN, check_vocabulary
+from offline_prune.calibration.generated import FEWEST_AT_ONCE, PIECE, Writer, generate, pieces
+from offline_prune.calibration.mixture import DEFAULT_MIXTURE, GENERATED, drawn, mixed
 from offline_prune.checkpoint.journal import Journal, crc32_of
 from offline_prune.checkpoint.output_folder import OutputFolder
+from offline_prune.memory_plan import GIB, whole_memory
 from offline_prune.model.loading import SourceModel
 from offline_prune.model.whole import whole_model
 from offline_prune.runtime import distributed
+from offline_prune.runtime.device import compute_dtype
 from offline_prune.settings import PruneSettings
+from vllm_spense.errors import SpenseError
 
+#: What tokens are called that a caller brought and has not named.
+GIVEN = "given tokens"
 #: In OUT's hidden folder: what the dense model wrote.
 _FILE = "state-text"
+
+
+def default_sources(
+    model: SourceModel, given: torch.Tensor | None, device: torch.device, say: Callable[[str], None]
+) -> tuple[str, ...]:
+    """What to calibrate on where nobody says: `DEFAULT_MIXTURE`, or `builtin` alone where the dense model cannot write.
+
+    It can where it has a head and `FEWEST_AT_ONCE` texts of `PIECE` tokens fit the device whole, whatever else is on it
+    now: so a run that resumes decides the same.
+
+    Args:
+        given: tokens that a caller brought, if any: they are called `GIVEN`.
+        say: told why it cannot.
+    """
+    if given is not None:
+        return (GIVEN,)
+    try:
+        needed, room = Writer.of(model, compute_dtype(device)).bytes(FEWEST_AT_ONCE, PIECE), whole_memory(device)
+    except SpenseError:
+        why = "has no way to generate text"
+    else:
+        if needed <= room:
+            return DEFAULT_MIXTURE
+        why = f"needs {needed / GIB:.2f} GiB to write, and {device} has {room / GIB:.2f} GiB in all"
+    say(
+        f"calibration text: {BUILTIN} alone, because the dense model {why}; what it wrote elsewhere, "
+        "as another --calibration, helps on text unlike docstrings"
+    )
+    return (BUILTIN,)
 
 
 class CalibrationText:
@@ -32,7 +66,7 @@ class CalibrationText:
         say: told what a person should know, a line at a time.
 
     Attributes:
-        written: sequences that the dense model is to write.
+        written: texts that the dense model is to write, of `PIECE` tokens or as many as a sequence has.
         shape: samples and length, once `draw` was called.
     """
 
@@ -42,8 +76,8 @@ class CalibrationText:
         self._model, self._settings, self._say = model, settings, say
         self._given = distributed.broadcast_from_first(lambda: given)
         self._parts: dict[str, torch.Tensor] = {}
-        share = shares(settings.sources, settings.samples).get(GENERATED, 0)
-        self.written = share if self._given is None else 0
+        share = settings.shares.get(GENERATED, 0)
+        self.written = pieces(share, settings.length)[0] if self._given is None else 0
         self.shape: tuple[int, int] = settings.samples, settings.length
         if self._given is not None:
             samples, length = self._given.shape
@@ -86,8 +120,7 @@ class CalibrationText:
         if self._given is not None:
             parts = {"": self._given}
         else:
-            shape = settings.samples, settings.length
-            parts = drawn(settings.sources, model.tokenizer, *shape, settings.seed, self._say)
+            parts = drawn(settings.shares, model.tokenizer, settings.length, settings.seed, self._say)
         embeddings = cast(nn.Embedding, model.text.get_input_embeddings()).num_embeddings
         for tokens in parts.values():
             check_vocabulary(tokens, embeddings)
@@ -105,9 +138,12 @@ class CalibrationText:
         self, device: torch.device, dtype: torch.dtype, at_once: int, out: OutputFolder, journal: Journal
     ) -> torch.Tensor:
         settings = self._settings
+        share = settings.shares[GENERATED]
+        shape = pieces(share, settings.length)
+        self._say(f"the dense model writes {shape[0]} × {shape[1]} tokens, {at_once} texts together")
         with whole_model(self._model, device, dtype):
-            shape = self.written, settings.length
-            tokens = generate(self._model, device, *shape, settings.seed, at_once, self._say)
+            written = generate(self._model, device, *shape, settings.seed, at_once, self._say)
+        tokens = written.flatten()[: share * settings.length].view(share, settings.length).clone()
         if device.type == "cuda":
             torch.cuda.empty_cache()  # Pruning allocates other sizes.
         if distributed.is_first():

@@ -8,6 +8,7 @@ import inspect
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -22,6 +23,8 @@ BUILTIN = "builtin"
 
 #: Installed packages whose docstrings make the built-in text; the held-out text comes from others.
 BUILTIN_PACKAGES = ("torch", "numpy", "datasets", "huggingface_hub")
+#: Torch's own dependencies, whose docstrings follow where these are too short.
+MORE_BUILTIN_PACKAGES = ("sympy", "networkx")
 HELDOUT_PACKAGES = ("matplotlib", "pandas", "transformers")
 _SHORTEST_DOCSTRING = 200
 
@@ -136,7 +139,7 @@ def _valid(text: str) -> str:
 
 def _documents(source: str, seed: int, length: int) -> Iterator[Document]:
     if source == BUILTIN:
-        return docstrings(BUILTIN_PACKAGES, seed)
+        return chain(docstrings(BUILTIN_PACKAGES, seed), docstrings(MORE_BUILTIN_PACKAGES, seed))
     return (read_row(row, where) for where, row in shuffled_rows(source, seed, length))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from vllm_spense.errors import SpenseError
 
 #: Sequences that are written together: at least where they fit, and at most on each kind of device.
 FEWEST_AT_ONCE, MOST_AT_ONCE = 32, {"cpu": 32, "cuda": 512}
+#: Tokens of a text that is written for longer sequences; so many are written together then that keys and values fit.
+PIECE = 512
 #: Tokens that a sequence begins with where there is no chat template.
 _PROMPT = 4
 #: Stands for what a user says while a template is looked at.
@@ -69,17 +72,24 @@ class Writer:
     def at_once(self, samples: int, length: int, device: torch.device, room: int) -> int:
         """How many of this rank's sequences to write together.
 
-        A step costs a GPU about the same for one as for many, so as many as half the room has space for; `FEWEST` may
-        take all of it, and fewer are written only where that does not do.
+        A step costs a GPU about the same for one as for many, so as many as half of what the weights leave has space
+        for; `FEWEST` may take all of it, and fewer are written only where that does not do.
 
         Args:
             samples: of all ranks.
             room: bytes.
         """
         count = min(MOST_AT_ONCE[device.type], -(-samples // distributed.size()))
-        while count > 1 and self.bytes(count, length) > (room // 2 if count > FEWEST_AT_ONCE else room):
+        weights = self.bytes(0, length)
+        while count > 1 and self.bytes(count, length) > ((room + weights) // 2 if count > FEWEST_AT_ONCE else room):
             count //= 2
         return count
+
+
+def pieces(samples: int, length: int) -> tuple[int, int]:
+    """How many texts of how many tokens are written for so many sequences of so many."""
+    piece = min(length, PIECE)
+    return -(-samples * length // piece), piece
 
 
 def keys_and_values(text: PretrainedConfig) -> int:
@@ -119,6 +129,7 @@ def generate(
     model: Any = source.skeleton
     random = torch.Generator().manual_seed(seed * 1_000_003 + rank)
     done: list[torch.Tensor] = []
+    began = time.perf_counter()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
         # A vision tower takes no part and has no weights here; transformers takes its device for the model's.
         warnings.filterwarnings("ignore", ".*input_ids.* on a device type different")
@@ -138,7 +149,9 @@ def generate(
                 pad_token_id=0,
             )
             done.append(found)
-            say(f"{min(start + at_once, share)} of {share} sequences written")
+            count = min(start + at_once, share)
+            left = (time.perf_counter() - began) / count * (share - count) / 60
+            say(f"{count} of {share} sequences written" + (f", {left:.1f} minutes left" if left else ""))
     mine = torch.cat(done).to(torch.int64)
     if ranks == 1:
         return mine.cpu()

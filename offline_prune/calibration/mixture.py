@@ -7,11 +7,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from offline_prune.calibration.data import calibration_tokens
+from offline_prune.calibration.data import BUILTIN, calibration_tokens
 from vllm_spense.errors import SpenseError
 
 #: The source that is the dense model itself: `generated.generate`.
 GENERATED = "generated"
+#: What `prune` calibrates on unless told otherwise, where the dense model can write: `text.default_sources`.
+DEFAULT_MIXTURE = (BUILTIN, GENERATED)
+#: Tokens that the dense model writes for `prune` at most where another source can give the rest. Beyond that the model
+#: would write for longer than it is pruned.
+MOST_WRITTEN = 2**18
 
 
 def source_names(given: str | Iterable[str]) -> tuple[str, ...]:
@@ -29,33 +34,42 @@ def source_names(given: str | Iterable[str]) -> tuple[str, ...]:
     return names
 
 
-def shares(sources: Sequence[str], samples: int) -> dict[str, int]:
+def shares(sources: Sequence[str], samples: int, most_written: int | None = None) -> dict[str, int]:
     """How many sequences each source gives; where they do not divide evenly, the first ones give one more.
+
+    Args:
+        most_written: sequences of `GENERATED`; if its share is larger, other sources give the rest. None for no limit.
 
     Raises:
         SpenseError: some would give none.
     """
     if samples < len(sources):
         raise SpenseError(f"--samples: found {samples}, expected at least {len(sources)}, one of each --calibration")
-    return {name: samples // len(sources) + (i < samples % len(sources)) for i, name in enumerate(sources)}
+    found = {name: samples // len(sources) + (i < samples % len(sources)) for i, name in enumerate(sources)}
+    others = [name for name in sources if name != GENERATED]
+    if others and most_written is not None and found.get(GENERATED, 0) > most_written:
+        found |= {**shares(others, samples - most_written), GENERATED: most_written}
+    return found
 
 
 def drawn(
-    sources: Sequence[str],
+    wanted: Mapping[str, int],
     tokenizer: PreTrainedTokenizerBase,
-    samples: int,
     length: int,
     seed: int,
     say: Callable[[str], None],
 ) -> dict[str, torch.Tensor]:
     """The shares of all sources but `GENERATED`: name → int64 (share, length).
 
+    Args:
+        wanted: `shares`.
+
     Raises:
         SpenseError: as `data.calibration_tokens`.
     """
     return {
         name: calibration_tokens(name, tokenizer, share, length, seed, say)
-        for name, share in shares(sources, samples).items()
+        for name, share in wanted.items()
         if name != GENERATED
     }
 

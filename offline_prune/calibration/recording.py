@@ -243,10 +243,13 @@ def _see(
 
 
 @contextmanager
-def head(model: SourceModel, device: torch.device, dtype: torch.dtype) -> Iterator[Head]:
+def head(model: SourceModel, device: torch.device, dtype: torch.dtype, gradients: bool = False) -> Iterator[Head]:
     """Inside, all of the model but its blocks is in memory, and makes logits of what the last block returns.
 
     It is the model's own code that does, so norms, scales and soft-capping of logits are its own.
+
+    Args:
+        gradients: logits have some, of the hidden states.
 
     Raises:
         SpenseError: the model has no output head.
@@ -261,7 +264,7 @@ def head(model: SourceModel, device: torch.device, dtype: torch.dtype) -> Iterat
 
         def logits(tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
             recorders[-1].output = hidden
-            with torch.inference_mode(), fast_matmul():
+            with torch.inference_mode(not gradients), fast_matmul():
                 return model.skeleton(input_ids=tokens.to(device), use_cache=False).logits
 
         try:

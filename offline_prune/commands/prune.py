@@ -7,9 +7,10 @@ from typing import Annotated
 import typer
 
 from offline_prune.commands.options import RUN, Device, Length, Out, Overwrite, Resume
-from offline_prune.methods.recipe import DEFAULT_METHOD, Grouping, Layout, Quantize, Rounding, Selection
+from offline_prune.methods.recipe import DEFAULT_METHOD, Grouping, Layout, Quantize, Rounding, Selection, TuneLoss
 from offline_prune.terminal import make_console, print_report, print_serving_class, progress_of, silence_bars
 
+_IMAGES = "Calibration with images"
 _RESEARCH = "Research: what methods and ablations are made of"
 
 
@@ -26,12 +27,13 @@ def prune(
         str, typer.Option(help="spensegpt++ | spensegpt+ | spensegpt | sparsegpt | wanda | magnitude")
     ] = DEFAULT_METHOD,
     calibration: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             help="Hugging Face data set, .jsonl/.txt/.parquet file or folder, `builtin` (no download), or `generated`: "
-            "what the dense model writes. Several times: an equal share of each."
+            "what the dense model writes. Several times: an equal share of each. \\[default: builtin and generated; "
+            "builtin where the dense model does not fit the device]"
         ),
-    ] = ["simplescaling/s1K-1.1"],  # noqa: B006
+    ] = None,
     samples: Annotated[
         int, typer.Option(help="Calibration sequences; more where the model's context is shorter than --length.")
     ] = 128,
@@ -40,10 +42,13 @@ def prune(
         str | None,
         typer.Option(
             help="For a model that sees: folder of images with captions, .jsonl file with image and text, or `random`. "
-            "\\[default: text alone]"
+            "\\[default: text alone]",
+            rich_help_panel=_IMAGES,
         ),
     ] = None,
-    image_share: Annotated[float, typer.Option(help="Of the sequences, those that begin with images.")] = 0.5,
+    image_share: Annotated[
+        float, typer.Option(help="Of the sequences, those that begin with images.", rich_help_panel=_IMAGES)
+    ] = 0.5,
     overwrite: Overwrite = False,
     resume: Resume = False,
     skip_unsupported: Annotated[
@@ -131,6 +136,14 @@ def prune(
     tune_rate: Annotated[
         float, typer.Option(help="Of those steps, relative to the weights.", rich_help_panel=_RESEARCH)
     ] = 0.016,
+    tune_loss: Annotated[
+        TuneLoss | None,
+        typer.Option(
+            help="What those steps make small: the relative error, or that with its channels weighed by what they do "
+            "to the dense model's predictions. \\[default: fisher for spensegpt++]",
+            rich_help_panel=_RESEARCH,
+        ),
+    ] = None,
 ) -> None:
     """Prune MODEL in one shot and write a checkpoint that vLLM serves.
 
@@ -152,7 +165,7 @@ def prune(
         grouping=grouping,
         layout=layout,
         alignment=alignment,
-        calibration=tuple(calibration),
+        calibration=tuple(calibration) if calibration else None,
         samples=samples,
         length=length,
         seed=seed,
@@ -165,6 +178,7 @@ def prune(
         true_sequential=true_sequential,
         tune_steps=tune_steps,
         tune_rate=tune_rate,
+        tune_loss=tune_loss,
         skip_unsupported=skip_unsupported,
         trust_remote_code=trust_remote_code,
         device=device,

@@ -206,8 +206,8 @@ class _Run:
 
     def _drawn(self) -> dict[str, torch.Tensor]:
         settings = self.settings
-        shape = settings.samples, settings.length
-        return drawn(settings.sources, self.student.tokenizer, *shape, settings.seed, self.say)
+        wanted = shares(settings.sources, settings.samples)
+        return drawn(wanted, self.student.tokenizer, settings.length, settings.seed, self.say)
 
     def _note_rate(self, history: History) -> None:
         rate = self.settings.rate

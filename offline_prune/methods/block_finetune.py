@@ -32,7 +32,8 @@ _JUDGED_SHARE, _JUDGED_TOKENS = 1 / 16, 4096
 
 @dataclass(frozen=True)
 class TuningReport:
-    """‖f(x̃) − y‖² / ‖y‖², mean over tokens, of a block's output against the dense model's, before and after tuning."""
+    """‖f(x̃) − y‖² / ‖y‖², mean over tokens, of a block's output against the dense model's, before and after tuning;
+    with the weights of the channels, where they have some."""
 
     before: float
     after: float
@@ -63,6 +64,7 @@ def tune(
     dense: Stream,
     recipe: Recipe,
     tokens_at_once: int,
+    channels: torch.Tensor | None = None,
 ) -> tuple[dict[str, torch.Tensor], TuningReport]:
     """Adam on the non-zero weights of some linear layers, zeros fixed.
 
@@ -82,6 +84,7 @@ def tune(
         recipe: `tune_steps` make one pass over the calibration text, in an order drawn from `seed`; `tune_rate` is
             Adam's largest learning rate relative to the root mean square of each layer's kept weights.
         tokens_at_once: about how many go through the block together.
+        channels: float32 (H,), weights of the squared error's channels; None weighs all alike.
 
     Returns:
         float32 (N, K) of each layer, the values that inference will multiply with, and the loss on a fixed part of the
@@ -118,7 +121,8 @@ def tune(
             kwargs = stream.unit_arguments(index, chunk)
             with torch.no_grad():
                 target = torch.lerp(output(original, x, kwargs), y.float(), _INHERITED)
-            error, power = (output(served, x, kwargs) - target).square().sum(-1), target.square().sum(-1)
+            error, power = (output(served, x, kwargs) - target).square(), target.square().sum(-1)
+            error = error.sum(-1) if channels is None else error @ channels
             yield (error / power).mean() * (len(chunk) / len(units))
 
     averages: dict[str, torch.Tensor] = {}

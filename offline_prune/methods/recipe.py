@@ -65,6 +65,14 @@ class Rounding(StrEnum):
     EVERYWHERE = "everywhere"
 
 
+class TuneLoss(StrEnum):
+    """How the channels of a block's error are weighed while it is tuned: alike, or by how much they change the dense
+    model's predictions: `calibration.sensitivity.channel_weights`."""
+
+    RELATIVE = "relative"
+    FISHER = "fisher"
+
+
 @dataclass(frozen=True)
 class Method:
     """A named pruning method: what it does unless told otherwise."""
@@ -73,6 +81,7 @@ class Method:
     selection: Selection
     sparsity: float
     tune_steps: int = 0
+    tune_loss: TuneLoss = TuneLoss.RELATIVE
     rounding: Rounding = Rounding.INSIDE
     grouping: Grouping = Grouping.ORIGINAL
     dense_first: bool = False
@@ -87,6 +96,7 @@ METHODS = {
         Selection.OUTPUT_LOSS,
         0.375,
         tune_steps=128,
+        tune_loss=TuneLoss.FISHER,
         rounding=Rounding.EVERYWHERE,
         dense_first=True,
         descent_passes=1,
@@ -109,6 +119,7 @@ class Recipe:
         true_sequential: down's Hessian comes through the pruned gate and up.
         tune_steps: of Adam on each block's kept weights; 0 for none.
         tune_rate: of those steps, relative to the weights.
+        tune_loss: what they make small.
         seed: of random choices.
     """
 
@@ -123,6 +134,7 @@ class Recipe:
     true_sequential: bool = True
     tune_steps: int = 0
     tune_rate: float = 0.016
+    tune_loss: TuneLoss = TuneLoss.RELATIVE
     seed: int = 0
 
     @property
@@ -147,6 +159,11 @@ class Recipe:
         return self.rounds_everywhere and self.rounds_inside and self.tune_steps > 0
 
     @property
+    def weighs_channels(self) -> bool:
+        """Tunes a loss whose channels count by what they do to the dense model's predictions."""
+        return self.tune_steps > 0 and self.tune_loss is TuneLoss.FISHER
+
+    @property
     def follows_dense(self) -> bool:
         """Takes the calibration text through the dense model beside the pruned one."""
         return self.rounds_everywhere or self.tune_steps > 0
@@ -166,7 +183,7 @@ class Recipe:
         if self.descent_passes:
             recorded["descent_passes"] = self.descent_passes
         if self.tune_steps:
-            recorded |= {"tune_steps": self.tune_steps, "tune_rate": self.tune_rate}
+            recorded |= {"tune_steps": self.tune_steps, "tune_rate": self.tune_rate, "tune_loss": str(self.tune_loss)}
         if self.quantize is Quantize.FP8:
             compensated = self.rounds_inside or self.rounds_everywhere
             recorded["fp8_rounding"] = str(self.rounding if compensated else Rounding.AFTER)

@@ -178,6 +178,14 @@ def test_variants_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         accuracy.heal_variant("out=elsewhere")
 
 
+def test_the_built_in_text_of_a_variant_is_that_of_the_folder_of_texts() -> None:
+    both = {"calibration": ("builtin", "generated"), "seed": 3}
+    assert accuracy.with_texts(both, None) == both
+    assert accuracy.with_texts(both, Path("texts")) == {**both, "calibration": ("texts/calibration.jsonl", "generated")}
+    assert accuracy.with_texts({"calibration": "generated"}, Path("texts")) == {"calibration": ("generated",)}
+    assert accuracy.with_texts({"seed": 3}, Path("texts")) == {"seed": 3}
+
+
 def test_mean_and_standard_error() -> None:
     assert quality_tables.mean([1.0, 2.0, 3.0], 3) == "2.000 ± 0.577"
 

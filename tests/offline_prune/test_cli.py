@@ -238,6 +238,14 @@ def test_a_run_to_an_odd_name_ends_well(tmp_path: Path, llama: Path, text: Path,
     assert f"error: {out}: the folder is not empty" in again.stderr
 
 
+def test_help_shows_five_options_first_and_research_ones_apart() -> None:
+    panels = re.split("^╭─ ", spense("prune", "--help").stdout, flags=re.MULTILINE)
+    options = {panel.partition(" ─")[0]: re.findall(r"^│ (--[\w-]+)", panel, re.MULTILINE) for panel in panels}
+    assert options["Options"] == ["--sparsity", "--method", "--calibration", "--samples", "--length", "--help"]
+    (research,) = (names for title, names in options.items() if title.startswith("Research"))
+    assert {"--selection", "--tune-rate", "--damping", "--layout"} <= set(research)
+
+
 def test_help_keeps_what_is_in_brackets() -> None:
     assert "[default: the method's]" in spense("prune", "--help").stdout
 

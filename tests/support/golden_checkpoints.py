@@ -30,10 +30,14 @@ ENVIRONMENT = {
 }
 #: Name → family of the model, settings.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "spensegpt++ 37.5%": ("llama", {"method": "spensegpt++", "sparsity": 0.375, "tune_steps": 6}),
+    # Weights of channels come from a backward pass, whose last bits differ more from CPU to CPU.
+    "spensegpt++ 37.5%": (
+        "llama",
+        {"method": "spensegpt++", "sparsity": 0.375, "tune_steps": 6, "tune_loss": "relative"},
+    ),
     "spensegpt++ 25%, mixed groups": (
         "qwen2",
-        {"method": "spensegpt++", "sparsity": 0.25, "tune_steps": 4, "grouping": "mixed"},
+        {"method": "spensegpt++", "sparsity": 0.25, "tune_steps": 4, "tune_loss": "relative", "grouping": "mixed"},
     ),
     "spensegpt+ 37.5%": ("llama with biases", {"method": "spensegpt+", "sparsity": 0.375}),
     "spensegpt+ 25%, fused": ("phi3", {"method": "spensegpt+", "sparsity": 0.25}),

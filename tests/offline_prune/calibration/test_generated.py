@@ -23,7 +23,9 @@ from offline_prune.model.loading import SourceModel
 from offline_prune.model.whole import whole_model
 from offline_prune.pipeline import prune
 from offline_prune.runtime import distributed
+from offline_prune.runtime.device import compute_dtype
 from offline_prune.settings import PruneSettings
+from offline_prune.text import default_sources
 from vllm_spense.errors import SpenseError
 
 CPU = torch.device("cpu")
@@ -147,7 +149,7 @@ def test_a_model_that_is_too_large_is_refused_before_any_work(
     monkeypatch.setattr(generated.Writer, "bytes", lambda *_: 1 << 50)
     words = (
         r"cpu: .* GiB of memory usable, the dense model needs 1048576\.00 GiB while it writes the text of "
-        r"--calibration generated; a smaller --length may help, or text that it wrote elsewhere, as a \.jsonl file"
+        r"--calibration generated; --calibration builtin needs none of it, nor does text that it wrote elsewhere"
     )
     with pytest.raises(SpenseError, match=words):
         run(llama, tmp_path / "out", text, calibration=mixture, **SIZES)
@@ -166,6 +168,74 @@ def test_a_model_that_cannot_write_is_refused(
     with pytest.raises(SpenseError, match="--calibration: LlamaForCausalLM has no way to generate text; name another"):
         run(llama, tmp_path / "out", text, calibration="generated", **SIZES)
     assert not (tmp_path / "out").exists()
+
+
+def source_of(out: Path) -> str:
+    calibration = open_checkpoint(out).annotation.calibration
+    assert calibration is not None
+    return calibration.source
+
+
+def test_by_default_half_is_built_in_and_half_is_written(llama: Path, tmp_path: Path, text: Path) -> None:
+    """And a run that is cut off ends with equal bytes."""
+    options = {**SIZES, "calibration": None}
+    report = run(llama, tmp_path / "whole", text, **options)
+    assert report.settings["calibration"] == ("builtin", "generated")
+    assert source_of(tmp_path / "whole") == "builtin + generated"
+    run(llama, tmp_path / "named", text, **{**options, "calibration": ("builtin", "generated")})
+    assert contents(tmp_path / "named") == contents(tmp_path / "whole")
+    cut_off(llama, tmp_path / "out", text, 1, **options)
+    assert kept(tmp_path / "out").shape == (4, 24)
+    run(llama, tmp_path / "out", text, resume=True, **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_by_default_a_model_too_large_for_the_device_writes_nothing_and_that_is_said(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offline_prune.text.whole_memory", lambda _: 1 << 20)
+    monkeypatch.setattr("offline_prune.text.generate", refuse)
+    said: list[str] = []
+    settings = PruneSettings(str(llama), tmp_path / "out", "magnitude", device="cpu", **SIZES)
+    prune(settings, say=said.append)
+    assert source_of(tmp_path / "out") == "builtin"
+    (line,) = (line for line in said if line.startswith("calibration text: builtin alone, because"))
+    assert "GiB to write, and cpu has 0.00 GiB in all" in line
+
+
+def test_by_default_a_model_without_a_way_to_write_writes_nothing(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, said = SourceModel(str(llama)), list[str]()
+    assert default_sources(source, None, CPU, said.append) == ("builtin", "generated")
+    monkeypatch.setattr(type(source.skeleton), "can_generate", lambda *_: False)
+    assert not said
+    assert default_sources(source, None, CPU, said.append) == ("builtin",)
+    assert "has no way to generate text" in said[0]
+
+
+def test_tokens_of_a_caller_are_called_so(llama: Path, tmp_path: Path) -> None:
+    settings = PruneSettings(str(llama), tmp_path / "out", "magnitude", device="cpu", **SIZES)
+    prune(settings, tokens=torch.randint(0, 256, (8, 24)))
+    assert source_of(tmp_path / "out") == "given tokens"
+
+
+def test_long_sequences_are_made_of_short_texts(
+    llama: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert generated.pieces(3, 1300) == (8, 512)
+    assert generated.pieces(3, 100) == (3, 100)
+    monkeypatch.setattr(generated, "PIECE", 10)
+    settings = PruneSettings(str(llama), tmp_path / "out", "magnitude", calibration="generated", device="cpu", **SIZES)
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline._Run, "_stream", refuse)
+        with pytest.raises(AssertionError):
+            prune(settings, say=said.append)
+    assert "20 of 20 sequences written" in said
+    source = SourceModel(str(llama))
+    with whole_model(source, CPU, torch.float32):
+        texts = generate(source, CPU, 20, 10, 0, 20, lambda _: None)
+    if compute_dtype(CPU) is torch.float32:  # Else the model is another one there.
+        assert torch.equal(kept(tmp_path / "out"), texts.flatten()[: 8 * 24].view(8, 24))
 
 
 def test_as_many_are_written_together_as_half_the_room_takes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,9 +38,19 @@ def test_shares_are_equal_and_rounded() -> None:
         shares(("x", "y", "z"), 2)
 
 
+def test_the_dense_model_writes_no_more_than_it_may_where_others_can() -> None:
+    assert shares(("x", "generated"), 64, 40) == {"x": 32, "generated": 32}
+    assert shares(("generated", "x", "y"), 64, 11) == {"generated": 11, "x": 27, "y": 26}
+    assert shares(("generated",), 64, 11) == {"generated": 64}
+    settings = PruneSettings("model", Path("out"), calibration=("builtin", "generated"))
+    assert settings.shares == {"builtin": 112, "generated": 16}
+    short = PruneSettings("model", Path("out"), calibration=("builtin", "generated"), length=512)
+    assert short.shares == {"builtin": 64, "generated": 64}
+
+
 def test_a_source_gives_what_it_would_give_alone(letters: list[str]) -> None:
     said: list[str] = []
-    parts = drawn([*letters, "generated"], TOKENIZER, 10, 16, 0, said.append)
+    parts = drawn(shares([*letters, "generated"], 10), TOKENIZER, 16, 0, said.append)
     assert {name: len(part) for name, part in parts.items()} == dict(zip(letters, (3, 3, 2), strict=True))
     for name, part in parts.items():
         assert torch.equal(part, calibration_tokens(name, TOKENIZER, len(part), 16, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import torch
 from runs import logits, run
 from tiny_models import FAMILIES, tiny_model
 
+from offline_prune.block_pruning import tuned_channels
 from offline_prune.checkpoint.verify import open_checkpoint, verify
 from offline_prune.methods.block_finetune import _AsServed, _share, tune
 from offline_prune.methods.fp8 import channel_scales, round_to_fp8
+from offline_prune.model.loading import SourceModel
 from offline_prune.model.safetensors_reader import SafetensorsReader
+from offline_prune.settings import PruneSettings
 
 MLP = "model.layers.{}.mlp.{}_proj.weight"
 MORE = {"samples": 64, "length": 64}
@@ -84,9 +88,12 @@ def test_steps_that_do_not_fit_in_a_batch_sum_up(llama: Path, tmp_path: Path, te
 @pytest.mark.parametrize(
     ("options", "recorded"),
     [
-        ({"method": "spensegpt++"}, {"tune_steps": 128, "tune_rate": 0.016}),
+        ({"method": "spensegpt++"}, {"tune_steps": 128, "tune_rate": 0.016, "tune_loss": "fisher"}),
         ({"method": "spensegpt++", "tune_steps": 0}, {}),
-        ({"method": "wanda", "tune_steps": 3, "tune_rate": 0.01}, {"tune_steps": 3, "tune_rate": 0.01}),
+        (
+            {"method": "wanda", "tune_steps": 3, "tune_rate": 0.01},
+            {"tune_steps": 3, "tune_rate": 0.01, "tune_loss": "relative"},
+        ),
     ],
     ids=str,
 )
@@ -97,6 +104,39 @@ def test_every_method_may_be_tuned(
     settings = open_checkpoint(tmp_path / "out").annotation.settings
     assert {key: value for key, value in settings.items() if key.startswith("tune")} == recorded
     assert all((layer.tuning is not None) == bool(recorded) for layer in report.layers)
+
+
+def test_channels_count_by_their_weights(
+    llama: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def before(name: str, **options: Any) -> list[float]:
+        report = run(llama, tmp_path / name, text, method="spensegpt++", tune_steps=2, **options)
+        return [layer.tuning.before for layer in report.layers if layer.tuning]
+
+    def weigh(weights: torch.Tensor) -> None:
+        monkeypatch.setattr("offline_prune.block_pruning.weights_of_channels", lambda model, *_: [weights, weights])
+
+    alike = before("alike", tune_loss="relative")
+    width = json.loads((llama / "config.json").read_text())["hidden_size"]
+    # Of the first block alone: what the second one gets depends on how the first was tuned.
+    weigh(torch.full((width,), 2.0))
+    assert before("doubled")[0] == pytest.approx(2 * alike[0], rel=1e-4)
+    weigh((torch.arange(width) < width // 2).float())
+    halves = [before("first half")[0]]
+    weigh((torch.arange(width) >= width // 2).float())
+    halves.append(before("second half")[0])
+    assert min(halves) > 0
+    assert sum(halves) == pytest.approx(alike[0], rel=1e-4)
+
+
+def test_a_model_without_predictions_is_tuned_with_all_channels_alike(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, settings, said = SourceModel(str(llama)), PruneSettings(str(llama), tmp_path / "out"), list[str]()
+    monkeypatch.setattr(SourceModel, "head_name", None)
+    tokens, cpu = torch.zeros(2, 8, dtype=torch.int64), torch.device("cpu")
+    assert tuned_channels(source, settings, tokens, cpu, torch.float32, said.append) == [None, None]
+    assert said == ["tuning weighs all channels alike, because the model has no output head"]
 
 
 def test_gradients_go_straight_through_the_rounding_to_the_kept_weights() -> None:

@@ -18,7 +18,7 @@ from tiny_models import tiny_model
 
 from offline_prune import pipeline
 from offline_prune.calibration.generated import generate
-from offline_prune.calibration.mixture import drawn, mixed
+from offline_prune.calibration.mixture import drawn, mixed, shares
 from offline_prune.model.loading import SourceModel
 from offline_prune.model.whole import whole_model
 from offline_prune.runtime import deterministic_reduce, distributed
@@ -169,7 +169,7 @@ def test_two_ranks_write_a_share_of_the_text_each(
         with whole_model(source, CPU, compute_dtype(CPU)):
             written.append(generate(source, CPU, 3, 64, 0, 3, lambda _: None))
     sources = str(text), "generated"
-    parts = drawn(sources, source.tokenizer, 12, 64, 0, lambda _: None)
+    parts = drawn(shares(sources, 12), source.tokenizer, 64, 0, lambda _: None)
     assert torch.equal(first, mixed({**parts, "generated": torch.cat(written)}, sources, 0))
 
 
