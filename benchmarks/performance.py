@@ -392,7 +392,7 @@ TABLES: Mapping[str, tuple[str, Callable[..., list[str]]]] = {
     "ablations": ("accuracy-smollm2-ablations", quality_results.quality),
     "accuracy_cpu": ("accuracy-smollm2-cpu", quality_results.quality),
     "models": (
-        " ".join(f"accuracy-{kind}-{model}" for kind in ("domains", "heal") for model in KNOWN),
+        " ".join(f"accuracy-{kind}-{model}" for kind in ("default", "heal") for model in KNOWN),
         quality_results.over_models,
     ),
     **{f"domains_{model.partition('-')[0]}": (f"accuracy-domains-{model}", quality_results.quality) for model in KNOWN},

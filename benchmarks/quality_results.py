@@ -38,8 +38,11 @@ def headline(result: Result, *others: Result) -> list[str]:
 
 
 def over_models(result: Result, *others: Result) -> list[str]:
-    """What methods lose on the average model."""
-    rows = [row for each in (result, *others) for row in each["rows"]]
+    """What methods lose on the average model. Later results add what earlier ones do not have, such as healed ones."""
+    rows: list[Row] = []
+    for each in (result, *others):
+        known = {(row["model"], row["method"], row["sparsity"]) for row in rows}
+        rows += [row for row in each["rows"] if (row["model"], row["method"], row["sparsity"]) not in known]
     return [*quality_tables.over_models(rows), "", f"{quality_tables.measured_on(rows)}. {result['gpu']['name']}."]
 
 

@@ -99,7 +99,7 @@ def over_models(rows: Sequence[Row]) -> list[str]:
     found: dict[tuple[str, float], dict[tuple[str, str], list[float]]] = {}
     for row in rows:
         if row["sparsity"] and row["format"] != "bf16":
-            places = found.setdefault((_healed(row["method"]), row["sparsity"]), {})
+            places = found.setdefault((_label(row["method"]), row["sparsity"]), {})
             places.setdefault((row["model"], row["domain"]), []).append(row["kl"])
     kl = {
         key: {place: statistics.mean(values) for place, values in places.items()}
@@ -117,9 +117,10 @@ def over_models(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _healed(method: str) -> str:
-    """Of a healed method's settings only the rate; others are the same in all results."""
+def _label(method: str) -> str:
+    """A method with what differs within a table: its calibration text, and of a healed one's settings the rate."""
     name, _, change = method.partition(" healed ")
+    name = name.replace(" calibration=builtin,calibration=generated", ", half of the text generated")
     rate = change.partition("rate=")[2].partition(",")[0]
     return f"{name}, healed at {rate}" if change else name
 

@@ -317,3 +317,10 @@ def test_the_mean_over_models_is_of_what_all_of_them_have() -> None:
         # Of docs 0.04 / 0.1 and 0.12 / 0.4, of code 0.1 / 0.1 and 0.12 / 0.4.
         "| spensegpt++, healed at 0.003 | 25.0% | 0.080 (0.35) | 0.110 (0.65) |",
     ]
+    mixed = "spensegpt++ calibration=builtin,calibration=generated"
+    measured = {"gpu": {"name": "GPU"}, "rows": [*rows, *(row(model, mixed, "docs", 0.2) for model in "ab")]}
+    measured["rows"] += [row(model, mixed, "code", 0.2) for model in "ab"]
+    # What another file has of the same case was measured with something else.
+    older = {"gpu": {"name": "GPU"}, "rows": [row(model, mixed, "docs", 9.0) for model in "ab"]}
+    lines = quality_results.over_models(measured, older)
+    assert "| spensegpt++, half of the text generated | 25.0% | 0.200 (1.25) | 0.200 (1.25) |" in lines
