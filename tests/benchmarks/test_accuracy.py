@@ -14,7 +14,7 @@ import torch
 from tiny_models import tiny_model
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from benchmarks import accuracy, peers, quality_tables, texts
+from benchmarks import accuracy, peers, quality_results, quality_tables, texts
 from offline_prune.calibration.heldout import HELDOUT
 from offline_prune.checkpoint.evaluate import agreement, load_dense, perplexity
 from vllm_spense.errors import SpenseError
