@@ -175,6 +175,7 @@ def _run(model: Model, folder: str, quantization: str) -> dict[str, Any]:
             model_impl=model.implementation,
             enforce_eager=True,
             dtype=model.dtype,
+            trust_remote_code=model.is_remote,
             max_model_len=256,
             max_num_seqs=16,
             seed=0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,21 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks import modeling_mimo
 from benchmarks.zoo import tiny_config, undrawn
 from offline_prune.pipeline import prune
 from offline_prune.settings import PruneSettings
 
-#: vLLM's attention on a CPU wants heads of a multiple of 32.
-SIZES: dict[str, Any] = {
+#: Two layers. vLLM's attention on a CPU wants heads of a multiple of 32.
+LAYERS: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 384,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
-    "vocab_size": 288,
-    "max_position_embeddings": 512,
 }
+SIZES: dict[str, Any] = {**LAYERS, "vocab_size": 288, "max_position_embeddings": 512}
 #: Beside the 256 bytes, with the names that processors look for.
 _NAMES = (
     "<end>",
@@ -51,7 +51,7 @@ class Model:
     """A tiny model to serve.
 
     Attributes:
-        architecture: transformers' class.
+        architecture: transformers' class, or one of `modeling_mimo`, whose code travels with the model.
         text: settings of its language model, beside `SIZES`.
         top: settings of the whole configuration, if that is another one.
         vision: of its vision tower.
@@ -60,7 +60,7 @@ class Model:
         processor: saves what turns images into tensors, for a model that sees.
         image: how a prompt shows an image.
         renamed: parts of tensors' names that published checkpoints have and transformers' newest no longer saves.
-        drafts: whether its files also have a draft head (MTP), after the last layer.
+        drafts: makes a draft head (MTP) that its files have as well, from transformers' class and the configuration.
         speculates: whether it is served with that head.
     """
 
@@ -74,8 +74,13 @@ class Model:
     processor: Callable[[PreTrainedTokenizerFast, Path], object] | None = None
     image: str = ""
     renamed: dict[str, str] = field(default_factory=dict)
-    drafts: bool = False
+    drafts: Callable[[Any, Any], dict[str, torch.Tensor]] | None = None
     speculates: bool = False
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether --trust-remote-code must be given."""
+        return hasattr(modeling_mimo, self.architecture)
 
     @property
     def needs_torchvision(self) -> bool:
@@ -115,6 +120,52 @@ def _pixtral(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def _last_layer(kind: Any, config: Any) -> dict[str, torch.Tensor]:
+    """The decoder layer that a deeper model would have, with full attention, by its names from `layers.` on."""
+    deeper = type(config)(**config.to_dict())
+    text = deeper.get_text_config()
+    layer = f"layers.{text.num_hidden_layers}."
+    text.num_hidden_layers += 1
+    if getattr(text, "layer_types", None):
+        text.layer_types = [*text.layer_types, "full_attention"]
+    with tempfile.TemporaryDirectory() as folder:
+        _save(kind, deeper, Path(folder))
+        tensors = load_file(Path(folder) / "model.safetensors")
+    return {
+        name[name.index(layer) :]: tensor for name, tensor in tensors.items() if layer in name and "visual" not in name
+    }
+
+
+def _joins(size: int) -> torch.Tensor:
+    """What makes one hidden state of a token's embedding and the last hidden state beside it."""
+    return (0.1 * torch.randn(size, 2 * size)).bfloat16()
+
+
+def _glm_head(kind: Any, config: Any) -> dict[str, torch.Tensor]:
+    """After the last layer, as DeepSeek and GLM store it."""
+    layer, size = f"model.layers.{config.num_hidden_layers}.", config.hidden_size
+    return {
+        **{f"model.{name}": tensor for name, tensor in _last_layer(kind, config).items()},
+        **{f"{layer}{name}.weight": torch.ones(size).bfloat16() for name in ("enorm", "hnorm", "shared_head.norm")},
+        f"{layer}eh_proj.weight": _joins(size),
+        f"{layer}shared_head.head.weight": (0.1 * torch.randn(config.vocab_size, size)).bfloat16(),
+    }
+
+
+def _qwen_head(kind: Any, config: Any) -> dict[str, torch.Tensor]:
+    """Beside the model, as Qwen3.5 stores it."""
+    text = config.get_text_config()
+    size = text.hidden_size
+    layer = f"layers.{text.num_hidden_layers}."
+    norms = ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
+    return {
+        **{f"mtp.{name.replace(layer, 'layers.0.')}": tensor for name, tensor in _last_layer(kind, config).items()},
+        # Added to one.
+        **{f"mtp.{name}.weight": torch.zeros(size).bfloat16() for name in norms},
+        "mtp.fc.weight": _joins(size),
+    }
+
+
 _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}}
 _VISION = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 _QWEN_VISION = {"hidden_size": 128, "intermediate_size": 256, "depth": 2, "num_heads": 4, "out_hidden_size": 128}
@@ -149,6 +200,16 @@ _GLM_MOE = {
     "first_k_dense_replace": 1,
     "num_nextn_predict_layers": 1,
 }
+_QWEN35 = Model(
+    "Qwen3_5ForConditionalGeneration",
+    _HYBRID,
+    _QWEN_TOKENS,
+    {**_QWEN_VISION, "patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": []},
+    dtype="bfloat16",
+    processor=_qwen(16),
+    image="<|vision_start|><|image_pad|><|vision_end|>",
+)
+_QWEN35_DRAFTS = replace(_QWEN35, text={**_HYBRID, "mtp_num_hidden_layers": 1}, drafts=_qwen_head)
 MODELS = {
     "GLM": Model("GlmForCausalLM"),
     "GLM-4": Model("Glm4ForCausalLM"),
@@ -160,8 +221,10 @@ MODELS = {
     "Qwen2-MoE": Model("Qwen2MoeForCausalLM", {**_MORE_EXPERTS, "shared_expert_intermediate_size": 192}),
     "Mixtral": Model("MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "OLMoE": Model("OlmoeForCausalLM", {"num_experts": 8, "num_experts_per_tok": 2}),
-    "GLM-4.5 with MTP": Model("Glm4MoeForCausalLM", _GLM_MOE, drafts=True),
-    "GLM-4.5 with MTP, speculating": Model("Glm4MoeForCausalLM", _GLM_MOE, drafts=True, speculates=True),
+    "GLM-4.5 with MTP": Model("Glm4MoeForCausalLM", _GLM_MOE, drafts=_glm_head),
+    "GLM-4.5 with MTP, speculating": Model("Glm4MoeForCausalLM", _GLM_MOE, drafts=_glm_head, speculates=True),
+    "MiMo with MTP": Model("MiMoForCausalLM"),
+    "MiMo with MTP, speculating": Model("MiMoForCausalLM", speculates=True),
     "Gemma-3, multimodal": Model(
         "Gemma3ForConditionalGeneration",
         {"sliding_window": 64, "query_pre_attn_scalar": 32},
@@ -200,15 +263,9 @@ MODELS = {
         processor=_qwen(16),
         image="<|vision_start|><|image_pad|><|vision_end|>",
     ),
-    "Qwen3.5": Model(
-        "Qwen3_5ForConditionalGeneration",
-        _HYBRID,
-        _QWEN_TOKENS,
-        {**_QWEN_VISION, "patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": []},
-        dtype="bfloat16",
-        processor=_qwen(16),
-        image="<|vision_start|><|image_pad|><|vision_end|>",
-    ),
+    "Qwen3.5": _QWEN35,
+    "Qwen3.5 with MTP": _QWEN35_DRAFTS,
+    "Qwen3.5 with MTP, speculating": replace(_QWEN35_DRAFTS, speculates=True),
     "Qwen3.5, text": Model("Qwen3_5ForCausalLM", _HYBRID, dtype="bfloat16"),
 }
 
@@ -220,7 +277,7 @@ def runs_here(model: Model) -> bool:
 
 def make(model: Model, folder: Path) -> None:
     """Saves the model with random weights in BF16, a tokenizer of bytes, and what reads images."""
-    kind = getattr(transformers, model.architecture)
+    kind = getattr(modeling_mimo if model.is_remote else transformers, model.architecture)
     config = tiny_config(kind.config_class)
     text = config.get_text_config()
     for owner, values in (
@@ -243,7 +300,7 @@ def make(model: Model, folder: Path) -> None:
         tensors = {name.replace(old, new): tensor for name, tensor in load_file(file).items()}
         save_file(tensors, file, metadata={"format": "pt"})
     if model.drafts:
-        tensors = load_file(file) | _draft_head(kind, whole)
+        tensors = load_file(file) | model.drafts(kind, whole)
         save_file(tensors, file, metadata={"format": "pt"})
     tokenizer = _tokenizer()
     tokenizer.save_pretrained(folder)
@@ -261,22 +318,6 @@ def _save(kind: Any, config: Any, folder: Path) -> None:
         elif name.endswith("bias"):
             nn.init.normal_(parameter, std=0.1)
     made.to(torch.bfloat16).save_pretrained(folder)
-
-
-def _draft_head(kind: Any, config: Any) -> dict[str, torch.Tensor]:
-    """The layer that a deeper model would have, and what makes its input and output, as DeepSeek and GLM store them."""
-    layer, size = f"model.layers.{config.num_hidden_layers}.", config.hidden_size
-    deeper = type(config)(**{**config.to_dict(), "num_hidden_layers": config.num_hidden_layers + 1})
-    with tempfile.TemporaryDirectory() as folder:
-        _save(kind, deeper, Path(folder))
-        tensors = load_file(Path(folder) / "model.safetensors")
-    norms = {f"{layer}{name}.weight": torch.ones(size).bfloat16() for name in ("enorm", "hnorm", "shared_head.norm")}
-    return {
-        **{name: tensor for name, tensor in tensors.items() if name.startswith(layer)},
-        **norms,
-        f"{layer}eh_proj.weight": (0.1 * torch.randn(size, 2 * size)).bfloat16(),
-        f"{layer}shared_head.head.weight": tensors["lm_head.weight"],
-    }
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
@@ -307,6 +348,7 @@ def prune_tiny(model: Model, source: Path, out: Path) -> None:
                 length=64,
                 device="cpu",
                 skip_unsupported=model.skip_unsupported,
+                trust_remote_code=model.is_remote,
             )
         )
 

@@ -44,15 +44,6 @@ NAME = "the-model"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 SERVERS = {"spense": "spense", "stock": "compressed-tensors"}
 MAX_MODEL_LEN = 512
-#: Sizes of the random model.
-_SMALL = {
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-}
 #: A server that is told to end while it is busy has so long.
 _ENDS_WITHIN = 60
 
@@ -86,12 +77,14 @@ def _random(source: Path, folder: Path) -> Path:
     """A model with the source's architecture and tokenizer; made once."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from benchmarks.served_models import LAYERS
+
     with locked(folder):
         if not folder.exists():
             with appearing(folder) as unfinished:
                 shutil.copytree(source, unfinished, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
                 config = AutoConfig.from_pretrained(source)
-                for name, value in _SMALL.items():
+                for name, value in LAYERS.items():
                     setattr(config, name, value)
                 torch.manual_seed(0)
                 AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(unfinished)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Set
 
 from torch import nn
 
-from offline_prune.model.loading import SourceModel
+from offline_prune.model.loading import DRAFT_LAYER, SourceModel
 
 
 def ignored(model: SourceModel, quantized: Set[str], experts: Set[str] = frozenset()) -> list[str]:
@@ -42,8 +42,15 @@ def ignored(model: SourceModel, quantized: Set[str], experts: Set[str] = frozens
     # Where a router is a linear layer, what holds it holds experts too.
     kept = _roots(linears - quantized, quantized | held) | _roots(spelled | foreign, files) | routers
     whole = (linears - quantized) | spelled | routers
+    kept |= _numbered_on(tensors, len(model.blocks))
     found = [root if root in whole else _subtree(root, quantized | files) for root in kept]
     return list(dict.fromkeys(sorted(found, key=lambda each: (each.startswith("re:"), each))))
+
+
+def _numbered_on(names: Iterable[str], layers: int) -> set[str]:
+    """The names that vLLM gives MiMo's draft layers when it asks whether they are quantized: beyond the last layer."""
+    matches = (DRAFT_LAYER.match(name) for name in names)
+    return {f"{match[1] or ''}layers.{layers + int(match[2])}" for match in matches if match}
 
 
 def _matrices(model: SourceModel) -> Iterator[str]:

@@ -88,7 +88,8 @@ def find_gated_mlp(block: nn.Module) -> GatedMlp | Unsupported:
 
 
 def _describe_experts(block: nn.Module, found: list[GatedMlp]) -> str:
-    stacked = [f"{name} {shape}" for name, shape in _stacked_maps(block, {mlp.hidden for mlp in found})]
+    hidden = {mlp.hidden for mlp in found} or set(_norm_widths(block))
+    stacked = [f"{name} {shape}" for name, shape in _stacked_maps(block, hidden)]
     if stacked:
         return "a mixture of experts: " + ", ".join(stacked)
     for path, module in block.named_modules():
@@ -102,18 +103,27 @@ def _stacked_maps(block: nn.Module, hidden: set[int]) -> Iterator[tuple[str, tup
     """Stacks of matrices that each map whole tokens, as experts do.
 
     The kernel of a convolution has three dimensions too, and so has a matrix that is diagonal block by block, of which
-    every token meets all blocks. Neither's matrices are as wide as a token. Those that a state space has for each of
-    its heads, beside its convolution (Zamba), may be.
+    every token meets all blocks, or one that is split by attention heads (XLNet). None's matrices are as wide as a
+    token. Those that a state space has for each of its heads, beside its convolution (Zamba), may be. A vector that
+    broadcasts over batch and tokens (RWKV) is no matrix.
 
     Args:
-        hidden: widths of a token, as the block's gated MLPs tell them; where there are none, every stack counts.
+        hidden: widths of a token, as the block's gated MLPs or norms tell them.
     """
     for path, module in block.named_modules():
         if any(isinstance(each, nn.modules.conv._ConvNd) for each in (module, *module.children())):
             continue
         for name, parameter in module.named_parameters(path, recurse=False):
-            if parameter.ndim == 3 and (not hidden or hidden & set(parameter.shape[1:])):
+            if parameter.ndim == 3 and 1 not in parameter.shape and hidden & set(parameter.shape[1:]):
                 yield name, tuple(parameter.shape)
+
+
+def _norm_widths(block: nn.Module) -> Iterator[int]:
+    """Of modules that have vectors alone."""
+    for module in block.modules():
+        held = [parameter.shape for parameter in module.parameters()]
+        if held and all(len(shape) == 1 for shape in held):
+            yield held[0][0]
 
 
 def _as_gated_mlp(path: str, module: nn.Module) -> GatedMlp | None:

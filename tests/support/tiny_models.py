@@ -40,6 +40,8 @@ UNSUPPORTED = {
     "gpt-oss": ("GptOssConfig", {"num_local_experts": 4, "head_dim": 16}),
     "granite-moe": ("GraniteMoeConfig", {"num_local_experts": 4}),
     "starcoder2": ("Starcoder2Config", {}),
+    "rwkv": ("RwkvConfig", {}),
+    "xlnet": ("XLNetConfig", {"d_model": HIDDEN, "n_layer": LAYERS, "n_head": 4, "d_inner": INTERMEDIATE}),
 }
 _QWEN3_MOE = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": INTERMEDIATE}
 EXPERTS = {

@@ -35,6 +35,9 @@ def test_families(name: str) -> None:
         ("opt", "no gated MLP .*fc1"),
         ("gpt-oss", "mixture of experts: mlp.experts.gate_up_proj"),
         ("starcoder2", "no gated MLP .*mlp.c_fc"),
+        # Parameters of three dimensions that are no experts.
+        ("rwkv", "no gated MLP .*feed_forward.key"),
+        ("xlnet", "no gated MLP .*ff.layer_1"),
     ],
 )
 def test_what_else_was_found_is_said(name: str, words: str) -> None:

@@ -155,6 +155,24 @@ def test_a_draft_head_after_the_last_layer_is_untouched(text: Path, tmp_path: Pa
         assert not re.match(pattern, name), name
 
 
+def test_draft_layers_of_remote_code_are_untouched(text: Path, tmp_path: Path) -> None:
+    """MiMo's are modules beside the decoder's, which vLLM calls as if they came after them."""
+    make(MODELS["MiMo with MTP"], tmp_path / "model")
+    run(tmp_path / "model", tmp_path / "out", text, sparsity=0.5, trust_remote_code=True)
+    verify(tmp_path / "out", trust_remote_code=True)
+    before, after = SafetensorsReader(tmp_path / "model"), SafetensorsReader(tmp_path / "out")
+    head = [name for name in before if name.startswith("model.mtp_layers.0.")]
+    assert {"model.mtp_layers.0.input_proj.weight", "model.mtp_layers.0.mlp.up_proj.weight"} <= set(head)
+    assert all(torch.equal(before.read(name), after.read(name)) for name in head)
+    assert set(before) == {name for name in after if not name.endswith(".weight_scale")}
+    ignore = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["ignore"]
+    patterns = [entry.removeprefix("re:") for entry in ignore if entry.startswith("re:")]
+    for name in ("model.mtp_layers.0.input_proj", "model.layers.2.mlp.gate_up_proj", "model.layers.2.self_attn.o_proj"):
+        assert [pattern for pattern in patterns if re.match(pattern, name)], name
+    for name in ("model.layers.1.mlp.gate_up_proj", "model.layers.20.mlp.gate_up_proj"):
+        assert not [pattern for pattern in patterns if re.match(pattern, name)], name
+
+
 def remote(llama: Path, folder: Path) -> Path:
     """A model whose code lies beside its weights."""
     shutil.copytree(llama, folder)
