@@ -62,6 +62,10 @@ class Model:
         renamed: parts of tensors' names that published checkpoints have and transformers' newest no longer saves.
         drafts: makes a draft head (MTP) that its files have as well, from transformers' class and the configuration.
         speculates: whether it is served with that head.
+        plain_rope: whether vLLM rotates by plain torch: its CPU kernel for pairs of neighbours, (…, heads, size), is
+            right for one head alone.
+        absorbed: whether vLLM multiplies a projection into its neighbours while it decodes, and so does not round its
+            inputs.
     """
 
     architecture: str
@@ -76,6 +80,8 @@ class Model:
     renamed: dict[str, str] = field(default_factory=dict)
     drafts: Callable[[Any, Any], dict[str, torch.Tensor]] | None = None
     speculates: bool = False
+    plain_rope: bool = False
+    absorbed: bool = False
 
     @property
     def is_remote(self) -> bool:
@@ -210,6 +216,21 @@ _QWEN35 = Model(
     image="<|vision_start|><|image_pad|><|vision_end|>",
 )
 _QWEN35_DRAFTS = replace(_QWEN35, text={**_HYBRID, "mtp_num_hidden_layers": 1}, drafts=_qwen_head)
+#: Of the sizes of its latents vLLM's CPU kernel knows this alone.
+_DEEPSEEK = {
+    **{key: value for key, value in _GLM_MOE.items() if key != "num_nextn_predict_layers"},
+    "num_nextn_predict_layers": 0,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 64,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 64,
+    # As published; transformers does not read them, vLLM does.
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+}
 MODELS = {
     "GLM": Model("GlmForCausalLM"),
     "GLM-4": Model("Glm4ForCausalLM"),
@@ -219,6 +240,13 @@ MODELS = {
     "Qwen3-MoE": Model("Qwen3MoeForCausalLM", _MORE_EXPERTS),
     "Qwen3-MoE with a dense layer": Model("Qwen3MoeForCausalLM", _EXPERTS),
     "Qwen2-MoE": Model("Qwen2MoeForCausalLM", {**_MORE_EXPERTS, "shared_expert_intermediate_size": 192}),
+    "DeepSeek-V2": Model(
+        "DeepseekV2ForCausalLM",
+        {**_DEEPSEEK, "topk_method": "greedy", "scoring_func": "softmax"},
+        plain_rope=True,
+        absorbed=True,
+    ),
+    "DeepSeek-V3": Model("DeepseekV3ForCausalLM", _DEEPSEEK, plain_rope=True, absorbed=True),
     "Mixtral": Model("MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "OLMoE": Model("OlmoeForCausalLM", {"num_experts": 8, "num_experts_per_tok": 2}),
     "GLM-4.5 with MTP": Model("Glm4MoeForCausalLM", _GLM_MOE, drafts=_glm_head),
