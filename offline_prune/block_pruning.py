@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -176,7 +177,7 @@ class BlockPruning:
                 dense,
                 self.recipe,
                 self.tokens_at_once,
-                self.channels,
+                None if self.channels is None else self.channels.to(self.stream.device),
             )
             with torch.inference_mode():
                 for name, weight in weights.items():
@@ -217,14 +218,16 @@ def tuned_channels(
     device: torch.device,
     dtype: torch.dtype,
     say: Say,
-) -> list[torch.Tensor | None]:
+) -> Sequence[torch.Tensor | None]:
     """Of each block the weights of its output's channels while it is tuned; None where all count alike.
+
+    They are in host memory: what a rank is sent keeps the device that it was on, which is the first rank's.
 
     Args:
         tokens: the calibration text, the same on all ranks, int64 (samples, length).
         say: told where a model has no predictions to weigh them by.
     """
-    nothing: list[torch.Tensor | None] = [None] * len(model.blocks)
+    nothing = [None] * len(model.blocks)
     if not settings.recipe.weighs_channels or not any(isinstance(block.mlp, GatedMlp) for block in model.blocks):
         return nothing
     if model.head_name is None:

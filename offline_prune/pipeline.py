@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -134,7 +134,7 @@ class _Run:
         #: Of the dense model, where blocks are tuned towards it or rounded by its inputs.
         self.dense: Stream | None = None
         #: Weights of the channels of each block's output, where tuning has some.
-        self.channels: list[torch.Tensor | None] = [None] * len(model.blocks)
+        self.channels: Sequence[torch.Tensor | None] = [None] * len(model.blocks)
         #: Only the first rank has one.
         self.writer: CheckpointWriter | None = None
         self.regions, self.alignment = model_regions(

@@ -6,7 +6,7 @@ output h, E[g·gᵀ] is the Fisher information. So a small error e in h changes 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -69,16 +69,14 @@ def backwards(
 
 def weights_of_channels(
     model: SourceModel, tokens: torch.Tensor, device: torch.device, dtype: torch.dtype, seed: int
-) -> list[torch.Tensor | None]:
-    """`channel_weights` of every block's output.
+) -> Sequence[torch.Tensor]:
+    """`channel_weights` of every block's output, in host memory.
 
     Args:
         tokens, seed: as `backwards` has them.
     """
-    found: list[torch.Tensor | None] = [None] * len(model.blocks)
-    for index, _, calls in backwards(model, tokens, device, dtype, seed):
-        found[index] = channel_weights(calls)
-    return found
+    found = [channel_weights(calls).cpu() for _, _, calls in backwards(model, tokens, device, dtype, seed)]
+    return found[::-1]
 
 
 def channel_weights(calls: list[Call]) -> torch.Tensor:

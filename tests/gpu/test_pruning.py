@@ -27,12 +27,14 @@ from tiny_models import tiny_model
 
 from offline_prune.calibration.hessian import Energy, Hessian
 from offline_prune.calibration.hidden_states import Stream
+from offline_prune.calibration.sensitivity import weights_of_channels
 from offline_prune.checkpoint.verify import verify
 from offline_prune.methods import coordinate_descent, coordinate_descent_triton, sparsegpt
 from offline_prune.methods.fp8 import channel_scales
 from offline_prune.methods.sparsegpt_triton import solve_block
 from offline_prune.model import fused_ops_triton
 from offline_prune.model.fused_ops import TOLERANCE
+from offline_prune.model.loading import SourceModel
 from offline_prune.pipeline import prune
 from offline_prune.report import Report
 from offline_prune.runtime.pinned_buffers import Outbox
@@ -259,3 +261,19 @@ def test_two_gpus_make_what_one_makes(model: Path, text: Path, tmp_path: Path) -
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_weights_of_channels_wait_in_host_memory(model: Path) -> None:
+    """Ranks send them to each other, and a tensor that is sent stays on the device of the first one."""
+    source, tokens = SourceModel(str(model)), torch.randint(0, 250, (2, 16))
+    assert {each.device.type for each in weights_of_channels(source, tokens, DEVICE, torch.bfloat16, 0)} == {"cpu"}
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_tune_together(model: Path, text: Path, tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = ["--samples", "8", "--length", "64", "--calibration", str(text), "--batch-tokens", "128"]
+    command = [*launch, "-m", "offline_prune", str(model), str(tmp_path / "two"), "--method", "spensegpt++", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    verify(tmp_path / "two")
