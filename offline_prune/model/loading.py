@@ -177,7 +177,8 @@ class SourceModel:
 
     @contextmanager
     def outside_blocks(self, device: torch.device, dtype: torch.dtype, whole: bool = False) -> Iterator[nn.Module]:
-        """The language model with everything but its blocks and the output head in memory: embeddings, positions.
+        """The language model with everything but its blocks and the output head in memory: embeddings, positions,
+        what stands in front of the head.
 
         Args:
             whole: with vision towers and projectors too.
@@ -210,9 +211,14 @@ class SourceModel:
     def _outside_blocks(self, whole: bool) -> list[tuple[str, nn.Parameter]]:
         """Parameters by full name, without the output head's."""
         around, prefix = self._around(whole)
+        parameters = list(around.named_parameters(prefix=prefix))
+        if not whole and self.skeleton.base_model is self.text is not self.skeleton:
+            # Layers between the language model and its output head (ModernBERT).
+            beside = [(key, each) for key, each in self.skeleton.named_parameters() if not key.startswith(f"{prefix}.")]
+            parameters += [(key, each) for key, each in beside if self._stands_for(key) is not None]
         return [
             (key, parameter)
-            for key, parameter in around.named_parameters(prefix=prefix)
+            for key, parameter in parameters
             if not self._inside_a_block(key) and key.rpartition(".")[0] != self.head_name
         ]
 

@@ -76,11 +76,13 @@ MIXED = {
         {"head_dim": 16, "num_local_experts": 4, "moe_layers": [0], "intermediate_size_mlp": INTERMEDIATE},
     ),
 }
+#: Between the model and its output head is another layer.
+BEFORE_HEAD = {"modernbert-decoder": ("ModernBertDecoderConfig", {"local_attention": 16})}
 
 
 def tiny_model(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **changes: object) -> Path:
     """Saves a random model of the family, with a tokenizer of single bytes, to `folder`."""
-    kind, special = (FAMILIES | UNSUPPORTED | EXPERTS | MIXED)[name]
+    kind, special = (FAMILIES | UNSUPPORTED | EXPERTS | MIXED | BEFORE_HEAD)[name]
     config = getattr(transformers, kind)(**{**_SIZES, **special, **changes})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(dtype)

@@ -15,7 +15,7 @@ from offline_prune.model.loading import SourceModel
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "modernbert-decoder"])
 def test_gradients_are_those_of_the_whole_model(family: str, tmp_path: Path) -> None:
     folder = tiny_model(family, tmp_path / family)
     tokens = torch.randint(0, 250, (3, 20), generator=torch.Generator().manual_seed(0))
