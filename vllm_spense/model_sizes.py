@@ -13,16 +13,23 @@ KV_BYTES = {"auto": 2, "fp8": 1}
 _NUMBERS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _MAY_BE_MISSING = ("num_key_value_heads", "head_dim")
 #: Number of experts, as models spell it.
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 #: Of mixtures that the estimate knows: the other sizes, with their defaults.
 _MIXTURE: Mapping[str, int | None] = {
     "num_experts_per_tok": None,
     "moe_intermediate_size": None,
     "n_shared_experts": 0,
+    "shared_expert_intermediate_size": 0,
     "first_k_dense_replace": 0,
 }
 #: What says that only some layers have experts, other than `first_k_dense_replace`, and the values that do not.
-_SOME_LAYERS: Mapping[str, tuple[Any, ...]] = {"decoder_sparse_step": (None, 1), "mlp_only_layers": (None, [])}
+_SOME_LAYERS: Mapping[str, tuple[Any, ...]] = {
+    "decoder_sparse_step": (None, 1),
+    "moe_layer_freq": (None, 1),
+    "mlp_only_layers": (None, []),
+}
+#: What attention has (DeepSeek) that caches latents in place of keys and values.
+_LATENTS = "kv_lora_rank"
 #: No model has more of anything; products of sizes stay finite.
 _MOST = 2**31
 
@@ -67,7 +74,7 @@ class Mixture:
             if found is None and not least:
                 sizes[name] = found = 0
             if type(found) is not int or not least <= found < _MOST:
-                raise _wrong_size(file, name, found)
+                raise _wrong_size(file, name, found, least)
         for name, usual in _SOME_LAYERS.items():
             if config.get(name) not in usual:
                 raise SpenseError(
@@ -76,16 +83,20 @@ class Mixture:
                 )
         layers = config["num_hidden_layers"] - sizes["first_k_dense_replace"]
         if layers < 1:
-            raise _wrong_size(file, "first_k_dense_replace", sizes["first_k_dense_replace"])
+            raise _wrong_size(
+                file, "first_k_dense_replace", sizes["first_k_dense_replace"], 0, config["num_hidden_layers"] - 1
+            )
         if sizes["num_experts_per_tok"] > sizes[key]:
-            raise _wrong_size(file, "num_experts_per_tok", sizes["num_experts_per_tok"])
+            raise _wrong_size(file, "num_experts_per_tok", sizes["num_experts_per_tok"], most=sizes[key])
         each = sizes["moe_intermediate_size"]
-        return cls(layers, sizes[key], sizes["num_experts_per_tok"], each, sizes["n_shared_experts"] * each)
+        # Models spell one or the other.
+        shared = sizes["shared_expert_intermediate_size"] or sizes["n_shared_experts"] * each
+        return cls(layers, sizes[key], sizes["num_experts_per_tok"], each, shared)
 
 
-def _wrong_size(file: object, key: str, found: object) -> SpenseError:
+def _wrong_size(file: object, key: str, found: object, least: int = 1, most: int = _MOST - 1) -> SpenseError:
     return SpenseError(
-        f"{file}: a size is missing or wrong (key: {key}; found: {str(found)[:60]}; expected: a number above 0)"
+        f"{file}: a size is missing or wrong (key: {key}; found: {str(found)[:60]}; expected: {least} to {most})"
     )
 
 
@@ -129,7 +140,7 @@ class Model:
     def from_config(cls, config: Mapping[str, Any], file: object = None) -> Model:
         """
         Raises:
-            SpenseError: a size is missing or is no such number, or where experts are is not known.
+            SpenseError: a size is missing or is no such number, or where experts are, or what attention caches, is not known.
         """
         for key in (*_NUMBERS, *_MAY_BE_MISSING):
             found = config.get(key)
@@ -137,6 +148,11 @@ class Model:
             if optional or (type(found) is int and 0 < found < _MOST):
                 continue
             raise _wrong_size(file, key, found)
+        if config.get(_LATENTS):
+            raise SpenseError(
+                f"{file}: the estimate does not know latent attention (key: {_LATENTS}; "
+                f"found: {str(config[_LATENTS])[:60]})"
+            )
         numbers = {key: config[key] for key in _NUMBERS}
         heads = numbers["num_attention_heads"]
         return cls(

@@ -184,6 +184,17 @@ def test_a_mixture_counts_all_its_parts(shape: str, tmp_path: Path) -> None:
     assert saved == pytest.approx(weights * 0.75 * 0.375, rel=0.001)
 
 
+def test_shared_experts_may_have_a_size_of_their_own() -> None:
+    """As those of Qwen2-MoE have."""
+    mixture = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    alone, beside = (
+        Model.from_config({**SHAPES["tiny"], **mixture, "shared_expert_intermediate_size": size}) for size in (None, 96)
+    )
+    assert alone.mlps == []
+    assert beside.mlps == [96, 96]
+    assert beside.weight_bytes() - alone.weight_bytes() == 2 * (3 * 256 * 96 + 4 * (2 * 96 + 256))
+
+
 def test_experts_without_tokens_are_not_read() -> None:
     mixture = Mixture(1, 128, 8, 768, 0)
     assert mixture.active(1) == pytest.approx(8)
@@ -214,12 +225,18 @@ def test_mixtures_are_near_what_was_measured() -> None:
         ),
         (
             {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "first_k_dense_replace": 2},
-            "key: first_k_dense_replace; found: 2",
+            "key: first_k_dense_replace; found: 2; expected: 0 to 1",
         ),
         (
             {"num_experts": 8, "num_experts_per_tok": 9, "moe_intermediate_size": 64},
-            "key: num_experts_per_tok; found: 9",
+            "key: num_experts_per_tok; found: 9; expected: 1 to 8",
         ),
+        (
+            {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "moe_layer_freq": [0, 1]},
+            "does not know which layers have experts .key: moe_layer_freq",
+        ),
+        ({"moe_num_experts": 8}, "key: num_experts_per_tok; found: None"),
+        ({"kv_lora_rank": 512}, "does not know latent attention .key: kv_lora_rank; found: 512"),
     ],
 )
 def test_a_configuration_that_cannot_be_estimated_is_named(
