@@ -140,7 +140,8 @@ class Model:
     def from_config(cls, config: Mapping[str, Any], file: object = None) -> Model:
         """
         Raises:
-            SpenseError: a size is missing or is no such number, or where experts are, or what attention caches, is not known.
+            SpenseError: a size is missing or is no such number, or it is not known where experts are or what attention
+                caches.
         """
         for key in (*_NUMBERS, *_MAY_BE_MISSING):
             found = config.get(key)
