@@ -86,8 +86,8 @@ def prune(
             samples, length = within_context(*wanted, model.text.config, "calibration text", say)
             settings = replace(settings, samples=samples, length=length)
         if settings.calibration is None:
-            found = distributed.broadcast_from_first(lambda: default_sources(model, tokens, device, say))
-            settings = replace(settings, calibration=found)
+            about = model, tokens, settings.samples, device, say
+            settings = replace(settings, calibration=distributed.broadcast_from_first(lambda: default_sources(*about)))
         return _Run(model, settings, device, compute_dtype(device), out, progress, say).run(tokens)
 
 

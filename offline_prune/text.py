@@ -30,7 +30,7 @@ _FILE = "state-text"
 
 
 def default_sources(
-    model: SourceModel, given: torch.Tensor | None, device: torch.device, say: Callable[[str], None]
+    model: SourceModel, given: torch.Tensor | None, samples: int, device: torch.device, say: Callable[[str], None]
 ) -> tuple[str, ...]:
     """What to calibrate on where nobody says: `DEFAULT_MIXTURE`, or `builtin` alone where the dense model cannot write.
 
@@ -39,10 +39,13 @@ def default_sources(
 
     Args:
         given: tokens that a caller brought, if any: they are called `GIVEN`.
+        samples: sequences; a single one has no room for two sources.
         say: told why it cannot.
     """
     if given is not None:
         return (GIVEN,)
+    if samples < len(DEFAULT_MIXTURE):
+        return (BUILTIN,)
     try:
         needed, room = Writer.of(model, compute_dtype(device)).bytes(FEWEST_AT_ONCE, PIECE), whole_memory(device)
     except SpenseError:

@@ -33,16 +33,17 @@ def around_blocks(source: SourceModel, device: torch.device, dtype: torch.dtype)
     """
     head = output_head(source)
     embedding = cast(nn.Embedding, source.text.get_input_embeddings())
+    tied = head.weight is embedding.weight
     with ExitStack() as context:
-        if head.weight is embedding.weight:
+        if tied:
             context.callback(setattr, head, "weight", head.weight)
-            context.enter_context(source.outside_blocks(device, dtype))
-            head.weight = embedding.weight
-        else:
-            context.enter_context(source.outside_blocks(device, dtype))
+        context.enter_context(source.outside_blocks(device, dtype))
+        if not tied or head.bias is not None:
             assert source.head_name is not None
             source.load(source.head_name, device, dtype)
             context.callback(source.unload, source.head_name)
+        if tied:
+            head.weight = embedding.weight
         yield head
 
 

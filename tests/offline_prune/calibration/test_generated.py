@@ -104,10 +104,10 @@ def test_damaged_text_is_written_anew(llama: Path, tmp_path: Path, text: Path) -
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "modernbert-decoder"])
 def test_the_whole_model_writes_and_is_gone_afterwards(family: str, tmp_path: Path) -> None:
-    """With an output head of its own, and with one tied to the embeddings. Logits are those of the model opened by
-    other code."""
+    """With an output head of its own, with one tied to the embeddings, and with one that also has a bias. Logits are
+    those of the model opened by other code."""
     folder = tiny_model(family, tmp_path / family)
     source = SourceModel(str(folder))
     tokens = torch.arange(12).view(1, 12)
@@ -118,7 +118,7 @@ def test_the_whole_model_writes_and_is_gone_afterwards(family: str, tmp_path: Pa
     torch.testing.assert_close(found, load_dense(folder)[0](input_ids=tokens).logits, rtol=1e-4, atol=1e-4)
     assert all(parameter.is_meta for parameter in source.skeleton.parameters())
     head, embeddings = source.skeleton.get_output_embeddings(), source.text.get_input_embeddings()
-    assert (head.weight is embeddings.weight) == (family == "gemma3")
+    assert (head.weight is embeddings.weight) == (family != "llama")
 
 
 def test_a_model_that_sees_writes_without_its_vision_tower(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
@@ -205,11 +205,16 @@ def test_by_default_a_model_too_large_for_the_device_writes_nothing_and_that_is_
 
 def test_by_default_a_model_without_a_way_to_write_writes_nothing(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, said = SourceModel(str(llama)), list[str]()
-    assert default_sources(source, None, CPU, said.append) == ("builtin", "generated")
+    assert default_sources(source, None, 2, CPU, said.append) == ("builtin", "generated")
     monkeypatch.setattr(type(source.skeleton), "can_generate", lambda *_: False)
     assert not said
-    assert default_sources(source, None, CPU, said.append) == ("builtin",)
+    assert default_sources(source, None, 2, CPU, said.append) == ("builtin",)
     assert "has no way to generate text" in said[0]
+
+
+def test_by_default_a_single_sequence_is_built_in(llama: Path, tmp_path: Path) -> None:
+    prune(PruneSettings(str(llama), tmp_path / "out", "magnitude", device="cpu", **{**SIZES, "samples": 1}))
+    assert source_of(tmp_path / "out") == "builtin"
 
 
 def test_tokens_of_a_caller_are_called_so(llama: Path, tmp_path: Path) -> None:
