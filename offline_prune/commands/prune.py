@@ -30,8 +30,8 @@ def prune(
         list[str] | None,
         typer.Option(
             help="Hugging Face data set, .jsonl/.txt/.parquet file or folder, `builtin` (no download), or `generated`: "
-            "what the dense model writes. Several times: an equal share of each. \\[default: builtin and generated; "
-            "builtin where the dense model does not fit the device]"
+            "what the dense model writes. Several times: an equal share of each, of `generated` at most 2¹⁸ tokens. "
+            "\\[default: builtin and generated; builtin where the dense model does not fit the device]"
         ),
     ] = None,
     samples: Annotated[
