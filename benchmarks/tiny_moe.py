@@ -229,7 +229,7 @@ def train(
 
 
 def batches(sequences: torch.Tensor, size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Without end, every sequence once in each pass over them, in another order each time.
+    """Without end, passes over the sequences in another order each time; what does not fill a batch is left out.
 
     Raises:
         SpenseError: fewer sequences than one batch takes.

@@ -73,7 +73,7 @@ class Writer:
         """How many of this rank's sequences to write together.
 
         A step costs a GPU about the same for one as for many, so as many as half of what the weights leave has space
-        for; `FEWEST` may take all of it, and fewer are written only where that does not do.
+        for; `FEWEST_AT_ONCE` may take all of it, and fewer are written only where that does not do.
 
         Args:
             samples: of all ranks.
