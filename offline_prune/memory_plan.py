@@ -96,6 +96,7 @@ class MemoryPlan:
             *([f"{self.ranks} processes; memory of each:"] if self.ranks > 1 else []),
             f"calibration activations in {places[self.place]}: {gib(self.activations)}",
             f"one block and the work on it in memory of {self.device}: {gib(self.block + self.work)}",
+            *([f"gradients at the output head: {gib(self.gradients)}"] if self.gradients else []),
             *([f"the dense model while it writes text: {gib(self.generation)}"] if self.generation else []),
             f"memory of {self.device} in all: {gib(self.on_device)}",
             f"host memory in all: {gib(self.host)}, beyond Python, its libraries and the mapped model",
@@ -309,6 +310,13 @@ def _placed(needs: MemoryPlan, settings: PruneSettings, room: int) -> MemoryPlan
         raise SpenseError(
             f"{device}: {room / GIB:.2f} GiB of memory usable, one block needs {(needs.block + needs.work) / GIB:.2f} "
             "GiB; smaller --batch-tokens or --length may help"
+        )
+    # Wherever activations are.
+    if room < needs.gradients:
+        raise SpenseError(
+            f"{device}: {room / GIB:.2f} GiB of memory usable, embeddings and output head need "
+            f"{needs.gradients / GIB:.2f} GiB for the gradients that --tune-loss fisher weighs channels by; "
+            "--tune-loss relative needs none"
         )
     places = list(Place) if settings.activations == AUTO else [Place(settings.activations)]
     for place in places:

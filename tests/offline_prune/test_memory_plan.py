@@ -107,6 +107,18 @@ def test_tuning_fits_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert found.on_device / GIB == pytest.approx(60.51, abs=0.1)
 
 
+def test_gradients_at_a_large_head_that_do_not_fit_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file for the activations would not help."""
+    monkeypatch.setattr("benchmarks.prune_time.VOCABULARY", 2**18)
+    small = {"method": "spensegpt++", "samples": 4, "length": 64, "batch_tokens": 64}
+    with pytest.raises(SpenseError, match=r"cuda:0: 0\.45 GiB .* output head need 0\.56 GiB .* --tune-loss relative"):
+        planned(tmp_path / "fisher", "tiny", 0.5, monkeypatch, **small)
+    found = planned(tmp_path / "relative", "tiny", 0.5, monkeypatch, **small, tune_loss="relative")
+    assert found.place == "device"
+
+
 def test_rows_pruned_to_choose_among_them_have_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gate and up in float32, in two orders: shown where these need most, in an MLP no wider than its input."""
     monkeypatch.setitem(ALL_SHAPES, "square", {**ALL_SHAPES["tiny"], "hidden_size": 512, "intermediate_size": 512})
