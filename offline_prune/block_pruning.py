@@ -211,6 +211,11 @@ class BlockPruning:
         return projection_report([projection_sums(pruned, rows)])
 
 
+def weighs_channels(model: SourceModel, settings: PruneSettings) -> bool:
+    """Whether a block is tuned by what it does to the model's predictions; those with experts are not tuned."""
+    return settings.recipe.weighs_channels and any(isinstance(block.mlp, GatedMlp) for block in model.blocks)
+
+
 def tuned_channels(
     model: SourceModel,
     settings: PruneSettings,
@@ -228,7 +233,7 @@ def tuned_channels(
         say: told where a model has no predictions to weigh them by.
     """
     nothing = [None] * len(model.blocks)
-    if not settings.recipe.weighs_channels or not any(isinstance(block.mlp, GatedMlp) for block in model.blocks):
+    if not weighs_channels(model, settings):
         return nothing
     if model.head_name is None:
         say("tuning weighs all channels alike, because the model has no output head")

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from offline_prune.block_pruning import weighs_channels
 from offline_prune.calibration.generated import PIECE, Writer
 from offline_prune.calibration.images import image_places
 from offline_prune.calibration.sensitivity import LENGTH, SEQUENCES
@@ -158,7 +159,7 @@ def memory_plan(
         seeing = -(-len(image_places(settings.samples, settings.image_share)) // distributed.size())
         phases["images"] = _seeing_work(model, settings.length, dtype.itemsize)
         staging += streams * seeing * kept_of_images(model, settings.length, dtype.itemsize)
-    weighs, few = recipe.weighs_channels and model.head_name is not None, min(settings.length, LENGTH)
+    weighs, few = weighs_channels(model, settings) and model.head_name is not None, min(settings.length, LENGTH)
     if weighs:
         phases["gradients"] = _gradients(model, few, widest, hidden, dtype.itemsize)
         staging += (len(model.blocks) + 1) * min(settings.samples, SEQUENCES) * few * hidden * dtype.itemsize

@@ -117,6 +117,8 @@ def test_gradients_at_a_large_head_that_do_not_fit_are_an_error(
         planned(tmp_path / "fisher", "tiny", 0.5, monkeypatch, **small)
     found = planned(tmp_path / "relative", "tiny", 0.5, monkeypatch, **small, tune_loss="relative")
     assert found.place == "device"
+    # No block of a mixture is tuned.
+    assert planned(tmp_path / "mixture", "qwen3-30b-a3b", 78.0, monkeypatch, **small).gradients == 0
 
 
 def test_rows_pruned_to_choose_among_them_have_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
