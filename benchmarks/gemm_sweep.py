@@ -33,7 +33,7 @@ from vllm_spense.kernels.region_gemm.problem import Problem, Split
 from vllm_spense.kernels.tuning.synthetic import random_fp8, random_weight
 from vllm_spense.kernels.tuning.timing import cold_copies, medians_us
 from vllm_spense.ops.dispatch import NEVER_ONE_LAUNCH, Path, choose
-from vllm_spense.roofline import GPUS
+from vllm_spense.roofline import gpu_named
 
 #: split, N, K, projections of the merged gate and up and of down.
 LAYERS: dict[str, tuple[Split, int, int, int]] = {
@@ -173,7 +173,7 @@ def roofline(problem: Problem, tokens: int, device: torch.device) -> float | Non
     None for a GPU whose limits are not known here.
     """
     name = torch.cuda.get_device_name(device)
-    gpu = next((gpu for gpu in GPUS.values() if gpu.name in name), None)
+    gpu = gpu_named(name)
     if gpu is None:
         return None
     n, k = problem.n, problem.k

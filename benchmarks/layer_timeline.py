@@ -35,7 +35,7 @@ from benchmarks.worker_profile import KernelRun
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import Regions
 from vllm_spense.model_sizes import Model
-from vllm_spense.roofline import GPUS, Gpu
+from vllm_spense.roofline import GPUS, Gpu, gpu_named
 from vllm_spense.shapes import SHAPES
 
 TOKENS = (64, 128, 256, 512)
@@ -55,6 +55,7 @@ Row = dict[str, Any]
 
 def main() -> None:
     options = parse()
+    gpu = this_gpu()
     rows: list[Row] = []
     with TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
@@ -62,7 +63,7 @@ def main() -> None:
         with closing(in_turn(runs, options.together)) as turns:
             for sparsity, run in zip((None, options.sparsity), turns, strict=True):
                 for tokens, events in run.measure().timelines:
-                    rows += timeline_rows(options, run, sparsity, tokens, events)
+                    rows += timeline_rows(options.shape, run.layers, sparsity, tokens, gpu, events)
                 write_result(options.out, "layer_timeline", rows)
     for row in rows:
         print(" ".join(f"{key}={value}" for key, value in row.items()))
@@ -78,9 +79,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--together", type=int, default=2, help="engines that share the GPU's memory")
     parser.add_argument("--work", type=Path, help="folder for configurations, logs and what engines measured")
     parser.add_argument("--out", type=Path, default=RESULTS / "layer_timeline.json")
-    parser.set_defaults(
-        contexts=[16], batches=None, most_tokens=None, steps=16, eager=False, capture=512, tensor_parallel=1
-    )
+    parser.set_defaults(contexts=[16], most_tokens=None, steps=16, eager=False, capture=512, tensor_parallel=1)
     options = parser.parse_args()
     options.batches = options.tokens
     return options
@@ -93,17 +92,16 @@ def engine(options: argparse.Namespace, work: Path, sparsity: float | None) -> E
 
 
 def timeline_rows(
-    options: argparse.Namespace, run: EngineRun, sparsity: float | None, tokens: int, events: Sequence[KernelRun]
+    shape: str, layers: int, sparsity: float | None, tokens: int, gpu: Gpu, events: Sequence[KernelRun]
 ) -> list[Row]:
     """One row for each kernel of a layer, in their order."""
-    gpu = gpu_of(torch.cuda.get_device_name())
-    config = text_config(shape_config(options.shape))
+    config = text_config(shape_config(shape))
     regions = None if sparsity is None else annotation(config, sparsity).default
     ideals = ideal_us(Model.from_config(config), regions, tokens, gpu)
-    layer = with_roles(middle_layer(events, run.layers))
+    layer = with_roles(middle_layer(events, layers))
     return [
         {
-            "shape": options.shape,
+            "shape": shape,
             "tokens": tokens,
             "sparsity": sparsity,
             "place": place,
@@ -171,15 +169,17 @@ def with_roles(layer: Sequence[tuple[str, float, float]]) -> list[tuple[str, str
     return found
 
 
-def gpu_of(name: str) -> Gpu:
+def this_gpu() -> Gpu:
     """
     Raises:
-        SpenseError: a GPU whose data sheet `estimate` does not have.
+        SpenseError: there is none, or one whose data sheet `roofline` does not have.
     """
-    for gpu in GPUS.values():
-        if gpu.name in name:
-            return gpu
-    raise SpenseError(f"no data sheet of {name}; expected one of {', '.join(gpu.name for gpu in GPUS.values())}")
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no NVIDIA GPU"
+    gpu = gpu_named(name)
+    if gpu is None:
+        known = ", ".join(gpu.name for gpu in GPUS.values())
+        raise SpenseError(f"nothing to compare with: found {name}, expected one of {known}")
+    return gpu
 
 
 def ideal_us(model: Model, regions: Regions | None, tokens: int, gpu: Gpu) -> dict[str, tuple[float, float]]:

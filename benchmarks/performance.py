@@ -21,7 +21,7 @@ from benchmarks.tables import Result, Row, markdown, source
 from scripts.models import KNOWN
 from vllm_spense.estimate import estimate, load
 from vllm_spense.model_sizes import Pruned
-from vllm_spense.roofline import GPUS
+from vllm_spense.roofline import gpu_named
 
 #: Every file that has tables.
 DOCUMENTS = (
@@ -140,7 +140,7 @@ def _engine(
 
 def errors(result: Result) -> list[str]:
     """What `spense estimate` would have said, against what was measured."""
-    gpu = next((gpu for gpu in GPUS.values() if result["gpu"] and gpu.name in result["gpu"]["name"]), None)
+    gpu = gpu_named(result["gpu"]["name"]) if result["gpu"] else None
     if gpu is None:
         return ["This GPU's data sheet is not known to `spense estimate`."]
     rows = [row for row in result["rows"] if row["ratio"]]

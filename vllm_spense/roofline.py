@@ -35,6 +35,11 @@ GPUS: Mapping[str, Gpu] = {
 }
 
 
+def gpu_named(name: str) -> Gpu | None:
+    """That of which a driver's name speaks; None without its data sheet."""
+    return next((gpu for gpu in GPUS.values() if gpu.name in name), None)
+
+
 @dataclass(frozen=True)
 class Efficiency:
     """Share of the data sheet's figures that kernels reach."""

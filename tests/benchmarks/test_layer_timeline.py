@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
-from benchmarks.layer_timeline import gpu_of, ideal_us, middle_layer, with_roles
+from benchmarks import layer_timeline
+from benchmarks.layer_timeline import ideal_us, middle_layer, with_roles
 from benchmarks.worker_profile import KernelRun
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import Regions
 from vllm_spense.model_sizes import Model
-from vllm_spense.roofline import GPUS
+from vllm_spense.roofline import GPUS, gpu_named
 from vllm_spense.shapes import SHAPES
 
 LAYER = [
@@ -46,13 +49,23 @@ def test_a_layer_that_is_not_understood_is_refused() -> None:
         middle_layer(steps(), 5)
     with pytest.raises(SpenseError, match="a layer has 1 GEMMs, expected 4"):
         with_roles([("flash", 1.0, 0.0), ("gemm", 1.0, 0.0)])
-    with pytest.raises(SpenseError, match="no data sheet of A100"):
-        gpu_of("A100")
+
+
+@pytest.mark.parametrize(("name", "found"), [(None, "no NVIDIA GPU"), ("NVIDIA A100", "NVIDIA A100")])
+def test_a_gpu_without_a_data_sheet_is_refused_before_an_engine_starts(
+    name: str | None, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["layer_timeline.py"])
+    monkeypatch.setattr(layer_timeline.torch.cuda, "is_available", lambda: name is not None)
+    monkeypatch.setattr(layer_timeline.torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(layer_timeline, "in_turn", lambda *_: pytest.fail("an engine starts"))
+    with pytest.raises(SpenseError, match=f"found {found}, expected one of H100, H200, B200"):
+        layer_timeline.main()
 
 
 def test_ideals_are_bytes_over_bandwidth_and_products_over_the_peak() -> None:
     model = Model.from_config(SHAPES["qwen3-32b"])
-    gpu = gpu_of("NVIDIA H100 80GB HBM3")
+    gpu = gpu_named("NVIDIA H100 80GB HBM3")
     assert gpu == GPUS["h100"]
     dense = ideal_us(model, None, 256, gpu)
     assert dense["gate_up"] == pytest.approx((51200 * 5120 / 3.35e6, 2 * 256 * 51200 * 5120 / 1979e6), abs=0.01)
