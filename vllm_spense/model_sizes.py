@@ -112,14 +112,17 @@ class Pruned:
     mlps: Sequence[Regions] = ()
     experts: Sequence[Regions] = ()
 
+    def sparse(self, mixture: Mixture | None) -> int:
+        """Sparse intermediate indices of all MLPs and experts of a model with such layers."""
+        experts = mixture.count if mixture else 0
+        return sum(each.sparse for each in self.mlps) + experts * sum(each.sparse for each in self.experts)
+
     def sparsity(self, model: Model) -> float:
         """Zeros in the weights of all MLPs and experts of a model."""
-        experts = model.mixture.count if model.mixture else 0
-        zeros = sum(regions.sparse for regions in self.mlps) + experts * sum(regions.sparse for regions in self.experts)
-        weights = sum(model.mlps)
-        if model.mixture:
-            weights += model.mixture.layers * experts * model.mixture.intermediate
-        return zeros / 2 / weights
+        mixture, indices = model.mixture, sum(model.mlps)
+        if mixture:
+            indices += mixture.layers * mixture.count * mixture.intermediate
+        return self.sparse(mixture) / 2 / indices
 
 
 @dataclass(frozen=True)
@@ -189,15 +192,11 @@ class Model:
 
         total = self.num_hidden_layers * linear(self.attention_shapes)
         total += sum(linear(self.mlp_shapes(intermediate)) for intermediate in self.mlps)
-        experts = 0
-        if self.mixture:
-            experts = self.mixture.count
-            each = experts * linear(self.mlp_shapes(self.mixture.intermediate))
-            total += self.mixture.layers * (each + 2 * experts * self.hidden_size)
+        if mixture := self.mixture:
+            each = linear(self.mlp_shapes(mixture.intermediate)) + 2 * self.hidden_size
+            total += mixture.layers * mixture.count * each
         if pruned:
-            sparse = sum(regions.sparse for regions in pruned.mlps)
-            sparse += experts * sum(regions.sparse for regions in pruned.experts)
-            total -= 3 * self.hidden_size * sparse * 3 // 8
+            total -= 3 * self.hidden_size * pruned.sparse(self.mixture) * 3 // 8
         embeddings = (1 if self.tied else 2) * self.vocab_size * self.hidden_size * 2
         return total + embeddings
 

@@ -181,6 +181,21 @@ def test_saved_bytes_are_those_of_the_format(tmp_path: Path) -> None:
     assert saved_bytes(dense) == 0
     # Everything is sparse, and sparse weights keep 0.625 of their bytes.
     assert saved_bytes(half) == 64 * 3 * 5120 * 25600 * 0.375
+    mixture = json.loads((make_shape("glm-4.5-air", tmp_path / "mixture", 0.5, layers=3) / "config.json").read_text())
+    # A dense layer, and two with a shared expert beside 128.
+    assert saved_bytes(mixture) == 3 * 4096 * (10944 + 2 * 129 * 1408) * 0.375
+
+
+def test_routing_without_experts_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["decode_speed.py", "--routing", "skewed"])
+    with pytest.raises(SystemExit):
+        decode_speed.parse()
+    assert "--routing: qwen3-32b has no experts" in capsys.readouterr().err
+    for shape, found in (("qwen3-32b", None), ("qwen3-30b-a3b", "balanced")):
+        monkeypatch.setattr(sys, "argv", ["decode_speed.py", "--shape", shape])
+        assert decode_speed.parse().routing == found
 
 
 def fake_engines(monkeypatch: pytest.MonkeyPatch, code: int = 0) -> list[dict[str, Any]]:

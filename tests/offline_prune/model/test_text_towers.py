@@ -138,16 +138,21 @@ def test_images_are_seen_as_before(text: Path, tmp_path: Path) -> None:
     assert not torch.allclose(logits[1], blind, atol=1e-2)
 
 
+def require_untouched(folder: Path, prefix: str, some: set[str]) -> list[str]:
+    """Every tensor of a draft layer is there and as it was, `some` among them; returns what is not quantized."""
+    before, after = SafetensorsReader(folder / "model"), SafetensorsReader(folder / "out")
+    head = [name for name in before if name.startswith(prefix)]
+    assert {f"{prefix}{name}" for name in some} <= set(head)
+    assert all(torch.equal(before.read(name), after.read(name)) for name in head)
+    assert set(before) == {name for name in after if not name.endswith(".weight_scale")}
+    return json.loads((folder / "out/config.json").read_text())["quantization_config"]["ignore"]
+
+
 def test_a_draft_head_after_the_last_layer_is_untouched(text: Path, tmp_path: Path) -> None:
     """As DeepSeek and GLM store theirs: a layer more than the model has."""
     make(MODELS["GLM-4.5 with MTP"], tmp_path / "model")
     run(tmp_path / "model", tmp_path / "out", text, sparsity=0.5)
-    before, after = SafetensorsReader(tmp_path / "model"), SafetensorsReader(tmp_path / "out")
-    head = [name for name in before if name.startswith("model.layers.2.")]
-    assert {"model.layers.2.eh_proj.weight", "model.layers.2.self_attn.q_proj.weight"} <= set(head)
-    assert all(torch.equal(before.read(name), after.read(name)) for name in head)
-    assert set(before) == {name for name in after if not name.endswith(".weight_scale")}
-    ignore = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["ignore"]
+    ignore = require_untouched(tmp_path, "model.layers.2.", {"eh_proj.weight", "self_attn.q_proj.weight"})
     (pattern,) = [entry.removeprefix("re:") for entry in ignore if re.search(r"layers.{1,2}2", entry)]
     for name in ("model.layers.2.eh_proj", "model.layers.2.mlp.experts", "layers.2.self_attn.qkv_proj"):
         assert re.match(pattern, name), name
@@ -160,12 +165,7 @@ def test_draft_layers_of_remote_code_are_untouched(text: Path, tmp_path: Path) -
     make(MODELS["MiMo with MTP"], tmp_path / "model")
     run(tmp_path / "model", tmp_path / "out", text, sparsity=0.5, trust_remote_code=True)
     verify(tmp_path / "out", trust_remote_code=True)
-    before, after = SafetensorsReader(tmp_path / "model"), SafetensorsReader(tmp_path / "out")
-    head = [name for name in before if name.startswith("model.mtp_layers.0.")]
-    assert {"model.mtp_layers.0.input_proj.weight", "model.mtp_layers.0.mlp.up_proj.weight"} <= set(head)
-    assert all(torch.equal(before.read(name), after.read(name)) for name in head)
-    assert set(before) == {name for name in after if not name.endswith(".weight_scale")}
-    ignore = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["ignore"]
+    ignore = require_untouched(tmp_path, "model.mtp_layers.0.", {"input_proj.weight", "mlp.up_proj.weight"})
     patterns = [entry.removeprefix("re:") for entry in ignore if entry.startswith("re:")]
     for name in ("model.mtp_layers.0.input_proj", "model.layers.2.mlp.gate_up_proj", "model.layers.2.self_attn.o_proj"):
         assert [pattern for pattern in patterns if re.match(pattern, name)], name
