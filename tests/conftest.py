@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,10 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(workers))))
 
 
+LAST_FILE = pytest.StashKey[Path]()
+ENVIRONMENT = pytest.StashKey[dict[str, str]]()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Of `pytest -n auto`: two, because engines take memory, but one where all would share a GPU."""
@@ -35,6 +40,21 @@ def pytest_xdist_auto_num_workers() -> int:
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
     """What starts engines or prunes the real model comes first: it takes longest, and no worker shall end with it."""
     items.sort(key=lambda item: not (item.get_closest_marker("engine") or "smollm2_folder" in item.fixturenames))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, object, object]:
+    """A file's tests leave no environment to the next file's: an engine in this process, for one, sets LD_PRELOAD."""
+    if item.config.stash.get(LAST_FILE, None) != item.path:
+        item.config.stash[LAST_FILE], item.config.stash[ENVIRONMENT] = item.path, dict(os.environ)
+    try:
+        return (yield)
+    finally:
+        if nextitem is None or nextitem.path != item.path:
+            before = item.config.stash[ENVIRONMENT]
+            for name in os.environ.keys() - before.keys():
+                del os.environ[name]
+            os.environ.update(before)
 
 
 @pytest.fixture(autouse=True)
