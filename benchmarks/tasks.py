@@ -38,7 +38,7 @@ from offline_prune.calibration.heldout import HELDOUT
 from offline_prune.checkpoint.evaluate import load_dense
 from offline_prune.runtime.device import pick_device
 from scripts.bootstrap import kind
-from scripts.server import check_port, exit_on_signals, serving_vllm
+from scripts.server import check_port, exit_on_signals, starting_vllm
 from vllm_spense.errors import SpenseError
 
 #: Small tasks that many papers report.
@@ -154,8 +154,9 @@ def server(folder: Path, options: argparse.Namespace) -> Iterator[str | None]:
     limit = ("--max-model-len", str(options.context))
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch, "server.log")
-        with serving_vllm(folder, options.port, log, kind() == "cpu", *limit) as url:
-            yield url
+        with starting_vllm(folder, options.port, log, kind() == "cpu", *limit) as started:
+            started.wait_until_ready()
+            yield started.url
 
 
 def model(folder: Path, url: str | None, options: argparse.Namespace) -> Any:

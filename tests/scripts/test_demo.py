@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,17 +31,24 @@ def test_one_method_is_pruned_unless_all_are_asked_for(
         made.append(pruning)
         return Path(pruning.name)
 
+    @contextlib.contextmanager
+    def starting(checkpoint: Path, *others: object) -> Iterator[str]:
+        served.append(checkpoint)
+        assert not compared
+        yield "server"
+
     monkeypatch.setattr(demo, "smollm2", lambda folder: folder)
     monkeypatch.setattr(demo, "pruned", pruned)
     monkeypatch.setattr(demo, "show_perplexities", lambda model, checkpoints: compared.extend(checkpoints))
-    monkeypatch.setattr(demo, "ask", lambda checkpoint, port, on_cpu: served.append(checkpoint))
+    monkeypatch.setattr(demo, "starting_vllm", starting)
+    monkeypatch.setattr(demo, "ask", lambda server: compared.append(f"{server} answered"))
     monkeypatch.setattr(demo, "show_gain", lambda: None)
     monkeypatch.setattr(demo, "check_port", lambda port: None)
     monkeypatch.setattr(demo, "exit_on_signals", lambda: None)
     monkeypatch.setattr(sys, "argv", ["demo", *options])
     demo.main()
     assert made == [demo.PRUNINGS[title] for title in titles]
-    assert compared == titles
+    assert compared == [*titles, "server answered"]
     assert served == [Path(demo.SERVED.name)]
 
 
