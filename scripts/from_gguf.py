@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 
-def convert(gguf: Path, out: Path, end: str | None = None) -> None:
+def convert(file: Path, out: Path, end: str | None = None) -> None:
     """Writes config, weights, tokenizer and generation config into a folder that is there.
 
     Args:
@@ -15,19 +17,22 @@ def convert(gguf: Path, out: Path, end: str | None = None) -> None:
     """
     # transformers shows bars of its own, and tqdm's own for GGUF, which reads this when it is imported.
     os.environ["TQDM_DISABLE"] = "1"
+    import gguf
     import torch
-    from gguf import GGUFReader
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    begins = GGUFReader(gguf).fields.get("tokenizer.ggml.add_bos_token")
+    # transformers parses the file three times, for seconds each, and makes the table of names for every module anew.
+    once = {"GGUFReader": cache(gguf.GGUFReader), "get_tensor_name_map": cache(gguf.get_tensor_name_map)}
+    with mock.patch.multiple(gguf, **once):
+        tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        begins = gguf.GGUFReader(str(file)).fields.get("tokenizer.ggml.add_bos_token")
+        model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     if begins is not None and begins.contents():
         # transformers does not read it, and Gemma makes nothing of a text that does not begin with it.
         tokenizer.add_bos_token = True
     if end is not None:
         tokenizer.eos_token = end
-    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = model.config
     # save_pretrained refuses a model that was read from GGUF.
     weights = {

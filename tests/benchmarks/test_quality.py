@@ -22,14 +22,14 @@ CASES = {
     "spensegpt+ 25%": ("spensegpt+", 0.25, "fp8"),
     "spensegpt+ 37.5% BF16": ("spensegpt+", 0.375, "none"),
 }
-#: Of thirty. The pruner goes from block to block, so that they become what they become in the whole model, in a quarter
+#: Of thirty. The pruner goes from block to block, so that they become what they become in the whole model, in a fifth
 #: of the time; the demo prunes all.
-BLOCKS = 8
+BLOCKS = 6
 
 
 @pytest.fixture(scope="module")
 def beginning(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2 without the blocks behind the first eight."""
+    """SmolLM2 without the blocks after the first six."""
     out = tmp_path_factory.mktemp("beginning") / "model"
     shutil.copytree(smollm2_folder, out, ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((out / "config.json").read_text())
@@ -45,7 +45,7 @@ def beginning(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def perplexities(smollm2_folder: Path, beginning: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     """Of the whole model with its first blocks pruned."""
     model, tokenizer = load_dense(smollm2_folder)
-    heldout = heldout_tokens(tokenizer, 8, 256)
+    heldout = heldout_tokens(tokenizer, 4, 256)
     found = {"dense": perplexity(model, heldout)}
     folder = tmp_path_factory.mktemp("pruned")
     for name, (method, sparsity, quantize) in CASES.items():

@@ -7,8 +7,12 @@ import json
 import socket
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from unittest import mock
 
+import lm_eval.tasks
 import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
@@ -45,6 +49,14 @@ def test_without_the_harness_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -
         tasks.main()
 
 
+@pytest.fixture(scope="module")
+def manager() -> Iterator[None]:
+    """Indexes the harness's thousands of tasks once for all tests."""
+    with mock.patch.object(lm_eval.tasks, "TaskManager", cache(lm_eval.tasks.TaskManager)):
+        yield
+
+
+@pytest.mark.usefixtures("manager")
 def test_an_unknown_task_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["tasks", "folder", "--tasks", "continuation", "arc_hard"])
     with pytest.raises(SpenseError, match="found arc_hard, which"):
@@ -63,6 +75,7 @@ def test_a_server_that_is_not_there_is_named() -> None:
         tasks.served_name("http://127.0.0.1:9/v1")
 
 
+@pytest.mark.usefixtures("manager")
 def test_a_model_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, out = tiny_model("llama", tmp_path / "model"), tmp_path / "out.json"
     monkeypatch.setattr(tasks, "documents", lambda domain: iter(TEXTS))
@@ -140,7 +153,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         packaged_tasks.packaged("packaged_humaneval")
 
 
-@pytest.mark.usefixtures("packages")
+@pytest.mark.usefixtures("manager", "packages")
 def test_questions_of_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, out = tiny_model("llama", tmp_path / "model"), tmp_path / "out.json"
     names = ["packaged_humaneval", "packaged_gsm8k", "packaged_hellaswag", "packaged_truthfulqa"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import EXCEPTIONS, ROUNDING, VLLM, Run, generate, require_same_or_tied
+from engines import EXCEPTIONS, PROMPTS, ROUNDING, VLLM, Run, generate, require_same_or_tied
 from openai import OpenAI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -85,5 +85,7 @@ def test_log_names_the_path_of_each_shape_once(client: OpenAI, log: Path) -> Non
 
 def test_tokens_of_a_real_model(pruned_folder: Path) -> None:
     ours, stock = Run(pruned_folder, "spense"), Run(pruned_folder, "compressed-tensors")
-    answers = generate([ours, stock])
-    require_same_or_tied(answers[ours], answers[stock], ROUNDING, EXCEPTIONS)
+    # Stock's product of FP8 matrices takes a CPU ten times as long as ours.
+    few = PROMPTS[:8]
+    answers = generate([ours, stock], prompts=few)
+    require_same_or_tied(answers[ours], answers[stock], ROUNDING, EXCEPTIONS * len(few) // len(PROMPTS))

@@ -94,9 +94,12 @@ class Completion:
 
 
 def generate(
-    runs: Sequence[Run], switches: Mapping[str, str] | None = None, counts: dict[Run, dict[str, float]] | None = None
+    runs: Sequence[Run],
+    switches: Mapping[str, str] | None = None,
+    counts: dict[Run, dict[str, float]] | None = None,
+    prompts: Sequence[str] = PROMPTS,
 ) -> dict[Run, list[Completion]]:
-    """Completions of `PROMPTS` by each run, all in one process beside this one.
+    """Completions of the prompts by each run, all in one process beside this one.
 
     Args:
         switches: environment variables of that process.
@@ -109,7 +112,7 @@ def generate(
             asdict(run) | {"model": str(run.model), "adapters": [str(adapter) for adapter in run.adapters]}
             for run in runs
         ]
-        order.write_text(json.dumps({"prompts": PROMPTS, "runs": orders}))
+        order.write_text(json.dumps({"prompts": list(prompts), "runs": orders}))
         program = Path(__file__).with_name("generate.py")
         done = subprocess.run(
             [sys.executable, program, order, answers], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -187,11 +190,12 @@ def require_same_or_tied(
     """Tokens are equal, or the first that differs is a tie: neither engine prefers its own by more than `tolerance`.
 
     Args:
+        ours, theirs: for the first prompts.
         tolerance: in nats.
         exceptions: prompts for which it may be otherwise.
     """
     apart = []
-    for prompt, a, b in zip(PROMPTS, ours, theirs, strict=True):
+    for prompt, (a, b) in zip(PROMPTS, zip(ours, theirs, strict=True), strict=False):
         assert len(a.tokens) == len(b.tokens) == 32
         i = _agreed(a, b)
         if i < len(a.tokens):
