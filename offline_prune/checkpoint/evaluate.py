@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
+from offline_prune.model.conversion import Conversions
 from offline_prune.model.loading import load_tokenizer
 from offline_prune.model.model_tensors import ModelTensors
 from offline_prune.model.safetensors_reader import SafetensorsReader
@@ -43,7 +43,7 @@ def load_dense(
         # What is loaded takes the type of what it replaces.
         parameter.data = parameter.data.float()
     stored = {name: tensors.read_stored(name) for name in tensors.targets}
-    mapping: Any = get_model_conversion_mapping(model)
+    mapping: Any = Conversions(model).rules
     rules = LoadStateDictConfig(weight_mapping=mapping, device_map={"": "cpu"})
     convert_and_load_state_dict_in_model(model, stored, rules)
     model.tie_weights()

@@ -38,16 +38,30 @@ UNSUPPORTED = {
     "gpt-neox": ("GPTNeoXConfig", {}),
     "opt": ("OPTConfig", {"ffn_dim": INTERMEDIATE, "word_embed_proj_dim": HIDDEN}),
     "gpt-oss": ("GptOssConfig", {"num_local_experts": 4, "head_dim": 16}),
-    "granite-moe": ("GraniteMoeConfig", {"num_local_experts": 4}),
     "starcoder2": ("Starcoder2Config", {}),
     "rwkv": ("RwkvConfig", {}),
     "xlnet": ("XLNetConfig", {"d_model": HIDDEN, "n_layer": LAYERS, "n_head": 4, "d_inner": INTERMEDIATE}),
 }
 _QWEN3_MOE = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": INTERMEDIATE}
+_GRANITE_MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "residual_multiplier": 0.5}
 EXPERTS = {
     "qwen3-moe": ("Qwen3MoeConfig", _QWEN3_MOE),
     "qwen3-moe with a plain layer": ("Qwen3MoeConfig", {**_QWEN3_MOE, "mlp_only_layers": [1]}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4}),
+    # Its files hold all experts of a layer in one tensor, the next one's too.
+    "granite-moe": ("GraniteMoeConfig", _GRANITE_MOE),
+    "granite-moe-hybrid": (
+        "GraniteMoeHybridConfig",
+        {
+            **_GRANITE_MOE,
+            "shared_intermediate_size": INTERMEDIATE,
+            "layer_types": ["mamba", "attention"],
+            "mamba_n_heads": 8,
+            "mamba_d_head": 16,
+            "mamba_d_state": 16,
+            "mamba_n_groups": 1,
+        },
+    ),
     # Its router is a linear layer.
     "jamba": ("JambaConfig", {"num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 0, "mamba_d_state": 8}),
     "deepseek-v3": (
