@@ -60,6 +60,7 @@ class Model:
         processor: saves what turns images into tensors, for a model that sees.
         image: how a prompt shows an image.
         renamed: parts of tensors' names that published checkpoints have and transformers' newest no longer saves.
+        transposed: endings of tensors' names whose last two dimensions published checkpoints have exchanged, too.
         drafts: makes a draft head (MTP) that its files have as well, from transformers' class and the configuration.
         speculates: whether it is served with that head.
         plain_rope: whether vLLM rotates by plain torch: its CPU kernel for pairs of neighbours, (…, heads, size), is
@@ -78,6 +79,7 @@ class Model:
     processor: Callable[[PreTrainedTokenizerFast, Path], object] | None = None
     image: str = ""
     renamed: dict[str, str] = field(default_factory=dict)
+    transposed: tuple[str, ...] = ()
     drafts: Callable[[Any, Any], dict[str, torch.Tensor]] | None = None
     speculates: bool = False
     plain_rope: bool = False
@@ -91,7 +93,7 @@ class Model:
     @property
     def needs_torchvision(self) -> bool:
         """Whether vLLM's code of this model imports it, to read images."""
-        return bool(self.image) or self.architecture.startswith("Qwen3_5")
+        return self.processor is not None or self.architecture.startswith("Qwen3_5")
 
 
 def _name(token: int) -> str:
@@ -231,6 +233,15 @@ _DEEPSEEK = {
     "topk_method": "noaux_tc",
     "scoring_func": "sigmoid",
 }
+_GRANITE_MOE = {"num_local_experts": 8, "num_experts_per_tok": 2, "attention_multiplier": 32**-0.5}
+_GRANITE_HYBRID = {
+    **_GRANITE_MOE,
+    "shared_intermediate_size": 192,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 32,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 1,
+}
 MODELS = {
     "GLM": Model("GlmForCausalLM"),
     "GLM-4": Model("Glm4ForCausalLM"),
@@ -249,6 +260,25 @@ MODELS = {
     "DeepSeek-V3": Model("DeepseekV3ForCausalLM", _DEEPSEEK, plain_rope=True, absorbed=True),
     "Mixtral": Model("MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "OLMoE": Model("OlmoeForCausalLM", {"num_experts": 8, "num_experts_per_tok": 2}),
+    "Granite-MoE": Model("GraniteMoeForCausalLM", _GRANITE_MOE),
+    "Granite-MoE with a shared expert": Model(
+        "GraniteMoeSharedForCausalLM", {**_GRANITE_MOE, "shared_intermediate_size": 192}
+    ),
+    "Granite-MoE, hybrid": Model(
+        "GraniteMoeHybridForCausalLM", {**_GRANITE_HYBRID, "layer_types": ["linear_attention", "full_attention"]}
+    ),
+    "Granite-MoE, hybrid, attention alone": Model(
+        "GraniteMoeHybridForCausalLM", {**_GRANITE_HYBRID, "layer_types": ["full_attention", "full_attention"]}
+    ),
+    "Qwen3-VL-MoE": Model(
+        "Qwen3VLMoeForConditionalGeneration",
+        # As published; transformers reads neither, vLLM does.
+        {**_MROPE, **_MORE_EXPERTS, "norm_topk_prob": True, "sliding_window": None},
+        _QWEN_TOKENS,
+        {**_QWEN_VISION, "patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
+        processor=_qwen(16),
+        transposed=("experts.gate_up_proj", "experts.down_proj"),
+    ),
     "GLM-4.5 with MTP": Model("Glm4MoeForCausalLM", _GLM_MOE, drafts=_glm_head),
     "GLM-4.5 with MTP, speculating": Model("Glm4MoeForCausalLM", _GLM_MOE, drafts=_glm_head, speculates=True),
     "MiMo with MTP": Model("MiMoForCausalLM"),
@@ -326,6 +356,12 @@ def make(model: Model, folder: Path) -> None:
     file = folder / "model.safetensors"
     for old, new in model.renamed.items():
         tensors = {name.replace(old, new): tensor for name, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    if model.transposed:
+        tensors = {
+            name: tensor.mT.contiguous() if name.endswith(model.transposed) else tensor
+            for name, tensor in load_file(file).items()
+        }
         save_file(tensors, file, metadata={"format": "pt"})
     if model.drafts:
         tensors = load_file(file) | model.drafts(kind, whole)

@@ -29,6 +29,16 @@ def load_dense(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A plain or a Spense checkpoint as an ordinary dense model, and its tokenizer: see `dense_model`."""
+    return dense_model(folder, device, dtype, trust_remote_code), load_tokenizer(Path(folder))
+
+
+def dense_model(
+    folder: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
     """A plain or a Spense checkpoint as an ordinary dense model; FP8 weights are multiplied by their scales.
 
     Activations are not quantized. To run the files exactly as a server does, serve them.
@@ -60,7 +70,7 @@ def load_dense(
         if module_name.endswith("rotary_emb"):
             # Angles of hundreds of radians, which some versions of transformers compute as a product of matrices.
             module.forward = exact_matmul()(module.forward)
-    return model.eval(), load_tokenizer(folder)
+    return model.eval()
 
 
 @torch.inference_mode()
