@@ -67,8 +67,8 @@ class Conversions:
         self._sort()
 
     def __call__(self, name: str) -> tuple[str, Conversion | None]:
-        """A parameter or buffer, or whatever else transformers renames a tensor of the files to; and how it is converted,
-        if it is not renamed alone."""
+        """What transformers renames a tensor of the files to, a parameter or buffer or nothing it knows; and how it is
+        converted, if it is not renamed alone."""
         to, pattern = self.renamed(name)
         if to not in self.places and name in self.places:
             to, pattern = rename_source_key(name, [], [], self._prefix, self.places)

@@ -39,6 +39,7 @@ def with_names(experts: Experts, block: str, tensors: ModelTensors) -> Experts |
             how, named = tensors.converted.get(name), _NAME.fullmatch(name)
             if how is None or named is None or not _PLAIN.issuperset(how.operations):
                 form = f"{name} {tensors.shape(name if how else whole)}"
+                form += f", which transformers converts by {', '.join(how.operations)}" if how else ""
                 return Unsupported(f"a mixture of experts whose files do not hold each expert by itself: {form}")
             if tensors.shape(name) != sizes[place]:
                 return Unsupported(f"a mixture of experts of which {name} has the shape {tensors.shape(name)}")
@@ -87,7 +88,7 @@ def _taken_apart(experts: Experts, block: str, tensors: ModelTensors) -> Experts
 
 
 def _whole(parameter: str, shape: tuple[int, int, int], tensors: ModelTensors) -> tuple[str, bool] | None:
-    """The one tensor of the files that a parameter is, and whether it is there with its last two dimensions exchanged."""
+    """The one tensor of the files that a parameter is, and whether its last two dimensions are exchanged there."""
     made_of = tensors.parts_of_parameter(parameter)
     if len(made_of) != 1:
         return None
@@ -102,7 +103,7 @@ def _whole(parameter: str, shape: tuple[int, int, int], tensors: ModelTensors) -
 
 
 def _convention(stored: str, gate_up: str, down: str, tensors: ModelTensors) -> Projections | None:
-    """What an expert's layers are called, so that whoever reads the checkpoint puts these parameters together of them."""
+    """What an expert's layers are called where these parameters are put together of them."""
     for names in CONVENTIONS:
         became = [tensors.becomes(f"{stored}.0.{leaf}.weight") for leaf in names.to_dict().values()]
         places = [(to, how.position) for to, how in became if how is not None and _PLAIN.issuperset(how.operations)]

@@ -117,8 +117,7 @@ class ModelTensors:
         return self._conversions(name)
 
     def take_apart(self, parts: Mapping[str, Part]) -> None:
-        """From here on, parts of the files' tensors stand for these, under names of their own, as if the files held them
-        so; nothing is read.
+        """From here on, parts of the files' tensors stand for these, under names of their own; nothing is read.
 
         Args:
             parts: by names that `becomes` knows. Together they are the whole of each tensor.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -108,6 +110,22 @@ def tiny_model(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **c
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def stacked(model: Path, folder: Path) -> Path:
+    """A copy of a Qwen3-MoE whose files hold all experts of a layer in one tensor, under the parameter's name."""
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    layers = {name.partition(".experts.")[0] + ".experts" for name in tensors if ".experts." in name}
+    for layer in sorted(layers):
+        each = [
+            [tensors.pop(f"{layer}.{expert}.{leaf}.weight") for leaf in ("gate_proj", "up_proj", "down_proj")]
+            for expert in range(4)
+        ]
+        tensors[f"{layer}.gate_up_proj"] = torch.stack([torch.cat([gate, up]) for gate, up, _ in each])
+        tensors[f"{layer}.down_proj"] = torch.stack([down for _, _, down in each])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
