@@ -217,6 +217,13 @@ _QWEN35 = Model(
     processor=_qwen(16),
     image="<|vision_start|><|image_pad|><|vision_end|>",
 )
+_QWEN3_VL = replace(
+    _QWEN35,
+    architecture="Qwen3VLForConditionalGeneration",
+    text=_MROPE,
+    vision={**_QWEN35.vision, "deepstack_visual_indexes": [0]},
+    dtype="float32",
+)
 _QWEN35_DRAFTS = replace(_QWEN35, text={**_HYBRID, "mtp_num_hidden_layers": 1}, drafts=_qwen_head)
 #: Of the sizes of its latents vLLM's CPU kernel knows this alone.
 _DEEPSEEK = {
@@ -270,15 +277,6 @@ MODELS = {
     "Granite-MoE, hybrid, attention alone": Model(
         "GraniteMoeHybridForCausalLM", {**_GRANITE_HYBRID, "layer_types": ["full_attention", "full_attention"]}
     ),
-    "Qwen3-VL-MoE": Model(
-        "Qwen3VLMoeForConditionalGeneration",
-        # As published; transformers reads neither, vLLM does.
-        {**_MROPE, **_MORE_EXPERTS, "norm_topk_prob": True, "sliding_window": None},
-        _QWEN_TOKENS,
-        {**_QWEN_VISION, "patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
-        processor=_qwen(16),
-        transposed=("experts.gate_up_proj", "experts.down_proj"),
-    ),
     "GLM-4.5 with MTP": Model("Glm4MoeForCausalLM", _GLM_MOE, drafts=_glm_head),
     "GLM-4.5 with MTP, speculating": Model("Glm4MoeForCausalLM", _GLM_MOE, drafts=_glm_head, speculates=True),
     "MiMo with MTP": Model("MiMoForCausalLM"),
@@ -313,13 +311,14 @@ MODELS = {
         processor=_pixtral,
         image="<|image_pad|>",
     ),
-    "Qwen3-VL": Model(
-        "Qwen3VLForConditionalGeneration",
-        _MROPE,
-        _QWEN_TOKENS,
-        {**_QWEN_VISION, "patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
-        processor=_qwen(16),
-        image="<|vision_start|><|image_pad|><|vision_end|>",
+    "Qwen3-VL": _QWEN3_VL,
+    "Qwen3-VL-MoE": replace(
+        _QWEN3_VL,
+        architecture="Qwen3VLMoeForConditionalGeneration",
+        # As published; transformers reads neither, vLLM does.
+        text={**_MROPE, **_MORE_EXPERTS, "norm_topk_prob": True, "sliding_window": None},
+        image="",
+        transposed=("experts.gate_up_proj", "experts.down_proj"),
     ),
     "Qwen3.5": _QWEN35,
     "Qwen3.5 with MTP": _QWEN35_DRAFTS,
@@ -354,18 +353,14 @@ def make(model: Model, folder: Path) -> None:
     whole = type(config)(**config.to_dict())
     _save(kind, whole, folder)
     file = folder / "model.safetensors"
+    tensors = load_file(file)
     for old, new in model.renamed.items():
-        tensors = {name.replace(old, new): tensor for name, tensor in load_file(file).items()}
-        save_file(tensors, file, metadata={"format": "pt"})
-    if model.transposed:
-        tensors = {
-            name: tensor.mT.contiguous() if name.endswith(model.transposed) else tensor
-            for name, tensor in load_file(file).items()
-        }
-        save_file(tensors, file, metadata={"format": "pt"})
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+    for name in [name for name in tensors if name.endswith(model.transposed)]:
+        tensors[name] = tensors[name].mT.contiguous()
     if model.drafts:
-        tensors = load_file(file) | model.drafts(kind, whole)
-        save_file(tensors, file, metadata={"format": "pt"})
+        tensors |= model.drafts(kind, whole)
+    save_file(tensors, file, metadata={"format": "pt"})
     tokenizer = _tokenizer()
     tokenizer.save_pretrained(folder)
     if model.processor:
