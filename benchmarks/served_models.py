@@ -60,6 +60,7 @@ class Model:
         processor: saves what turns images into tensors, for a model that sees.
         image: how a prompt shows an image.
         renamed: parts of tensors' names that published checkpoints have and transformers' newest no longer saves.
+        transposed: endings of tensors' names whose last two dimensions published checkpoints have exchanged, too.
         drafts: makes a draft head (MTP) that its files have as well, from transformers' class and the configuration.
         speculates: whether it is served with that head.
         plain_rope: whether vLLM rotates by plain torch: its CPU kernel for pairs of neighbours, (…, heads, size), is
@@ -78,6 +79,7 @@ class Model:
     processor: Callable[[PreTrainedTokenizerFast, Path], object] | None = None
     image: str = ""
     renamed: dict[str, str] = field(default_factory=dict)
+    transposed: tuple[str, ...] = ()
     drafts: Callable[[Any, Any], dict[str, torch.Tensor]] | None = None
     speculates: bool = False
     plain_rope: bool = False
@@ -91,7 +93,7 @@ class Model:
     @property
     def needs_torchvision(self) -> bool:
         """Whether vLLM's code of this model imports it, to read images."""
-        return bool(self.image) or self.architecture.startswith("Qwen3_5")
+        return self.processor is not None or self.architecture.startswith("Qwen3_5")
 
 
 def _name(token: int) -> str:
@@ -215,6 +217,13 @@ _QWEN35 = Model(
     processor=_qwen(16),
     image="<|vision_start|><|image_pad|><|vision_end|>",
 )
+_QWEN3_VL = replace(
+    _QWEN35,
+    architecture="Qwen3VLForConditionalGeneration",
+    text=_MROPE,
+    vision={**_QWEN35.vision, "deepstack_visual_indexes": [0]},
+    dtype="float32",
+)
 _QWEN35_DRAFTS = replace(_QWEN35, text={**_HYBRID, "mtp_num_hidden_layers": 1}, drafts=_qwen_head)
 #: Of the sizes of its latents vLLM's CPU kernel knows this alone.
 _DEEPSEEK = {
@@ -230,6 +239,15 @@ _DEEPSEEK = {
     # As published; transformers does not read them, vLLM does.
     "topk_method": "noaux_tc",
     "scoring_func": "sigmoid",
+}
+_GRANITE_MOE = {"num_local_experts": 8, "num_experts_per_tok": 2, "attention_multiplier": 32**-0.5}
+_GRANITE_HYBRID = {
+    **_GRANITE_MOE,
+    "shared_intermediate_size": 192,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 32,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 1,
 }
 MODELS = {
     "GLM": Model("GlmForCausalLM"),
@@ -249,6 +267,16 @@ MODELS = {
     "DeepSeek-V3": Model("DeepseekV3ForCausalLM", _DEEPSEEK, plain_rope=True, absorbed=True),
     "Mixtral": Model("MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "OLMoE": Model("OlmoeForCausalLM", {"num_experts": 8, "num_experts_per_tok": 2}),
+    "Granite-MoE": Model("GraniteMoeForCausalLM", _GRANITE_MOE),
+    "Granite-MoE with a shared expert": Model(
+        "GraniteMoeSharedForCausalLM", {**_GRANITE_MOE, "shared_intermediate_size": 192}
+    ),
+    "Granite-MoE, hybrid": Model(
+        "GraniteMoeHybridForCausalLM", {**_GRANITE_HYBRID, "layer_types": ["linear_attention", "full_attention"]}
+    ),
+    "Granite-MoE, hybrid, attention alone": Model(
+        "GraniteMoeHybridForCausalLM", {**_GRANITE_HYBRID, "layer_types": ["full_attention", "full_attention"]}
+    ),
     "GLM-4.5 with MTP": Model("Glm4MoeForCausalLM", _GLM_MOE, drafts=_glm_head),
     "GLM-4.5 with MTP, speculating": Model("Glm4MoeForCausalLM", _GLM_MOE, drafts=_glm_head, speculates=True),
     "MiMo with MTP": Model("MiMoForCausalLM"),
@@ -283,13 +311,14 @@ MODELS = {
         processor=_pixtral,
         image="<|image_pad|>",
     ),
-    "Qwen3-VL": Model(
-        "Qwen3VLForConditionalGeneration",
-        _MROPE,
-        _QWEN_TOKENS,
-        {**_QWEN_VISION, "patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
-        processor=_qwen(16),
-        image="<|vision_start|><|image_pad|><|vision_end|>",
+    "Qwen3-VL": _QWEN3_VL,
+    "Qwen3-VL-MoE": replace(
+        _QWEN3_VL,
+        architecture="Qwen3VLMoeForConditionalGeneration",
+        # As published; transformers reads neither, vLLM does.
+        text={**_MROPE, **_MORE_EXPERTS, "norm_topk_prob": True, "sliding_window": None},
+        image="",
+        transposed=("experts.gate_up_proj", "experts.down_proj"),
     ),
     "Qwen3.5": _QWEN35,
     "Qwen3.5 with MTP": _QWEN35_DRAFTS,
@@ -324,12 +353,14 @@ def make(model: Model, folder: Path) -> None:
     whole = type(config)(**config.to_dict())
     _save(kind, whole, folder)
     file = folder / "model.safetensors"
+    tensors = load_file(file)
     for old, new in model.renamed.items():
-        tensors = {name.replace(old, new): tensor for name, tensor in load_file(file).items()}
-        save_file(tensors, file, metadata={"format": "pt"})
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+    for name in [name for name in tensors if name.endswith(model.transposed)]:
+        tensors[name] = tensors[name].mT.contiguous()
     if model.drafts:
-        tensors = load_file(file) | model.drafts(kind, whole)
-        save_file(tensors, file, metadata={"format": "pt"})
+        tensors |= model.drafts(kind, whole)
+    save_file(tensors, file, metadata={"format": "pt"})
     tokenizer = _tokenizer()
     tokenizer.save_pretrained(folder)
     if model.processor:

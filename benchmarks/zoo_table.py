@@ -91,7 +91,8 @@ def _reason(outcome: Outcome) -> str:
 
 
 _REASONS = {
-    "do not hold each expert by itself": "the files hold all experts of a layer in one tensor",
+    "do not hold each expert by itself": "the files hold all experts of a layer in one tensor, in another form "
+    "than transformers",
     "found a mixture of": "experts of a form that is not known",
     "found no gated MLP": "no gated MLP",
     "found an encoder with a decoder": "an encoder with a decoder",

@@ -190,8 +190,8 @@ class _Run:
             writer.write_permutations()
             quantization = fp8_config(self._ignored()) if self.settings.quantize is Quantize.FP8 else None
             annotation, source, report = self._annotation(), self.model.folder, self.report
-            losses, name = report.card_section(), self.settings.model
-            card = model_card(name, source, annotation, quantization is not None, losses, report.skipped, self.say)
+            others = report.card_section(), report.skipped, self.say, self.model.tensors.read_by_transformers
+            card = model_card(self.settings.model, source, annotation, quantization is not None, *others)
             writer.write_card(card, source)
             writer.write_config(self.model.config_json, annotation, quantization)
         self._close_report(plan, start)

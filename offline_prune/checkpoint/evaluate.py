@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
+from offline_prune.model.conversion import Conversions
 from offline_prune.model.loading import load_tokenizer
 from offline_prune.model.model_tensors import ModelTensors
 from offline_prune.model.safetensors_reader import SafetensorsReader
@@ -29,6 +29,16 @@ def load_dense(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A plain or a Spense checkpoint as an ordinary dense model, and its tokenizer: see `dense_model`."""
+    return dense_model(folder, device, dtype, trust_remote_code), load_tokenizer(Path(folder))
+
+
+def dense_model(
+    folder: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
     """A plain or a Spense checkpoint as an ordinary dense model; FP8 weights are multiplied by their scales.
 
     Activations are not quantized. To run the files exactly as a server does, serve them.
@@ -43,7 +53,7 @@ def load_dense(
         # What is loaded takes the type of what it replaces.
         parameter.data = parameter.data.float()
     stored = {name: tensors.read_stored(name) for name in tensors.targets}
-    mapping: Any = get_model_conversion_mapping(model)
+    mapping: Any = Conversions(model).rules
     rules = LoadStateDictConfig(weight_mapping=mapping, device_map={"": "cpu"})
     convert_and_load_state_dict_in_model(model, stored, rules)
     model.tie_weights()
@@ -60,7 +70,7 @@ def load_dense(
         if module_name.endswith("rotary_emb"):
             # Angles of hundreds of radians, which some versions of transformers compute as a product of matrices.
             module.forward = exact_matmul()(module.forward)
-    return model.eval(), load_tokenizer(folder)
+    return model.eval()
 
 
 @torch.inference_mode()

@@ -56,6 +56,7 @@ def model_card(
     measured: Sequence[str],
     skipped: Mapping[str, str],
     say: Callable[[str], None],
+    read_by_transformers: bool = True,
 ) -> str:
     """The text of README.md; nothing in it differs between two equal runs.
 
@@ -65,6 +66,7 @@ def model_card(
         measured: a section of Markdown about what was measured on the way.
         skipped: block that was left as it was → why.
         say: told where the original's card cannot be read.
+        read_by_transformers: whether it knows the names of all tensors.
     """
     from huggingface_hub import ModelCardData
 
@@ -89,6 +91,7 @@ def model_card(
         "## Serve",
         "",
         *(_SERVE if fp8 else _NOT_SERVED),
+        *(() if read_by_transformers else _UNKNOWN_NAMES),
         "",
         "## How it was made",
         "",
@@ -109,7 +112,12 @@ _SERVE = (
     "",
     "`--quantization compressed-tensors` serves the same files as a dense FP8 model, without Spense.",
 )
-_NOT_SERVED = ("For research: the weights are not quantized, so Spense does not serve them. transformers reads them.",)
+_NOT_SERVED = ("For research: the weights are not quantized, so Spense does not serve them.",)
+_UNKNOWN_NAMES = (
+    "",
+    "transformers reads experts of this model only where a layer has all of them in one tensor, so it does not read "
+    "these files; vLLM and `spense evaluate` do.",
+)
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, rename_source_key
 
 from offline_prune.checkpoint.permutations import read_permutations
+from offline_prune.model.conversion import Conversions
 from offline_prune.model.safetensors_reader import SafetensorsReader
 from offline_prune.model.skeleton import empty_model
 from vllm_spense.checkpoint_files import read_object
@@ -186,16 +185,13 @@ class _Renaming:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        rules: Any = get_model_conversion_mapping(model)
-        self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-        self._renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
-        self._prefix, self._names = model.base_model_prefix, model.state_dict()
+        self._conversions = Conversions(model)
 
     def __call__(self, name: str) -> tuple[list[str], bool]:
-        known, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self._names)
+        known, pattern = self._conversions.renamed(name)
         if pattern is None:
             return [known], False
-        for rule in self._converters:
+        for rule in self._conversions.converters:
             # The name has the first of the targets in it.
             first, *others = rule.target_patterns
             if pattern in rule.source_patterns and first in known:

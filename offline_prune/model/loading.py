@@ -15,11 +15,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
+from offline_prune.model.conversion import Conversions
 from offline_prune.model.expert_names import with_names
 from offline_prune.model.experts import Experts, Mixture, Mlp, find_mlps
 from offline_prune.model.gated_mlp import GatedMlp, Unsupported
@@ -248,7 +248,7 @@ class SourceModel:
     def _converted(self, name: str) -> dict[str, torch.Tensor]:
         """A block's weights where transformers keeps them in another form than the files, as it does experts."""
         stored = {key: self.tensors.read_stored(key) for key in self.tensors.parts_of(name)}
-        mapping: Any = get_model_conversion_mapping(self.skeleton)
+        mapping: Any = Conversions(self.skeleton).rules
         rules = LoadStateDictConfig(weight_mapping=mapping, device_map={"": "cpu"})
         empty = dict(self.module(name).named_parameters())
         with _without_progress_bars():
@@ -345,12 +345,10 @@ def _described(blocks: list[tuple[str, nn.Module]], tensors: ModelTensors) -> li
 def _stored_alike(mlp: Mlp | Unsupported, block: str, tensors: ModelTensors) -> Mlp | Unsupported:
     """An MLP whose files hold one tensor for each of its linear layers; a permutation could not be told to others."""
     if isinstance(mlp, Mixture):
-        named = with_names(mlp.experts, block, tensors)
-        if isinstance(named, Unsupported):
-            return named
         shared = [_stored_alike(each, block, tensors) for each in mlp.shared]
         refused = next((each for each in shared if isinstance(each, Unsupported)), None)
-        return refused or Mixture(named, mlp.shared)
+        named = refused or with_names(mlp.experts, block, tensors)
+        return named if isinstance(named, Unsupported) else Mixture(named, mlp.shared)
     if isinstance(mlp, GatedMlp):
         for name in dict.fromkeys(mlp.projections.to_dict().values()):
             layer = f"{block}.{mlp.path}.{name}"

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import dot_natural_key
 
+from offline_prune.model.conversion import Conversion, Conversions
 from offline_prune.model.prequantized import Fp8Weights
 from offline_prune.model.safetensors_reader import SafetensorsReader
 from vllm_spense.errors import SpenseError
@@ -26,16 +26,37 @@ _SCALE = "_scale"
 
 
 @dataclass(frozen=True)
-class Conversion:
-    """What transformers does to a tensor of the files beside renaming it.
+class Part:
+    """One matrix inside a tensor of three dimensions.
 
     Attributes:
-        position: of its kind among those that become one parameter, in the order in which they are put together.
-        operations: transformers' classes.
+        whole: the files' name of the tensor.
+        index: of its first dimension.
+        rows: of the matrix, (N, K): those that belong to this part.
+        columns: K.
+        transposed: whether the tensor holds (K, N).
     """
 
-    position: int
-    operations: tuple[str, ...]
+    whole: str
+    index: int
+    rows: range
+    columns: int
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.rows), self.columns
+
+    def of(self, matrices: torch.Tensor) -> torch.Tensor:
+        """From the tensor's matrix of this index, (1, …) and complete."""
+        matrix = matrices.squeeze(0)
+        return (matrix.T if self.transposed else matrix)[self.rows.start : self.rows.stop].contiguous()
+
+    def indices(self) -> tuple[slice, ...]:
+        """What of the tensor is this part alone, (1, …)."""
+        rows = slice(self.rows.start, self.rows.stop)
+        first = slice(self.index, self.index + 1)
+        return (first, slice(None), rows) if self.transposed else (first, rows)
 
 
 class ModelTensors:
@@ -67,7 +88,9 @@ class ModelTensors:
     ) -> None:
         self._files = files
         self.folder: Path = files.folder
-        self.targets, self.converted = _targets(files, model)
+        self._conversions = Conversions(model)
+        self._parts: dict[str, Part] = {}
+        self.targets, self.converted = _targets(files, self._conversions)
         self._fp8 = Fp8Weights(files, self.targets, config, dtype)
         self._stored = {
             self.targets[name] if name in self.targets and name not in self.converted else name: name
@@ -83,6 +106,32 @@ class ModelTensors:
 
     def fingerprint(self) -> str:
         return self._files.fingerprint()
+
+    @property
+    def read_by_transformers(self) -> bool:
+        """Whether transformers has a rule for the files' name of every tensor that it has a parameter for."""
+        return not any(how.foreign for how in self.converted.values())
+
+    def becomes(self, name: str) -> tuple[str, Conversion | None]:
+        """What a tensor would become that had this name in files, and how: see `Conversions`."""
+        return self._conversions(name)
+
+    def take_apart(self, parts: Mapping[str, Part]) -> None:
+        """From here on, parts of the files' tensors stand for these, under names of their own; nothing is read.
+
+        Args:
+            parts: by names that `becomes` knows. Together they are the whole of each tensor.
+        """
+        wholes = {part.whole for part in parts.values()}
+        self._stored = {name: stored for name, stored in self._stored.items() if stored not in wholes}
+        for name, part in parts.items():
+            to, how = self.becomes(name)
+            assert how is not None, name
+            self._stored[name], self._parts[name] = name, part
+            self.targets[name], self.converted[name] = to, how
+        for whole in wholes:
+            del self.targets[whole]
+            self.converted.pop(whole, None)
 
     def stored(self, name: str) -> str:
         """The files' name of a tensor, or of the scale of one, or of a module that has tensors."""
@@ -120,14 +169,15 @@ class ModelTensors:
         return [name for name, to in self.targets.items() if to == parameter and name not in self._fp8.hidden]
 
     def file_of(self, name: str) -> Path:
-        return self._files.file_of(self._in_files(name))
+        return self._files.file_of(self._whole(self._in_files(name)))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._files.shape(self._in_files(name))
+        stored = self._in_files(name)
+        return self._parts[stored].shape if stored in self._parts else self._files.shape(stored)
 
     def dtype(self, name: str) -> torch.dtype:
-        stored = self._in_files(name)
-        return self._fp8.dtype if stored in self._fp8 else self._files.dtype(stored)
+        whole = self._whole(self._in_files(name))
+        return self._fp8.dtype if whole in self._fp8 else self._files.dtype(whole)
 
     def nbytes(self, name: str) -> int:
         """Bytes of the tensor as `read` returns it."""
@@ -146,31 +196,29 @@ class ModelTensors:
             raise SpenseError(f"{self.folder}: no tensor {name} in its safetensors files")
         return self._stored[name]
 
+    def _whole(self, stored: str) -> str:
+        """The tensor that holds one of the files' names."""
+        return self._parts[stored].whole if stored in self._parts else stored
+
     def read_stored(self, name: str) -> torch.Tensor:
         """The tensor of a name in the files."""
-        return self._fp8.read(name) if name in self._fp8 else self._files.read(name)
+        if name not in self._parts:
+            return self._fp8.read(name) if name in self._fp8 else self._files.read(name)
+        part = self._parts[name]
+        if part.whole in self._fp8:
+            return part.of(self._fp8.read(part.whole, part.index))
+        found = self._files.read(part.whole, part.indices()).squeeze(0)
+        return found.T.contiguous() if part.transposed else found
 
 
-def _targets(files: SafetensorsReader, model: PreTrainedModel) -> tuple[dict[str, str], dict[str, Conversion]]:
+def _targets(files: SafetensorsReader, conversions: Conversions) -> tuple[dict[str, str], dict[str, Conversion]]:
     """Names in the files → in the model, and how those are converted that are not only renamed on the way."""
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    places: dict[str, Any] = dict(model.state_dict())
-    prefix = model.base_model_prefix
     targets: dict[str, str] = {}
     converted: dict[str, Conversion] = {}
-    steps = {
-        pattern: Conversion(position, tuple(type(step).__name__ for step in rule.operations))
-        for rule in reversed(converters)
-        for position, pattern in enumerate(rule.source_patterns)
-    }
     for name in sorted(files, key=dot_natural_key):
-        to, pattern = rename_source_key(name, renamings, converters, prefix, places)
-        if to not in places and name in places:
-            to, pattern = rename_source_key(name, [], [], prefix, places)
-        if to in places:
+        to, how = conversions(name)
+        if to in conversions.places:
             targets[name] = to
-            if pattern is not None:
-                converted[name] = steps[pattern]
+            if how is not None:
+                converted[name] = how
     return targets, converted

@@ -75,9 +75,14 @@ class Fp8Weights:
     def __contains__(self, name: str) -> bool:
         return name in self._scale_of
 
-    def read(self, name: str) -> torch.Tensor:
-        """The weight of a name that is in here, (N, K) in `dtype`."""
-        weight, scale = self._files.read(name), self._files.read(self._scale_of[name]).float()
+    def read(self, name: str, index: int | None = None) -> torch.Tensor:
+        """The weight of a name that is in here, (N, K) in `dtype`; or of a weight (E, N, K) the matrix of an index,
+        (1, N, K)."""
+        part = None if index is None else (slice(index, index + 1),)
+        scaled = self._scale_of[name]
+        # A scale of fewer dimensions is that of every matrix.
+        of_scale = part if len(self._files.shape(scaled)) == len(self._files.shape(name)) else None
+        weight, scale = self._files.read(name, part), self._files.read(scaled, of_scale).float()
         if scale.numel() == 1:
             spread = scale.reshape(1)
         elif scale.ndim == 1:

@@ -116,8 +116,11 @@ class SafetensorsReader:
         """Bytes of the tensor as stored."""
         return self.headers[name].nbytes
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, part: tuple[slice, ...] | None = None) -> torch.Tensor:
         """The tensor as stored, in host memory.
+
+        Args:
+            part: of its dimensions, from the first on; nothing else of the file is read.
 
         Raises:
             SpenseError: no such tensor.
@@ -129,6 +132,7 @@ class SafetensorsReader:
         try:
             if file not in self._open:
                 self._open[file] = safe_open(file, framework="pt")
-            return self._open[file].get_tensor(name)
+            opened = self._open[file]
+            return opened.get_tensor(name) if part is None else opened.get_slice(name)[part]
         except (SafetensorError, OSError) as error:
             raise SpenseError(f"{file}: cannot read {name}: {error}") from None

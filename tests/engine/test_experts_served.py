@@ -1,14 +1,20 @@
-"""Pruned experts say what transformers' model of the same files says: compiled, and on two ranks either way."""
+"""Pruned experts say what transformers' model of the same files says: compiled, and on two ranks either way; and where
+the original's files hold all experts of a layer in one tensor."""
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
-from engines import Completion, Run, generate, spread
-from served import as_served
+from engines import EXCEPTIONS, Completion, Run, generate, require_same, spread
+from served import as_served, said_by
 
 from benchmarks.served_models import make_pruned
+from benchmarks.zoo import undrawn
+from offline_prune.checkpoint.evaluate import load_dense
+from offline_prune.pipeline import prune
+from offline_prune.settings import PruneSettings
 
 pytestmark = pytest.mark.engine
 
@@ -18,6 +24,15 @@ pytestmark = pytest.mark.engine
 SOME, ALL = 1e-3, 0.5
 
 
+def loads_granite() -> bool:
+    """Older releases of vLLM do not, see test_preflight."""
+    if importlib.util.find_spec("vllm") is None:
+        return False
+    import vllm
+
+    return vllm.__version_tuple__[:2] >= (0, 29)
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a shared expert beside eight routed ones."""
@@ -25,19 +40,31 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def answers(shared: Path) -> dict[Run, list[Completion]]:
-    return generate([Run(shared, "spense", compiled=True), *(on_two_ranks(shared, either) for either in (False, True))])
+def granite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the original, `dense`, what became of it, `pruned`, and what would with all its weights, `same`."""
+    pruned = make_pruned("Granite-MoE with a shared expert", tmp_path_factory.mktemp("granite"))
+    options = {"sparsity": 0.0, "selection": "random", "quantize": "none", "samples": 2, "length": 64, "device": "cpu"}
+    with undrawn():
+        prune(PruneSettings(str(pruned.parent / "dense"), pruned.parent / "same", calibration="builtin", **options))
+    return pruned.parent
+
+
+@pytest.fixture(scope="module")
+def answers(shared: Path, granite: Path) -> dict[Run, list[Completion]]:
+    ranks = (on_two_ranks(shared, either) for either in (False, True))
+    stacked = (Run(granite / "pruned", "spense"), Run(granite / "same", None)) if loads_granite() else ()
+    return generate([Run(shared, "spense", compiled=True), *ranks, *stacked])
 
 
 def on_two_ranks(checkpoint: Path, expert_parallel: bool) -> Run:
     return Run(checkpoint, "spense", ranks=2, expert_parallel=expert_parallel)
 
 
-def require_twin(found: list[Completion], checkpoint: Path, ranks: int, expert_ranks: int) -> None:
+def require_twin(found: list[Completion], checkpoint: Path, ranks: int, expert_ranks: int, exceptions: int = 0) -> None:
     expected = as_served(checkpoint, (), ranks, found, expert_ranks)
     apart = sorted(spread([a], [b]) for a, b in zip(found, expected, strict=True))
     assert apart[len(apart) // 4] <= SOME, apart
-    assert apart[-1] <= ALL, apart
+    assert apart[-1 - exceptions] <= ALL, apart
 
 
 def test_compiled(shared: Path, answers: dict[Run, list[Completion]]) -> None:
@@ -48,3 +75,17 @@ def test_compiled(shared: Path, answers: dict[Run, list[Completion]]) -> None:
 def test_on_two_ranks(expert_parallel: bool, shared: Path, answers: dict[Run, list[Completion]]) -> None:
     found = answers[on_two_ranks(shared, expert_parallel)]
     require_twin(found, shared, 2, 1 if expert_parallel else 2)
+
+
+@pytest.mark.skipif("not loads_granite()")
+def test_experts_that_the_original_has_in_one_tensor(granite: Path, answers: dict[Run, list[Completion]]) -> None:
+    # Both experts of a token weigh much here. Where its router all but ties, a rounding sends it to another one, which
+    # moves that token by a nat.
+    require_twin(answers[Run(granite / "pruned", "spense")], granite / "pruned", 1, 1, EXCEPTIONS)
+
+
+@pytest.mark.skipif("not loads_granite()")
+def test_stock_vllm_takes_the_names_of_single_experts(granite: Path, answers: dict[Run, list[Completion]]) -> None:
+    """Unquantized, since it has no FP8 experts of this kind on a CPU; transformers reads the original."""
+    found = answers[Run(granite / "same", None)]
+    require_same(found, said_by(*load_dense(granite / "dense"), found))

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from runs import logits, run
+from runs import cut_off, logits, run
 from safetensors.torch import load_file, save_file
-from tiny_models import EXPERTS, INTERMEDIATE, tiny_model
+from tiny_models import EXPERTS, INTERMEDIATE, stacked, tiny_model
 from transformers import AutoModelForCausalLM
 
 from offline_prune import expert_pruning
@@ -45,12 +45,14 @@ def test_every_expert_is_pruned_and_nothing_else(name: str, tmp_path: Path, text
     assert verified.sparse_zeros == pytest.approx(0.5, abs=0.01)
     assert report.mlp_sparsity == 0.375
     before, after = SafetensorsReader(model), SafetensorsReader(tmp_path / "out")
-    routers = [
-        key for key in before if key.endswith((".gate.weight", ".router.weight", "norm.weight", "embed_tokens.weight"))
-    ]
+    untouched = (".gate.weight", ".router.weight", ".router.layer.weight", "norm.weight", "embed_tokens.weight")
+    routers = [key for key in before if key.endswith(untouched)]
     assert routers
     for key in routers:
         assert torch.equal(before.read(key), after.read(key)), key
+    source = SourceModel(str(model)).tensors
+    # Experts that the files had in one tensor are there once.
+    assert {key for key in after if not key.endswith("_scale")} == {source.stored(key) for key in source}
     for layer in report.layers:
         if layer.tokens is not None:
             # Two experts of each of the 8 · 64 tokens.
@@ -102,6 +104,43 @@ def test_transformers_reads_the_same_files(qwen: Path, tmp_path: Path, text: Pat
     for key in found:
         # transformers keeps dequantized experts in BF16.
         assert torch.equal(weights[key], ours.get_parameter(key).bfloat16().float()), key
+
+
+def test_transformers_has_no_names_for_single_experts_of_some_models(qwen: Path, tmp_path: Path, text: Path) -> None:
+    """Which the card says, and only then; Spense reads them all the same."""
+    granite = tiny_model("granite-moe", tmp_path / "granite")
+    for model, experts, quantize in ((qwen, 0, "fp8"), (granite, 4, "fp8"), (granite, 4, "none")):
+        out = tmp_path / f"{model.name} {quantize}"
+        run(model, out, text, quantize=quantize)
+        _, found = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+        assert len([key for key in found["missing_keys"] if ".experts." in key]) == experts
+        assert ("transformers reads experts of this model only where" in (out / "README.md").read_text()) == bool(
+            experts
+        )
+        assert logits(out).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["granite-moe", "granite-moe-hybrid"])
+def test_dense_experts_of_one_tensor_are_the_originals(name: str, tmp_path: Path, text: Path) -> None:
+    model = tiny_model(name, tmp_path / "model")
+    run(model, tmp_path / "same", text, sparsity=0.0, quantize="none")
+    torch.testing.assert_close(logits(tmp_path / "same"), logits(model), rtol=1e-3, atol=1e-3)
+
+
+def test_experts_of_one_tensor_become_what_single_ones_do(qwen: Path, tmp_path: Path, text: Path) -> None:
+    """As Qwen3.5-MoE is published. What is written, transformers reads; and a run that was cut off goes on."""
+    whole = stacked(qwen, tmp_path / "whole")
+    run(qwen, tmp_path / "single", text)
+    run(whole, tmp_path / "out", text)
+    cut_off(whole, tmp_path / "again", text, blocks=1)
+    run(whole, tmp_path / "again", text, resume=True)
+    expected = load_file(tmp_path / "single/model.safetensors")
+    for out in (tmp_path / "out", tmp_path / "again"):
+        found = load_file(out / "model.safetensors")
+        assert found.keys() == expected.keys()
+        for key, tensor in expected.items():
+            assert torch.equal(found[key].view(torch.uint8), tensor.view(torch.uint8)), key
+    assert "transformers reads experts" not in (tmp_path / "out/README.md").read_text()
 
 
 def test_experts_have_orders_of_their_own_that_change_nothing(qwen: Path, tmp_path: Path, text: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from adapters import parts_of, scaling
 from engines import PROMPTS, Completion
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.served_twin import RoundedLinear, load_as_served
 
@@ -26,7 +27,16 @@ def as_served(
         completions: of an engine, for all prompts.
         expert_ranks: that share each routed expert, if not all do.
     """
-    model, tokenizer = load_as_served(checkpoint, ranks, expert_ranks)
+    return said_by(*load_as_served(checkpoint, ranks, expert_ranks), completions, adapters)
+
+
+def said_by(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    completions: Sequence[Completion],
+    adapters: Sequence[Path] = (),
+) -> list[Completion]:
+    """What transformers' model says to the tokens of an engine's completions: see `as_served`."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, RoundedLinear)}
     answers = []
     for i, (prompt, completion) in enumerate(zip(PROMPTS, completions, strict=True)):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -38,16 +40,30 @@ UNSUPPORTED = {
     "gpt-neox": ("GPTNeoXConfig", {}),
     "opt": ("OPTConfig", {"ffn_dim": INTERMEDIATE, "word_embed_proj_dim": HIDDEN}),
     "gpt-oss": ("GptOssConfig", {"num_local_experts": 4, "head_dim": 16}),
-    "granite-moe": ("GraniteMoeConfig", {"num_local_experts": 4}),
     "starcoder2": ("Starcoder2Config", {}),
     "rwkv": ("RwkvConfig", {}),
     "xlnet": ("XLNetConfig", {"d_model": HIDDEN, "n_layer": LAYERS, "n_head": 4, "d_inner": INTERMEDIATE}),
 }
 _QWEN3_MOE = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": INTERMEDIATE}
+_GRANITE_MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "residual_multiplier": 0.5}
 EXPERTS = {
     "qwen3-moe": ("Qwen3MoeConfig", _QWEN3_MOE),
     "qwen3-moe with a plain layer": ("Qwen3MoeConfig", {**_QWEN3_MOE, "mlp_only_layers": [1]}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4}),
+    # Its files hold all experts of a layer in one tensor, the next one's too.
+    "granite-moe": ("GraniteMoeConfig", _GRANITE_MOE),
+    "granite-moe-hybrid": (
+        "GraniteMoeHybridConfig",
+        {
+            **_GRANITE_MOE,
+            "shared_intermediate_size": INTERMEDIATE,
+            "layer_types": ["mamba", "attention"],
+            "mamba_n_heads": 8,
+            "mamba_d_head": 16,
+            "mamba_d_state": 16,
+            "mamba_n_groups": 1,
+        },
+    ),
     # Its router is a linear layer.
     "jamba": ("JambaConfig", {"num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 0, "mamba_d_state": 8}),
     "deepseek-v3": (
@@ -94,6 +110,22 @@ def tiny_model(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **c
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def stacked(model: Path, folder: Path) -> Path:
+    """A copy of a Qwen3-MoE whose files hold all experts of a layer in one tensor, under the parameter's name."""
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    layers = {name.partition(".experts.")[0] + ".experts" for name in tensors if ".experts." in name}
+    for layer in sorted(layers):
+        each = [
+            [tensors.pop(f"{layer}.{expert}.{leaf}.weight") for leaf in ("gate_proj", "up_proj", "down_proj")]
+            for expert in range(4)
+        ]
+        tensors[f"{layer}.gate_up_proj"] = torch.stack([torch.cat([gate, up]) for gate, up, _ in each])
+        tensors[f"{layer}.down_proj"] = torch.stack([down for _, _, down in each])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

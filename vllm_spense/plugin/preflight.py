@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import vllm
 from vllm.config import VllmConfig
 
 from vllm_spense.checkpoint_files import read_headers, tensor_headers
@@ -30,6 +31,8 @@ LOAD_FORMATS = (
     "pt",
     "dummy",
 )
+#: Classes of vLLM that take the names of single experts from a release on; before it they end in a KeyError.
+NAMED_SINCE = dict.fromkeys(("GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM"), (0, 29))
 
 
 def check_engine(annotation: Annotation, engine: VllmConfig) -> None:
@@ -37,7 +40,7 @@ def check_engine(annotation: Annotation, engine: VllmConfig) -> None:
 
     Raises:
         SpenseError: an unknown path in `SPENSE_PATH`, no number in `SPENSE_DENSE_COPY_GIB`, an unsupported load format,
-            or weights offloaded to the host.
+            weights offloaded to the host, or experts with an option, or of a model, that this vLLM does not serve.
         FormatError: the tensor parallel size does not divide a region.
     """
     forced_path(os.environ.get(SWITCH))
@@ -75,6 +78,12 @@ def _check_experts(annotation: Annotation, engine: VllmConfig) -> None:
             raise SpenseError(
                 "Spense cannot serve pruned experts with this option; --quantization compressed-tensors serves the "
                 f"same files as dense experts (key: {option}; found: {found}; expected: {expected})"
+            )
+    for architecture in engine.model_config.architectures:
+        if vllm.__version_tuple__[:2] < (since := NAMED_SINCE.get(architecture, (0, 0))):
+            raise SpenseError(
+                f"vLLM's {architecture} does not load experts one by one in this release (found: vLLM "
+                f"{vllm.__version__}; expected: {'.'.join(map(str, since))} or later)"
             )
     # Under expert parallelism every rank has whole experts.
     size = 1 if parallel.enable_expert_parallel else parallel.tensor_parallel_size

@@ -133,7 +133,17 @@ def test_a_pruned_checkpoint_block_by_block_is_as_in_whole(
     assert max(made) == 258 * 13
 
 
-@pytest.mark.parametrize("family", ["gemma2", "granite", "mistral", "qwen3-moe with a plain layer", *KINDS])
+def test_experts_that_transformers_does_not_read(text: Path, tmp_path: Path) -> None:
+    tiny_model("granite-moe", tmp_path / "model")
+    run(tmp_path / "model", tmp_path / "out", text)
+    found = evaluate(str(tmp_path / "out"), str(tmp_path / "model"), [text], SAMPLES, LENGTH, "cpu")
+    compare(found.domains[0], whole(tmp_path / "out", tmp_path / "model", text))
+    assert 0 < found.domains[0].kl < 1
+
+
+@pytest.mark.parametrize(
+    "family", ["gemma2", "granite", "mistral", "qwen3-moe with a plain layer", "granite-moe", *KINDS]
+)
 def test_every_architecture_is_as_in_whole(family: str, text: Path, tmp_path: Path) -> None:
     """Soft-capped and scaled logits, sliding windows, experts, text towers, several hidden states of a token."""
     if family in KINDS:

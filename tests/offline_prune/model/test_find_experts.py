@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_models import _SIZES, EXPERTS, HIDDEN, INTERMEDIATE, tiny_model
+from tiny_models import _SIZES, EXPERTS, HIDDEN, INTERMEDIATE, stacked, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from benchmarks import zoo
 from offline_prune.model.experts import Experts, Mixture, find_mlps, routed
 from offline_prune.model.gated_mlp import GatedMlp, Unsupported
 from offline_prune.model.loading import SourceModel
+from offline_prune.model.safetensors_reader import SafetensorsReader
 from vllm_spense.format import Projections
 
 NAMES = Projections("gate_proj", "up_proj", "down_proj")
@@ -140,6 +143,108 @@ def test_files_have_each_expert_by_itself(name: str, stored: str, names: Project
         gate, up, stored_down = (files[f"{stored}.{expert}.{leaf}.weight"] for leaf in names.to_dict().values())
         assert torch.equal(gate_up, torch.cat([gate, up]).float())
         assert torch.equal(down, stored_down.float())
+
+
+def of_files(folder: Path, architecture: str) -> tuple[str, dict[str, torch.Tensor], list[torch.Tensor]]:
+    """A tiny model whose files hold all experts in one tensor: what a pruned checkpoint of it calls the first layer's,
+    all tensors, and of that layer (E, 2·I, H) and (E, H, I)."""
+    if architecture == "granite-moe":
+        tiny_model(architecture, folder)
+        holder, names = "model.layers.0.block_sparse_moe", ("input_linear.weight", "output_linear.weight")
+        stored = f"{holder}.experts"
+    elif architecture == "qwen3-moe":
+        stacked(tiny_model(architecture, folder / "single"), folder / "whole")
+        folder, stored, names = folder / "whole", "model.layers.0.mlp.experts", ("gate_up_proj", "down_proj")
+        holder = stored
+    else:
+        zoo.tiny_model(zoo.Architecture(architecture, "Qwen3VLMoeForConditionalGeneration"), folder)
+        stored, names = "model.language_model.layers.0.mlp.experts", ("gate_up_proj", "down_proj")
+        holder = stored
+    tensors = load_file(folder / "model.safetensors")
+    return stored, tensors, [tensors[f"{holder}.{name}"] for name in names]
+
+
+@pytest.mark.parametrize("architecture", ["granite-moe", "qwen3-moe", "qwen3_vl_moe", "qwen3_vl_moe as published"])
+def test_files_have_all_experts_in_one_tensor(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, _, published = architecture.partition(" as ")
+    stored, tensors, (gate_ups, downs) = of_files(tmp_path, kind)
+    folder = next(tmp_path.rglob("whole"), tmp_path)
+    if published:
+        exchanged = {name: each.mT.contiguous() if ".experts." in name else each for name, each in tensors.items()}
+        save_file(exchanged, folder / "model.safetensors", metadata={"format": "pt"})
+    source = SourceModel(str(folder))
+    experts = next(iter(source.experts.values()))
+    assert (experts.stored, experts.projections) == (stored, NAMES)
+    assert source.tensors.read_by_transformers == (kind == "qwen3-moe")
+    read: list[int] = []
+    whole_read = SafetensorsReader.read
+
+    def counted(self: SafetensorsReader, name: str, part: tuple[slice, ...] | None = None) -> torch.Tensor:
+        found = whole_read(self, name, part)
+        read.append(found.numel() if found.ndim == 3 else 0)
+        return found
+
+    monkeypatch.setattr(SafetensorsReader, "read", counted)
+    name = source.blocks[0].name
+    block = source.load(name, torch.device("cpu"), torch.float32)
+    # Each number once.
+    assert sum(read) == gate_ups.numel() + downs.numel()
+    for expert in range(4):
+        (gate_up,), down = experts.parameters(block, expert)
+        assert torch.equal(gate_up, gate_ups[expert].float())
+        assert torch.equal(down, downs[expert].float())
+        for layer, weight in zip(NAMES.to_dict().values(), (*gate_ups[expert].chunk(2), downs[expert]), strict=True):
+            part = f"{stored}.{expert}.{layer}.weight"
+            assert torch.equal(source.tensors.read(part), weight)
+            assert source.tensors.shape(part) == tuple(weight.shape)
+            assert source.tensors.dtype(part) == torch.bfloat16
+            assert source.tensors.nbytes(part) == 2 * weight.numel()
+            assert source.tensors.file_of(part) == folder / "model.safetensors"
+    matrices = [each for each in source.tensors if len(source.tensors.shape(each)) == 3]
+    assert not matrices, "the whole tensors stand beside their parts"
+
+
+@pytest.mark.parametrize("scales", ["of all", "of rows", "of blocks"])
+@pytest.mark.parametrize("architecture", ["granite-moe", "qwen3_vl_moe"])
+def test_fp8_experts_in_one_tensor(architecture: str, scales: str, tmp_path: Path) -> None:
+    stored, tensors, wholes = of_files(tmp_path, architecture)
+    worth = []
+    for whole in wholes:
+        name = next(key for key, each in tensors.items() if each is whole)
+        published = whole.float() if architecture == "granite-moe" else whole.float().mT.contiguous()
+        count, n, k = published.shape
+        size = {"of all": (1,), "of rows": (count, n, 1), "of blocks": (count, -(-n // 48), -(-k // 48))}[scales]
+        scale = torch.rand(size) + 0.5
+        tensors[name] = (published / 2).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale" if scales == "of rows" or name.endswith("weight") else f"{name}_scale_inv"] = scale
+        spread = scale
+        if scales == "of blocks":
+            spread = scale.repeat_interleave(48, 1)[:, :n].repeat_interleave(48, 2)[..., :k]
+        found = (tensors[name].float() * spread).bfloat16()
+        worth.append(found if architecture == "granite-moe" else found.mT)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [48, 48]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    source = SourceModel(str(tmp_path))
+    gate_ups, downs = worth
+    for expert in range(4):
+        for layer, weight in zip(NAMES.to_dict().values(), (*gate_ups[expert].chunk(2), downs[expert]), strict=True):
+            assert torch.equal(source.tensors.read(f"{stored}.{expert}.{layer}.weight"), weight), layer
+    assert not [name for name in source.tensors if "scale" in name]
+
+
+def test_experts_in_one_tensor_of_another_form_are_refused(tmp_path: Path) -> None:
+    """Inkling's files have gate's and up's rows in turns."""
+    zoo.tiny_model(zoo.Architecture("inkling_mm_model", "InklingForConditionalGeneration"), tmp_path)
+    found = SourceModel(str(tmp_path)).blocks[0].mlp
+    assert isinstance(found, Unsupported)
+    assert found.found == (
+        "a mixture of experts whose files do not hold each expert by itself: model.llm.layers.0.mlp.experts.w13_weight "
+        "(4, 256, 64), which transformers converts by Interleave"
+    )
 
 
 def test_a_checkpoint_that_lacks_an_expert_is_refused(tmp_path: Path) -> None:

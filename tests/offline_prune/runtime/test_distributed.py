@@ -128,8 +128,8 @@ def test_two_ranks_that_are_killed_and_resumed_end_as_one(model: Path, tmp_path:
 
 
 def test_two_ranks_prune_experts_as_one_does(text: Path, tmp_path: Path) -> None:
-    """Also those that borrow: few tokens go to each of eight experts."""
-    model = tiny_model("qwen3-moe", tmp_path / "model", num_experts=8)
+    """Also those that borrow: few tokens go to each of sixteen experts."""
+    model = tiny_model("granite-moe", tmp_path / "model", num_local_experts=16)
     finished(torchrun(model, tmp_path / "two", text, "--batch-tokens", "128"))
     report = run(model, tmp_path / "one", text, samples=12, batch_tokens=128)
     assert min(min(layer.tokens or ()) for layer in report.layers) < 64

@@ -69,10 +69,17 @@ def engine(**changes: Any) -> Any:
         parallel_config=parallel,
         lora_config=given["lora_config"],
         load_config=SimpleNamespace(load_format="auto"),
+        model_config=SimpleNamespace(architectures=[given.pop("architecture", "Qwen3MoeForCausalLM")]),
         offload_config=SimpleNamespace(
             uva=SimpleNamespace(cpu_offload_gb=0), prefetch=SimpleNamespace(offload_group_size=0)
         ),
     )
+
+
+def of_experts() -> Annotation:
+    data = quantization_config()["spense"] | {"version": 2, "modules": []}
+    data["experts"] = {"projections": data["projections"], "counts": {"model.layers.1.mlp.experts": 4}}
+    return Annotation.from_dict(data)
 
 
 @pytest.mark.parametrize(
@@ -85,10 +92,19 @@ def engine(**changes: Any) -> Any:
     ],
 )
 def test_options_that_experts_cannot_be_served_with(changes: dict[str, Any], words: str) -> None:
-    data = quantization_config()["spense"] | {"version": 2, "modules": []}
-    data["experts"] = {"projections": data["projections"], "counts": {"model.layers.1.mlp.experts": 4}}
-    annotation = Annotation.from_dict(data)
+    annotation = of_experts()
     check_engine(annotation, engine())
     check_engine(annotation, engine(tensor_parallel_size=3, enable_expert_parallel=True))
     with pytest.raises(SpenseError, match=words):
         check_engine(annotation, engine(**changes))
+
+
+def test_releases_of_vllm_that_do_not_load_experts_of_granite_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    granite = engine(architecture="GraniteMoeForCausalLM")
+    monkeypatch.setattr("vllm.__version_tuple__", (0, 29, 0))
+    check_engine(of_experts(), granite)
+    monkeypatch.setattr("vllm.__version_tuple__", (0, 28, 1))
+    for served in ("GraniteMoeHybridForCausalLM", "Qwen3MoeForCausalLM"):
+        check_engine(of_experts(), engine(architecture=served))
+    with pytest.raises(SpenseError, match=r"GraniteMoeForCausalLM does not load experts one by one.*0\.29 or later"):
+        check_engine(of_experts(), granite)
