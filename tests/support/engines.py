@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median
 from tempfile import TemporaryDirectory
+
+from forked import run_program
 
 # Twenty prompts of unequal lengths, so that one batch holds prefill and decode of many shapes.
 PROMPTS = [
@@ -114,10 +114,8 @@ def generate(
         ]
         order.write_text(json.dumps({"prompts": list(prompts), "runs": orders}))
         program = Path(__file__).with_name("generate.py")
-        done = subprocess.run(
-            [sys.executable, program, order, answers], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        assert done.returncode == 0, done.stdout.decode()[-5000:]
+        done = run_program(program, order, answers, environment=environment)
+        assert done.returncode == 0, done.stdout[-5000:]
         found = json.loads(answers.read_text())
     if counts is not None:
         counts.update((run, one["counts"]) for run, one in zip(runs, found, strict=True))

@@ -6,13 +6,11 @@ from __future__ import annotations
 
 import gc
 import json
-import multiprocessing
 import sys
-from collections.abc import Callable
-from multiprocessing import forkserver
 from typing import Any
 
 import torch
+from forked import fork_instead_of_spawn
 
 # On Intel CPUs with AMX oneDNN takes several hundred times as long for a product of FP8 matrices as torch does without
 # it. Here, where processes of other ranks come by as well.
@@ -28,22 +26,10 @@ def main() -> None:
     source, target = sys.argv[1:]
     with open(source, encoding="utf-8") as file:
         order = json.load(file)
-    if any(run["ranks"] * run["stages"] > 1 for run in order["runs"]):
-        _fork_ranks()
+    fork_instead_of_spawn()
     answers = [_run(order["prompts"], run) for run in order["runs"]]
     with open(target, "w", encoding="utf-8") as file:
         json.dump(answers, file)
-
-
-def _fork_ranks() -> None:
-    """Ranks come from a process that has loaded vLLM once, where each would take its seconds on a CPU to load it."""
-    contexts: Callable[..., Any] = multiprocessing.get_context
-    server = contexts("forkserver")
-    server.set_forkserver_preload(
-        ["vllm.v1.executor.multiproc_executor", "vllm.v1.worker.cpu_worker", "vllm_spense.plugin.config"]
-    )
-    forkserver.ensure_running()
-    multiprocessing.get_context = lambda method=None: server if method == "spawn" else contexts(method)
 
 
 def _run(prompts: list[str], run: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,18 +33,14 @@ def live(arguments: dict[str, Any], prompts: Sequence[str], steps: Sequence[Step
         For steps that generate or measure, their result; for others None, or the error that they ended with.
     """
     from engines import VLLM
+    from forked import run_program
 
     environment = os.environ | VLLM | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     with TemporaryDirectory() as folder:
         order, answers = Path(folder, "order.json"), Path(folder, "answers.json")
         order.write_text(json.dumps({"arguments": arguments, "prompts": list(prompts), "steps": steps}))
-        done = subprocess.run(
-            [sys.executable, __file__, order, answers],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        assert done.returncode == 0, done.stdout.decode()[-5000:]
+        done = run_program(Path(__file__), order, answers, environment=environment)
+        assert done.returncode == 0, done.stdout[-5000:]
         return json.loads(answers.read_text())
 
 

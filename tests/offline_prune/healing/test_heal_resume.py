@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
+from forked import run_program, run_ranks
 from heal_runs import Pair, cut_off, healed, settings
 from runs import contents
 
@@ -82,10 +80,10 @@ def arguments(pair: Pair, out: Path) -> list[str]:
 def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(
     pair: Pair, tmp_path: Path, whole: tuple[Path, HealReport]
 ) -> None:
-    command = [sys.executable, "-c", KILLED, *arguments(pair, tmp_path / "out")]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert process.returncode == -signal.SIGKILL, process.stderr
+    program = tmp_path / "program.py"
+    program.write_text(KILLED)
+    ended = run_program(program, *arguments(pair, tmp_path / "out"), environment=os.environ)
+    assert ended.returncode == -signal.SIGKILL, ended.stdout
     assert not (tmp_path / "out/config.json").exists()
     out, expected = whole
     said: list[str] = []
@@ -176,14 +174,10 @@ def test_a_finished_run_that_is_resumed_says_so(pair: Pair, whole: tuple[Path, H
 def test_two_ranks_train_as_one(pair: Pair, tmp_path: Path) -> None:
     """AdamW hardly minds a gradient that is twice as large, so its norm is compared: twice a gradient, or one rank's
     alone, whose noise is larger, is off by tens of per cent; other orders of sums by millionths."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     program = tmp_path / "main.py"
     program.write_text(IN_FLOAT32)
-    command = [*launch, str(program), *arguments(pair, tmp_path / "two"), "--train", "all"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert process.returncode == 0, process.stderr
-    assert process.stderr.count("memory of cpu in all") == 1, "only the first rank talks"
+    said = run_ranks(program, *arguments(pair, tmp_path / "two"), "--train", "all")
+    assert said.count("memory of cpu in all") == 1, "only the first rank talks"
     one = healed(pair, tmp_path / "one", train="all")
     two = json.loads((tmp_path / "two/report.json").read_text())
     losses, norms = two["history"]["losses"], two["history"]["gradient_norms"]

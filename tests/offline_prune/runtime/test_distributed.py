@@ -7,12 +7,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from forked import run_ranks
 from runs import contents, run
 from tiny_models import tiny_model
 
@@ -79,21 +79,40 @@ main(["prune", *sys.argv[1:]])
 """
 
 
-def torchrun(
-    model: Path, out: Path, text: Path, *options: str, program: Sequence[str] = ("-m", "offline_prune")
-) -> subprocess.Popen[str]:
+#: `spense prune`.
+PRUNE = """
+import sys
+
+from offline_prune.cli import main
+
+main(["prune", *sys.argv[1:]])
+"""
+
+
+def torchrun(model: Path, out: Path, text: Path, *options: str) -> subprocess.Popen[str]:
     """Starts `prune` on two ranks."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, *program, str(model), str(out), "--calibration", str(text), "--device", "cpu"]
-    command += [] if "--method" in options else ["--method", "spensegpt+"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(
-        [*command, "--samples", "12", "--length", "64", *options],
+        [*launch, "-m", "offline_prune", *arguments(model, out, text, *options)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env=environment,
     )
+
+
+def on_two_ranks(code: str, model: Path, out: Path, text: Path, *options: str) -> str:
+    """Runs a program that prunes, as `torchrun` would; what it says."""
+    program = out.with_name("program.py")
+    program.write_text(code)
+    return run_ranks(program, *arguments(model, out, text, *options))
+
+
+def arguments(model: Path, out: Path, text: Path, *options: str) -> list[str]:
+    given = [str(model), str(out), "--calibration", str(text), "--device", "cpu"]
+    given += [] if "--method" in options else ["--method", "spensegpt+"]
+    return [*given, "--samples", "12", "--length", "64", *options]
 
 
 def finished(process: subprocess.Popen[str]) -> str:
@@ -130,7 +149,7 @@ def test_two_ranks_that_are_killed_and_resumed_end_as_one(model: Path, tmp_path:
 def test_two_ranks_prune_experts_as_one_does(text: Path, tmp_path: Path) -> None:
     """Also those that borrow: few tokens go to each of sixteen experts."""
     model = tiny_model("granite-moe", tmp_path / "model", num_local_experts=16)
-    finished(torchrun(model, tmp_path / "two", text, "--batch-tokens", "128"))
+    on_two_ranks(PRUNE, model, tmp_path / "two", text, "--batch-tokens", "128")
     report = run(model, tmp_path / "one", text, samples=12, batch_tokens=128)
     assert min(min(layer.tokens or ()) for layer in report.layers) < 64
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
@@ -140,9 +159,8 @@ def test_two_ranks_tune_together(text: Path, tmp_path: Path) -> None:
     """Both end with the same weights and losses, to the bit. They take other steps than one rank does: those losses are
     only about the same, and were a rank's share left out, half as large.
     """
-    model, program = tiny_model("llama", tmp_path / "model"), tmp_path / "noted.py"
-    program.write_text(NOTED)
-    finished(torchrun(model, tmp_path / "two", text, "--method", "spensegpt++", program=[str(program)]))
+    model = tiny_model("llama", tmp_path / "model")
+    on_two_ranks(NOTED, model, tmp_path / "two", text, "--method", "spensegpt++")
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     one = run(model, tmp_path / "one", text, samples=12, method="spensegpt++")
@@ -156,10 +174,8 @@ def test_two_ranks_tune_together(text: Path, tmp_path: Path) -> None:
 def test_two_ranks_write_a_share_of_the_text_each(
     llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = tmp_path / "tokens.py"
-    program.write_text(TOKENS)
     options = ["--calibration", "generated", "--method", "magnitude"]
-    said = finished(torchrun(llama, tmp_path / "two", text, *options, program=[str(program)]))
+    said = on_two_ranks(TOKENS, llama, tmp_path / "two", text, *options)
     assert said.count("3 of 3 sequences written") == 1, "only the first rank talks"
     first, second = (torch.load(tmp_path / f"rank-{rank}") for rank in (0, 1))
     assert torch.equal(first, second)
