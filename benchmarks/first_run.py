@@ -2,7 +2,7 @@
 
     python -m benchmarks.first_run
 
-writes benchmarks/results/first_run.json. What pip has in its cache is not fetched again.
+writes benchmarks/results/first_run.json. What pip and uv have in their caches is not fetched again.
 """
 
 from __future__ import annotations
