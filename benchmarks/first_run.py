@@ -1,8 +1,9 @@
-"""How long a newcomer's first two commands take: `make setup` and `make demo`, in a fresh clone of the last commit.
+"""How long a newcomer's first commands take in a fresh clone of the last commit.
 
     python -m benchmarks.first_run
 
-writes benchmarks/results/first_run.json. What pip and uv have in their caches is not fetched again.
+runs `make setup`, `make demo` and `make test`, and writes benchmarks/results/first_run.json. What pip and uv have in
+their caches is not fetched again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from benchmarks.envelope import RESULTS, ROOT, write_result
 
+TARGETS = ("setup", "demo", "test")
 #: Instruction sets that decide how fast a CPU multiplies matrices, as Linux calls them; the best comes last.
 INSTRUCTION_SETS = {"avx2": "AVX2", "avx512f": "AVX-512", "amx_tile": "AMX"}
 
@@ -30,7 +32,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder, "spense")
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
-        seconds = {f"{target}_s": seconds_of(target, clone) for target in ("setup", "demo")}
+        seconds = {f"{target}_s": seconds_of(target, clone) for target in TARGETS}
     row = {**seconds, "cores": len(os.sched_getaffinity(0)), "instructions": instructions()}
     write_result(options.out, "first_run", [row])
     print(f"written: {options.out}")

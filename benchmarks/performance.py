@@ -17,6 +17,7 @@ from statistics import median
 
 from benchmarks import alternatives_table, quality_results, serving_tables
 from benchmarks.envelope import RESULTS, ROOT
+from benchmarks.first_run import TARGETS
 from benchmarks.tables import Result, Row, markdown, source
 from scripts.models import KNOWN
 from vllm_spense.estimate import estimate, load
@@ -297,10 +298,10 @@ def prune_sentence(result: Result) -> list[str]:
 def first_run(result: Result) -> list[str]:
     """The README's sentence."""
     [row] = result["rows"]
-    setup, demo = (f"{row[target] / 60:.1f} minutes" for target in ("setup_s", "demo_s"))
+    setup, demo, test = (f"{row[f'{target}_s'] / 60:.1f}" for target in TARGETS)
     cpu = f"{row['cores']} cores ({result['cpu']}, {row['instructions'] or 'not even AVX2'})"
     file = "[first_run.json](benchmarks/results/first_run.json)"
-    return [f"On {cpu} `make setup` takes {setup} and `make demo` then {demo} ({file})."]
+    return [f"On {cpu} `make setup` takes {setup} minutes, `make demo` then {demo} and `make test` {test} ({file})."]
 
 
 def selection(result: Result) -> list[str]:

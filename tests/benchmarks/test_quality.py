@@ -22,14 +22,14 @@ CASES = {
     "spensegpt+ 25%": ("spensegpt+", 0.25, "fp8"),
     "spensegpt+ 37.5% BF16": ("spensegpt+", 0.375, "none"),
 }
-#: Of thirty. The pruner goes from block to block, so that they become what they become in the whole model, in a fifth
+#: Of thirty. The pruner goes from block to block, so that they become what they become in the whole model, in a sixth
 #: of the time; the demo prunes all.
-BLOCKS = 6
+BLOCKS = 5
 
 
 @pytest.fixture(scope="module")
 def beginning(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2 without the blocks after the first six."""
+    """SmolLM2 without the blocks after the first five."""
     out = tmp_path_factory.mktemp("beginning") / "model"
     shutil.copytree(smollm2_folder, out, ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((out / "config.json").read_text())

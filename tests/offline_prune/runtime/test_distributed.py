@@ -115,12 +115,6 @@ def arguments(model: Path, out: Path, text: Path, *options: str) -> list[str]:
     return [*given, "--samples", "12", "--length", "64", *options]
 
 
-def finished(process: subprocess.Popen[str]) -> str:
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said
-    return said
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model("qwen3", tmp_path_factory.mktemp("models") / "model", num_hidden_layers=24)
@@ -139,11 +133,11 @@ def test_two_ranks_that_are_killed_and_resumed_end_as_one(model: Path, tmp_path:
     assert not (tmp_path / "two/config.json").exists()
     with pytest.raises(SpenseError, match=r"other settings \(processes: found 2, expected 1\)"):
         run(model, tmp_path / "two", text, samples=12, batch_tokens=128, resume=True)
-    said = finished(torchrun(model, tmp_path / "two", text, "--batch-tokens", "128", "--resume"))
+    said = on_two_ranks(PRUNE, model, tmp_path / "two", text, "--batch-tokens", "128", "--resume")
     assert said.count("memory of cpu in all") == said.count("MLP sparsity") == 1, "only the first rank talks"
     run(model, tmp_path / "one", text, samples=12, batch_tokens=128)
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "program.py", "two"]
 
 
 def test_two_ranks_prune_experts_as_one_does(text: Path, tmp_path: Path) -> None:
