@@ -298,10 +298,10 @@ def prune_sentence(result: Result) -> list[str]:
 def first_run(result: Result) -> list[str]:
     """The README's sentence."""
     [row] = result["rows"]
-    setup, demo, test = (f"{row[f'{target}_s'] / 60:.1f}" for target in TARGETS)
+    took = ", then ".join(f"`make {each}` {row[f'{each}_s'] / 60:.1f}" for each in TARGETS if f"{each}_s" in row)
     cpu = f"{row['cores']} cores ({result['cpu']}, {row['instructions'] or 'not even AVX2'})"
     file = "[first_run.json](benchmarks/results/first_run.json)"
-    return [f"On {cpu} `make setup` takes {setup} minutes, `make demo` then {demo} and `make test` {test} ({file})."]
+    return [f"Minutes on {cpu}: {took} ({file})."]
 
 
 def selection(result: Result) -> list[str]:
