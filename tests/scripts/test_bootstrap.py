@@ -176,12 +176,14 @@ global.cert='/etc/ca.crt'
 global.extra-index-url='file:///a/simple\\nfile:///b/simple'
 global.find-links='/other'
 global.timeout='60'
+global.no-index='true'
 download.index-url='https://not.for.installing/simple'
 install.index-url='https://one/simple'
 """
     assert bootstrap.from_pip(listed) == {
         "UV_FIND_LINKS": "/wheels,/more",
         "SSL_CERT_FILE": "/etc/ca.crt",
+        "UV_NO_INDEX": "true",
         "UV_INDEX": "file:///a/simple file:///b/simple",
         "UV_DEFAULT_INDEX": "https://one/simple",
     }
@@ -198,6 +200,15 @@ def test_pip_says_its_settings_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert found["UV_INDEX"].endswith("https://one/simple https://two/simple")
     assert found["UV_CONSTRAINT"] == "/constraints.txt"
     assert found["UV_INDEX_STRATEGY"] == "first-index"
+
+
+def test_settings_that_pip_cannot_read_are_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = tmp_path / "pip.conf"
+    settings.write_text("no section = 1\n")
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(settings))
+    with pytest.raises(SetupError, match="pip cannot read its settings") as failure:
+        bootstrap.uv_environment(sys.executable)
+    assert str(settings) in "".join(failure.value.details)
 
 
 def test_a_failing_step_gives_its_last_lines(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,8 +28,6 @@ LOADED = (
     "vllm_spense.plugin.config",
     "offline_prune.pipeline",
 )
-
-
 #: Names the file that a program and all processes which it starts print to.
 _OUTPUT = "SPENSE_TEST_OUTPUT"
 _STARTING = threading.Lock()
