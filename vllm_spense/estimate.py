@@ -300,5 +300,7 @@ def _annotated(model: Model, annotated: Annotated) -> Pruned:
     for name in annotation.experts:
         # Without a mixture there is none: see above.
         intermediate = mixture.intermediate if mixture else 0
-        require_extent(annotation.regions(name), intermediate, name, "as moe_intermediate_size", annotated.file)
+        require_extent(
+            annotation.regions(name), intermediate, name, "as each expert's intermediate size", annotated.file
+        )
     return Pruned(*([annotation.regions(name) for name in names] for names in (annotation.modules, annotation.experts)))

@@ -20,6 +20,7 @@ _MIXTURE: Mapping[str, int | None] = {
     "moe_intermediate_size": None,
     "n_shared_experts": 0,
     "shared_expert_intermediate_size": 0,
+    "shared_intermediate_size": 0,
     "first_k_dense_replace": 0,
 }
 #: What says that only some layers have experts, other than `first_k_dense_replace`, and the values that do not.
@@ -27,6 +28,7 @@ _SOME_LAYERS: Mapping[str, tuple[Any, ...]] = {
     "decoder_sparse_step": (None, 1),
     "moe_layer_freq": (None, 1),
     "mlp_only_layers": (None, []),
+    "expert_layer_period": (None, 1),
 }
 #: What attention has (DeepSeek) that caches latents in place of keys and values.
 _LATENTS = "kv_lora_rank"
@@ -67,7 +69,9 @@ class Mixture:
         key = next((key for key in _EXPERTS if config.get(key)), None)
         if key is None:
             return None
-        sizes = {key: config[key], **{name: config.get(name, default) for name, default in _MIXTURE.items()}}
+        # Mixtral, OLMoE and Granite-MoE have only experts, and call their size as others call an MLP's.
+        defaults = {**_MIXTURE, "moe_intermediate_size": config["intermediate_size"]}
+        sizes = {key: config[key], **{name: config.get(name, default) for name, default in defaults.items()}}
         for name, found in sizes.items():
             # An optional one may be null.
             least = 1 if name == key or _MIXTURE[name] is None else 0
@@ -89,8 +93,9 @@ class Mixture:
         if sizes["num_experts_per_tok"] > sizes[key]:
             raise _wrong_size(file, "num_experts_per_tok", sizes["num_experts_per_tok"], most=sizes[key])
         each = sizes["moe_intermediate_size"]
-        # Models spell one or the other.
-        shared = sizes["shared_expert_intermediate_size"] or sizes["n_shared_experts"] * each
+        # Models spell one of them.
+        shared = sizes["shared_expert_intermediate_size"] or sizes["shared_intermediate_size"]
+        shared = shared or sizes["n_shared_experts"] * each
         return cls(layers, sizes[key], sizes["num_experts_per_tok"], each, shared)
 
 

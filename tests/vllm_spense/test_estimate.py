@@ -195,6 +195,14 @@ def test_shared_experts_may_have_a_size_of_their_own() -> None:
     assert beside.weight_bytes() - alone.weight_bytes() == 2 * (3 * 256 * 96 + 4 * (2 * 96 + 256))
 
 
+def test_experts_whose_size_is_called_as_an_mlps() -> None:
+    """As in Mixtral; Granite-MoE has an MLP beside them."""
+    mixture = {"num_local_experts": 8, "num_experts_per_tok": 2, "shared_intermediate_size": 96}
+    model = Model.from_config({**SHAPES["tiny"], **mixture})
+    assert model.mixture == Mixture(2, 8, 2, SHAPES["tiny"]["intermediate_size"], 96)
+    assert model.mlps == [96, 96]
+
+
 def test_experts_without_tokens_are_not_read() -> None:
     mixture = Mixture(1, 128, 8, 768, 0)
     assert mixture.active(1) == pytest.approx(8)
@@ -234,6 +242,10 @@ def test_mixtures_are_near_what_was_measured() -> None:
         (
             {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "moe_layer_freq": [0, 1]},
             "does not know which layers have experts .key: moe_layer_freq",
+        ),
+        (
+            {"num_experts": 8, "num_experts_per_tok": 2, "expert_layer_period": 2},
+            "does not know which layers have experts .key: expert_layer_period; found: 2",
         ),
         ({"moe_num_experts": 8}, "key: num_experts_per_tok; found: None"),
         ({"kv_lora_rank": 512}, "does not know latent attention .key: kv_lora_rank; found: 512"),
