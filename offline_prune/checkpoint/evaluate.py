@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from offline_prune.model.conversion import Conversions
 from offline_prune.model.loading import load_tokenizer
 from offline_prune.model.model_tensors import ModelTensors
 from offline_prune.model.safetensors_reader import SafetensorsReader
@@ -53,8 +51,7 @@ def dense_model(
         # What is loaded takes the type of what it replaces.
         parameter.data = parameter.data.float()
     stored = {name: tensors.read_stored(name) for name in tensors.targets}
-    mapping: Any = Conversions(model).rules
-    rules = LoadStateDictConfig(weight_mapping=mapping, device_map={"": "cpu"})
+    rules = LoadStateDictConfig(weight_mapping=tensors.conversions.rules, device_map={"": "cpu"})
     convert_and_load_state_dict_in_model(model, stored, rules)
     model.tie_weights()
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):

@@ -105,7 +105,7 @@ def _whole(parameter: str, shape: tuple[int, int, int], tensors: ModelTensors) -
 def _convention(stored: str, gate_up: str, down: str, tensors: ModelTensors) -> Projections | None:
     """What an expert's layers are called where these parameters are put together of them."""
     for names in CONVENTIONS:
-        became = [tensors.becomes(f"{stored}.0.{leaf}.weight") for leaf in names.to_dict().values()]
+        became = [tensors.conversions(f"{stored}.0.{leaf}.weight") for leaf in names.to_dict().values()]
         places = [(to, how.position) for to, how in became if how is not None and _PLAIN.issuperset(how.operations)]
         if places == [(gate_up, 0), (gate_up, 1), (down, 0)]:
             return names

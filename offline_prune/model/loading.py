@@ -19,7 +19,6 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
-from offline_prune.model.conversion import Conversions
 from offline_prune.model.expert_names import with_names
 from offline_prune.model.experts import Experts, Mixture, Mlp, find_mlps
 from offline_prune.model.gated_mlp import GatedMlp, Unsupported
@@ -248,8 +247,7 @@ class SourceModel:
     def _converted(self, name: str) -> dict[str, torch.Tensor]:
         """A block's weights where transformers keeps them in another form than the files, as it does experts."""
         stored = {key: self.tensors.read_stored(key) for key in self.tensors.parts_of(name)}
-        mapping: Any = Conversions(self.skeleton).rules
-        rules = LoadStateDictConfig(weight_mapping=mapping, device_map={"": "cpu"})
+        rules = LoadStateDictConfig(weight_mapping=self.tensors.conversions.rules, device_map={"": "cpu"})
         empty = dict(self.module(name).named_parameters())
         with _without_progress_bars():
             convert_and_load_state_dict_in_model(self.skeleton, stored, rules)

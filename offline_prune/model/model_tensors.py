@@ -72,6 +72,7 @@ class ModelTensors:
         dtype: of weights that are stored in FP8; None for the one that the config names.
 
     Attributes:
+        conversions: what becomes of a tensor of any name.
         targets: name in the files → name of the parameter or buffer that it becomes, or a part of.
         converted: names in the files of tensors that become a part of one, or are otherwise not only renamed → how.
 
@@ -88,9 +89,9 @@ class ModelTensors:
     ) -> None:
         self._files = files
         self.folder: Path = files.folder
-        self._conversions = Conversions(model)
+        self.conversions = Conversions(model)
         self._parts: dict[str, Part] = {}
-        self.targets, self.converted = _targets(files, self._conversions)
+        self.targets, self.converted = _targets(files, self.conversions)
         self._fp8 = Fp8Weights(files, self.targets, config, dtype)
         self._stored = {
             self.targets[name] if name in self.targets and name not in self.converted else name: name
@@ -112,20 +113,16 @@ class ModelTensors:
         """Whether transformers has a rule for the files' name of every tensor that it has a parameter for."""
         return not any(how.foreign for how in self.converted.values())
 
-    def becomes(self, name: str) -> tuple[str, Conversion | None]:
-        """What a tensor would become that had this name in files, and how: see `Conversions`."""
-        return self._conversions(name)
-
     def take_apart(self, parts: Mapping[str, Part]) -> None:
         """From here on, parts of the files' tensors stand for these, under names of their own; nothing is read.
 
         Args:
-            parts: by names that `becomes` knows. Together they are the whole of each tensor.
+            parts: by names that `conversions` knows. Together they are the whole of each tensor.
         """
         wholes = {part.whole for part in parts.values()}
         self._stored = {name: stored for name, stored in self._stored.items() if stored not in wholes}
         for name, part in parts.items():
-            to, how = self.becomes(name)
+            to, how = self.conversions(name)
             assert how is not None, name
             self._stored[name], self._parts[name] = name, part
             self.targets[name], self.converted[name] = to, how
