@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 
 from vllm_spense.format import Regions
 from vllm_spense.kernels.expert_gemm import gemm, mixture, reference, routing
-from vllm_spense.kernels.expert_gemm.instances import Tiling
+from vllm_spense.kernels.expert_gemm.instances import HALF_SHARED_KIB, Tiling
 from vllm_spense.kernels.region_gemm.problem import Problem
 from vllm_spense.kernels.region_gemm.reference import fp8_difference, silu_mul_quant
 from vllm_spense.kernels.tuning.synthetic import random_fp8, random_weight
@@ -22,7 +22,15 @@ pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda", 0)
 EXPERTS = 12
-TILINGS = [Tiling(64, 256), Tiling(128, 256), Tiling(256, 128)]
+TILINGS = [
+    Tiling(64, 256),
+    Tiling(128, 256),
+    Tiling(256, 128),
+    Tiling(64, 256, shared_kib=200, lean=True, fetch_maps=True),
+    Tiling(16, 256, shared_kib=HALF_SHARED_KIB, lean=True, blocks=2),
+    Tiling(16, 256, shared_kib=HALF_SHARED_KIB, lean=True, blocks=2, dynamic=True),
+    Tiling(128, 256, dynamic=True),
+]
 #: Hidden size and regions: whole tiles; half tiles and steps; everything sparse; everything dense.
 SHAPES = [
     (512, Regions(384, 128)),
@@ -95,6 +103,24 @@ def test_every_expert_multiplies_its_tokens(hidden: int, regions: Regions, cut: 
             require_close(out, layer.exact(x, x_scale, counts), problem, counts)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("tokens", [1, 40, 700])
+def test_choices_are_counted_as_their_offsets_say(tokens: int, dtype: torch.dtype) -> None:
+    problem, _ = reference.problems(512, Regions(384, 128))
+    layer = Layer(problem)
+    ids = random_choices(tokens, 8, EXPERTS)
+    here = (torch.arange(EXPERTS, device=DEVICE).int() - 4).clamp(min=-1)
+    for expert_map in (None, here):
+        offsets = reference.route(torch.zeros(tokens, 512, dtype=torch.bfloat16, device=DEVICE), ids, EXPERTS, expert_map)[2]
+        x, x_scale = inputs(problem, ids.numel())
+        out, expected = (torch.zeros(len(x), problem.n, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+        gemm.run(x, x_scale, offsets, layer.packed, problem, expected)
+        nothing, choices = torch.full_like(offsets, -1), ids.to(dtype)
+        torch.cuda.synchronize()
+        gemm.run(x, x_scale, nothing, layer.packed, problem, out, ids=choices, expert_map=expert_map)
+        assert torch.equal(out, expected), expert_map
+
+
 def test_rows_of_no_expert_stay_as_they_are() -> None:
     """As with experts of other ranks: their tokens lie before and after."""
     problem, _ = reference.problems(512, Regions(384, 128))
@@ -165,8 +191,10 @@ def test_nothing_is_wrong_here(experts: int, top_k: int) -> None:
     assert mixture.fault(experts, top_k, DEVICE) is None
 
 
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("tokens", [1, 40, 700])
-def test_a_captured_mixture_follows_its_routing(tokens: int) -> None:
+def test_a_captured_mixture_follows_its_routing(tokens: int, early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "EARLY", early)
     hidden, top_k, regions = 512, 8, Regions(288, 96)
     problems = reference.problems(hidden, regions)
     packs = [Layer(problem).packed for problem in problems]

@@ -4,8 +4,9 @@
 // As in one_launch.cu, W is the left operand of the tensor core, and a producer warpgroup keeps a ring of shared memory
 // filled for two consumer warpgroups, each of which multiplies 64 rows of W. What differs: which tiles there are is known
 // on the device alone, from the experts' numbers of tokens. Every thread block works the order of tiles out for itself
-// (expert_tiles.cuh) and takes those at blockIdx.x, blockIdx.x + gridDim.x, …, so the grid has any size and the launch
-// may be captured in a graph whatever the routing will be. A tile is as wide as its expert has tokens, 8 to MAX_TOKENS;
+// (expert_tiles.cuh) and takes those at blockIdx.x, blockIdx.x + gridDim.x, … — or, if DYNAMIC, that at blockIdx.x and
+// then whichever is next — so the grid has any size and the launch may be captured in a graph whatever the routing will
+// be. A tile is as wide as its expert has tokens, 8 to MAX_TOKENS;
 // experts without tokens have no tile. Sums of a tile are one thread block's, in the order of K: results repeat to the
 // bit, and a token's do not depend on its neighbours.
 #include "expert_gemm.cuh"
@@ -29,11 +30,15 @@ struct Cursor {
     }
 
     DEVICE bool done() const { return position >= count; }
+    DEVICE int steps() const { return done() ? 0 : tile.sparse_steps + tile.dense_steps; }
 
     DEVICE void advance() {
-        if (++step < tile.sparse_steps + tile.dense_steps) return;
+        if (++step == steps()) go_to(position + gridDim.x);
+    }
+
+    DEVICE void go_to(int next) {
         step = 0;
-        position += gridDim.x;
+        position = next;
         if (!done()) tile = order.tile(position);
     }
 };
@@ -64,6 +69,41 @@ struct Producer {
             copy_x(w, pipe.stage);
         }
     }
+
+    // As `run`, but consumers are told which tile begins in a stage, or that none does. Nothing is taken before the
+    // previous kernel has ended: its thread blocks may be taking from the same counter.
+    DEVICE void run_dynamic(const TileOrder& order) const {
+        Cursor at(order);
+        Pipe pipe;
+        const int steps = at.steps(), early = steps < STAGES ? steps : STAGES;
+        for (; at.step < early; ++at.step) {
+            if (at.step == 0) st_shared_u32(shared.tiles, at.position);
+            copy_w(at, at.step);
+        }
+        griddepcontrol_wait();
+        griddepcontrol_launch_dependents();
+        int next = at.done() ? at.count : take();
+        for (at.step = 0; at.step < early; ++at.step, pipe.advance()) copy_x(at, pipe.stage);
+        while (!at.done()) {
+            for (; at.step < at.steps(); ++at.step, pipe.advance()) {
+                mbarrier_wait(shared.empty + 8 * pipe.stage, pipe.phase ^ 1);
+                if (at.step == 0) st_shared_u32(shared.tiles + 4 * pipe.stage, at.position);
+                copy_w(at, pipe.stage);
+                copy_x(at, pipe.stage);
+            }
+            at.go_to(next);
+            // Asked for a tile ahead: it takes a while to come.
+            if (!at.done()) next = take();
+        }
+        mbarrier_wait(shared.empty + 8 * pipe.stage, pipe.phase ^ 1);
+        st_shared_u32(shared.tiles + 4 * pipe.stage, ~0u);
+        mbarrier_arrive(shared.full + 8 * pipe.stage);
+        // The last thread block leaves the counters as they were.
+        if (atom_add_acq_rel_gpu(&arguments.counters[1], 1) == gridDim.x - 1)
+            arguments.counters[0] = arguments.counters[1] = 0;
+    }
+
+    DEVICE int take() const { return gridDim.x + atomicAdd(&arguments.counters[0], 1); }
 
     DEVICE void copy_w(const Cursor& at, int stage) const {
         const Tile& tile = at.tile;
@@ -112,11 +152,17 @@ struct Consumer {
     }
 
     DEVICE void run(const TileOrder& order) {
-        const int count = order.count();
-        for (int position = blockIdx.x; position < count; position += gridDim.x) {
-            const Tile tile = order.tile(position);
-            compute_as_wide<8>(tile);
+        if (DYNAMIC) {
+            for (;;) {
+                mbarrier_wait(shared.full + 8 * pipe.stage, pipe.phase);
+                const int position = ld_shared_u32(shared.tiles + 4 * pipe.stage);
+                if (position < 0) return;
+                compute_as_wide<8>(order.tile(position));
+            }
         }
+        const int count = order.count();
+        for (int position = blockIdx.x; position < count; position += gridDim.x)
+            compute_as_wide<8>(order.tile(position));
     }
 
     // WIDTH or more.
@@ -241,31 +287,55 @@ struct Consumer {
     }
 };
 
-// Fills Order's tables; all threads call it.
-DEVICE void read_offsets(const Arguments& arguments, const SharedMemory& shared) {
-    for (int expert = threadIdx.x; expert <= EXPERTS; expert += THREADS)
-        shared.offsets[expert] = arguments.offsets[expert * arguments.offset_words];
-    __syncthreads();
-    if (threadIdx.x < 32) {
-        int before = 0;
-        for (int base = 0; base < EXPERTS; base += 32) {
-            const int expert = base + threadIdx.x;
-            int sum = expert < EXPERTS
-                ? token_tiles(shared.offsets[expert + 1] - shared.offsets[expert], MAX_TOKENS) : 0;
+// sums[e] = the counts of all experts before e, for e = 0 … EXPERTS; one warp calls it.
+template <typename Count>
+DEVICE void sum_up(int* sums, Count count) {
+    int before = 0;
+    for (int base = 0; base < EXPERTS; base += 32) {
+        const int expert = base + threadIdx.x;
+        int sum = expert < EXPERTS ? count(expert) : 0;
 #pragma unroll
-            for (int distance = 1; distance < 32; distance *= 2) {
-                const int other = __shfl_up_sync(~0u, sum, distance);
-                if (threadIdx.x >= distance) sum += other;
-            }
-            if (expert < EXPERTS) shared.first[expert + 1] = before + sum;
-            before += __shfl_sync(~0u, sum, 31);
+        for (int distance = 1; distance < 32; distance *= 2) {
+            const int other = __shfl_up_sync(~0u, sum, distance);
+            if (threadIdx.x >= distance) sum += other;
         }
-        if (threadIdx.x == 0) shared.first[0] = 0;
+        if (expert < EXPERTS) sums[expert + 1] = before + sum;
+        before += __shfl_sync(~0u, sum, 31);
     }
+    if (threadIdx.x == 0) sums[0] = 0;
+}
+
+// The offsets that expert_route.cu is writing meanwhile; all threads call it.
+DEVICE void count_choices(const Arguments& arguments, const SharedMemory& shared) {
+    int* counts = shared.first;
+    for (int expert = threadIdx.x; expert < EXPERTS; expert += THREADS) counts[expert] = 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < arguments.choice_count; i += THREADS) {
+        const int expert = arguments.choices[i];
+        if (expert >= 0) atomicAdd(&counts[expert], 1);
+    }
+    __syncthreads();
+    if (threadIdx.x < 32) sum_up(shared.offsets, [&](int expert) { return counts[expert]; });
     __syncthreads();
 }
 
-extern "C" __global__ __launch_bounds__(THREADS, 1) void expert_gemm(const __grid_constant__ Arguments arguments) {
+// Fills Order's tables; all threads call it.
+DEVICE void read_offsets(const Arguments& arguments, const SharedMemory& shared) {
+    if (arguments.choices.ids) {
+        count_choices(arguments, shared);
+    } else {
+        for (int expert = threadIdx.x; expert <= EXPERTS; expert += THREADS)
+            shared.offsets[expert] = arguments.offsets[expert * arguments.offset_words];
+        __syncthreads();
+    }
+    if (threadIdx.x < 32)
+        sum_up(shared.first, [&](int expert) {
+            return token_tiles(shared.offsets[expert + 1] - shared.offsets[expert], MAX_TOKENS);
+        });
+    __syncthreads();
+}
+
+extern "C" __global__ __launch_bounds__(THREADS, 1 + LEAN) void expert_gemm(const __grid_constant__ Arguments arguments) {
     extern __shared__ byte raw[];
     const SharedMemory shared(raw);
     if (threadIdx.x == 0) {
@@ -275,14 +345,20 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void expert_gemm(const __gri
         }
         fence_mbarrier_init();
     }
-    if (!arguments.offsets_are_old) griddepcontrol_wait();
+    // Threads of the last warp, one map each: they lie side by side.
+    if (FETCH_MAPS && threadIdx.x >= THREADS - MAPS) prefetch_tensormap(&arguments.values + (THREADS - 1 - threadIdx.x));
+    if (!arguments.choices.ids && !arguments.offsets_are_old) griddepcontrol_wait();
     read_offsets(arguments, shared);
     const TileOrder order{shared.offsets, shared.first, EXPERTS, arguments.bands};
     if (threadIdx.x < WARPGROUP) {
-        setmaxnreg_dec<40>();
-        if (threadIdx.x == 0) Producer(arguments, shared).run(order);
+        setmaxnreg_dec<PRODUCER_REGISTERS>();
+        if (threadIdx.x == 0) {
+            const Producer producer(arguments, shared);
+            if (DYNAMIC) producer.run_dynamic(order);
+            else producer.run(order);
+        }
     } else {
-        setmaxnreg_inc<232>();
+        setmaxnreg_inc<CONSUMER_REGISTERS>();
         griddepcontrol_wait();
         Consumer(arguments, shared).run(order);
     }

@@ -14,6 +14,7 @@ from vllm_spense.kernels.expert_gemm.instances import (
     WIDTHS,
     Arguments,
     Band,
+    Choices,
     Tiling,
     machine_code,
     stages,
@@ -22,8 +23,14 @@ from vllm_spense.kernels.expert_gemm.reference import Packed
 from vllm_spense.kernels.jit import driver
 from vllm_spense.kernels.jit.driver import TensorMap
 from vllm_spense.kernels.jit.nvmath_support import current_stream
+from vllm_spense.kernels.one_launch.semaphores import semaphores
 from vllm_spense.kernels.region_gemm.packing import TILE, TILE_BYTES, metadata_shape, value_bytes
 from vllm_spense.kernels.region_gemm.problem import Problem
+
+#: Whether gate_up begins to read weights while its tokens are being sorted: see `mixture.run`.
+EARLY = False
+#: Counters of a launch whose tiles are dynamic.
+_COUNTERS = 2
 
 
 def tiling(rows: int, experts: int) -> Tiling:
@@ -49,6 +56,8 @@ def run(
     out: torch.Tensor | None = None,
     *,
     offsets_are_old: bool = False,
+    ids: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
     cut: Tiling | None = None,
 ) -> torch.Tensor:
     """out[t] = x_scale[t] · w_scale[e] · (W[e] · x[t]) for the tokens t of every expert e, in one launch.
@@ -63,6 +72,9 @@ def run(
         out: bfloat16 (R, N) to write into, contiguous. Rows outside of all experts stay as they are.
         offsets_are_old: the kernel enqueued before this one did not write `offsets`, and cannot have begun before they
             were written: weights then arrive while it still runs.
+        ids: int32 or int64 (M, top_k), contiguous: the choices of experts that `offsets`, which is then not read, would
+            count. They are as old as `offsets_are_old` says of offsets.
+        expert_map: int32, of all experts: the number here of each that `ids` names, or −1; None if they are the same.
         cut: how; the best way known if None.
 
     Returns:
@@ -74,6 +86,7 @@ def run(
     if not rows:
         return out
     cut = cut or tiling(rows, experts)
+    stream = current_stream(x.device)
     arguments = Arguments(
         **_weight_maps(problem, cut, experts, packed["compressed"].data_ptr(), packed["dense"].data_ptr()),
         x=_x_maps(x.data_ptr(), rows, problem.k, x.stride(0), cut.tokens),
@@ -87,8 +100,15 @@ def run(
         offsets_are_old=offsets_are_old,
         bands=_bands(problem, cut),
     )
+    if ids is not None:
+        map_address = None if expert_map is None else expert_map.data_ptr()
+        arguments.choices = Choices(ids.data_ptr(), map_address, ids.element_size() // 4)
+        arguments.choice_count = ids.numel()
     kernel, blocks = _kernel(cut, experts, x.device)
-    kernel.launch(blocks, arguments, current_stream(x.device))
+    if cut.dynamic:
+        capture = driver.capture_number(stream)
+        arguments.counters = semaphores(x.device).take(_COUNTERS, stream, capture).data_ptr()
+    kernel.launch(blocks, arguments, stream)
     return out
 
 
@@ -102,10 +122,12 @@ def prepare(problem: Problem, experts: int, max_rows: int, device: torch.device)
 
 @cache
 def _kernel(cut: Tiling, experts: int, device: torch.device) -> tuple[driver.Kernel, int]:
-    """With the number of its thread blocks: one for each multiprocessor."""
+    """With the number of its thread blocks."""
+    if cut.dynamic:
+        semaphores(device).reserve(_COUNTERS)
     shared_bytes = stages(cut, experts)[1]
     kernel = driver.load(machine_code(cut, experts), "expert_gemm", THREADS, shared_bytes, device)
-    return kernel, torch.cuda.get_device_properties(device).multi_processor_count
+    return kernel, cut.blocks * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache

@@ -17,9 +17,11 @@ ROWS, DENSE_K = 128, 128
 THREADS = 384
 #: Tokens that a tile can be wide.
 WIDTHS = (8, 16, 32, 64, 128, 256)
-#: Of shared memory, per thread block on Hopper; what it takes for alignment and barriers; for the epilogue's squares of
-#: eight warps; and for each expert.
-_SHARED_BYTES, _FIXED_SHARED_BYTES, _SQUARES_BYTES, _EXPERT_BYTES = 227 * 1024, 1024 + 256, 8 * 16 * 48, 8
+#: Of shared memory: what it takes for alignment and barriers; for the epilogue's squares of eight warps; and for each
+#: expert.
+_FIXED_SHARED_BYTES, _SQUARES_BYTES, _EXPERT_BYTES = 1024 + 256, 8 * 16 * 48, 8
+#: KiB of shared memory that a thread block may have on Hopper; so many that two fit on a multiprocessor.
+SHARED_KIB, HALF_SHARED_KIB = 227, 113
 _MAX_STAGES = 12
 
 
@@ -30,10 +32,21 @@ class Tiling:
     Attributes:
         tokens: the most of a tile, one of `WIDTHS`; a tile is as wide as its expert's tokens need.
         sparse_k: columns of a sparse step, 128 or 256.
+        shared_kib: KiB of shared memory for a thread block, at most.
+        lean: half of a multiprocessor's registers, for up to 64 tokens: if shared memory is left too, thread blocks of
+            neighbouring kernels, or of this one, find room on the same multiprocessor.
+        blocks: for each multiprocessor.
+        fetch_maps: tensor maps are fetched first of all, before the offsets are known.
+        dynamic: thread blocks take tiles as they come to them, up to 128 tokens wide, with a counter in memory.
     """
 
     tokens: int
     sparse_k: int
+    shared_kib: int = SHARED_KIB
+    lean: bool = False
+    blocks: int = 1
+    fetch_maps: bool = False
+    dynamic: bool = False
 
 
 def stages(tiling: Tiling, experts: int) -> tuple[int, int]:
@@ -41,7 +54,7 @@ def stages(tiling: Tiling, experts: int) -> tuple[int, int]:
     stage = ROWS * DENSE_K + tiling.tokens * tiling.sparse_k + ROWS // TILE * tiling.sparse_k // TILE * TILE_BYTES
     squares = 1 if tiling.tokens < 128 else 2
     fixed = _FIXED_SHARED_BYTES + squares * _SQUARES_BYTES + _EXPERT_BYTES * (experts + 1)
-    count = min((_SHARED_BYTES - fixed) // stage, _MAX_STAGES)
+    count = min((1024 * tiling.shared_kib - fixed) // stage, _MAX_STAGES)
     return count, fixed + count * stage
 
 
@@ -57,6 +70,9 @@ def macros(tiling: Tiling, experts: int) -> dict[str, int]:
         "SPARSE_K": tiling.sparse_k,
         "STAGES": stages(tiling, experts)[0],
         "EXPERTS": experts,
+        "LEAN": int(tiling.lean),
+        "FETCH_MAPS": int(tiling.fetch_maps),
+        "DYNAMIC": int(tiling.dynamic),
     }
 
 
@@ -66,14 +82,21 @@ class Band(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_int) for name in ("rows", "row_tiles", "column", "sparse_steps", "dense_steps"))
 
 
+class Choices(ctypes.Structure):
+    """As in expert_route.cuh."""
+
+    _fields_ = (("ids", ctypes.c_void_p), ("expert_map", ctypes.c_void_p), ("words", ctypes.c_int))
+
+
 class Arguments(ctypes.Structure):
     """As in expert_gemm.cuh."""
 
     _fields_ = (
         *((name, TensorMap) for name in ("values", "metadata", "dense")),
         ("x", TensorMap * len(WIDTHS)),
-        *((name, ctypes.c_void_p) for name in ("offsets", "out", "x_scale", "w_scale")),
-        *((name, ctypes.c_int) for name in ("n", "dense_column", "offset_words", "offsets_are_old")),
+        *((name, ctypes.c_void_p) for name in ("offsets", "out", "x_scale", "w_scale", "counters")),
+        ("choices", Choices),
+        *((name, ctypes.c_int) for name in ("choice_count", "n", "dense_column", "offset_words", "offsets_are_old")),
         ("bands", Band * 2),
-        ("unused", ctypes.c_int * 10),
+        ("unused", ctypes.c_int * 1),
     )

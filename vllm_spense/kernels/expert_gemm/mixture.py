@@ -80,8 +80,13 @@ def run(
     Returns:
         bfloat16 (M, hidden); with an `expert_map` this rank's part of the sum.
     """
-    routed = routing.route(x, ids, len(gate_up["w_scale"]), expert_map)
-    raw = gemm.run(routed.x, routed.x_scale, routed.offsets, gate_up, problems[0])
+    routed = routing.route(x, ids, len(gate_up["w_scale"]), expert_map, early=gemm.EARLY)
+    # Early: the last of three launches begins when the offsets are there; one alone writes them, so gate_up counts too.
+    ranked = routing.ranked(ids)
+    raw = gemm.run(
+        routed.x, routed.x_scale, routed.offsets, gate_up, problems[0], offsets_are_old=gemm.EARLY and ranked,
+        ids=ids if gemm.EARLY and not ranked else None, expert_map=expert_map,
+    )  # fmt: skip
     # Rows of no expert hold anything here, and nobody reads what comes of them.
     values, scale = silu_mul_quant.run(raw, None, None, problems[0].regions.sparse)
     # The activation begins after gate_up has, which waited for the offsets.
@@ -92,7 +97,7 @@ def run(
 def prepare(problems: tuple[Problem, Problem], experts: int, top_k: int, max_tokens: int, device: torch.device) -> None:
     """Compiles and loads all kernels for every number of tokens up to `max_tokens`."""
     gate_up, down = problems
-    routing.prepare(gate_up.k, top_k, experts, device)
+    routing.prepare(gate_up.k, top_k, experts, device, early=gemm.EARLY)
     silu_mul_quant.prepare(down.k, torch.bfloat16, device, scaled=False)
     for problem in problems:
         gemm.prepare(problem, experts, max_tokens * top_k, device)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_spense.kernels.expert_gemm.instances import Choices
 from vllm_spense.kernels.jit import driver, nvrtc
 from vllm_spense.kernels.jit.nvmath_support import current_stream
 
@@ -37,7 +38,14 @@ class Routed(NamedTuple):
     places: torch.Tensor
 
 
-def route(x: torch.Tensor, ids: torch.Tensor, experts: int, expert_map: torch.Tensor | None = None) -> Routed:
+def ranked(ids: torch.Tensor) -> bool:
+    """Whether so many choices take three launches."""
+    return ids.numel() > COUNTED
+
+
+def route(
+    x: torch.Tensor, ids: torch.Tensor, experts: int, expert_map: torch.Tensor | None = None, *, early: bool = False
+) -> Routed:
     """Quantizes tokens and sorts them by expert: one launch up to `COUNTED` choices, three with more.
 
     Args:
@@ -45,6 +53,8 @@ def route(x: torch.Tensor, ids: torch.Tensor, experts: int, expert_map: torch.Te
         ids: int32 or int64 (M, top_k), contiguous: the experts that each token has chosen.
         experts: of this rank.
         expert_map: int32, of all experts: this rank's number, or −1; None if this rank has all of them.
+        early: the kernel enqueued next begins only when what was enqueued before the last launch of these has ended: it
+            may read `ids`, and the offsets if there are three, without waiting.
     """
     (tokens, size), top_k, device = x.shape, ids.shape[1], x.device
     routed = Routed(
@@ -70,8 +80,8 @@ def route(x: torch.Tensor, ids: torch.Tensor, experts: int, expert_map: torch.Te
         size=size,
         x_stride=x.stride(0),
     )
-    ranked = tokens * top_k > COUNTED
-    if ranked:
+    in_three = ranked(ids)
+    if in_three:
         count = -(-tokens * top_k // CHUNK)
         chunks = torch.empty(count, experts, dtype=torch.int32, device=device)
         arguments.chunks = chunks.data_ptr()
@@ -81,8 +91,8 @@ def route(x: torch.Tensor, ids: torch.Tensor, experts: int, expert_map: torch.Te
         in_chunks, over_chunks = _rank_kernels(top_k, experts, device)
         in_chunks.launch(count, ranks, stream)
         over_chunks.launch(1, ranks, stream)
-    kernel = _route_kernel(size, top_k, experts, ranked, device)
-    kernel.launch(tokens if ranked else tokens + 1, arguments, stream)
+    kernel = _route_kernel(size, top_k, experts, in_three, early, device)
+    kernel.launch(tokens if in_three else tokens + 1, arguments, stream)
     return routed
 
 
@@ -107,18 +117,12 @@ def weighted_sum(y: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -
     return out
 
 
-def prepare(size: int, top_k: int, experts: int, device: torch.device) -> None:
+def prepare(size: int, top_k: int, experts: int, device: torch.device, *, early: bool = False) -> None:
     """Compiles and loads the kernels for every number of tokens."""
-    for ranked in (False, True):
-        _route_kernel(size, top_k, experts, ranked, device)
+    for in_three in (False, True):
+        _route_kernel(size, top_k, experts, in_three, early, device)
     _rank_kernels(top_k, experts, device)
     _sum_kernel(top_k, device)
-
-
-class Choices(ctypes.Structure):
-    """As in expert_route.cuh."""
-
-    _fields_ = (("ids", ctypes.c_void_p), ("expert_map", ctypes.c_void_p), ("words", ctypes.c_int))
 
 
 class RouteArguments(ctypes.Structure):
@@ -151,12 +155,19 @@ class SumArguments(ctypes.Structure):
     )
 
 
-def route_macros(size: int, top_k: int, experts: int, ranked: bool) -> dict[str, int]:
+def route_macros(size: int, top_k: int, experts: int, in_three: bool, early: bool = False) -> dict[str, int]:
     """What specializes expert_route.cu."""
     vectors = -(-size // WIDTH)
     each = -(-vectors // _MAX_THREADS)
     threads = 32 * -(-vectors // (32 * each))
-    return {"THREADS": threads, "VECTORS": each, "TOP_K": top_k, "EXPERTS": experts, "RANKED": int(ranked)}
+    return {
+        "THREADS": threads,
+        "VECTORS": each,
+        "TOP_K": top_k,
+        "EXPERTS": experts,
+        "RANKED": int(in_three),
+        "EARLY": int(early),
+    }
 
 
 def rank_macros(top_k: int, experts: int) -> dict[str, int]:
@@ -170,8 +181,10 @@ def sum_macros(top_k: int) -> dict[str, int]:
 
 
 @cache
-def _route_kernel(size: int, top_k: int, experts: int, ranked: bool, device: torch.device) -> driver.Kernel:
-    return driver.elementwise_kernel("expert_route", route_macros(size, top_k, experts, ranked), device)
+def _route_kernel(
+    size: int, top_k: int, experts: int, in_three: bool, early: bool, device: torch.device
+) -> driver.Kernel:
+    return driver.elementwise_kernel("expert_route", route_macros(size, top_k, experts, in_three, early), device)
 
 
 @cache

@@ -84,6 +84,16 @@ DEVICE uint4 ld_shared_u32x4(u32 address) {
     return v;
 }
 
+DEVICE u32 ld_shared_u32(u32 address) {
+    u32 value;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+    return value;
+}
+
+DEVICE void st_shared_u32(u32 address, u32 value) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
 DEVICE float4 ld_shared_f32x4(u32 address) {
     float4 v;
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
@@ -153,6 +163,11 @@ DEVICE void cp_async_bulk_tensor_3d(u32 to, const void* tensor_map, int x, int y
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
         " [%0], [%1, {%2, %3, %4}], [%5], %6;"
         ::"r"(to), "l"(tensor_map), "r"(x), "r"(y), "r"(z), "r"(barrier), "l"(policy) : "memory");
+}
+
+// A tensor map among a kernel's arguments, which is wanted soon.
+DEVICE void prefetch_tensormap(const void* tensor_map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(tensor_map) : "memory");
 }
 
 // --- Clusters of thread blocks.
