@@ -335,6 +335,20 @@ DEVICE void read_offsets(const Arguments& arguments, const SharedMemory& shared)
     __syncthreads();
 }
 
+// Those that are there: a thread each of the last warp.
+DEVICE void fetch_maps(const Arguments& arguments) {
+    bool sparse = false, dense = false;
+    for (const Band& band : arguments.bands) {
+        sparse |= band.row_tiles && band.sparse_steps;
+        dense |= band.row_tiles && band.dense_steps;
+    }
+    const int thread = int(threadIdx.x) - (THREADS - 32), index = thread - 3;
+    if (thread == 0 && sparse) prefetch_tensormap(&arguments.values);
+    if (thread == 1 && sparse) prefetch_tensormap(&arguments.metadata);
+    if (thread == 2 && dense) prefetch_tensormap(&arguments.dense);
+    if (index >= 0 && index < WIDTHS && 8 << index <= MAX_TOKENS) prefetch_tensormap(&arguments.x[index]);
+}
+
 extern "C" __global__ __launch_bounds__(THREADS, 1 + LEAN) void expert_gemm(const __grid_constant__ Arguments arguments) {
     extern __shared__ byte raw[];
     const SharedMemory shared(raw);
@@ -345,8 +359,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1 + LEAN) void expert_gemm(cons
         }
         fence_mbarrier_init();
     }
-    // Threads of the last warp, one map each: they lie side by side.
-    if (FETCH_MAPS && threadIdx.x >= THREADS - MAPS) prefetch_tensormap(&arguments.values + (THREADS - 1 - threadIdx.x));
+    if (FETCH_MAPS) fetch_maps(arguments);
     if (!arguments.choices.ids && !arguments.offsets_are_old) griddepcontrol_wait();
     read_offsets(arguments, shared);
     const TileOrder order{shared.offsets, shared.first, EXPERTS, arguments.bands};

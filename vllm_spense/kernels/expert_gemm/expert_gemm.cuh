@@ -96,9 +96,6 @@ struct alignas(64) TensorMap {
 };
 
 constexpr int WIDTHS = 6;   // of tiles: 8, 16 … 256 tokens
-// Of the maps that an instance uses, in the order of Arguments: those of W, and of x up to MAX_TOKENS.
-constexpr int MAPS = 3 + (MAX_TOKENS >= 16) + (MAX_TOKENS >= 32) + (MAX_TOKENS >= 64) + (MAX_TOKENS >= 128) +
-    (MAX_TOKENS >= 256) + 1;
 
 struct Arguments {
     TensorMap values, metadata, dense;   // of all experts
