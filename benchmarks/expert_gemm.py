@@ -29,7 +29,7 @@ sys.path.insert(0, str(File(__file__).resolve().parents[1]))
 
 from benchmarks.envelope import RESULTS, write_result
 from vllm_spense.format import Regions
-from vllm_spense.kernels.expert_gemm import gemm, reference
+from vllm_spense.kernels.expert_gemm import gemm, mixture, reference
 from vllm_spense.kernels.expert_gemm.instances import Tiling
 from vllm_spense.kernels.region_gemm.problem import Problem
 from vllm_spense.kernels.tuning.synthetic import random_fp8, random_weight
@@ -153,8 +153,8 @@ def sweep(
                 problem = problem_of(sparsity)
                 calls[cut, sparsity] = [
                     partial(
-                        gemm.run, x, x_scale, routing.offsets, packed, problem,
-                        offsets_are_old=layer == "down", cut=cut,
+                        gemm.run, x, x_scale, routing.offsets, packed, problem, cut=cut,
+                        **({"offsets_are_old": True} if layer == "down" else mixture.beginning(routing.ids, None)),
                     )
                     for packed, routing in zip(cycle(copies), routings)
                 ]  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import silu
 
 from vllm_spense.format import Regions
-from vllm_spense.kernels.expert_gemm import gemm, instances, mixture, reference
+from vllm_spense.kernels.expert_gemm import gemm, instances, mixture, reference, routing
 from vllm_spense.kernels.expert_gemm.instances import Tiling
 from vllm_spense.kernels.jit import nvrtc, sources
 from vllm_spense.kernels.region_gemm.problem import Problem
@@ -177,3 +177,18 @@ def test_a_mixture_that_is_wrong_is_found(experts: int, top_k: int, monkeypatch:
     assert said(1) is None
     assert "wrong on this machine: relative error 2.0e-01" in (said(1.2) or "")
     assert "relative error nan" in (said(torch.nan) or "")
+
+
+def test_how_gate_up_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may read offsets without waiting only where an earlier launch than the one before it wrote them."""
+    few, many = (
+        torch.zeros(tokens, 8, dtype=torch.int32) for tokens in (routing.COUNTED // 8, routing.COUNTED // 8 + 1)
+    )
+    assert mixture.beginning(few, None) == mixture.beginning(many, None) == {}
+    monkeypatch.setattr(gemm, "EARLY", True)
+    expert_map = torch.arange(EXPERTS)
+    found = mixture.beginning(few, expert_map)
+    assert found["ids"] is few
+    assert found["expert_map"] is expert_map
+    assert "offsets_are_old" not in found
+    assert mixture.beginning(many, expert_map) == {"offsets_are_old": True}

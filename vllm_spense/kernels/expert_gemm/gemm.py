@@ -27,7 +27,7 @@ from vllm_spense.kernels.one_launch.semaphores import semaphores
 from vllm_spense.kernels.region_gemm.packing import TILE, TILE_BYTES, metadata_shape, value_bytes
 from vllm_spense.kernels.region_gemm.problem import Problem
 
-#: Whether gate_up begins to read weights while its tokens are being sorted: see `mixture.run`.
+#: Whether gate_up begins to read weights while its tokens are being sorted: see `mixture.beginning`.
 EARLY = False
 #: Counters of a launch whose tiles are dynamic.
 _COUNTERS = 2

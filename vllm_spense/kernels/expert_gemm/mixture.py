@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -81,17 +82,24 @@ def run(
         bfloat16 (M, hidden); with an `expert_map` this rank's part of the sum.
     """
     routed = routing.route(x, ids, len(gate_up["w_scale"]), expert_map, early=gemm.EARLY)
-    # Early: the last of three launches begins when the offsets are there; one alone writes them, so gate_up counts too.
-    ranked = routing.ranked(ids)
-    raw = gemm.run(
-        routed.x, routed.x_scale, routed.offsets, gate_up, problems[0], offsets_are_old=gemm.EARLY and ranked,
-        ids=ids if gemm.EARLY and not ranked else None, expert_map=expert_map,
-    )  # fmt: skip
+    early = beginning(ids, expert_map)
+    raw = gemm.run(routed.x, routed.x_scale, routed.offsets, gate_up, problems[0], **early)
     # Rows of no expert hold anything here, and nobody reads what comes of them.
     values, scale = silu_mul_quant.run(raw, None, None, problems[0].regions.sparse)
     # The activation begins after gate_up has, which waited for the offsets.
     y = gemm.run(values, scale, routed.offsets, down, problems[1], offsets_are_old=True)
     return routing.weighted_sum(y, routed.places, weights)
+
+
+def beginning(ids: torch.Tensor, expert_map: torch.Tensor | None) -> dict[str, Any]:
+    """How gate_up learns which rows are whose: arguments of `gemm.run`.
+
+    If it shall be early: three launches have the offsets when the last of them begins; one alone is still writing them,
+    so gate_up counts as well.
+    """
+    if not gemm.EARLY:
+        return {}
+    return {"offsets_are_old": True} if routing.ranked(ids) else {"ids": ids, "expert_map": expert_map}
 
 
 def prepare(problems: tuple[Problem, Problem], experts: int, top_k: int, max_tokens: int, device: torch.device) -> None:
