@@ -81,7 +81,7 @@ KERNELS: list[tuple[str, Mapping[str, int], tuple[str, ...], int]] = [
             (8192, Way(8, tokens=2), True, True, 79),
             (34816, Way(8, tokens=2), True, True, 121),
             (25600, Way(8, loop=True, hold=True, resident=3), False, True, 53),
-            (25600, Way(4, loop=True, resident=2), True, True, 88),
+            (25600, Way(4, loop=True), True, True, 103),
             (768, Way(1), False, False, 44),
             (768, Way(1, tokens=2), False, False, 44),
             (768, Way(1, tokens=2), True, True, 77),

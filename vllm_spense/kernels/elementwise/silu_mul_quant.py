@@ -64,10 +64,10 @@ def fault(device: torch.device) -> str | None:
     """Why this kernel must not be used on a GPU, or None: tried out once in each process, against its twin."""
     generator = torch.Generator(device).manual_seed(0)
     for (size, tokens), dtype in ((trial, dtype) for trial in _TRIALS for dtype in (torch.bfloat16, torch.float32)):
-        raw = torch.randn(tokens, 2 * size, dtype=dtype, device=device, generator=generator) * 1000
         # While a model loads, torch's default is the model's dtype.
         scales = torch.rand(tokens + 2 * size, dtype=torch.float32, device=device, generator=generator)
         x_scale, w_scale, boundary = scales[:tokens] / 100, scales[tokens:].clone(), size // 4 * 3
+        raw = torch.randn(tokens, 2 * size, dtype=dtype, device=device, generator=generator) * 1000
         try:
             found = run(raw, x_scale, w_scale, boundary)
         except RuntimeError as error:
@@ -87,7 +87,7 @@ def run(
         raw: (M, 2·I) bfloat16 or float32, gate_up's raw sums by region, contiguous. I is a multiple of `WIDTH`.
         x_scale: float32, one for each of the M tokens.
         w_scale: float32, one for each of the 2·I rows of the weight, gate's before up's. Both are None for sums that
-            were scaled already.
+            were scaled already. The kernel reads w_scale before the launch before it has ended.
         boundary: columns of a sparse region, a multiple of `WIDTH`.
 
     Returns:
