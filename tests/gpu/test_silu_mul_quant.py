@@ -25,8 +25,9 @@ SIZES = (32, 1536, 14336, 17408, 25600, 28672)
 
 
 def inputs(tokens: int, size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    raw = torch.randn(tokens, 2 * size, dtype=dtype, device=DEVICE) * 1000
-    return raw, torch.rand(tokens, 1, device=DEVICE) / 100, torch.rand(2 * size, 1, device=DEVICE)
+    x_scale, w_scale = torch.rand(tokens, 1, device=DEVICE) / 100, torch.rand(2 * size, 1, device=DEVICE)
+    # Last: w_scale is a weight, which the kernel does not wait for.
+    return torch.randn(tokens, 2 * size, dtype=dtype, device=DEVICE) * 1000, x_scale, w_scale
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from vllm_spense.kernels.elementwise import norm_quant, scale, silu_mul_quant
+from vllm_spense.kernels.elementwise.silu_mul_quant import Way
 from vllm_spense.kernels.expert_gemm import instances as experts
 from vllm_spense.kernels.expert_gemm import routing
 from vllm_spense.kernels.jit import nvrtc, sources
@@ -72,7 +73,7 @@ KERNELS: list[tuple[str, Mapping[str, int], tuple[str, ...], int]] = [
     *(
         ("norm_quant.cu", norm_quant.macros(size, norm, scaled), ("sm_89", *HOPPER, *BLACKWELL), registers)
         for size, norm, scaled, registers in (
-            (64, True, True, 55),
+            (64, True, True, 61),
             (5120, False, False, 30),
             (5120, True, False, 40),
             (5120, True, True, 53),
@@ -80,17 +81,19 @@ KERNELS: list[tuple[str, Mapping[str, int], tuple[str, ...], int]] = [
         )
     ),
     *(
-        ("silu_mul_quant.cu", silu_mul_quant.macros(size, tokens, raw_float, scaled), (*HOPPER, *BLACKWELL), registers)
-        for size, tokens, raw_float, scaled, registers in (
-            (64, 1, False, True, 47),
-            (14336, 1, False, True, 60),
-            (8192, 2, False, True, 57),
-            (8192, 2, True, True, 62),
-            (34816, 2, True, True, 77),
-            (768, 1, False, False, 47),
-            (768, 2, False, False, 57),
-            (768, 2, True, True, 62),
-            (2048, 1, True, True, 60),
+        ("silu_mul_quant.cu", silu_mul_quant.macros(size, way, raw_float, scaled), (*HOPPER, *BLACKWELL), registers)
+        for size, way, raw_float, scaled, registers in (
+            (64, Way(1), False, True, 47),
+            (14336, Way(8), False, True, 60),
+            (8192, Way(8, tokens=2), False, True, 70),
+            (8192, Way(8, tokens=2), True, True, 79),
+            (34816, Way(8, tokens=2), True, True, 121),
+            (25600, Way(8, loop=True, hold=True, resident=3), False, True, 53),
+            (25600, Way(4, loop=True), True, True, 103),
+            (768, Way(1), False, False, 44),
+            (768, Way(1, tokens=2), False, False, 44),
+            (768, Way(1, tokens=2), True, True, 77),
+            (2048, Way(1), True, True, 44),
         )
     ),
 ]

@@ -35,6 +35,3 @@ DEVICE void store_fp8(byte* to, const float (&v)[WIDTH], float factor) {
         pack_fp8(v[0] * factor, v[1] * factor, v[2] * factor, v[3] * factor),
         pack_fp8(v[4] * factor, v[5] * factor, v[6] * factor, v[7] * factor));
 }
-
-// Keeps a NaN, which must not vanish from the output.
-DEVICE float larger(float a, float b) { return b != b || a <= b ? b : a; }

@@ -78,13 +78,13 @@ extern "C" __global__ __launch_bounds__(THREADS) void norm_quant(const __grid_co
             for (int i = 0; i < WIDTH; ++i) v[i] *= weight[vector][i];
         }
 #pragma unroll
-        for (int i = 0; i < WIDTH; ++i) largest = larger(fabsf(v[i]), largest);
+        for (int i = 0; i < WIDTH; ++i) largest = max_nan(fabsf(v[i]), largest);
     }
     const auto reduce = [&]() {
 #pragma unroll
         for (int offset = 16; offset; offset /= 2) {
             squares += __shfl_xor_sync(~0u, squares, offset);
-            largest = larger(__shfl_xor_sync(~0u, largest, offset), largest);
+            largest = max_nan(__shfl_xor_sync(~0u, largest, offset), largest);
         }
     };
     reduce();
@@ -94,7 +94,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void norm_quant(const __grid_co
     largest = lane < WARPS ? largest_of[lane] : 0;
     reduce();
     const float norm = NORM ? rsqrtf(squares / size + arguments.epsilon) : 1;
-    const float scale = larger(largest * norm / LARGEST, SMALLEST_SCALE), factor = norm / scale;
+    const float scale = max_nan(largest * norm / LARGEST, SMALLEST_SCALE), factor = norm / scale;
     if (thread == 0) arguments.scale[blockIdx.x] = scale;
 #pragma unroll
     for (int vector = 0; vector < VECTORS; ++vector) {

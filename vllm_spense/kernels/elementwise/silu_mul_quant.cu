@@ -2,6 +2,9 @@
 //
 // A long row is divided among a cluster of thread blocks, because a decode step has fewer tokens than the chip has
 // multiprocessors. They agree on the row's largest value through their shared memory. A short one is one block's.
+//
+// A cluster takes TOKENS rows at once, a step. With LOOP the grid may have fewer clusters than there are steps: each goes
+// on with later ones, and loads a step's raw sums before it agrees on the largest values of the step before.
 #include "elementwise.cuh"
 
 #ifndef THREADS
@@ -9,11 +12,15 @@
 #define VECTORS 1     // of eight values that a thread has in a row
 #define CLUSTER 8     // blocks for a row
 #define TOKENS 1      // that a cluster takes at once: it reads the weight's scales once for all, and more is in flight
+#define LOOP 0        // a cluster may have several steps
+#define HOLD 0        // the weight's scales are in registers before the first step; else each step loads them
+#define RESIDENT 1    // blocks for which a multiprocessor must have registers
 #define RAW_FLOAT 0   // raw sums are float32; else bfloat16
 #define SCALED 1      // they still lack the scales; else there are none
 #endif
 
 constexpr int WARPS = THREADS / 32;
+constexpr float LOG2_E = 1.4426950408889634f;
 
 #if RAW_FLOAT
 typedef float Raw;
@@ -31,34 +38,56 @@ struct Arguments {
     int boundary;             // columns of a sparse region
 };
 
-// Of each token the largest value of the whole row, from the warps' of every block.
-DEVICE void largest_of_row(const float (&of_warps)[WARPS][TOKENS], u32 rank, float (&largest)[TOKENS]) {
-    __syncthreads();
-#if CLUSTER == 1
+// Eight raw sums as they lie in memory. They are read once: only the weight's scales are worth the L1 cache.
+struct RawVector {
+    uint4 words[sizeof(Raw) / 2];
+
+    DEVICE void load(const Raw* from) {
 #pragma unroll
-    for (int t = 0; t < TOKENS; ++t) {
-        largest[t] = 0;
-        for (int warp = 0; warp < WARPS; ++warp) largest[t] = larger(of_warps[warp][t], largest[t]);
+        for (int i = 0; i < sizeof(Raw) / 2; ++i) words[i] = __ldcg(reinterpret_cast<const uint4*>(from) + i);
     }
-#else
-    __shared__ float of_blocks[CLUSTER][TOKENS];
-    const int thread = threadIdx.x;
-    barrier_cluster_wait();
-    if (thread < CLUSTER * TOKENS) {
-        const int to = thread / TOKENS, t = thread % TOKENS;
-        float mine = 0;
-        for (int warp = 0; warp < WARPS; ++warp) mine = larger(of_warps[warp][t], mine);
-        st_cluster_f32(shared_address(&of_blocks[rank][t]), to, mine);
-    }
-    cluster_sync();
+
+    DEVICE void unpack(float (&v)[WIDTH]) const { ::load(reinterpret_cast<const Raw*>(words), v); }
+};
+
+// The largest values of rows, from all warps of a cluster, which send theirs to every block. Steps take turns with two
+// buffers: whoever sends those of a step has seen that all blocks had sent the step's before, and so had read the
+// buffer that is filled now.
+struct Largest {
+    float of_warps[2][TOKENS][CLUSTER * WARPS];
+
+    DEVICE void send(const float (&mine)[TOKENS], int buffer, u32 rank) {
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
-    for (int t = 0; t < TOKENS; ++t) {
-        largest[t] = 0;
+        for (int t = 0; t < TOKENS; ++t) {
+            float largest = mine[t];
 #pragma unroll
-        for (int block = 0; block < CLUSTER; ++block) largest[t] = larger(of_blocks[block][t], largest[t]);
+            for (int offset = 16; offset; offset /= 2)
+                largest = max_nan(__shfl_xor_sync(~0u, largest, offset), largest);
+            float* to = &of_warps[buffer][t][rank * WARPS + warp];
+            if (CLUSTER == 1 && lane == 0) *to = largest;
+            if (CLUSTER > 1 && lane < CLUSTER) st_cluster_f32(shared_address(to), lane, largest);
+        }
     }
-#endif
-}
+
+    DEVICE void receive(float (&largest)[TOKENS], int buffer) const {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int t = 0; t < TOKENS; ++t) {
+            largest[t] = 0;
+#pragma unroll
+            for (int first = 0; first < CLUSTER * WARPS; first += 32)
+                if (first + lane < CLUSTER * WARPS)
+                    largest[t] = max_nan(of_warps[buffer][t][first + lane], largest[t]);
+#pragma unroll
+            for (int offset = 16; offset; offset /= 2)
+                largest[t] = max_nan(__shfl_xor_sync(~0u, largest[t], offset), largest[t]);
+        }
+    }
+};
+
+// SiLU(gate) · up. Where ftz makes a difference the value is far below the smallest scale.
+DEVICE float silu_mul(float gate, float up) { return div_approx_ftz(gate, 1 + ex2_approx_ftz(gate * -LOG2_E)) * up; }
 
 #if CLUSTER > 1
 #define CLUSTERED __cluster_dims__(CLUSTER, 1, 1)
@@ -66,9 +95,9 @@ DEVICE void largest_of_row(const float (&of_warps)[WARPS][TOKENS], u32 rank, flo
 #define CLUSTERED
 #endif
 
-extern "C" __global__ CLUSTERED __launch_bounds__(THREADS)
+extern "C" __global__ CLUSTERED __launch_bounds__(THREADS, RESIDENT)
 void silu_mul_quant(const __grid_constant__ Arguments arguments) {
-    __shared__ float of_warps[WARPS][TOKENS];
+    __shared__ Largest shared;
 #if CLUSTER > 1
     const u32 rank = cluster_ctarank();
     // Nobody may write into a block's shared memory before it runs.
@@ -78,59 +107,95 @@ void silu_mul_quant(const __grid_constant__ Arguments arguments) {
 #endif
     // The next kernel waits for this one's end, but may fetch its weights meanwhile.
     griddepcontrol_launch_dependents();
-    const int size = arguments.size, boundary = arguments.boundary, first = blockIdx.x / CLUSTER * TOKENS;
-    const int count = min(TOKENS, arguments.tokens - first);
-    const int thread = threadIdx.x, lane = thread % 32;
+    const int size = arguments.size, boundary = arguments.boundary, tokens = arguments.tokens;
+    const int stride = gridDim.x / CLUSTER * TOKENS, thread = threadIdx.x;
     const auto place = [&](int vector) { return ((vector * CLUSTER + int(rank)) * THREADS + thread) * WIDTH; };
 
-    float values[TOKENS][VECTORS][WIDTH], largest[TOKENS] = {};
-    griddepcontrol_wait();
-#pragma unroll
-    for (int vector = 0; vector < VECTORS; ++vector) {
-        const int at = place(vector);
-        if (at >= size) break;
-        float gate_scale[WIDTH], up_scale[WIDTH];
-        if (SCALED) {
-            load(arguments.w_scale + at, gate_scale);
-            load(arguments.w_scale + size + at, up_scale);
-        }
-        const int gate_at = at < boundary ? at : at + boundary, up_at = at < boundary ? at + boundary : at + size;
-#pragma unroll
-        for (int t = 0; t < TOKENS; ++t) {
-            if (t >= count) break;
-            const u64 row = u64(first + t) * 2 * size;
-            const float scale = SCALED ? arguments.x_scale[first + t] : 1;
-            float gate[WIDTH], up[WIDTH];
-            load(arguments.raw + row + gate_at, gate);
-            load(arguments.raw + row + up_at, up);
-#pragma unroll
-            for (int i = 0; i < WIDTH; ++i) {
-                const float g = SCALED ? gate[i] * scale * gate_scale[i] : gate[i];
-                const float u = SCALED ? up[i] * scale * up_scale[i] : up[i];
-                const float value = __fdividef(g, 1 + __expf(-g)) * u;
-                values[t][vector][i] = value;
-                largest[t] = larger(fabsf(value), largest[t]);
-            }
-        }
-    }
-#pragma unroll
-    for (int t = 0; t < TOKENS; ++t) {
-#pragma unroll
-        for (int offset = 16; offset; offset /= 2)
-            largest[t] = larger(__shfl_xor_sync(~0u, largest[t], offset), largest[t]);
-        if (lane == 0) of_warps[thread / 32][t] = largest[t];
-    }
-    largest_of_row(of_warps, rank, largest);
-#pragma unroll
-    for (int t = 0; t < TOKENS; ++t) {
-        if (t >= count) break;
-        const float scale = larger(largest[t] / LARGEST, SMALLEST_SCALE), inverse = 1 / scale;
-        if (rank == 0 && thread == 0) arguments.scale[first + t] = scale;
+    float gate_scale[HOLD ? VECTORS : 1][WIDTH], up_scale[HOLD ? VECTORS : 1][WIDTH];
+    const auto load_scales = [&](int vector, int at) {
+        load(arguments.w_scale + at, gate_scale[HOLD ? vector : 0]);
+        load(arguments.w_scale + size + at, up_scale[HOLD ? vector : 0]);
+    };
+    // The weight's scales are there before the previous kernel ends.
+    if (SCALED) {
 #pragma unroll
         for (int vector = 0; vector < VECTORS; ++vector) {
             const int at = place(vector);
             if (at >= size) break;
-            store_fp8(arguments.out + u64(first + t) * size + at, values[t][vector], inverse);
+            if (HOLD) {
+                load_scales(vector, at);
+            } else {
+                prefetch_l2(arguments.w_scale + at);
+                prefetch_l2(arguments.w_scale + size + at);
+            }
         }
     }
+
+    RawVector gates[TOKENS][VECTORS], ups[TOKENS][VECTORS];
+    float x_scales[TOKENS];
+    const auto load_step = [&](int first) {
+#pragma unroll
+        for (int t = 0; t < TOKENS; ++t) {
+            if (first + t >= tokens) break;
+            x_scales[t] = SCALED ? __ldcg(arguments.x_scale + first + t) : 1;
+            const Raw* row = arguments.raw + u64(first + t) * 2 * size;
+#pragma unroll
+            for (int vector = 0; vector < VECTORS; ++vector) {
+                const int at = place(vector);
+                if (at >= size) break;
+                gates[t][vector].load(row + (at < boundary ? at : at + boundary));
+                ups[t][vector].load(row + (at < boundary ? at + boundary : at + size));
+            }
+        }
+    };
+
+    griddepcontrol_wait();
+    int first = blockIdx.x / CLUSTER * TOKENS, buffer = 0;
+    load_step(first);
+    do {
+        float values[TOKENS][VECTORS][WIDTH], largest[TOKENS] = {};
+#pragma unroll
+        for (int vector = 0; vector < VECTORS; ++vector) {
+            const int at = place(vector), held = HOLD ? vector : 0;
+            if (at >= size) break;
+            if (SCALED && !HOLD) load_scales(vector, at);
+#pragma unroll
+            for (int t = 0; t < TOKENS; ++t) {
+                if (first + t >= tokens) break;
+                float gate[WIDTH], up[WIDTH];
+                gates[t][vector].unpack(gate);
+                ups[t][vector].unpack(up);
+#pragma unroll
+                for (int i = 0; i < WIDTH; ++i) {
+                    const float g = SCALED ? gate[i] * x_scales[t] * gate_scale[held][i] : gate[i];
+                    const float u = SCALED ? up[i] * x_scales[t] * up_scale[held][i] : up[i];
+                    values[t][vector][i] = silu_mul(g, u);
+                    largest[t] = max_nan(fabsf(values[t][vector][i]), largest[t]);
+                }
+            }
+        }
+        if (LOOP) load_step(first + stride);
+#if CLUSTER > 1
+        if (first < stride) barrier_cluster_wait();   // the first step: see above
+        shared.send(largest, buffer, rank);
+        cluster_sync();
+#else
+        shared.send(largest, buffer, rank);
+        __syncthreads();
+#endif
+        shared.receive(largest, buffer);
+#pragma unroll
+        for (int t = 0; t < TOKENS; ++t) {
+            if (first + t >= tokens) break;
+            const float scale = max_nan(largest[t] / LARGEST, SMALLEST_SCALE), inverse = 1 / scale;
+            if (rank == 0 && thread == 0) arguments.scale[first + t] = scale;
+#pragma unroll
+            for (int vector = 0; vector < VECTORS; ++vector) {
+                const int at = place(vector);
+                if (at >= size) break;
+                store_fp8(arguments.out + u64(first + t) * size + at, values[t][vector], inverse);
+            }
+        }
+        first += stride, buffer ^= 1;
+    } while (LOOP && first < tokens);
 }

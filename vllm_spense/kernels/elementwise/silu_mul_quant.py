@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -14,14 +16,45 @@ from vllm_spense.kernels.region_gemm.reference import FP8, fp8_difference
 
 #: Values that a thread takes at once: the intermediate size is a multiple of it.
 WIDTH = 8
-#: Thread blocks that share a long row, and the most threads in one.
-_CLUSTER, _MAX_THREADS = 8, 512
 #: Up to this size a row is short: one thread block's, as an expert's is.
 _SHORT = 2048
-#: Beyond so many tokens two long rows are taken at once (H100).
-_FEW_LONG = 32
-#: And rows of at most so many values, beyond so many tokens; other short ones never gain (H200, docs/notes/kernels.md).
-_SHORTEST, _FEW_SHORTEST = 768, 2048
+#: Short rows of at most so many values gain from two at once; others never do (H200, docs/notes/kernels.md).
+_SHORTEST = 768
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the rows are shared out.
+
+    Attributes:
+        cluster: thread blocks of a row: 1, 2, 4 or 8.
+        tokens: rows that a cluster takes at once.
+        threads: at most, of a block.
+        hold: the weight's scales are in registers before the first rows are there, and stay.
+        loop: there are only as many clusters as run at the same time, and each takes rows until none are left.
+        resident: blocks for which a multiprocessor must have registers.
+    """
+
+    cluster: int
+    tokens: int = 1
+    threads: int = 512
+    hold: bool = False
+    loop: bool = False
+    resident: int = 1
+
+    def shape(self, size: int) -> tuple[int, int]:
+        """(threads of a block, vectors of a thread) that cover a row of `size` values."""
+        vectors = -(-size // WIDTH)
+        each = -(-vectors // (self.cluster * self.threads))
+        warps = -(-vectors // (self.cluster * each * 32))
+        return 32 * warps, each
+
+
+Ways = Sequence[tuple[int, Way]]
+#: Ways, each with the fewest tokens that it is for: of long rows (H100), of short ones, of the shortest (H200).
+_LONG: Ways = ((0, Way(8)), (33, Way(8, tokens=2)))
+_OF_SHORT: Ways = ((0, Way(1)),)
+_OF_SHORTEST: Ways = (*_OF_SHORT, (2049, Way(1, tokens=2)))
 #: Sizes and numbers of tokens that `fault` tries: one and several vectors of a thread, full and partial clusters.
 _TRIALS = ((64, 1), (768, 2051), (14336, 19), (34816, 130))
 
@@ -31,10 +64,10 @@ def fault(device: torch.device) -> str | None:
     """Why this kernel must not be used on a GPU, or None: tried out once in each process, against its twin."""
     generator = torch.Generator(device).manual_seed(0)
     for (size, tokens), dtype in ((trial, dtype) for trial in _TRIALS for dtype in (torch.bfloat16, torch.float32)):
-        raw = torch.randn(tokens, 2 * size, dtype=dtype, device=device, generator=generator) * 1000
         # While a model loads, torch's default is the model's dtype.
         scales = torch.rand(tokens + 2 * size, dtype=torch.float32, device=device, generator=generator)
         x_scale, w_scale, boundary = scales[:tokens] / 100, scales[tokens:].clone(), size // 4 * 3
+        raw = torch.randn(tokens, 2 * size, dtype=dtype, device=device, generator=generator) * 1000
         try:
             found = run(raw, x_scale, w_scale, boundary)
         except RuntimeError as error:
@@ -54,7 +87,7 @@ def run(
         raw: (M, 2·I) bfloat16 or float32, gate_up's raw sums by region, contiguous. I is a multiple of `WIDTH`.
         x_scale: float32, one for each of the M tokens.
         w_scale: float32, one for each of the 2·I rows of the weight, gate's before up's. Both are None for sums that
-            were scaled already.
+            were scaled already. The kernel reads w_scale before the launch before it has ended.
         boundary: columns of a sparse region, a multiple of `WIDTH`.
 
     Returns:
@@ -65,32 +98,34 @@ def run(
     scale = torch.empty(tokens, 1, dtype=torch.float32, device=raw.device)
     if not tokens:
         return out, scale
-    at_once = _tokens_at_once(tokens, size)
-    kernel = _kernel(size, at_once, raw.dtype == torch.float32, x_scale is not None, raw.device)
+    way = _way(tokens, size)
+    kernel = _kernel(size, way, raw.dtype == torch.float32, x_scale is not None, raw.device)
     scales = (None if tensor is None else tensor.data_ptr() for tensor in (x_scale, w_scale))
     arguments = Arguments(
         raw.data_ptr(), *scales, out.data_ptr(), scale.data_ptr(), tokens, size,
         boundary,
     )  # fmt: skip
-    blocks = _blocks_each(size) * -(-tokens // at_once)
-    kernel.launch(blocks, arguments, current_stream(raw.device))
+    clusters = -(-tokens // way.tokens)
+    if way.loop:
+        clusters = min(clusters, kernel.resident_clusters(way.cluster))
+    kernel.launch(way.cluster * clusters, arguments, current_stream(raw.device))
     return out, scale
 
 
 def prepare(size: int, raw_dtype: torch.dtype, device: torch.device, scaled: bool = True) -> None:
     """Compiles and loads the kernel for every number of tokens."""
-    for at_once in {_tokens_at_once(tokens, size) for tokens in (1, max(_FEW_LONG, _FEW_SHORTEST) + 1)}:
-        _kernel(size, at_once, raw_dtype == torch.float32, scaled, device)
+    for _, way in _ways(size):
+        _kernel(size, way, raw_dtype == torch.float32, scaled, device)
 
 
-def _blocks_each(size: int) -> int:
-    return 1 if size <= _SHORT else _CLUSTER
-
-
-def _tokens_at_once(tokens: int, size: int) -> int:
+def _ways(size: int) -> Ways:
     if size > _SHORT:
-        return 1 if tokens <= _FEW_LONG else 2
-    return 2 if size <= _SHORTEST and tokens > _FEW_SHORTEST else 1
+        return _LONG
+    return _OF_SHORTEST if size <= _SHORTEST else _OF_SHORT
+
+
+def _way(tokens: int, size: int) -> Way:
+    return [way for fewest, way in _ways(size) if tokens >= fewest][-1]
 
 
 class Arguments(ctypes.Structure):
@@ -102,27 +137,22 @@ class Arguments(ctypes.Structure):
     )
 
 
-def shape(size: int) -> tuple[int, int]:
-    """(threads of a block, vectors of a thread) that cover a row of `size` values."""
-    vectors, blocks = -(-size // WIDTH), _blocks_each(size)
-    each = -(-vectors // (blocks * _MAX_THREADS))
-    warps = -(-vectors // (blocks * each * 32))
-    return 32 * warps, each
-
-
 @cache
-def _kernel(size: int, tokens: int, raw_float: bool, scaled: bool, device: torch.device) -> driver.Kernel:
-    return driver.elementwise_kernel("silu_mul_quant", macros(size, tokens, raw_float, scaled), device)
+def _kernel(size: int, way: Way, raw_float: bool, scaled: bool, device: torch.device) -> driver.Kernel:
+    return driver.elementwise_kernel("silu_mul_quant", macros(size, way, raw_float, scaled), device)
 
 
-def macros(size: int, tokens: int, raw_float: bool, scaled: bool = True) -> dict[str, int]:
-    """What specializes the kernel; a cluster takes `tokens` at once."""
-    threads, vectors = shape(size)
+def macros(size: int, way: Way, raw_float: bool, scaled: bool = True) -> dict[str, int]:
+    """What specializes the kernel."""
+    threads, vectors = way.shape(size)
     return {
         "THREADS": threads,
         "VECTORS": vectors,
-        "CLUSTER": _blocks_each(size),
-        "TOKENS": tokens,
+        "CLUSTER": way.cluster,
+        "TOKENS": way.tokens,
+        "LOOP": int(way.loop),
+        "HOLD": int(way.hold),
+        "RESIDENT": way.resident,
         "RAW_FLOAT": int(raw_float),
         "SCALED": int(scaled),
     }

@@ -123,16 +123,16 @@ extern "C" __global__ __launch_bounds__(THREADS) void expert_route(const __grid_
         if (at >= size) break;
         load(arguments.x + u64(token) * arguments.x_stride + at, values[vector]);
 #pragma unroll
-        for (int i = 0; i < WIDTH; ++i) largest = larger(fabsf(values[vector][i]), largest);
+        for (int i = 0; i < WIDTH; ++i) largest = max_nan(fabsf(values[vector][i]), largest);
     }
 #pragma unroll
-    for (int offset = 16; offset; offset /= 2) largest = larger(__shfl_xor_sync(~0u, largest, offset), largest);
+    for (int offset = 16; offset; offset /= 2) largest = max_nan(__shfl_xor_sync(~0u, largest, offset), largest);
     if (thread % 32 == 0) largest_of_warps[thread / 32] = largest;
     int places[TOP_K];
     find_places(arguments, token, places);   // synchronizes all threads
     largest = 0;
-    for (int warp = 0; warp < WARPS; ++warp) largest = larger(largest_of_warps[warp], largest);
-    const float scale = larger(largest / LARGEST, SMALLEST_SCALE), inverse = 1 / scale;
+    for (int warp = 0; warp < WARPS; ++warp) largest = max_nan(largest_of_warps[warp], largest);
+    const float scale = max_nan(largest / LARGEST, SMALLEST_SCALE), inverse = 1 / scale;
     if (thread == 0) {
 #pragma unroll
         for (int j = 0; j < TOP_K; ++j) {

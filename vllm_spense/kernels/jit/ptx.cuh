@@ -29,6 +29,29 @@ DEVICE void griddepcontrol_launch_dependents() {
 #endif
 }
 
+// --- Arithmetic. Subnormal results and operands are zero (ftz), which saves the instructions that would rescale them.
+
+// 2 to the power of x.
+DEVICE float ex2_approx_ftz(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// a / b, by way of 1 / b.
+DEVICE float div_approx_ftz(float a, float b) {
+    float y;
+    asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+}
+
+// The larger of two numbers; NaN if either is.
+DEVICE float max_nan(float a, float b) {
+    float y;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+}
+
 // --- Conversions.
 
 // Two floats as a pair of bfloat16, rounded to nearest even.
