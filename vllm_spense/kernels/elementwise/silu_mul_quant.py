@@ -18,6 +18,8 @@ from vllm_spense.kernels.region_gemm.reference import FP8, fp8_difference
 WIDTH = 8
 #: Up to this size a row is short: one thread block's, as an expert's is.
 _SHORT = 2048
+#: Up to this size one of many long rows is better off with fewer threads.
+_MIDDLE = 16384
 #: Short rows of at most so many values gain from two at once; others never do (H200, docs/notes/kernels.md).
 _SHORTEST = 768
 
@@ -51,8 +53,13 @@ class Way:
 
 
 Ways = Sequence[tuple[int, Way]]
-#: Ways, each with the fewest tokens that it is for: of long rows (H100), of short ones, of the shortest (H200).
-_LONG: Ways = ((0, Way(8)), (33, Way(8, tokens=2)))
+#: Ways, each with the fewest tokens that it is for, of rows of more than `_MIDDLE` values, of more than `_SHORT`, of
+#: short ones and of the shortest (H200). With few tokens several blocks share a row, with many each has its own.
+_FEW: Ways = ((0, Way(4, hold=True)), (48, Way(2, threads=1024, hold=True)), (96, Way(1, threads=1024)))
+_OF_LONG: Ways = _FEW
+_OF_MIDDLING: Ways = (*_FEW, (192, Way(1, threads=512)))
+#: Of all these where sums are float32, which one block has not the registers for (H100).
+_OF_FLOATS: Ways = ((0, Way(8)), (33, Way(8, tokens=2)))
 _OF_SHORT: Ways = ((0, Way(1)),)
 _OF_SHORTEST: Ways = (*_OF_SHORT, (2049, Way(1, tokens=2)))
 #: Sizes and numbers of tokens that `fault` tries: one and several vectors of a thread, full and partial clusters.
@@ -98,8 +105,9 @@ def run(
     scale = torch.empty(tokens, 1, dtype=torch.float32, device=raw.device)
     if not tokens:
         return out, scale
-    way = _way(tokens, size)
-    kernel = _kernel(size, way, raw.dtype == torch.float32, x_scale is not None, raw.device)
+    raw_float = raw.dtype == torch.float32
+    way = [way for fewest, way in _ways(size, raw_float) if tokens >= fewest][-1]
+    kernel = _kernel(size, way, raw_float, x_scale is not None, raw.device)
     scales = (None if tensor is None else tensor.data_ptr() for tensor in (x_scale, w_scale))
     arguments = Arguments(
         raw.data_ptr(), *scales, out.data_ptr(), scale.data_ptr(), tokens, size,
@@ -114,18 +122,17 @@ def run(
 
 def prepare(size: int, raw_dtype: torch.dtype, device: torch.device, scaled: bool = True) -> None:
     """Compiles and loads the kernel for every number of tokens."""
-    for _, way in _ways(size):
-        _kernel(size, way, raw_dtype == torch.float32, scaled, device)
+    raw_float = raw_dtype == torch.float32
+    for _, way in _ways(size, raw_float):
+        _kernel(size, way, raw_float, scaled, device)
 
 
-def _ways(size: int) -> Ways:
-    if size > _SHORT:
-        return _LONG
-    return _OF_SHORTEST if size <= _SHORTEST else _OF_SHORT
-
-
-def _way(tokens: int, size: int) -> Way:
-    return [way for fewest, way in _ways(size) if tokens >= fewest][-1]
+def _ways(size: int, raw_float: bool) -> Ways:
+    if size <= _SHORT:
+        return _OF_SHORTEST if size <= _SHORTEST else _OF_SHORT
+    if raw_float:
+        return _OF_FLOATS
+    return _OF_LONG if size > _MIDDLE else _OF_MIDDLING
 
 
 class Arguments(ctypes.Structure):

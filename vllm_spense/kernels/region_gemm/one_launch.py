@@ -38,6 +38,10 @@ Packed = Mapping[str, torch.Tensor]
 
 #: The largest M that is searched for. Every further tile reads the weights again, and the libraries win.
 MAX_TOKENS = 512
+#: Beyond it nothing is searched for: so many tiles need not be cut to occupy every multiprocessor.
+_BEYOND = Tiling(MAX_TILE_TOKENS, 128)
+#: Tiles that leave some of `MAX_TILE_TOKENS` to others are no narrower than this.
+_NARROWEST = 64
 #: GEMMs of every kind that `fault` tries, and what they may be off: bfloat16 alone is worth 0.002.
 _TRIALS = (
     Problem(640, 320, Regions(192, 128), "output", projections=2),
@@ -130,10 +134,7 @@ def run(x: torch.Tensor, packed: Packed, problem: Problem, scales: Scales | None
 @cache
 def plan(problem: Problem, tokens: int, device: torch.device) -> OneLaunchPlan:
     """The plan for M up to `tokens`, a power of two or a multiple of 256."""
-    tiling = _found(problem, bucket(tokens), device).tiling
-    if tokens > MAX_TOKENS:
-        # So many tiles need not be cut to occupy every multiprocessor.
-        tiling = replace(tiling, splits=0, cluster=False)
+    tiling = _BEYOND if tokens > MAX_TOKENS else _found(problem, bucket(tokens), device).tiling
     return OneLaunchPlan(problem, tokens, device, tiling)
 
 
@@ -185,14 +186,15 @@ def search(problem: Problem, tokens: int, device: torch.device) -> Found:
 
 def candidates(problem: Problem, tokens: int, multiprocessors: int) -> Iterator[Tiling]:
     """Ways to cut a GEMM that are worth timing."""
-    tile = tile_tokens(tokens)
-    for sparse_k in (128, 256):
+    widest = tile_tokens(tokens)
+    narrower = [tile for tile in (widest // 2, widest // 4) if tile >= _NARROWEST]
+    for tile, sparse_k in product((widest, *narrower), (128, 256)):
         if not fits(Tiling(tile, sparse_k)):
             continue
         yield Tiling(tile, sparse_k)
         count = sum(1 for _ in tiles(problem, tokens, Tiling(tile, sparse_k)))
         # Half of the multiprocessors can keep the memory busy, and fewer splits are sooner added up.
-        for splits, cluster in product((2, 3, 4, 6, 8), (False, True)):
+        for splits, cluster in ((1, False), *product((2, 3, 4, 6, 8), (False, True))):
             if 0.5 * multiprocessors <= count * splits <= multiprocessors:
                 yield Tiling(tile, sparse_k, splits, cluster)
 

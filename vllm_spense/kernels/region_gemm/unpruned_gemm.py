@@ -18,7 +18,7 @@ from vllm_spense.kernels.tuning.compare import Packed, compare
 #: x (M, K), W (N, K), scales of tokens (M, 1) and rows (N, 1) → (M, N) bfloat16.
 Gemm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 #: Beyond this, tensor cores limit a dense GEMM more than memory does.
-MOST_TOKENS = 128
+MOST_TOKENS = 256
 
 
 class StockGemm(NamedTuple):
