@@ -44,6 +44,13 @@ def check_port(port: int, another: str = "make demo PORT=8001") -> None:
             raise SystemExit(f"Port {port} cannot be used ({error}): choose another, {another}") from None
 
 
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
 def exit_on_signals() -> None:
     """Lets this process end like after `sys.exit` when it is told to, so that `serving` stops its server then too."""
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -51,18 +58,19 @@ def exit_on_signals() -> None:
 
 
 def starting_vllm(
-    model: Path, port: int, log: Path, on_cpu: bool, *options: str
+    model: Path, port: int, log: Path, on_cpu: bool, *options: str, env: dict[str, str] | None = None
 ) -> contextlib.AbstractContextManager[Server]:
     """vLLM's OpenAI-compatible server, as `starting` has it.
 
     Args:
         on_cpu: whether this machine has no NVIDIA GPU.
         options: of vLLM.
+        env: added to this process's environment.
     """
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--host", HOST, "--port", str(port), *options, *(CPU_ARGUMENTS if on_cpu else [])]
     # Nobody's usage should be reported without having been asked.
-    return starting(command, port, log, {"VLLM_NO_USAGE_STATS": "1", **(CPU_ENV if on_cpu else {})})
+    return starting(command, port, log, {"VLLM_NO_USAGE_STATS": "1", **(CPU_ENV if on_cpu else {}), **(env or {})})
 
 
 @contextlib.contextmanager
