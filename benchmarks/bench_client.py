@@ -123,7 +123,9 @@ class Client:
                 if line.strip() == FINISHED:
                     return
         end = "\n".join(self.log.read_text(encoding="utf-8").splitlines()[-_LAST_LINES:])
-        raise SpenseError(f"{end}\nvllm bench serve ended with code {self.process.wait()}, all it said is in {self.log}")
+        raise SpenseError(
+            f"{end}\nvllm bench serve ended with code {self.process.wait()}, all it said is in {self.log}"
+        )
 
 
 if __name__ == "__main__":

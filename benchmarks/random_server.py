@@ -2,8 +2,8 @@
 
     vllm serve FOLDER --load-format dummy --worker-extension-cls benchmarks.random_server.RandomWeights
 
-vLLM imports this module in each worker, last of all that it imports, before the worker takes its GPU. There it waits for
-the file that `GO` names in the environment, so that a server is through with importing when it gets the GPU.
+vLLM imports this module in each worker, last of all that it imports, before the worker takes its GPU. There it waits
+for the file that `GO` names in the environment, so that a server is through with importing when it gets the GPU.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stock FP8 and Spense under load: an OpenAI-compatible server each, and `vllm bench serve` with 1024 tokens in, 256 out.
+"""Stock FP8 and Spense under load: vLLM's OpenAI-compatible servers and `vllm bench serve`, 1024 tokens in, 256 out.
 
     python benchmarks/serve_load.py
 
@@ -93,16 +93,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-32b")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--sparsities", nargs="*", type=float, default=SPARSITIES, help="beside stock FP8")
-    parser.add_argument("--kv", nargs="+", choices=("auto", "fp8"), default=("fp8", "auto"), help="type of the KV cache")
+    parser.add_argument(
+        "--kv", nargs="+", choices=("auto", "fp8"), default=("fp8", "auto"), help="type of the KV cache"
+    )
     parser.add_argument("--concurrencies", nargs="+", type=int, default=CONCURRENCIES, help="requests at once")
     parser.add_argument("--input", type=int, default=1024, help="tokens of a prompt")
     parser.add_argument("--output", type=int, default=256, help="tokens of a completion")
     parser.add_argument(
         "--prompts-per-client", type=int, default=2, help="requests for each that runs at once, of all at least 64"
     )
-    parser.add_argument("--least-prompts", type=int, default=LEAST_PROMPTS, help="instead of these 64")
+    parser.add_argument("--least-prompts", type=int, default=LEAST_PROMPTS, help="instead of 64")
     parser.add_argument("--together", type=int, default=1, help="servers that share the GPU's memory")
-    parser.add_argument("--eager", action="store_true", help="neither compile nor capture: to try things out")
+    parser.add_argument("--eager", action="store_true", help="neither compile nor capture, as always on a CPU")
     parser.add_argument("--work", type=Path, default=CACHE / "serve_load", help="for logs and what was measured")
     parser.add_argument("--out", type=Path, default=RESULTS / "serve_load.json")
     options = parser.parse_args()
@@ -124,6 +126,7 @@ class LoadRun:
 
     def __init__(self, options: argparse.Namespace, sparsity: float | None, kv: str) -> None:
         self.options, self.sparsity, self.kv = options, sparsity, kv
+        self.on_cpu = kind() == "cpu"
         self.scheme = STOCK if sparsity is None else f"spense-{100 * sparsity:g}"
         name = f"{options.shape}-{options.layers or SHAPES[options.shape]['num_hidden_layers']}-{self.scheme}"
         self.folder = make_shape(options.shape, options.work / name, sparsity, options.layers)
@@ -131,7 +134,7 @@ class LoadRun:
         write_tokenizer(self.folder, self.config["vocab_size"])
         order = [self.config, *self.server_options(), options.input, options.output]
         self.stem = f"{name}-kv-{kv}-{sha256(json.dumps(order).encode()).hexdigest()[:8]}"
-        self.log, self.go = (options.work / f"{self.stem}.{kind}" for kind in ("log", "go"))
+        self.log, self.go = (options.work / f"{self.stem}.{suffix}" for suffix in ("log", "go"))
         self.context = ExitStack()
         self.server: Server | None = None
         self.search_s: float | None = None
@@ -156,7 +159,7 @@ class LoadRun:
             tokens = max(options.concurrencies) * (options.input + options.output + _KV_BLOCK) + 2 * _KV_BLOCK
             wanted["kv-cache-memory-bytes"] = tokens * kv_token_bytes(self.config, self.kv)
             wanted["gpu-memory-utilization"] = round(_SHARED / options.together, 4)
-        flags = ["--no-enable-prefix-caching", *(["--enforce-eager"] if options.eager else [])]
+        flags = ["--no-enable-prefix-caching", *(["--enforce-eager"] if options.eager and not self.on_cpu else [])]
         return [*(text for name, value in wanted.items() for text in (f"--{name}", str(value))), *flags]
 
     def start(self) -> None:
@@ -164,7 +167,6 @@ class LoadRun:
         if self.server or not self.missing():
             return
         self.go.unlink(missing_ok=True)
-        on_cpu = kind() == "cpu"
         env = {
             GO: str(self.go),
             "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
@@ -173,10 +175,11 @@ class LoadRun:
             # For /collective_rpc.
             "VLLM_SERVER_DEV_MODE": "1",
         }
-        if on_cpu:
+        if self.on_cpu:
             # Threads pinned to cores that clients use too wait for each other in every operation.
             env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        starting = starting_vllm(self.folder, free_port(), self.log, on_cpu, *self.server_options(), env=env)
+        options = self.server_options()
+        starting = starting_vllm(self.folder, free_port(), self.log, self.on_cpu, *options, env=env)
         self.server = self.context.enter_context(starting)
 
     def begin(self) -> None:
@@ -228,12 +231,17 @@ class LoadRun:
         url = server.url.removesuffix("/v1")
         client.run(arguments(url, NAME, self.folder, lengths, concurrency, prompts, unfinished))
         found = json.loads(unfinished.read_text(encoding="utf-8"))
-        answered, tokens = found["completed"], found["total_output_tokens"]
-        if (answered, tokens) != (prompts, prompts * options.output):
-            raise SpenseError(
-                f"{last_lines(self.log)}\n{self.stem}: {concurrency} at once: found {answered} answers of {tokens} "
-                f"tokens, expected {prompts} of {prompts * options.output}; the end of the server's log is above"
-            )
+        expected = {
+            "completed": prompts,
+            "total_input_tokens": prompts * options.input,
+            "total_output_tokens": prompts * options.output,
+        }
+        for key, number in expected.items():
+            if found[key] != number:
+                raise SpenseError(
+                    f"{last_lines(self.log)}\n{self.stem}, {concurrency} at once: of `vllm bench serve` (key: {key}; "
+                    f"found: {found[key]}; expected: {number}); the end of {self.log} is above"
+                )
         unfinished.rename(result)
 
     def stop(self) -> None:
@@ -320,4 +328,7 @@ def rows(options: argparse.Namespace, runs: Sequence[LoadRun]) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SpenseError as error:
+        sys.exit(str(error))
