@@ -37,7 +37,7 @@ from benchmarks.make_shape import kv_token_bytes, make_shape
 from benchmarks.random_server import EXTENSION, FILL, GO, write_tokenizer
 from scripts.bootstrap import kind
 from scripts.pruned import CACHE
-from scripts.server import HOST, Server, exit_on_signals, free_port, last_lines, starting_vllm
+from scripts.server import HOST, Server, ServerFailed, exit_on_signals, free_port, last_lines, starting_vllm
 from vllm_spense.errors import SpenseError
 from vllm_spense.shapes import SHAPES
 
@@ -67,7 +67,6 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    exit_on_signals()
     options = parse()
     options.work.mkdir(parents=True, exist_ok=True)
     # Stock first, and of each type of KV cache all at once: what is compared is measured within minutes.
@@ -191,7 +190,7 @@ class LoadRun:
     def wait_until_ready(self) -> None:
         """Returns, too, when the server fails, which `measure` reports."""
         if self.server:
-            with suppress(SystemExit):
+            with suppress(ServerFailed):
                 self.server.wait_until_ready()
 
     def measure(self, client: Client) -> None:
@@ -213,7 +212,7 @@ class LoadRun:
             for concurrency in self.missing():
                 print(f"{self.stem}: {concurrency} at once", flush=True)
                 self.run_bench(client, self.server, concurrency)
-        except SystemExit as error:
+        except ServerFailed as error:
             raise SpenseError(str(error.code)) from None
         finally:
             self.stop()
@@ -328,6 +327,7 @@ def rows(options: argparse.Namespace, runs: Sequence[LoadRun]) -> list[Row]:
 
 
 if __name__ == "__main__":
+    exit_on_signals()
     try:
         main()
     except SpenseError as error:

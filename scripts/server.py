@@ -80,7 +80,7 @@ def serving(
     """Enters the context once the server is ready; gives its process. Otherwise like `starting`.
 
     Raises:
-        SystemExit: as `Server.wait_until_ready`.
+        ServerFailed: as `Server.wait_until_ready`.
     """
     with starting(command, port, log, env) as server:
         server.wait_until_ready()
@@ -112,6 +112,10 @@ def starting(command: list[str], port: int, log: Path, env: dict[str, str] | Non
         _stop(process)
 
 
+class ServerFailed(SystemExit):
+    """A server ended, or did not become ready in time; not that this process is told to end."""
+
+
 @dataclass(frozen=True)
 class Server:
     """A server that has been told to start.
@@ -134,13 +138,13 @@ class Server:
         """Returns once `GET /health` answers.
 
         Raises:
-            SystemExit: with the server's last lines, when it ends or is not ready in `START_SECONDS`.
+            ServerFailed: with the server's last lines, when it ends or is not ready in `START_SECONDS`.
         """
         while not _healthy(self.port):
             code, too_long = self.process.poll(), time.monotonic() > self.started + START_SECONDS
             if code is not None or too_long:
                 what = "did not become ready" if code is None else f"ended with code {code}"
-                raise SystemExit(
+                raise ServerFailed(
                     f"{last_lines(self.log)}\nThe server {what}; its last lines are above, all of them in {self.log}"
                 )
             time.sleep(0.5)

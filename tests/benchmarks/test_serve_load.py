@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 import sys
 import threading
 from collections.abc import Sequence
@@ -125,11 +126,22 @@ def main(monkeypatch: pytest.MonkeyPatch, folder: Path, *more: str) -> list[dict
     command = "serve_load.py --shape tiny --kv auto --sparsities 0.375 0.5 --concurrencies 2 48 --output 8"
     files = ["--work", str(folder / "work"), "--out", str(folder / "out.json")]
     monkeypatch.setattr(sys, "argv", [*command.split(), *more, *files])
-    try:
-        serve_load.main()
-    finally:
-        rows = json.loads((folder / "out.json").read_text())["rows"]
-    return rows
+    serve_load.main()
+    return json.loads((folder / "out.json").read_text())["rows"]
+
+
+def record_processes(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
+    """All fake servers that start from now on."""
+    started: list[subprocess.Popen[bytes]] = []
+    start = serve_load.LoadRun.start
+
+    def recorded(run: LoadRun) -> None:
+        start(run)
+        if run.process and run.process not in started:
+            started.append(run.process)
+
+    monkeypatch.setattr(LoadRun, "start", recorded)
+    return started
 
 
 def options(monkeypatch: pytest.MonkeyPatch, folder: Path, *more: str) -> Any:
@@ -188,6 +200,29 @@ def test_a_server_that_dies_is_named_and_only_what_is_missing_is_measured_again(
     client.measured.clear()
     assert {row["ratio"] for row in main(monkeypatch, tmp_path)} == {1.0, 1.25, 1.5}
     assert client.measured == [("spense-50", 2), ("spense-50", 48)]
+
+
+@pytest.mark.parametrize(("together", "where"), [("1", "run"), ("1", "wait"), ("2", "wait")])
+def test_a_run_that_is_told_to_end_ends(
+    client: FakeClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, together: str, where: str
+) -> None:
+    """By a signal, wherever it comes: that is no failure of a server, after which the next one would be measured."""
+    stops = []
+
+    def told_to_end(*_: object) -> None:
+        stops.append(where)
+        raise SystemExit(143)
+
+    if where == "run":
+        monkeypatch.setattr(client, "run", told_to_end)
+    else:
+        monkeypatch.setattr(server.Server, "wait_until_ready", told_to_end)
+    started = record_processes(monkeypatch)
+    with pytest.raises(SystemExit, match=r"^143$"):
+        main(monkeypatch, tmp_path, "--together", together)
+    assert len(stops) == 1
+    assert len(started) >= 2
+    assert all(process.poll() is not None for process in started)
 
 
 def test_answers_that_are_too_short_do_not_count(
