@@ -80,6 +80,10 @@ def arguments(
     return [*(text for name, value in options.items() for text in (f"--{name}", str(value))), *flags]
 
 
+class ClientEnded(SpenseError):
+    """The process that runs `vllm bench serve` is gone: no server can be measured any more."""
+
+
 class Client:
     """That process, as a context: ended on exit.
 
@@ -107,7 +111,7 @@ class Client:
         """Runs `vllm bench serve` with these arguments.
 
         Raises:
-            SpenseError: the process ended; shows the end of its log.
+            ClientEnded: the process ended; shows the end of its log.
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -123,7 +127,7 @@ class Client:
                 if line.strip() == FINISHED:
                     return
         end = "\n".join(self.log.read_text(encoding="utf-8").splitlines()[-_LAST_LINES:])
-        raise SpenseError(
+        raise ClientEnded(
             f"{end}\nvllm bench serve ended with code {self.process.wait()}, all it said is in {self.log}"
         )
 

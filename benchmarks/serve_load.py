@@ -30,7 +30,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.alternatives_table import STOCK
-from benchmarks.bench_client import Client, arguments
+from benchmarks.bench_client import Client, ClientEnded, arguments
 from benchmarks.engine_runs import in_turn
 from benchmarks.envelope import RESULTS, ROOT, write_result
 from benchmarks.make_shape import kv_token_bytes, make_shape
@@ -76,6 +76,8 @@ def main() -> None:
         for run in turns:
             try:
                 run.measure(client)
+            except ClientEnded:
+                raise
             except SpenseError as error:
                 print(error, file=sys.stderr, flush=True)
                 failed.append(run.stem)

@@ -19,14 +19,13 @@ import torch
 from torch import nn
 
 from benchmarks import bench_client, random_server, serve_load
-from benchmarks.bench_client import FINISHED, Client, arguments, command_parser
+from benchmarks.bench_client import FINISHED, Client, ClientEnded, arguments, command_parser
 from benchmarks.make_shape import kv_token_bytes, shape_config
 from benchmarks.random_server import GO, RandomWeights, wait_for_turn, write_tokenizer
 from benchmarks.serve_load import LoadRun
 from benchmarks.serving_tables import load
 from scripts import server
 from scripts.server import starting
-from vllm_spense.errors import SpenseError
 
 #: Output tokens/s that the fake clients find, by scheme.
 SPEEDS = {"fp8": 1000.0, "spense-37.5": 1250.0, "spense-50": 1500.0}
@@ -225,6 +224,21 @@ def test_a_run_that_is_told_to_end_ends(
     assert all(process.poll() is not None for process in started)
 
 
+def test_without_a_client_no_further_server_is_measured(
+    client: FakeClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ended = []
+
+    def end(command: Sequence[str]) -> None:
+        ended.append(command)
+        raise ClientEnded("no such option")
+
+    monkeypatch.setattr(client, "run", end)
+    with pytest.raises(ClientEnded):
+        main(monkeypatch, tmp_path)
+    assert len(ended) == 1
+
+
 def test_answers_that_are_too_short_do_not_count(
     client: FakeClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -342,7 +356,7 @@ def test_a_client_runs_one_command_after_another(monkeypatch: pytest.MonkeyPatch
 
 def test_a_client_that_ends_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     program(monkeypatch, tmp_path, "echo 'serve: error: no such option'; exit 2")
-    with Client(tmp_path / "log") as client, pytest.raises(SpenseError, match=r"no such option\n.*ended with code 2"):
+    with Client(tmp_path / "log") as client, pytest.raises(ClientEnded, match=r"no such option\n.*ended with code 2"):
         client.run(["--a", "1"])
 
 
