@@ -38,7 +38,10 @@ def write_tokenizer(folder: Path, vocabulary: int) -> None:
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
 
-    tokenizer = Tokenizer(WordLevel({f"{token:x}": token for token in range(vocabulary)}, unk_token="0"))
+    # vLLM refuses a text with more characters for each token than the longest word has, and here blanks count too.
+    zero = "0" * (len(f"{vocabulary - 1:x}") + 1)
+    words = {zero: 0, **{f"{token:x}": token for token in range(1, vocabulary)}}
+    tokenizer = Tokenizer(WordLevel(words, unk_token=zero))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}

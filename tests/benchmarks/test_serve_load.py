@@ -298,15 +298,17 @@ def test_vllm_knows_the_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 
 def test_random_prompts_keep_their_length(tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
     from vllm.benchmarks.datasets import RandomDataset
+    from vllm.tokenizers import get_tokenizer
 
     (tmp_path / "config.json").write_text(json.dumps(shape_config("qwen3-32b")))
     write_tokenizer(tmp_path, 151936)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer = get_tokenizer(str(tmp_path))
     assert len(tokenizer) == 151936
     tokens = random.choices(range(151936), k=1024)
     assert tokenizer.encode(tokenizer.decode(tokens)) == tokens
+    # More characters are refused by vLLM before it counts tokens.
+    assert len(tokenizer.decode([151935] * 1024)) <= 1024 * tokenizer.max_chars_per_token
     for request in RandomDataset(random_seed=0).sample(tokenizer, num_requests=4, input_len=100, output_len=8):
         assert request.prompt_len == len(tokenizer.encode(request.prompt)) == 100
         assert request.expected_output_len == 8

@@ -57,7 +57,7 @@ def test_weights_of_four_bits_are_measured_and_what_cannot_run_is_named(tmp_path
 def test_servers_are_measured_under_load(tmp_path: Path) -> None:
     """Two servers and their client, eight processes that import vLLM."""
     out, work = tmp_path / "out.json", tmp_path / "work"
-    options = "--shape tiny --kv auto --sparsities 0.375 --concurrencies 1 2 --least-prompts 4 --input 16 --output 8"
+    options = "--shape tiny --kv auto --sparsities 0.375 --concurrencies 1 2 --least-prompts 4 --input 64 --output 8"
     done = run("benchmarks/serve_load.py", *options.split(), "--together", "2", "--out", out, "--work", work)
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["rows"]
