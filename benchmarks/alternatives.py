@@ -27,7 +27,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from benchmarks.alternatives_table import STOCK
 from benchmarks.engine_runs import EngineRun, Measured, in_turn
 from benchmarks.envelope import RESULTS, write_result
-from benchmarks.make_shape import annotation, shape_config, write_config
+from benchmarks.make_shape import annotation, kv_token_bytes, shape_config, write_config
 from offline_prune.checkpoint.writer import fp8_config
 from scripts.pruned import CACHE
 from vllm_spense.errors import SpenseError
@@ -194,8 +194,7 @@ def model_memory(shape: str, kv: str, layers: int, measured: Measured) -> Row:
     if measured.weight_bytes is None:
         return {"model_weight_bytes": None, "kv_tokens": None}
     weights = outside + (measured.weight_bytes - outside) * config["num_hidden_layers"] // layers
-    item = 1 if kv == "fp8" else _BF16_BYTES
-    token = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * item
+    token = kv_token_bytes({**config}, kv)
     room = None if measured.working_bytes is None else ROOM_BYTES - weights - measured.working_bytes
     return {"model_weight_bytes": weights, "kv_tokens": None if room is None else max(0, room // token)}
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from benchmarks.envelope import ROOT
 from benchmarks.make_shape import text_config
@@ -53,7 +53,24 @@ class Measured:
     timelines: tuple[tuple[int, list[KernelRun]], ...] = ()
 
 
-def in_turn(runs: Sequence[EngineRun], together: int) -> Iterator[EngineRun]:
+class Turn(Protocol):
+    """What `in_turn` asks of a process that measures or serves: methods and attributes are as `EngineRun` has them."""
+
+    folder: Path
+    search_s: float | None
+
+    @property
+    def process(self) -> subprocess.Popen[Any] | None: ...
+    def start(self) -> None: ...
+    def begin(self) -> None: ...
+    def wait_until_ready(self) -> None: ...
+    def stop(self) -> None: ...
+
+
+Run = TypeVar("Run", bound=Turn)
+
+
+def in_turn(runs: Sequence[Run], together: int) -> Iterator[Run]:
     """Engines in their order, each when it may be measured; closed, it ends what still runs.
 
     Args:
@@ -71,7 +88,7 @@ def in_turn(runs: Sequence[EngineRun], together: int) -> Iterator[EngineRun]:
             run.stop()
 
 
-def begin(group: Sequence[EngineRun]) -> None:
+def begin(group: Sequence[Turn]) -> None:
     """Starts engines; several of them, which share the GPU, until all are ready."""
     for run in group:
         run.start()
@@ -180,7 +197,7 @@ class EngineRun:
             self.process.kill()
 
 
-def search_first(runs: Sequence[EngineRun]) -> None:
+def search_first(runs: Sequence[Turn]) -> None:
     """Fills the plan cache while nobody else uses the GPU: engines that start together would disturb each other."""
     import torch
     import vllm._custom_ops  # noqa: F401 - the kernels that ours compete with

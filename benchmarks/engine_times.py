@@ -29,7 +29,7 @@ from vllm import LLM, SamplingParams
 from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind
 
-from benchmarks import worker_profile
+from benchmarks import make_shape, worker_profile
 from benchmarks.make_shape import SKEWED, text_config
 from benchmarks.random_weights import fill_int4_before_packing, fill_random, linear_kernels, weight_bytes
 from benchmarks.timings import READY, TOKEN_BUDGET, Timing, output_tokens, summarize, time_steps
@@ -277,9 +277,8 @@ def needed_kv_bytes(order: Order) -> int:
 
 def kv_token_bytes(order: Order) -> int:
     """Of the keys and values of one token in all layers."""
-    config = text_config(json.loads(Path(order.model, "config.json").read_text(encoding="utf-8")))
-    item = 1 if order.kv_cache_dtype == "fp8" else 2
-    return 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * item
+    config = json.loads(Path(order.model, "config.json").read_text(encoding="utf-8"))
+    return make_shape.kv_token_bytes(config, order.kv_cache_dtype)
 
 
 def grid(order: Order) -> list[tuple[int, int]]:

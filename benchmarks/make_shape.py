@@ -94,6 +94,17 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     return config.get("text_config", config)
 
 
+def kv_token_bytes(config: dict[str, Any], kv: str) -> int:
+    """Of the keys and values of one token in all layers of a config.json.
+
+    Args:
+        kv: type of the KV cache, `fp8` or `auto` for that of a 16-bit model.
+    """
+    text = text_config(config)
+    item = 1 if kv == "fp8" else 2
+    return 2 * text["num_hidden_layers"] * text["num_key_value_heads"] * text["head_dim"] * item
+
+
 def annotation(config: dict[str, Any], sparsity: float, prefix: str = "model.layers") -> Annotation:
     """What the pruner would write for such a model, had it pruned one."""
     projections = Projections("gate_proj", "up_proj", "down_proj")

@@ -370,6 +370,7 @@ TABLES: Mapping[str, tuple[str, Callable[..., list[str]]]] = {
     "compat": ("compat", serving_tables.compat),
     "compat_readme": ("compat", serving_tables.compat_sentence),
     "soak": ("soak", serving_tables.soak),
+    "load": ("serve_load", serving_tables.load),
     "readme": ("decode_speed", decode_longest),
     "alternatives": ("alternatives", alternatives_table.tables),
     "prune": ("prune_time", prune),

@@ -1,4 +1,4 @@
-"""Tables of what works with vLLM, on GPUs and on its releases, of a client's day, and of where a layer's time goes."""
+"""Tables of what works with vLLM, on GPUs and on its releases, of servers, and of where a layer's time goes."""
 
 from __future__ import annotations
 
@@ -68,6 +68,29 @@ def soak(result: Result) -> list[str]:
     headings += ["memory since halfway, MiB", "SIGTERM while busy"]
     checks = ", ".join(result["rows"][0]["checks"])
     return [*markdown(headings, lines), "", f"The checks: {checks}.", "", source(result)]
+
+
+def load(result: Result) -> list[str]:
+    """Servers under load: a line for each type of KV cache, number of concurrent requests and scheme."""
+    keys = ("ttft_ms", "ttft_p99_ms", "tpot_ms", "tpot_p99_ms")
+    lines = [
+        [
+            row["kv_cache_dtype"],
+            row["concurrency"],
+            f"Spense {row['sparsity']:.1%}" if row["sparsity"] else "stock",
+            f"{row['requests_per_s']:.2f}",
+            f"{row['output_tokens_per_s']:.0f}",
+            "" if row["ratio"] is None else f"{row['ratio']:.2f}",
+            *(f"{row[key]:.0f}" if key.startswith("ttft") else f"{row[key]:.1f}" for key in keys),
+        ]
+        for row in sorted(result["rows"], key=lambda row: (row["kv_cache_dtype"], row["concurrency"], row["sparsity"]))
+    ]
+    headings = ["KV cache", "at once", "", "requests/s", "output tokens/s", "speed-up"]
+    headings += ["TTFT, ms", "p99", "TPOT, ms", "p99"]
+    first = result["rows"][0]
+    lengths = f"{first['input']} tokens in, {first['output']} out"
+    about = f"{first['shape']}, {first['layers']} layers, {lengths}; medians and 99th percentiles."
+    return [*markdown(headings, lines), "", about, "", source(result)]
 
 
 def timeline(result: Result) -> list[str]:

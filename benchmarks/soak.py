@@ -16,7 +16,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -37,7 +36,7 @@ from scripts.bootstrap import kind
 from scripts.demo import SERVED
 from scripts.lock import appearing, locked
 from scripts.pruned import CACHE, pruned
-from scripts.server import CPU_ARGUMENTS, CPU_ENV, HOST, serving
+from scripts.server import CPU_ARGUMENTS, CPU_ENV, HOST, free_port, serving
 from scripts.smollm2 import smollm2
 
 NAME = "the-model"
@@ -138,10 +137,8 @@ def day(server: str, model: Path, options: argparse.Namespace) -> dict[str, Any]
 
 @contextmanager
 def _server(model: Path, quantization: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    with socket.socket() as probe, TemporaryDirectory() as folder:
-        probe.bind((HOST, 0))
-        port = probe.getsockname()[1]
-        probe.close()
+    with TemporaryDirectory() as folder:
+        port = free_port()
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         command += ["--host", HOST, "--port", str(port), "--quantization", quantization, "--served-model-name", NAME]
         command += ["--max-model-len", str(MAX_MODEL_LEN), "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]

@@ -44,6 +44,13 @@ def check_port(port: int, another: str = "make demo PORT=8001") -> None:
             raise SystemExit(f"Port {port} cannot be used ({error}): choose another, {another}") from None
 
 
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
 def exit_on_signals() -> None:
     """Lets this process end like after `sys.exit` when it is told to, so that `serving` stops its server then too."""
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -51,18 +58,19 @@ def exit_on_signals() -> None:
 
 
 def starting_vllm(
-    model: Path, port: int, log: Path, on_cpu: bool, *options: str
+    model: Path, port: int, log: Path, on_cpu: bool, *options: str, env: dict[str, str] | None = None
 ) -> contextlib.AbstractContextManager[Server]:
     """vLLM's OpenAI-compatible server, as `starting` has it.
 
     Args:
         on_cpu: whether this machine has no NVIDIA GPU.
         options: of vLLM.
+        env: added to this process's environment.
     """
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--host", HOST, "--port", str(port), *options, *(CPU_ARGUMENTS if on_cpu else [])]
     # Nobody's usage should be reported without having been asked.
-    return starting(command, port, log, {"VLLM_NO_USAGE_STATS": "1", **(CPU_ENV if on_cpu else {})})
+    return starting(command, port, log, {"VLLM_NO_USAGE_STATS": "1", **(CPU_ENV if on_cpu else {}), **(env or {})})
 
 
 @contextlib.contextmanager
@@ -72,7 +80,7 @@ def serving(
     """Enters the context once the server is ready; gives its process. Otherwise like `starting`.
 
     Raises:
-        SystemExit: as `Server.wait_until_ready`.
+        ServerFailed: as `Server.wait_until_ready`.
     """
     with starting(command, port, log, env) as server:
         server.wait_until_ready()
@@ -104,6 +112,10 @@ def starting(command: list[str], port: int, log: Path, env: dict[str, str] | Non
         _stop(process)
 
 
+class ServerFailed(SystemExit):
+    """A server ended, or did not become ready in time; not that this process is told to end."""
+
+
 @dataclass(frozen=True)
 class Server:
     """A server that has been told to start.
@@ -126,13 +138,13 @@ class Server:
         """Returns once `GET /health` answers.
 
         Raises:
-            SystemExit: with the server's last lines, when it ends or is not ready in `START_SECONDS`.
+            ServerFailed: with the server's last lines, when it ends or is not ready in `START_SECONDS`.
         """
         while not _healthy(self.port):
             code, too_long = self.process.poll(), time.monotonic() > self.started + START_SECONDS
             if code is not None or too_long:
                 what = "did not become ready" if code is None else f"ended with code {code}"
-                raise SystemExit(
+                raise ServerFailed(
                     f"{last_lines(self.log)}\nThe server {what}; its last lines are above, all of them in {self.log}"
                 )
             time.sleep(0.5)

@@ -1,4 +1,4 @@
-"""decode_speed and alternatives with real engines, on a shape that a CPU can run."""
+"""decode_speed, alternatives and serve_load with real engines, on a shape that a CPU can run."""
 
 from __future__ import annotations
 
@@ -51,6 +51,26 @@ def test_weights_of_four_bits_are_measured_and_what_cannot_run_is_named(tmp_path
     assert [(row["scheme"], row["batch"], row["context"]) for row in measured] == [("w4a16", 2, 16), ("w4a16", 1, 64)]
     assert all(row["ms"] > 0 and row["prefill_ms"] > 0 and row["ratio"] is None for row in measured)
     assert measured[0]["linear_kernels"] == ["CPUWNA16LinearKernel"]
+
+
+@pytest.mark.exhaustive
+def test_servers_are_measured_under_load(tmp_path: Path) -> None:
+    """Two servers and their client, eight processes that import vLLM."""
+    out, work = tmp_path / "out.json", tmp_path / "work"
+    options = "--shape tiny --kv auto --sparsities 0.375 --concurrencies 1 2 --least-prompts 4 --input 64 --output 8"
+    done = run("benchmarks/serve_load.py", *options.split(), "--together", "2", "--out", out, "--work", work)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["scheme"], row["concurrency"], row["prompts"]) for row in rows] == [
+        (scheme, concurrency, 4) for scheme in ("fp8", "spense-37.5") for concurrency in (1, 2)
+    ]
+    for row, stock in zip(rows, [*rows[:2], *rows[:2]], strict=True):
+        assert row["requests_per_s"] == pytest.approx(row["output_tokens_per_s"] / 8, abs=1e-3)
+        assert row["ratio"] == pytest.approx(row["output_tokens_per_s"] / stock["output_tokens_per_s"], abs=1e-3)
+        assert 0 < row["ttft_ms"] <= row["ttft_p99_ms"]
+        assert 0 < row["tpot_ms"] <= row["tpot_p99_ms"]
+    (log,) = work.glob("*spense*.log")
+    assert "runs on cpu by the reference path" in log.read_text()
 
 
 def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
