@@ -2,9 +2,6 @@
 //
 // A long row is divided among a cluster of thread blocks, because a decode step has fewer tokens than the chip has
 // multiprocessors. They agree on the row's largest value through their shared memory. A short one is one block's.
-//
-// A cluster takes TOKENS rows at once, a step. With LOOP the grid may have fewer clusters than there are steps: each goes
-// on with later ones, and loads a step's raw sums before it agrees on the largest values of the step before.
 #include "elementwise.cuh"
 
 #ifndef THREADS
@@ -12,9 +9,7 @@
 #define VECTORS 1     // of eight values that a thread has in a row
 #define CLUSTER 8     // blocks for a row
 #define TOKENS 1      // that a cluster takes at once: it reads the weight's scales once for all, and more is in flight
-#define LOOP 0        // a cluster may have several steps
-#define HOLD 0        // the weight's scales are in registers before the first step; else each step loads them
-#define RESIDENT 1    // blocks for which a multiprocessor must have registers
+#define HOLD 0        // the weight's scales are in registers before the raw sums are there; else only in the L2 cache
 #define RAW_FLOAT 0   // raw sums are float32; else bfloat16
 #define SCALED 1      // they still lack the scales; else there are none
 #endif
@@ -50,13 +45,11 @@ struct RawVector {
     DEVICE void unpack(float (&v)[WIDTH]) const { ::load(reinterpret_cast<const Raw*>(words), v); }
 };
 
-// The largest values of rows, from all warps of a cluster, which send theirs to every block. Steps take turns with two
-// buffers: whoever sends those of a step has seen that all blocks had sent the step's before, and so had read the
-// buffer that is filled now.
+// The largest values of rows, from all warps of a cluster, which send theirs to every block.
 struct Largest {
-    float of_warps[2][TOKENS][CLUSTER * WARPS];
+    float of_warps[TOKENS][CLUSTER * WARPS];
 
-    DEVICE void send(const float (&mine)[TOKENS], int buffer, u32 rank) {
+    DEVICE void send(const float (&mine)[TOKENS], u32 rank) {
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
         for (int t = 0; t < TOKENS; ++t) {
@@ -64,13 +57,13 @@ struct Largest {
 #pragma unroll
             for (int offset = 16; offset; offset /= 2)
                 largest = max_nan(__shfl_xor_sync(~0u, largest, offset), largest);
-            float* to = &of_warps[buffer][t][rank * WARPS + warp];
+            float* to = &of_warps[t][rank * WARPS + warp];
             if (CLUSTER == 1 && lane == 0) *to = largest;
             if (CLUSTER > 1 && lane < CLUSTER) st_cluster_f32(shared_address(to), lane, largest);
         }
     }
 
-    DEVICE void receive(float (&largest)[TOKENS], int buffer) const {
+    DEVICE void receive(float (&largest)[TOKENS]) const {
         const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int t = 0; t < TOKENS; ++t) {
@@ -78,7 +71,7 @@ struct Largest {
 #pragma unroll
             for (int first = 0; first < CLUSTER * WARPS; first += 32)
                 if (first + lane < CLUSTER * WARPS)
-                    largest[t] = max_nan(of_warps[buffer][t][first + lane], largest[t]);
+                    largest[t] = max_nan(of_warps[t][first + lane], largest[t]);
 #pragma unroll
             for (int offset = 16; offset; offset /= 2)
                 largest[t] = max_nan(__shfl_xor_sync(~0u, largest[t], offset), largest[t]);
@@ -95,7 +88,7 @@ DEVICE float silu_mul(float gate, float up) { return div_approx_ftz(gate, 1 + ex
 #define CLUSTERED
 #endif
 
-extern "C" __global__ CLUSTERED __launch_bounds__(THREADS, RESIDENT)
+extern "C" __global__ CLUSTERED __launch_bounds__(THREADS, 1)
 void silu_mul_quant(const __grid_constant__ Arguments arguments) {
     __shared__ Largest shared;
 #if CLUSTER > 1
@@ -108,7 +101,7 @@ void silu_mul_quant(const __grid_constant__ Arguments arguments) {
     // The next kernel waits for this one's end, but may fetch its weights meanwhile.
     griddepcontrol_launch_dependents();
     const int size = arguments.size, boundary = arguments.boundary, tokens = arguments.tokens;
-    const int stride = gridDim.x / CLUSTER * TOKENS, thread = threadIdx.x;
+    const int first = blockIdx.x / CLUSTER * TOKENS, thread = threadIdx.x;
     const auto place = [&](int vector) { return ((vector * CLUSTER + int(rank)) * THREADS + thread) * WIDTH; };
 
     float gate_scale[HOLD ? VECTORS : 1][WIDTH], up_scale[HOLD ? VECTORS : 1][WIDTH];
@@ -133,69 +126,62 @@ void silu_mul_quant(const __grid_constant__ Arguments arguments) {
 
     RawVector gates[TOKENS][VECTORS], ups[TOKENS][VECTORS];
     float x_scales[TOKENS];
-    const auto load_step = [&](int first) {
-#pragma unroll
-        for (int t = 0; t < TOKENS; ++t) {
-            if (first + t >= tokens) break;
-            x_scales[t] = SCALED ? __ldcg(arguments.x_scale + first + t) : 1;
-            const Raw* row = arguments.raw + u64(first + t) * 2 * size;
-#pragma unroll
-            for (int vector = 0; vector < VECTORS; ++vector) {
-                const int at = place(vector);
-                if (at >= size) break;
-                gates[t][vector].load(row + (at < boundary ? at : at + boundary));
-                ups[t][vector].load(row + (at < boundary ? at + boundary : at + size));
-            }
-        }
-    };
-
     griddepcontrol_wait();
-    int first = blockIdx.x / CLUSTER * TOKENS, buffer = 0;
-    load_step(first);
-    do {
-        float values[TOKENS][VECTORS][WIDTH], largest[TOKENS] = {};
+    // All loads are under way before the first value is needed.
+#pragma unroll
+    for (int t = 0; t < TOKENS; ++t) {
+        if (first + t >= tokens) break;
+        x_scales[t] = SCALED ? __ldcg(arguments.x_scale + first + t) : 1;
+        const Raw* row = arguments.raw + u64(first + t) * 2 * size;
 #pragma unroll
         for (int vector = 0; vector < VECTORS; ++vector) {
-            const int at = place(vector), held = HOLD ? vector : 0;
+            const int at = place(vector);
             if (at >= size) break;
-            if (SCALED && !HOLD) load_scales(vector, at);
-#pragma unroll
-            for (int t = 0; t < TOKENS; ++t) {
-                if (first + t >= tokens) break;
-                float gate[WIDTH], up[WIDTH];
-                gates[t][vector].unpack(gate);
-                ups[t][vector].unpack(up);
-#pragma unroll
-                for (int i = 0; i < WIDTH; ++i) {
-                    const float g = SCALED ? gate[i] * x_scales[t] * gate_scale[held][i] : gate[i];
-                    const float u = SCALED ? up[i] * x_scales[t] * up_scale[held][i] : up[i];
-                    values[t][vector][i] = silu_mul(g, u);
-                    largest[t] = max_nan(fabsf(values[t][vector][i]), largest[t]);
-                }
-            }
+            gates[t][vector].load(row + (at < boundary ? at : at + boundary));
+            ups[t][vector].load(row + (at < boundary ? at + boundary : at + size));
         }
-        if (LOOP) load_step(first + stride);
-#if CLUSTER > 1
-        if (first < stride) barrier_cluster_wait();   // the first step: see above
-        shared.send(largest, buffer, rank);
-        cluster_sync();
-#else
-        shared.send(largest, buffer, rank);
-        __syncthreads();
-#endif
-        shared.receive(largest, buffer);
+    }
+
+    float values[TOKENS][VECTORS][WIDTH], largest[TOKENS] = {};
+#pragma unroll
+    for (int vector = 0; vector < VECTORS; ++vector) {
+        const int at = place(vector), held = HOLD ? vector : 0;
+        if (at >= size) break;
+        if (SCALED && !HOLD) load_scales(vector, at);
 #pragma unroll
         for (int t = 0; t < TOKENS; ++t) {
             if (first + t >= tokens) break;
-            const float scale = max_nan(largest[t] / LARGEST, SMALLEST_SCALE), inverse = 1 / scale;
-            if (rank == 0 && thread == 0) arguments.scale[first + t] = scale;
+            float gate[WIDTH], up[WIDTH];
+            gates[t][vector].unpack(gate);
+            ups[t][vector].unpack(up);
 #pragma unroll
-            for (int vector = 0; vector < VECTORS; ++vector) {
-                const int at = place(vector);
-                if (at >= size) break;
-                store_fp8(arguments.out + u64(first + t) * size + at, values[t][vector], inverse);
+            for (int i = 0; i < WIDTH; ++i) {
+                const float g = SCALED ? gate[i] * x_scales[t] * gate_scale[held][i] : gate[i];
+                const float u = SCALED ? up[i] * x_scales[t] * up_scale[held][i] : up[i];
+                values[t][vector][i] = silu_mul(g, u);
+                largest[t] = max_nan(fabsf(values[t][vector][i]), largest[t]);
             }
         }
-        first += stride, buffer ^= 1;
-    } while (LOOP && first < tokens);
+    }
+#if CLUSTER > 1
+    barrier_cluster_wait();
+    shared.send(largest, rank);
+    cluster_sync();
+#else
+    shared.send(largest, rank);
+    __syncthreads();
+#endif
+    shared.receive(largest);
+#pragma unroll
+    for (int t = 0; t < TOKENS; ++t) {
+        if (first + t >= tokens) break;
+        const float scale = max_nan(largest[t] / LARGEST, SMALLEST_SCALE), inverse = 1 / scale;
+        if (rank == 0 && thread == 0) arguments.scale[first + t] = scale;
+#pragma unroll
+        for (int vector = 0; vector < VECTORS; ++vector) {
+            const int at = place(vector);
+            if (at >= size) break;
+            store_fp8(arguments.out + u64(first + t) * size + at, values[t][vector], inverse);
+        }
+    }
 }

@@ -32,17 +32,13 @@ class Way:
         cluster: thread blocks of a row: 1, 2, 4 or 8.
         tokens: rows that a cluster takes at once.
         threads: at most, of a block.
-        hold: the weight's scales are in registers before the first rows are there, and stay.
-        loop: there are only as many clusters as run at the same time, and each takes rows until none are left.
-        resident: blocks for which a multiprocessor must have registers.
+        hold: the weight's scales are in registers before the rows are there.
     """
 
     cluster: int
     tokens: int = 1
     threads: int = 512
     hold: bool = False
-    loop: bool = False
-    resident: int = 1
 
     def shape(self, size: int) -> tuple[int, int]:
         """(threads of a block, vectors of a thread) that cover a row of `size` values."""
@@ -113,10 +109,7 @@ def run(
         raw.data_ptr(), *scales, out.data_ptr(), scale.data_ptr(), tokens, size,
         boundary,
     )  # fmt: skip
-    clusters = -(-tokens // way.tokens)
-    if way.loop:
-        clusters = min(clusters, kernel.resident_clusters(way.cluster))
-    kernel.launch(way.cluster * clusters, arguments, current_stream(raw.device))
+    kernel.launch(way.cluster * -(-tokens // way.tokens), arguments, current_stream(raw.device))
     return out, scale
 
 
@@ -157,9 +150,7 @@ def macros(size: int, way: Way, raw_float: bool, scaled: bool = True) -> dict[st
         "VECTORS": vectors,
         "CLUSTER": way.cluster,
         "TOKENS": way.tokens,
-        "LOOP": int(way.loop),
         "HOLD": int(way.hold),
-        "RESIDENT": way.resident,
         "RAW_FLOAT": int(raw_float),
         "SCALED": int(scaled),
     }

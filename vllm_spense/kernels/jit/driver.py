@@ -52,23 +52,6 @@ class Kernel:
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         _checked(driver.cuLaunchKernelEx(config, self.function, ctypes.addressof(pointers), 0))
 
-    def resident_clusters(self, cluster: int) -> int:
-        """How many clusters of `cluster` thread blocks, as the code says, the GPU runs at the same time."""
-        return _resident_clusters(self, cluster)
-
-
-@cache
-def _resident_clusters(kernel: Kernel, cluster: int) -> int:
-    config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = cluster, 1, 1
-    config.blockDimX, config.blockDimY, config.blockDimZ = kernel.threads, 1, 1
-    config.sharedMemBytes = kernel.shared_bytes
-    attribute = driver.CUlaunchAttribute()
-    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-    attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = cluster, 1, 1
-    config.attrs, config.numAttrs = [attribute], 1
-    return int(_checked(driver.cuOccupancyMaxActiveClusters(kernel.function, config)))
-
 
 class Event:
     """Orders work of two streams, named by their handles: torch's own takes stream objects, which take time to make."""
