@@ -83,13 +83,13 @@ KERNELS: list[tuple[str, Mapping[str, int], tuple[str, ...], int]] = [
     *(
         ("silu_mul_quant.cu", silu_mul_quant.macros(size, way, raw_float, scaled), (*HOPPER, *BLACKWELL), registers)
         for size, way, raw_float, scaled, registers in (
-            (64, Way(1), False, True, 58),
+            (64, Way(1), False, True, 47),
             (25600, Way(4, hold=True), False, True, 70),
             (25600, Way(2, threads=1024, hold=True), False, True, 70),
             (28672, Way(1, threads=1024), False, True, 78),
             (14336, Way(1, threads=512), False, True, 78),
             (8192, Way(8, tokens=2), True, True, 79),
-            (34816, Way(8, tokens=2), True, True, 128),
+            (34816, Way(8, tokens=2), True, True, 121),
             (768, Way(1), False, False, 44),
             (768, Way(1, tokens=2), False, False, 44),
             (768, Way(1, tokens=2), True, True, 77),
