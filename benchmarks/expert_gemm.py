@@ -7,9 +7,10 @@ and routings take turns so that no weight is in the cache when its turn comes, e
 are medians of one launch. All kernels take turns, because a GPU that gets warm gets slower.
 
 `ideal_us` is what the weights of the experts that have tokens take to arrive at the bandwidth measured in the same run.
-`dense_us` is the same kernel with everything dense. `stock_us` are vLLM's grouped GEMMs on the same inputs, already
-sorted by expert: CUTLASS, its choice on Hopper for scales of channels and tokens, and Triton, with the configuration
-that it chooses. `stock_missing` says which of them could not run and why.
+`dense_us` is the same kernel with everything dense. `ideal_over_dense` is the speed-up over it that the bytes allow,
+1 / (ρ + 0.625 (1 − ρ)), and `of_ideal_speedup` the share of it in `over_dense`. `stock_us` are vLLM's grouped GEMMs on
+the same inputs, already sorted by expert: CUTLASS, its choice on Hopper for scales of channels and tokens, and Triton,
+with the configuration that it chooses. `stock_missing` says which of them could not run and why.
 """
 
 from __future__ import annotations
@@ -178,6 +179,7 @@ def sweep(
                     "dense_us": round(us[cut, 0], 2),
                     "over_dense": round(us[cut, 0] / time, 3),
                     "ideal_over_dense": round(problem.ideal, 3),
+                    "of_ideal_speedup": round(us[cut, 0] / time / problem.ideal, 3),
                     "stock_us": {name: round(us[name], 2) for name in stock},
                     "over_stock": round(min(us[name] for name in stock) / time, 3) if stock else None,
                     "stock_missing": missing,

@@ -34,7 +34,8 @@ def test_shapes_have_the_sparsity_that_is_asked_for() -> None:
 
 @pytest.mark.parametrize("layer", ["gate_up", "down"])
 def test_a_row_says_what_ran_and_what_did_not(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def twin(x, x_scale, offsets, packed, problem, *, offsets_are_old, cut):
+    def twin(x, x_scale, offsets, packed, problem, *, cut, **begin):
+        assert begin == {"offsets_are_old": True} if layer == "down" else set(begin) == {"ids", "expert_map"}
         return reference.run(x, x_scale, offsets, packed, problem)
 
     def medians(candidates: Sequence[Sequence[Callable[[], object]]], replays: int) -> list[float]:
@@ -55,6 +56,8 @@ def test_a_row_says_what_ran_and_what_did_not(layer: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(expert_gemm.torch.cuda, "synchronize", lambda: None)
     (row,) = sweep(SHAPE, layer, [0.375], [(4, "balanced")], [None], 3e12, CPU)
     assert (row["us"], row["dense_us"], row["over_dense"]) == (8.0, 10.0, 1.25)
+    # Of 1.25 times as fast, where bytes allow 1 / (0.25 + 0.75 · 0.625).
+    assert row["of_ideal_speedup"] == pytest.approx(1.25 * (0.25 + 0.75 * 0.625), abs=0.001)
     assert row["stock_us"] == {"cutlass": 20.0}
     assert row["over_stock"] == 2.5
     assert row["stock_missing"] == {"triton": "RuntimeError: not here"}

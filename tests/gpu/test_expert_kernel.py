@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 
 from vllm_spense.format import Regions
 from vllm_spense.kernels.expert_gemm import gemm, mixture, reference, routing
-from vllm_spense.kernels.expert_gemm.instances import HALF_SHARED_KIB, Tiling
+from vllm_spense.kernels.expert_gemm.instances import Tiling
 from vllm_spense.kernels.region_gemm.problem import Problem
 from vllm_spense.kernels.region_gemm.reference import fp8_difference, silu_mul_quant
 from vllm_spense.kernels.tuning.synthetic import random_fp8, random_weight
@@ -22,15 +22,7 @@ pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda", 0)
 EXPERTS = 12
-TILINGS = [
-    Tiling(64, 256),
-    Tiling(128, 256),
-    Tiling(256, 128),
-    Tiling(64, 256, shared_kib=200, lean=True, fetch_maps=True),
-    Tiling(16, 256, shared_kib=HALF_SHARED_KIB, lean=True, blocks=2),
-    Tiling(16, 256, shared_kib=HALF_SHARED_KIB, lean=True, blocks=2, dynamic=True),
-    Tiling(128, 256, dynamic=True),
-]
+TILINGS = [Tiling(64, 256), Tiling(128, 256), Tiling(256, 128)]
 #: Hidden size and regions: whole tiles; half tiles and steps; everything sparse; everything dense.
 SHAPES = [
     (512, Regions(384, 128)),
@@ -192,10 +184,8 @@ def test_nothing_is_wrong_here(experts: int, top_k: int) -> None:
     assert mixture.fault(experts, top_k, DEVICE) is None
 
 
-@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("tokens", [1, 40, 700])
-def test_a_captured_mixture_follows_its_routing(tokens: int, early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemm, "EARLY", early)
+def test_a_captured_mixture_follows_its_routing(tokens: int) -> None:
     hidden, top_k, regions = 512, 8, Regions(288, 96)
     problems = reference.problems(hidden, regions)
     packs = [Layer(problem).packed for problem in problems]

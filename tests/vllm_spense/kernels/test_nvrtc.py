@@ -37,31 +37,27 @@ GEMMS = [
 ]
 #: The experts' GEMMs: every way to cut them, few experts and many.
 EXPERT_GEMMS = [
-    (experts.Tiling(tokens, sparse_k, **others), count)
-    for tokens, sparse_k, count, others in (
-        (64, 256, 8, {}), (64, 256, 512, {}), (128, 256, 128, {}), (256, 128, 128, {}), (256, 128, 512, {}),
-        (64, 256, 128, {"lean": True, "shared_kib": 200, "fetch_maps": True}),
-        (16, 256, 128, {"lean": True, "shared_kib": experts.HALF_SHARED_KIB, "dynamic": True}),
-        (128, 256, 512, {"dynamic": True}),
+    (experts.Tiling(tokens, sparse_k), count)
+    for tokens, sparse_k, count in (
+        (64, 256, 8), (64, 256, 512), (128, 256, 128), (256, 128, 128), (256, 128, 512),
     )
 ]  # fmt: skip
 #: Source, macros, architectures, most registers of a thread. A GEMM may have what its launch bounds allow; the others,
 #: a tenth more than was found.
 KERNELS: list[tuple[str, Mapping[str, int], tuple[str, ...], int]] = [
     *(("one_launch.cu", instances.macros(dtype, scaled, tiling), HOPPER, 168) for tiling, dtype, scaled in GEMMS),
-    *(("expert_gemm.cu", experts.macros(tiling, count), HOPPER, 168) for tiling, count in EXPERT_GEMMS),
     *(
-        (
-            "expert_route.cu",
-            routing.route_macros(size, top_k, count, ranked, early),
-            ("sm_89", *HOPPER, *BLACKWELL),
-            128,
-        )
-        for size, top_k, count, ranked, early in (
-            (64, 2, 8, False, True),
-            (2048, 8, 128, False, False),
-            (7168, 16, 512, False, True),
-            (4096, 16, 512, True, True),
+        # Up to 64 tokens half of the registers, so that other launches' thread blocks find room.
+        ("expert_gemm.cu", experts.macros(tiling, count), HOPPER, 80 if tiling.tokens <= 64 else 168)
+        for tiling, count in EXPERT_GEMMS
+    ),
+    *(
+        ("expert_route.cu", routing.route_macros(size, top_k, count, ranked), ("sm_89", *HOPPER, *BLACKWELL), 128)
+        for size, top_k, count, ranked in (
+            (64, 2, 8, False),
+            (2048, 8, 128, False),
+            (7168, 16, 512, False),
+            (4096, 16, 512, True),
         )
     ),
     ("expert_ranks.cu", routing.rank_macros(16, 512), ("sm_89", *HOPPER, *BLACKWELL), 64),

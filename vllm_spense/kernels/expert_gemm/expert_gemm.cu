@@ -4,9 +4,8 @@
 // As in one_launch.cu, W is the left operand of the tensor core, and a producer warpgroup keeps a ring of shared memory
 // filled for two consumer warpgroups, each of which multiplies 64 rows of W. What differs: which tiles there are is known
 // on the device alone, from the experts' numbers of tokens. Every thread block works the order of tiles out for itself
-// (expert_tiles.cuh) and takes those at blockIdx.x, blockIdx.x + gridDim.x, … — or, if DYNAMIC, that at blockIdx.x and
-// then whichever is next — so the grid has any size and the launch may be captured in a graph whatever the routing will
-// be. A tile is as wide as its expert has tokens, 8 to MAX_TOKENS;
+// (expert_tiles.cuh) and takes those at blockIdx.x, blockIdx.x + gridDim.x, …, so the grid has any size and the launch
+// may be captured in a graph whatever the routing will be. A tile is as wide as its expert has tokens, 8 to MAX_TOKENS;
 // experts without tokens have no tile. Sums of a tile are one thread block's, in the order of K: results repeat to the
 // bit, and a token's do not depend on its neighbours.
 #include "expert_gemm.cuh"
@@ -30,15 +29,11 @@ struct Cursor {
     }
 
     DEVICE bool done() const { return position >= count; }
-    DEVICE int steps() const { return done() ? 0 : tile.sparse_steps + tile.dense_steps; }
 
     DEVICE void advance() {
-        if (++step == steps()) go_to(position + gridDim.x);
-    }
-
-    DEVICE void go_to(int next) {
+        if (++step < tile.sparse_steps + tile.dense_steps) return;
         step = 0;
-        position = next;
+        position += gridDim.x;
         if (!done()) tile = order.tile(position);
     }
 };
@@ -69,41 +64,6 @@ struct Producer {
             copy_x(w, pipe.stage);
         }
     }
-
-    // As `run`, but consumers are told which tile begins in a stage, or that none does. Nothing is taken before the
-    // previous kernel has ended: its thread blocks may be taking from the same counter.
-    DEVICE void run_dynamic(const TileOrder& order) const {
-        Cursor at(order);
-        Pipe pipe;
-        const int steps = at.steps(), early = steps < STAGES ? steps : STAGES;
-        for (; at.step < early; ++at.step) {
-            if (at.step == 0) st_shared_u32(shared.tiles, at.position);
-            copy_w(at, at.step);
-        }
-        griddepcontrol_wait();
-        griddepcontrol_launch_dependents();
-        int next = at.done() ? at.count : take();
-        for (at.step = 0; at.step < early; ++at.step, pipe.advance()) copy_x(at, pipe.stage);
-        while (!at.done()) {
-            for (; at.step < at.steps(); ++at.step, pipe.advance()) {
-                mbarrier_wait(shared.empty + 8 * pipe.stage, pipe.phase ^ 1);
-                if (at.step == 0) st_shared_u32(shared.tiles + 4 * pipe.stage, at.position);
-                copy_w(at, pipe.stage);
-                copy_x(at, pipe.stage);
-            }
-            at.go_to(next);
-            // Asked for a tile ahead: it takes a while to come.
-            if (!at.done()) next = take();
-        }
-        mbarrier_wait(shared.empty + 8 * pipe.stage, pipe.phase ^ 1);
-        st_shared_u32(shared.tiles + 4 * pipe.stage, ~0u);
-        mbarrier_arrive(shared.full + 8 * pipe.stage);
-        // The last thread block leaves the counters as they were.
-        if (atom_add_acq_rel_gpu(&arguments.counters[1], 1) == gridDim.x - 1)
-            arguments.counters[0] = arguments.counters[1] = 0;
-    }
-
-    DEVICE int take() const { return gridDim.x + atomicAdd(&arguments.counters[0], 1); }
 
     DEVICE void copy_w(const Cursor& at, int stage) const {
         const Tile& tile = at.tile;
@@ -152,14 +112,6 @@ struct Consumer {
     }
 
     DEVICE void run(const TileOrder& order) {
-        if (DYNAMIC) {
-            for (;;) {
-                mbarrier_wait(shared.full + 8 * pipe.stage, pipe.phase);
-                const int position = ld_shared_u32(shared.tiles + 4 * pipe.stage);
-                if (position < 0) return;
-                compute_as_wide<8>(order.tile(position));
-            }
-        }
         const int count = order.count();
         for (int position = blockIdx.x; position < count; position += gridDim.x)
             compute_as_wide<8>(order.tile(position));
@@ -335,7 +287,7 @@ DEVICE void read_offsets(const Arguments& arguments, const SharedMemory& shared)
     __syncthreads();
 }
 
-// Those that are there: a thread each of the last warp.
+// Those that are there, before the offsets are known: a thread each of the last warp.
 DEVICE void fetch_maps(const Arguments& arguments) {
     bool sparse = false, dense = false;
     for (const Band& band : arguments.bands) {
@@ -359,17 +311,13 @@ extern "C" __global__ __launch_bounds__(THREADS, 1 + LEAN) void expert_gemm(cons
         }
         fence_mbarrier_init();
     }
-    if (FETCH_MAPS) fetch_maps(arguments);
+    fetch_maps(arguments);
     if (!arguments.choices.ids && !arguments.offsets_are_old) griddepcontrol_wait();
     read_offsets(arguments, shared);
     const TileOrder order{shared.offsets, shared.first, EXPERTS, arguments.bands};
     if (threadIdx.x < WARPGROUP) {
         setmaxnreg_dec<PRODUCER_REGISTERS>();
-        if (threadIdx.x == 0) {
-            const Producer producer(arguments, shared);
-            if (DYNAMIC) producer.run_dynamic(order);
-            else producer.run(order);
-        }
+        if (threadIdx.x == 0) Producer(arguments, shared).run(order);
     } else {
         setmaxnreg_inc<CONSUMER_REGISTERS>();
         griddepcontrol_wait();

@@ -10,23 +10,21 @@
 #ifndef MAX_TOKENS
 #define MAX_TOKENS 32  // of a tile
 #define SPARSE_K 256   // columns of W in a sparse step
-#define STAGES 7       // of the ring in shared memory
+#define STAGES 6       // of the ring in shared memory
 #define EXPERTS 128
-#define LEAN 0         // with half of a multiprocessor's registers: other thread blocks find room beside this one
-#define FETCH_MAPS 0   // tensor maps are fetched before the offsets are known
-#define DYNAMIC 0      // thread blocks take tiles as they come to them, not every gridDim.x-th
 #endif
 
 static_assert(
     MAX_TOKENS == 8 || MAX_TOKENS == 16 || MAX_TOKENS == 32 || MAX_TOKENS == 64 || MAX_TOKENS == 128 ||
     MAX_TOKENS == 256);
 static_assert(SPARSE_K == 128 || SPARSE_K == 256);
-static_assert(!DYNAMIC || MAX_TOKENS <= 128, "spills registers");
-static_assert(!LEAN || MAX_TOKENS <= 64, "wide tiles need all registers");
 
 constexpr int WARPGROUP = 128;                       // threads
 constexpr int CONSUMERS = 2;                         // warpgroups that multiply
 constexpr int THREADS = WARPGROUP * (1 + CONSUMERS);
+// Half of a multiprocessor's registers, and not all of its shared memory: thread blocks of the launches before and after
+// find room beside this one's. Wider tiles need all registers.
+constexpr bool LEAN = MAX_TOKENS <= 64;
 // Registers of a thread, given from the producer to the consumers.
 constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = LEAN ? 96 : 232;
 constexpr int MMA_ROWS = 64;                         // rows of W in a tensor core instruction
@@ -61,17 +59,15 @@ constexpr int WARP_STAGING_BYTES = SQUARES * SQUARE_BYTES, STAGING_BYTES = CONSU
 //     staging  STAGING_BYTES
 //     full     STAGES × 8          barriers: the producer's copies into a stage have arrived
 //     empty    STAGES × 8          barriers: all consumers have read a stage
-//     tiles    STAGES × 4          the tile that begins in a stage, if DYNAMIC
 //     offsets  (EXPERTS + 1) × 4   Order's tables
 //     first    (EXPERTS + 1) × 4
 constexpr int ALIGNMENT = 1024, MAX_BARRIER_BYTES = 256, TABLE_BYTES = (EXPERTS + 1) * 8;
 constexpr int SHARED_BYTES = ALIGNMENT + STAGES * STAGE_BYTES + STAGING_BYTES + MAX_BARRIER_BYTES + TABLE_BYTES;
-static_assert(20 * STAGES <= MAX_BARRIER_BYTES);
-static_assert(SHARED_BYTES <= 227 * 1024, "what a thread block of compute capability 9.0 may have");
+static_assert(16 * STAGES <= MAX_BARRIER_BYTES);
+static_assert(SHARED_BYTES <= (LEAN ? 200 : 227) * 1024, "compute capability 9.0 has 227 KiB");
 
 struct SharedMemory {
     u32 ring, staging, full, empty;
-    u32 tiles;
     int *offsets, *first;
 
     DEVICE explicit SharedMemory(byte* begin) {
@@ -80,7 +76,6 @@ struct SharedMemory {
         staging = ring + STAGES * STAGE_BYTES;
         full = staging + STAGING_BYTES;
         empty = full + STAGES * 8;
-        tiles = empty + STAGES * 8;
         offsets = reinterpret_cast<int*>(begin + (full - address) + MAX_BARRIER_BYTES);
         first = offsets + EXPERTS + 1;
     }
@@ -104,7 +99,6 @@ struct Arguments {
     bf16* out;                           // (rows of x, n)
     const float* x_scale;                // (rows of x)
     const float* w_scale;                // (EXPERTS, n)
-    u64* counters;                       // DYNAMIC: two, zero before the launch and after it
     Choices choices;                     // if it has ids: offsets are not read but counted from them; they are old
     int choice_count;
     int n;
@@ -112,5 +106,5 @@ struct Arguments {
     int offset_words;                    // each as wide as so many int32, the first of which counts
     int offsets_are_old;                 // the kernel before this one did not write them, nor can it have begun before them
     Band bands[2];                       // in the order of execution
-    int unused[1];                       // to the alignment of the maps
+    int unused[3];                       // to the alignment of the maps
 };

@@ -13,7 +13,6 @@
 #define TOP_K 8       // experts of a token
 #define EXPERTS 128   // of this rank
 #define RANKED 0      // expert_ranks.cu ran before
-#define EARLY 0       // the next kernel reads what this one's predecessors wrote without waiting
 #endif
 
 constexpr int WARPS = THREADS / 32, CHUNK = 1024;
@@ -106,10 +105,9 @@ DEVICE void store_offsets(const Arguments& arguments) {
 extern "C" __global__ __launch_bounds__(THREADS) void expert_route(const __grid_constant__ Arguments arguments) {
     __shared__ float largest_of_warps[WARPS];
     const int token = blockIdx.x, thread = threadIdx.x, size = arguments.size;
-    // The next kernel waits for this one's end.
-    if (!EARLY) griddepcontrol_launch_dependents();
     griddepcontrol_wait();
-    if (EARLY) griddepcontrol_launch_dependents();
+    // Not earlier: the next kernel reads what this one's predecessors wrote without waiting.
+    griddepcontrol_launch_dependents();
 #if !RANKED
     if (token == arguments.tokens) {
         store_offsets(arguments);

@@ -23,14 +23,8 @@ from vllm_spense.kernels.expert_gemm.reference import Packed
 from vllm_spense.kernels.jit import driver
 from vllm_spense.kernels.jit.driver import TensorMap
 from vllm_spense.kernels.jit.nvmath_support import current_stream
-from vllm_spense.kernels.one_launch.semaphores import semaphores
 from vllm_spense.kernels.region_gemm.packing import TILE, TILE_BYTES, metadata_shape, value_bytes
 from vllm_spense.kernels.region_gemm.problem import Problem
-
-#: Whether gate_up begins to read weights while its tokens are being sorted: see `mixture.beginning`.
-EARLY = False
-#: Counters of a launch whose tiles are dynamic.
-_COUNTERS = 2
 
 
 def tiling(rows: int, experts: int) -> Tiling:
@@ -86,7 +80,6 @@ def run(
     if not rows:
         return out
     cut = cut or tiling(rows, experts)
-    stream = current_stream(x.device)
     arguments = Arguments(
         **_weight_maps(problem, cut, experts, packed["compressed"].data_ptr(), packed["dense"].data_ptr()),
         x=_x_maps(x.data_ptr(), rows, problem.k, x.stride(0), cut.tokens),
@@ -105,10 +98,7 @@ def run(
         arguments.choices = Choices(ids.data_ptr(), map_address, ids.element_size() // 4)
         arguments.choice_count = ids.numel()
     kernel, blocks = _kernel(cut, experts, x.device)
-    if cut.dynamic:
-        capture = driver.capture_number(stream)
-        arguments.counters = semaphores(x.device).take(_COUNTERS, stream, capture).data_ptr()
-    kernel.launch(blocks, arguments, stream)
+    kernel.launch(blocks, arguments, current_stream(x.device))
     return out
 
 
@@ -123,11 +113,9 @@ def prepare(problem: Problem, experts: int, max_rows: int, device: torch.device)
 @cache
 def _kernel(cut: Tiling, experts: int, device: torch.device) -> tuple[driver.Kernel, int]:
     """With the number of its thread blocks."""
-    if cut.dynamic:
-        semaphores(device).reserve(_COUNTERS)
     shared_bytes = stages(cut, experts)[1]
     kernel = driver.load(machine_code(cut, experts), "expert_gemm", THREADS, shared_bytes, device)
-    return kernel, cut.blocks * torch.cuda.get_device_properties(device).multi_processor_count
+    return kernel, torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache

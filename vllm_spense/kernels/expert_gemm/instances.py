@@ -20,8 +20,9 @@ WIDTHS = (8, 16, 32, 64, 128, 256)
 #: Of shared memory: what it takes for alignment and barriers; for the epilogue's squares of eight warps; and for each
 #: expert.
 _FIXED_SHARED_BYTES, _SQUARES_BYTES, _EXPERT_BYTES = 1024 + 256, 8 * 16 * 48, 8
-#: KiB of shared memory that a thread block may have on Hopper; so many that two fit on a multiprocessor.
-SHARED_KIB, HALF_SHARED_KIB = 227, 113
+#: KiB of shared memory that a thread block may have on Hopper; and what it takes with tiles of at most so many tokens,
+#: so that thread blocks of neighbouring launches find room beside it. As in expert_gemm.cuh.
+_SHARED_KIB, _LEAN_SHARED_KIB, _LEAN_TOKENS = 227, 200, 64
 _MAX_STAGES = 12
 
 
@@ -32,21 +33,10 @@ class Tiling:
     Attributes:
         tokens: the most of a tile, one of `WIDTHS`; a tile is as wide as its expert's tokens need.
         sparse_k: columns of a sparse step, 128 or 256.
-        shared_kib: KiB of shared memory for a thread block, at most.
-        lean: half of a multiprocessor's registers, for up to 64 tokens: if shared memory is left too, thread blocks of
-            neighbouring kernels, or of this one, find room on the same multiprocessor.
-        blocks: for each multiprocessor.
-        fetch_maps: tensor maps are fetched first of all, before the offsets are known.
-        dynamic: thread blocks take tiles as they come to them, up to 128 tokens wide, with a counter in memory.
     """
 
     tokens: int
     sparse_k: int
-    shared_kib: int = SHARED_KIB
-    lean: bool = False
-    blocks: int = 1
-    fetch_maps: bool = False
-    dynamic: bool = False
 
 
 def stages(tiling: Tiling, experts: int) -> tuple[int, int]:
@@ -54,7 +44,8 @@ def stages(tiling: Tiling, experts: int) -> tuple[int, int]:
     stage = ROWS * DENSE_K + tiling.tokens * tiling.sparse_k + ROWS // TILE * tiling.sparse_k // TILE * TILE_BYTES
     squares = 1 if tiling.tokens < 128 else 2
     fixed = _FIXED_SHARED_BYTES + squares * _SQUARES_BYTES + _EXPERT_BYTES * (experts + 1)
-    count = min((1024 * tiling.shared_kib - fixed) // stage, _MAX_STAGES)
+    shared_kib = _LEAN_SHARED_KIB if tiling.tokens <= _LEAN_TOKENS else _SHARED_KIB
+    count = min((1024 * shared_kib - fixed) // stage, _MAX_STAGES)
     return count, fixed + count * stage
 
 
@@ -70,9 +61,6 @@ def macros(tiling: Tiling, experts: int) -> dict[str, int]:
         "SPARSE_K": tiling.sparse_k,
         "STAGES": stages(tiling, experts)[0],
         "EXPERTS": experts,
-        "LEAN": int(tiling.lean),
-        "FETCH_MAPS": int(tiling.fetch_maps),
-        "DYNAMIC": int(tiling.dynamic),
     }
 
 
@@ -94,9 +82,9 @@ class Arguments(ctypes.Structure):
     _fields_ = (
         *((name, TensorMap) for name in ("values", "metadata", "dense")),
         ("x", TensorMap * len(WIDTHS)),
-        *((name, ctypes.c_void_p) for name in ("offsets", "out", "x_scale", "w_scale", "counters")),
+        *((name, ctypes.c_void_p) for name in ("offsets", "out", "x_scale", "w_scale")),
         ("choices", Choices),
         *((name, ctypes.c_int) for name in ("choice_count", "n", "dense_column", "offset_words", "offsets_are_old")),
         ("bands", Band * 2),
-        ("unused", ctypes.c_int * 1),
+        ("unused", ctypes.c_int * 3),
     )

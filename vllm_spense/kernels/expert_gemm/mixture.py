@@ -81,31 +81,29 @@ def run(
     Returns:
         bfloat16 (M, hidden); with an `expert_map` this rank's part of the sum.
     """
-    routed = routing.route(x, ids, len(gate_up["w_scale"]), expert_map, early=gemm.EARLY)
-    early = beginning(ids, expert_map)
-    raw = gemm.run(routed.x, routed.x_scale, routed.offsets, gate_up, problems[0], **early)
+    routed = routing.route(x, ids, len(gate_up["w_scale"]), expert_map)
+    begin = beginning(ids, expert_map)
+    raw = gemm.run(routed.x, routed.x_scale, routed.offsets, gate_up, problems[0], **begin)
     # Rows of no expert hold anything here, and nobody reads what comes of them.
     values, scale = silu_mul_quant.run(raw, None, None, problems[0].regions.sparse)
-    # The activation begins after gate_up has, which waited for the offsets.
+    # The activation begins once every thread block of gate_up has waited for the end of the sorting.
     y = gemm.run(values, scale, routed.offsets, down, problems[1], offsets_are_old=True)
     return routing.weighted_sum(y, routed.places, weights)
 
 
 def beginning(ids: torch.Tensor, expert_map: torch.Tensor | None) -> dict[str, Any]:
-    """How gate_up learns which rows are whose: arguments of `gemm.run`.
+    """How gate_up learns which rows are whose before they are sorted: arguments of `gemm.run`.
 
-    If it shall be early: three launches have the offsets when the last of them begins; one alone is still writing them,
-    so gate_up counts as well.
+    Three launches have the offsets when the last of them begins; one alone is still writing them, so gate_up counts as
+    well.
     """
-    if not gemm.EARLY:
-        return {}
     return {"offsets_are_old": True} if routing.ranked(ids) else {"ids": ids, "expert_map": expert_map}
 
 
 def prepare(problems: tuple[Problem, Problem], experts: int, top_k: int, max_tokens: int, device: torch.device) -> None:
     """Compiles and loads all kernels for every number of tokens up to `max_tokens`."""
     gate_up, down = problems
-    routing.prepare(gate_up.k, top_k, experts, device, early=gemm.EARLY)
+    routing.prepare(gate_up.k, top_k, experts, device)
     silu_mul_quant.prepare(down.k, torch.bfloat16, device, scaled=False)
     for problem in problems:
         gemm.prepare(problem, experts, max_tokens * top_k, device)

@@ -43,18 +43,17 @@ def ranked(ids: torch.Tensor) -> bool:
     return ids.numel() > COUNTED
 
 
-def route(
-    x: torch.Tensor, ids: torch.Tensor, experts: int, expert_map: torch.Tensor | None = None, *, early: bool = False
-) -> Routed:
+def route(x: torch.Tensor, ids: torch.Tensor, experts: int, expert_map: torch.Tensor | None = None) -> Routed:
     """Quantizes tokens and sorts them by expert: one launch up to `COUNTED` choices, three with more.
+
+    The kernel enqueued next begins only when what was enqueued before the last launch of these has ended: it may read
+    `ids`, and the offsets if there are three, without waiting.
 
     Args:
         x: bfloat16 (M, K), K a multiple of `WIDTH`; rows may be strided by a multiple of it.
         ids: int32 or int64 (M, top_k), contiguous: the experts that each token has chosen.
         experts: of this rank.
         expert_map: int32, of all experts: this rank's number, or −1; None if this rank has all of them.
-        early: the kernel enqueued next begins only when what was enqueued before the last launch of these has ended: it
-            may read `ids`, and the offsets if there are three, without waiting.
     """
     (tokens, size), top_k, device = x.shape, ids.shape[1], x.device
     routed = Routed(
@@ -91,7 +90,7 @@ def route(
         in_chunks, over_chunks = _rank_kernels(top_k, experts, device)
         in_chunks.launch(count, ranks, stream)
         over_chunks.launch(1, ranks, stream)
-    kernel = _route_kernel(size, top_k, experts, in_three, early, device)
+    kernel = _route_kernel(size, top_k, experts, in_three, device)
     kernel.launch(tokens if in_three else tokens + 1, arguments, stream)
     return routed
 
@@ -117,10 +116,10 @@ def weighted_sum(y: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -
     return out
 
 
-def prepare(size: int, top_k: int, experts: int, device: torch.device, *, early: bool = False) -> None:
+def prepare(size: int, top_k: int, experts: int, device: torch.device) -> None:
     """Compiles and loads the kernels for every number of tokens."""
     for in_three in (False, True):
-        _route_kernel(size, top_k, experts, in_three, early, device)
+        _route_kernel(size, top_k, experts, in_three, device)
     _rank_kernels(top_k, experts, device)
     _sum_kernel(top_k, device)
 
@@ -155,7 +154,7 @@ class SumArguments(ctypes.Structure):
     )
 
 
-def route_macros(size: int, top_k: int, experts: int, in_three: bool, early: bool = False) -> dict[str, int]:
+def route_macros(size: int, top_k: int, experts: int, in_three: bool) -> dict[str, int]:
     """What specializes expert_route.cu."""
     vectors = -(-size // WIDTH)
     each = -(-vectors // _MAX_THREADS)
@@ -166,7 +165,6 @@ def route_macros(size: int, top_k: int, experts: int, in_three: bool, early: boo
         "TOP_K": top_k,
         "EXPERTS": experts,
         "RANKED": int(in_three),
-        "EARLY": int(early),
     }
 
 
@@ -181,10 +179,8 @@ def sum_macros(top_k: int) -> dict[str, int]:
 
 
 @cache
-def _route_kernel(
-    size: int, top_k: int, experts: int, in_three: bool, early: bool, device: torch.device
-) -> driver.Kernel:
-    return driver.elementwise_kernel("expert_route", route_macros(size, top_k, experts, in_three, early), device)
+def _route_kernel(size: int, top_k: int, experts: int, in_three: bool, device: torch.device) -> driver.Kernel:
+    return driver.elementwise_kernel("expert_route", route_macros(size, top_k, experts, in_three), device)
 
 
 @cache

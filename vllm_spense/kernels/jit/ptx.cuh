@@ -107,16 +107,6 @@ DEVICE uint4 ld_shared_u32x4(u32 address) {
     return v;
 }
 
-DEVICE u32 ld_shared_u32(u32 address) {
-    u32 value;
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
-    return value;
-}
-
-DEVICE void st_shared_u32(u32 address, u32 value) {
-    asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
-}
-
 DEVICE float4 ld_shared_f32x4(u32 address) {
     float4 v;
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
