@@ -233,7 +233,7 @@ def start_engine(order: Order) -> LLM:
     if order.engines > 1:
         # What the others take would be mistaken for this one's.
         special = {"gpu_memory_utilization": 0.8 / order.engines, "kv_cache_memory_bytes": needed_kv_bytes(order)}
-    config = json.loads(Path(order.model, "config.json").read_text(encoding="utf-8"))
+    config = config_of(order)
     if text_config(config) is not config:
         # Then vLLM makes do without the processor that a shape lacks, and the language model is what is timed.
         special["limit_mm_per_prompt"] = {"image": 0, "video": 0}
@@ -269,16 +269,26 @@ def capture_sizes(order: Order) -> list[int]:
 
 def needed_kv_bytes(order: Order) -> int:
     """Of one GPU's KV cache for the largest batch, its requests' last blocks full."""
-    tokens = max(
-        batch * (context + output_tokens(batch, context, order.steps) + _KV_BLOCK) for batch, context in grid(order)
-    )
-    return kv_token_bytes(order) * (tokens + 2 * _KV_BLOCK) // order.tensor_parallel
+    config = config_of(order)
+    token, state = make_shape.kv_token_bytes(config, order.kv_cache_dtype), make_shape.state_bytes(config)
+    requests = [(batch, context + output_tokens(batch, context, order.steps)) for batch, context in grid(order)]
+    if not state:
+        tokens = max(batch * (length + _KV_BLOCK) for batch, length in requests) + 2 * _KV_BLOCK
+        return token * tokens // order.tensor_parallel
+    layers = text_config(config)["num_hidden_layers"]
+    pages = max((batch + 1) * (1 + math.ceil(length * token / (layers * state))) for batch, length in requests)
+    return layers * state * pages // order.tensor_parallel
 
 
 def kv_token_bytes(order: Order) -> int:
     """Of the keys and values of one token in all layers."""
-    config = json.loads(Path(order.model, "config.json").read_text(encoding="utf-8"))
-    return make_shape.kv_token_bytes(config, order.kv_cache_dtype)
+    return make_shape.kv_token_bytes(config_of(order), order.kv_cache_dtype)
+
+
+def config_of(order: Order) -> dict[str, Any]:
+    """The model's config.json."""
+    found: dict[str, Any] = json.loads(Path(order.model, "config.json").read_text(encoding="utf-8"))
+    return found
 
 
 def grid(order: Order) -> list[tuple[int, int]]:

@@ -105,6 +105,20 @@ def kv_token_bytes(config: dict[str, Any], kv: str) -> int:
     return 2 * text["num_hidden_layers"] * text["num_key_value_heads"] * text["head_dim"] * item
 
 
+def state_bytes(config: dict[str, Any]) -> int:
+    """At most, of what one gated delta net of a config.json keeps of a request: 0 if there is none.
+
+    vLLM's KV cache then gives every layer pages of this size, attention's too.
+    """
+    text = text_config(config)
+    if "linear_num_value_heads" not in text:
+        return 0
+    keys = text["linear_num_key_heads"] * text["linear_key_head_dim"]
+    values = text["linear_num_value_heads"] * text["linear_value_head_dim"]
+    convolution = 2 * (2 * keys + values) * (text["linear_conv_kernel_dim"] - 1)
+    return convolution + 4 * values * text["linear_key_head_dim"]
+
+
 def annotation(config: dict[str, Any], sparsity: float, prefix: str = "model.layers") -> Annotation:
     """What the pruner would write for such a model, had it pruned one."""
     projections = Projections("gate_proj", "up_proj", "down_proj")

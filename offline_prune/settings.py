@@ -72,8 +72,8 @@ class PruneSettings:
         damping: λ / mean(diag H).
         descent_passes: of coordinate descent after the solver, which chooses masks anew; None for the method's own.
         true_sequential: collect down's Hessian through the pruned gate and up.
-        tune_steps: steps of Adam on each block's kept weights after it is pruned, in all one pass over the calibration
-            text; 0 for none, None for the method's own.
+        tune_steps: most steps of Adam on each block's kept weights after it is pruned, in all one pass over the
+            calibration text, of which more than 128 take 1024 tokens each; 0 for none, None for the method's own.
         tune_rate: of those steps, relative to the weights: see `block_finetune.tune`.
         tune_loss: what those steps make small: the `relative` error, or that with its channels weighed by the dense
             model's predictions, `fisher`; None for the method's own.

@@ -129,7 +129,7 @@ def prune(
     tune_steps: Annotated[
         int | None,
         typer.Option(
-            help="Steps of tuning each block after it is pruned. \\[default: 128 for spensegpt++, else 0]",
+            help="Most steps of tuning each block after it is pruned. \\[default: 512 for spensegpt++, else 0]",
             rich_help_panel=_RESEARCH,
         ),
     ] = None,

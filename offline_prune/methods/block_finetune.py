@@ -18,6 +18,8 @@ from offline_prune.runtime.matmul_precision import fast_matmul
 
 #: Fewer tokens than this make a step's gradient mostly noise; a short calibration text gets fewer steps instead.
 MIN_STEP_TOKENS = 128
+#: More steps than this help where each has so many tokens, and do harm where all together teach too little.
+_FEW_STEPS, _STEP_TOKENS = 128, 1024
 #: Share of the steps in which the learning rate rises.
 _WARM_UP = 0.05
 #: It then falls linearly to this share of the largest and stays there for the same share of the steps. What these
@@ -81,8 +83,8 @@ def tune(
         index: of the block.
         stream: the pruned model's hidden states; `attend` has been called for this block.
         dense: the dense model's hidden states after this block.
-        recipe: `tune_steps` make one pass over the calibration text, in an order drawn from `seed`; `tune_rate` is
-            Adam's largest learning rate relative to the root mean square of each layer's kept weights.
+        recipe: at most `tune_steps` make one pass over the calibration text, in an order drawn from `seed`; `tune_rate`
+            is Adam's largest learning rate relative to the root mean square of each layer's kept weights.
         tokens_at_once: about how many go through the block together.
         channels: float32 (H,), weights of the squared error's channels; None weighs all alike.
 
@@ -101,7 +103,8 @@ def tune(
     inputs, targets = stream.units(stream.hidden), stream.units(dense.hidden)
     length = inputs.shape[1]
     at_once = stream.units_at_once(tokens_at_once)
-    in_step = max(len(inputs) // recipe.tune_steps, -(-MIN_STEP_TOKENS // (length * distributed.size())))
+    unit = length * distributed.size()
+    in_step = max(len(inputs) // most_steps(recipe.tune_steps, len(inputs) * unit), -(-MIN_STEP_TOKENS // unit))
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(recipe.seed)).to(inputs.device)
     chosen = order[: max(1, len(order) // in_step) * in_step].split(in_step)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, len(chosen)))
@@ -141,7 +144,7 @@ def tune(
 
     @torch.no_grad()
     def judge() -> float:
-        units = order[: max(1, min(int(_JUDGED_SHARE * len(order)), _JUDGED_TOKENS // (length * distributed.size())))]
+        units = order[: max(1, min(int(_JUDGED_SHARE * len(order)), _JUDGED_TOKENS // unit))]
         total = torch.stack([loss.detach() for loss in losses(units)]).sum() / distributed.size()
         distributed.all_reduce(total)
         return total.item()
@@ -165,6 +168,11 @@ def tune(
         for name, weight in best.items()
     }
     return rounded, TuningReport(before, min(before, after))
+
+
+def most_steps(asked: int, tokens: int) -> int:
+    """Of so many that were asked for, how many a text of `tokens` is worth."""
+    return min(asked, max(_FEW_STEPS, tokens // _STEP_TOKENS))
 
 
 def _share(step: int, steps: int) -> float:

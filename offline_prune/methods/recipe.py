@@ -95,7 +95,7 @@ METHODS = {
         Solver.SPARSEGPT,
         Selection.OUTPUT_LOSS,
         0.375,
-        tune_steps=128,
+        tune_steps=512,
         tune_loss=TuneLoss.FISHER,
         rounding=Rounding.EVERYWHERE,
         dense_first=True,
@@ -117,7 +117,7 @@ class Recipe:
         damping: λ / mean(diag H).
         descent_passes: of coordinate descent after the solver.
         true_sequential: down's Hessian comes through the pruned gate and up.
-        tune_steps: of Adam on each block's kept weights; 0 for none.
+        tune_steps: of Adam on each block's kept weights, at most; 0 for none.
         tune_rate: of those steps, relative to the weights.
         tune_loss: what they make small.
         seed: of random choices.

@@ -92,6 +92,15 @@ def test_engines_that_share_a_gpu_have_room_for_every_batch(kv: str, tmp_path: P
     assert needed_kv_bytes(replace(order, tensor_parallel=2)) == needed_kv_bytes(order) // 2
 
 
+def test_every_request_of_a_hybrid_has_a_page_in_each_layer(tmp_path: Path) -> None:
+    folder = make_shape("qwen3.5-27b", tmp_path, None, layers=4)
+    order = Order(str(folder), "compressed-tensors", "fp8", (1, 32), (16, 4096), most_tokens=4096, steps=8)
+    # 10240 channels of three tokens in two bytes, and 48 heads of 128 × 128 in four.
+    page = 10240 * 3 * 2 + 48 * 128 * 128 * 4
+    # Attention has the page for tokens: the 42 of each of 33 requests fit into one.
+    assert needed_kv_bytes(order) == 4 * page * 33 * 2
+
+
 def test_captured_are_the_batches_and_what_prefill_asks_for() -> None:
     order = Order("m", "compressed-tensors", "fp8", (1, 32, 256), (16,), None, 8)
     assert capture_sizes(order) == [1, 32, 256, 512]

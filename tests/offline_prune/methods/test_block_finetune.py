@@ -96,9 +96,17 @@ def test_steps_that_do_not_fit_in_a_batch_sum_up(
 
 
 @pytest.mark.parametrize(
+    ("asked", "tokens", "steps"),
+    [(512, 2**15, 128), (512, 2**17, 128), (512, 2**18, 256), (512, 2**21, 512), (64, 2**21, 64), (2, 100, 2)],
+)
+def test_a_longer_text_is_worth_more_steps(asked: int, tokens: int, steps: int) -> None:
+    assert block_finetune.most_steps(asked, tokens) == steps
+
+
+@pytest.mark.parametrize(
     ("options", "recorded"),
     [
-        ({"method": "spensegpt++"}, {"tune_steps": 128, "tune_rate": 0.016, "tune_loss": "fisher"}),
+        ({"method": "spensegpt++"}, {"tune_steps": 512, "tune_rate": 0.016, "tune_loss": "fisher"}),
         ({"method": "spensegpt++", "tune_steps": 0}, {}),
         (
             {"method": "wanda", "tune_steps": 3, "tune_rate": 0.01},
