@@ -6,7 +6,10 @@ pytest -m gpu --noconftest tests/gpu/test_experts.py
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ if not torch.cuda.is_available():
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from engines import EXCEPTIONS, Completion, Run, generate, require_same_or_tied
+from engines import Completion, Run, differences, generate
 from tiny_models import tiny_model
 
 from offline_prune.checkpoint.verify import verify
@@ -37,8 +40,8 @@ SIZES = {
     "num_experts": 8,
     "moe_intermediate_size": 768,
 }
-#: Nats, of BF16.
-TIED = 0.25
+STOCK = "stock"
+PATHS = (ExecutionPath.ONE_LAUNCH.value, ExecutionPath.DENSE.value)
 
 
 @pytest.fixture(scope="module")
@@ -65,27 +68,38 @@ def test_a_gpu_prunes_as_a_cpu_does(reports: dict[str, tuple[Path, Report]]) -> 
 
 
 @pytest.fixture(scope="module")
-def stock(reports: dict[str, tuple[Path, Report]]) -> list[Completion]:
-    """Dense execution of the same files, compiled."""
+def completions(reports: dict[str, tuple[Path, Report]]) -> dict[tuple[str, bool], list[Completion]]:
+    """By (what executes the experts, whether compiled); all engines start at once."""
     pytest.importorskip("vllm", reason="needs vLLM")
-    return complete(reports["cuda"][0], "compressed-tensors", compiled=True)
+    cases = [(path, compiled) for path in (STOCK, *PATHS) for compiled in (True, False)]
 
+    def complete(case: tuple[str, bool]) -> list[Completion]:
+        path, compiled = case
+        quantization = "compressed-tensors" if path == STOCK else "spense"
+        run = Run(reports["cuda"][0], quantization, compiled=compiled, dtype="bfloat16", among_others=True)
+        return generate([run], {SWITCH: "" if path == STOCK else path})[run]
 
-def complete(
-    checkpoint: Path, quantization: str, compiled: bool, path: ExecutionPath | None = None
-) -> list[Completion]:
-    run = Run(checkpoint, quantization, compiled=compiled, dtype="bfloat16", among_others=True)
-    return generate([run], {SWITCH: path or ""})[run]
+    with ThreadPoolExecutor(len(cases)) as pool:
+        return dict(zip(cases, pool.map(complete, cases), strict=True))
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("path", [ExecutionPath.ONE_LAUNCH, ExecutionPath.DENSE], ids=str)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("compiled", [True, False], ids=["CUDA graphs", "eager"])
 def test_tokens_are_those_of_stock_experts(
-    compiled: bool, path: ExecutionPath, reports: dict[str, tuple[Path, Report]], stock: list[Completion]
+    compiled: bool,
+    path: str,
+    completions: dict[tuple[str, bool], list[Completion]],
+    record_property: Callable[[str, object], None],
 ) -> None:
-    """By our kernel, which must run or the engine does not start, and by vLLM's own on our shares of the files."""
-    if path is ExecutionPath.ONE_LAUNCH and torch.cuda.get_device_capability() != ONE_LAUNCH_CAPABILITY:
+    """By our kernel, which must run or the engine does not start, and by vLLM's own on our shares of the files.
+
+    Which of the experts a token goes to is as good as tied for some, so that stock's own two executions differ in most
+    completions; their mean difference is the measure.
+    """
+    if path == ExecutionPath.ONE_LAUNCH and torch.cuda.get_device_capability() != ONE_LAUNCH_CAPABILITY:
         pytest.skip("the kernel is written for Hopper")
-    ours = complete(reports["cuda"][0], "spense", compiled, path)
-    require_same_or_tied(ours, stock, TIED, EXCEPTIONS)
+    ours, stock, other = (completions[case] for case in ((path, compiled), (STOCK, compiled), (STOCK, not compiled)))
+    found, usual = mean(differences(ours, stock)), mean(differences(other, stock))
+    record_property(f"{path}, {'CUDA graphs' if compiled else 'eager'}", f"{found:.4f} nats, stock's own {usual:.4f}")
+    assert found <= 2 * usual, (found, usual)
