@@ -5,9 +5,9 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache, lru_cache, partial
-from itertools import product
+from itertools import chain, product
 from operator import itemgetter
 
 import torch
@@ -23,6 +23,7 @@ from vllm_spense.kernels.one_launch.instances import (
     Arguments,
     fits,
     machine_code,
+    macros,
     stages,
 )
 from vllm_spense.kernels.one_launch.schedule import DENSE_K, ROWS, Tiling, schedule, tiles
@@ -169,9 +170,9 @@ def search(problem: Problem, tokens: int, device: torch.device) -> Found:
     require_no_capture(problem, tokens)
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     tilings = list(candidates(problem, tokens, multiprocessors))
-    # Of all tiles at once: the next search finds them made.
-    everything = {replace(c, tokens=t) for t in _buckets(1, MAX_TILE_TOKENS) for c in tilings}
-    _compile({(problem.out_dtype, problem.scaled, tiling) for tiling in filter(fits, everything)})
+    # Those of all M at once: the next search finds them made.
+    everything = chain.from_iterable(candidates(problem, m, multiprocessors) for m in _buckets(1, MAX_TOKENS))
+    _compile({(problem.out_dtype, problem.scaled, tiling) for tiling in everything})
     weight = random_weight(problem, device)
     packs = [pack(weight, problem) for _ in range(cold_copies(problem.weight_bytes, device))]
     del weight
@@ -179,7 +180,9 @@ def search(problem: Problem, tokens: int, device: torch.device) -> Found:
     out = torch.empty(tokens, problem.n, dtype=problem.out_dtype, device=device)
     scales = unit_scales(problem, tokens, device)
     plans = [OneLaunchPlan(problem, tokens, device, tiling) for tiling in tilings]
-    times = medians_us([[partial(plan.run, x, packed, out, scales) for packed in packs] for plan in plans])
+    # One for all: hundreds of copies of a small weight would otherwise have one each, in the graph of every candidate.
+    partials = torch.empty(max(plan.partial_floats for plan in plans), dtype=torch.float32, device=device)
+    times = medians_us([[partial(plan.run, x, packed, out, scales, partials) for packed in packs] for plan in plans])
     us, best = min(zip(times, tilings, strict=True), key=itemgetter(0))
     return Found(**asdict(best), us=round(us, 2))
 
@@ -191,7 +194,8 @@ def candidates(problem: Problem, tokens: int, multiprocessors: int) -> Iterator[
     for tile, sparse_k in product((widest, *narrower), (128, 256)):
         if not fits(Tiling(tile, sparse_k)):
             continue
-        yield Tiling(tile, sparse_k)
+        if tile == widest:
+            yield Tiling(tile, sparse_k)
         count = sum(1 for _ in tiles(problem, tokens, Tiling(tile, sparse_k)))
         # Half of the multiprocessors can keep the memory busy, and fewer splits are sooner added up.
         for splits, cluster in ((1, False), *product((2, 3, 4, 6, 8), (False, True))):
@@ -200,9 +204,10 @@ def candidates(problem: Problem, tokens: int, multiprocessors: int) -> Iterator[
 
 
 def _compile(kernels: Iterable[tuple[torch.dtype, bool, Tiling]]) -> None:
-    """Machine code for the plan cache: threads make it in parallel."""
+    """Machine code for the plan cache, once for all tilings that share it: threads make it in parallel."""
+    different = {tuple(macros(*kernel).values()): kernel for kernel in kernels}
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda kernel: machine_code(*kernel), kernels))
+        list(pool.map(lambda kernel: machine_code(*kernel), different.values()))
 
 
 @cache
@@ -234,7 +239,7 @@ class OneLaunchPlan:
         self._kernel = _kernel(tiling, problem.out_dtype, problem.scaled, device)
         self._segments = lasting(lambda: torch.from_numpy(tables.segments).to(device))
         self._semaphores = 0 if tiling.cluster else tables.semaphores
-        self._partial_floats = 0 if tiling.cluster else tables.partials * ROWS * tiling.tokens
+        self.partial_floats = 0 if tiling.cluster else tables.partials * ROWS * tiling.tokens
         semaphores(device).reserve(self._semaphores)
 
     def run(
@@ -243,6 +248,7 @@ class OneLaunchPlan:
         packed: Packed,
         out: torch.Tensor | None = None,
         scales: Scales | None = None,
+        partials: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One launch.
 
@@ -251,6 +257,7 @@ class OneLaunchPlan:
             packed: what `pack` returned for this problem.
             out: (M, N) of the problem's out_dtype to write into, contiguous.
             scales: of a scaled problem's tokens and rows.
+            partials: float32, at least `partial_floats`, for the sums of a tile's splits; None for memory of torch's.
 
         Returns:
             (M, N), raw sums unless the problem is scaled.
@@ -275,7 +282,8 @@ class OneLaunchPlan:
             arguments.x_scale, arguments.w_scale = (scale.data_ptr() for scale in scales)
         if self._semaphores:
             # Until the launch is enqueued it must not go back to torch, which then orders its next use after it.
-            partials = torch.empty(self._partial_floats, dtype=torch.float32, device=x.device)
+            if partials is None:
+                partials = torch.empty(self.partial_floats, dtype=torch.float32, device=x.device)
             arguments.partials = partials.data_ptr()
             capture = driver.capture_number(stream)
             arguments.semaphores = semaphores(self.device).take(self._semaphores, stream, capture).data_ptr()

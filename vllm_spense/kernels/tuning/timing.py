@@ -11,6 +11,8 @@ from vllm_spense.kernels.one_launch.semaphores import temporary_captures
 
 #: µs of work in a graph, so that starting it does not count.
 _MIN_WORK_US = 400
+#: Of a weight: every copy is a node of every graph, and takes memory in each.
+_MOST_COPIES = 128
 
 
 def require_no_capture(problem: object, tokens: int) -> None:
@@ -69,5 +71,9 @@ def _elapsed_us(work: Callable[[], object]) -> float:
 
 
 def cold_copies(weight_bytes: int, device: torch.device) -> int:
-    """How many copies of a weight must take turns so that each is out of the L2 cache when it is used again."""
-    return max(2, -(-3 * torch.cuda.get_device_properties(device).L2_cache_size // max(weight_bytes, 1)))
+    """How many copies of a weight must take turns so that each is out of the L2 cache when it is used again.
+
+    A model whose weights are so small that `_MOST_COPIES` of one stay in the cache has all of them there.
+    """
+    needed = -(-3 * torch.cuda.get_device_properties(device).L2_cache_size // max(weight_bytes, 1))
+    return min(max(2, needed), _MOST_COPIES)
