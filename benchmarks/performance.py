@@ -393,10 +393,8 @@ TABLES: Mapping[str, tuple[str, Callable[..., list[str]]]] = {
     "accuracy": ("accuracy-smollm2", quality_results.quality),
     "ablations": ("accuracy-smollm2-ablations", quality_results.quality),
     "accuracy_cpu": ("accuracy-smollm2-cpu", quality_results.quality),
-    "models": (
-        " ".join(f"accuracy-{kind}-{model}" for kind in ("default", "heal") for model in KNOWN),
-        quality_results.over_models,
-    ),
+    "models": (" ".join(f"accuracy-{k}-{m}" for k in ("default", "heal") for m in KNOWN), quality_results.over_models),
+    "models_long": (" ".join(f"accuracy-long-{model}" for model in KNOWN), quality_results.over_models),
     **{f"domains_{model.partition('-')[0]}": (f"accuracy-domains-{model}", quality_results.quality) for model in KNOWN},
     **{f"heal_{model.partition('-')[0]}": (f"accuracy-heal-{model}", quality_results.quality) for model in KNOWN},
     "rates": ("accuracy-rates-smollm2-135m", quality_results.quality),
