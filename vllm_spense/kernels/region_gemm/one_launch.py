@@ -180,9 +180,7 @@ def search(problem: Problem, tokens: int, device: torch.device) -> Found:
     out = torch.empty(tokens, problem.n, dtype=problem.out_dtype, device=device)
     scales = unit_scales(problem, tokens, device)
     plans = [OneLaunchPlan(problem, tokens, device, tiling) for tiling in tilings]
-    # One for all: hundreds of copies of a small weight would otherwise have one each, in the graph of every candidate.
-    partials = torch.empty(max(plan.partial_floats for plan in plans), dtype=torch.float32, device=device)
-    times = medians_us([[partial(plan.run, x, packed, out, scales, partials) for packed in packs] for plan in plans])
+    times = medians_us([[partial(plan.run, x, packed, out, scales) for packed in packs] for plan in plans])
     us, best = min(zip(times, tilings, strict=True), key=itemgetter(0))
     return Found(**asdict(best), us=round(us, 2))
 
@@ -239,7 +237,7 @@ class OneLaunchPlan:
         self._kernel = _kernel(tiling, problem.out_dtype, problem.scaled, device)
         self._segments = lasting(lambda: torch.from_numpy(tables.segments).to(device))
         self._semaphores = 0 if tiling.cluster else tables.semaphores
-        self.partial_floats = 0 if tiling.cluster else tables.partials * ROWS * tiling.tokens
+        self._partial_floats = 0 if tiling.cluster else tables.partials * ROWS * tiling.tokens
         semaphores(device).reserve(self._semaphores)
 
     def run(
@@ -248,7 +246,6 @@ class OneLaunchPlan:
         packed: Packed,
         out: torch.Tensor | None = None,
         scales: Scales | None = None,
-        partials: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One launch.
 
@@ -257,7 +254,6 @@ class OneLaunchPlan:
             packed: what `pack` returned for this problem.
             out: (M, N) of the problem's out_dtype to write into, contiguous.
             scales: of a scaled problem's tokens and rows.
-            partials: float32, at least `partial_floats`, for the sums of a tile's splits; None for memory of torch's.
 
         Returns:
             (M, N), raw sums unless the problem is scaled.
@@ -282,8 +278,7 @@ class OneLaunchPlan:
             arguments.x_scale, arguments.w_scale = (scale.data_ptr() for scale in scales)
         if self._semaphores:
             # Until the launch is enqueued it must not go back to torch, which then orders its next use after it.
-            if partials is None:
-                partials = torch.empty(self.partial_floats, dtype=torch.float32, device=x.device)
+            partials = torch.empty(self._partial_floats, dtype=torch.float32, device=x.device)
             arguments.partials = partials.data_ptr()
             capture = driver.capture_number(stream)
             arguments.semaphores = semaphores(self.device).take(self._semaphores, stream, capture).data_ptr()

@@ -19,8 +19,8 @@ from vllm_spense.kernels.tuning.compare import Packed, compare
 Gemm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 #: Beyond this, tensor cores limit a dense GEMM more than memory does.
 MOST_TOKENS = 256
-#: What the one-launch kernel must take at most, relative to vLLM's: timed one after the other its early start counts for
-#: more than between the kernels of a layer.
+#: What the one-launch kernel may take of vLLM's time: launched again and again, it gains more by its early start than
+#: between the kernels of a layer.
 _WORTH = 0.97
 
 

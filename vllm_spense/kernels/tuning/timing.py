@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 
 import torch
@@ -11,8 +12,6 @@ from vllm_spense.kernels.one_launch.semaphores import temporary_captures
 
 #: µs of work in a graph, so that starting it does not count.
 _MIN_WORK_US = 400
-#: Of a weight: every copy is a node of every graph, and takes memory in each.
-_MOST_COPIES = 128
 
 
 def require_no_capture(problem: object, tokens: int) -> None:
@@ -47,18 +46,22 @@ class _Graph:
     """The calls, as often as it takes to be long enough, in a CUDA graph."""
 
     def __init__(self, calls: Sequence[Callable[[], object]]) -> None:
-        for call in calls:
-            call()
-        once = _elapsed_us(lambda: [call() for call in calls])
+        _run(calls)
+        once = _elapsed_us(partial(_run, calls))
         calls = list(calls) * max(1, round(_MIN_WORK_US / once))
         self._calls = len(calls)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            for call in calls:
-                call()
+            _run(calls)
 
     def us_of_a_call(self) -> float:
         return _elapsed_us(self._graph.replay) / self._calls
+
+
+def _run(calls: Sequence[Callable[[], object]]) -> None:
+    """One after the other. Their results are let go: hundreds, of copies of a small weight, would fill a GPU."""
+    for call in calls:
+        call()
 
 
 def _elapsed_us(work: Callable[[], object]) -> float:
@@ -71,9 +74,5 @@ def _elapsed_us(work: Callable[[], object]) -> float:
 
 
 def cold_copies(weight_bytes: int, device: torch.device) -> int:
-    """How many copies of a weight must take turns so that each is out of the L2 cache when it is used again.
-
-    A model whose weights are so small that `_MOST_COPIES` of one stay in the cache has all of them there.
-    """
-    needed = -(-3 * torch.cuda.get_device_properties(device).L2_cache_size // max(weight_bytes, 1))
-    return min(max(2, needed), _MOST_COPIES)
+    """How many copies of a weight must take turns so that each is out of the L2 cache when it is used again."""
+    return max(2, -(-3 * torch.cuda.get_device_properties(device).L2_cache_size // max(weight_bytes, 1)))
