@@ -117,10 +117,15 @@ def over_models(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+#: How a label says what differs between a table's methods.
+_IN_WORDS = {" calibration=builtin,calibration=generated": ", half of the text generated", ",tune_steps=": ", steps: "}
+
+
 def _label(method: str) -> str:
     """A method with what differs within a table: its calibration text, and of a healed one's settings the rate."""
     name, _, change = method.partition(" healed ")
-    name = name.replace(" calibration=builtin,calibration=generated", ", half of the text generated").replace(",tune_steps=", ", steps: ")
+    for setting, words in _IN_WORDS.items():
+        name = name.replace(setting, words)
     rate = change.partition("rate=")[2].partition(",")[0]
     return f"{name}, healed at {rate}" if change else name
 
