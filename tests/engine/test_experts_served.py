@@ -53,7 +53,8 @@ def granite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def answers(shared: Path, granite: Path) -> dict[Run, list[Completion]]:
     ranks = (on_two_ranks(shared, either) for either in (False, True))
     stacked = (Run(granite / "pruned", "spense"), Run(granite / "same", None)) if loads_granite() else ()
-    return generate([Run(shared, "spense", compiled=True), *ranks, *stacked])
+    reloaded = Run(shared, "spense", compiled=True, reload=True)
+    return generate([Run(shared, "spense", compiled=True), reloaded, *ranks, *stacked])
 
 
 def on_two_ranks(checkpoint: Path, expert_parallel: bool) -> Run:
@@ -69,6 +70,11 @@ def require_twin(found: list[Completion], checkpoint: Path, ranks: int, expert_r
 
 def test_compiled(shared: Path, answers: dict[Run, list[Completion]]) -> None:
     require_twin(answers[Run(shared, "spense", compiled=True)], shared, 1, 1)
+
+
+def test_reloaded(shared: Path, answers: dict[Run, list[Completion]]) -> None:
+    """After its weights were made zero."""
+    assert answers[Run(shared, "spense", compiled=True, reload=True)] == answers[Run(shared, "spense", compiled=True)]
 
 
 @pytest.mark.parametrize("expert_parallel", [False, True])
