@@ -118,7 +118,7 @@ def over_models(rows: Sequence[Row]) -> list[str]:
 
 
 def _label(method: str) -> str:
-    """A method with what differs within a table: its calibration text, and of a healed one's settings the rate."""
+    """A method with what differs within a table: calibration text and steps, of a healed one's settings the rate."""
     name, _, change = method.partition(" healed ")
     name = name.replace(" calibration=builtin,calibration=generated", ", half of the text generated")
     name = name.replace(",tune_steps=", ", steps: ")

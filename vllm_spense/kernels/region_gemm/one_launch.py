@@ -180,7 +180,7 @@ def search(problem: Problem, tokens: int, device: torch.device) -> Found:
     out = torch.empty(tokens, problem.n, dtype=problem.out_dtype, device=device)
     scales = unit_scales(problem, tokens, device)
     plans = [OneLaunchPlan(problem, tokens, device, tiling) for tiling in tilings]
-    # One for all: hundreds of copies of a small weight would otherwise have one each, in the graph of every candidate.
+    # One for all: torch keeps what is allocated during a capture in a pool of that graph, after the graph is gone too.
     partials = torch.empty(max(plan.partial_floats for plan in plans), dtype=torch.float32, device=device)
     times = medians_us([[partial(plan.run, x, packed, out, scales, partials) for packed in packs] for plan in plans])
     us, best = min(zip(times, tilings, strict=True), key=itemgetter(0))
