@@ -57,7 +57,7 @@ def make_shape(shape: str, out: Path, sparsity: float | None, layers: int | None
         layers: None for as many as published.
 
     Raises:
-        SpenseError: no regions have that sparsity.
+        SpenseError: no layers at all, or no regions have that sparsity.
     """
     config = shape_config(shape, layers)
     text = text_config(config)
@@ -72,7 +72,13 @@ def make_shape(shape: str, out: Path, sparsity: float | None, layers: int | None
 
 
 def shape_config(shape: str, layers: int | None = None) -> dict[str, Any]:
-    """The config.json of one of `ALL_SHAPES` in BF16, with as many layers as published or fewer."""
+    """The config.json of one of `ALL_SHAPES` in BF16, with as many layers as published or fewer.
+
+    Raises:
+        SpenseError: no layers at all.
+    """
+    if layers is not None and layers < 1:
+        raise SpenseError(f"--layers: found {layers}, expected at least 1")
     config: dict[str, Any] = copy.deepcopy({**ALL_SHAPES[shape]})
     text = text_config(config)
     text["num_hidden_layers"] = layers or text["num_hidden_layers"]
@@ -120,7 +126,13 @@ def state_bytes(config: dict[str, Any]) -> int:
 
 
 def annotation(config: dict[str, Any], sparsity: float, prefix: str = "model.layers") -> Annotation:
-    """What the pruner would write for such a model, had it pruned one."""
+    """What the pruner would write for such a model, had it pruned one.
+
+    Raises:
+        SpenseError: no regions have that sparsity.
+    """
+    if not 0 <= sparsity <= 0.5:
+        raise SpenseError(f"--sparsity: found {sparsity}, expected 0 to 0.5")
     projections = Projections("gate_proj", "up_proj", "down_proj")
     experts = expert_counts(config, prefix)
     sizes = mlp_sizes(config, prefix)

@@ -122,7 +122,7 @@ _IN_WORDS = {" calibration=builtin,calibration=generated": ", half of the text g
 
 
 def _label(method: str) -> str:
-    """A method with what differs within a table: its calibration text, and of a healed one's settings the rate."""
+    """A method with what differs within a table: calibration text and steps, of a healed one's settings the rate."""
     name, _, change = method.partition(" healed ")
     for setting, words in _IN_WORDS.items():
         name = name.replace(setting, words)

@@ -109,10 +109,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=CACHE / "serve_load", help="for logs and what was measured")
     parser.add_argument("--out", type=Path, default=RESULTS / "serve_load.json")
     options = parser.parse_args()
-    for name in ("concurrencies", "input", "output", "prompts_per_client", "together"):
+    for name in ("concurrencies", "input", "output", "prompts_per_client", "least_prompts", "together"):
         found = getattr(options, name)
         if min(found if isinstance(found, Sequence) else [found]) < 1:
             parser.error(f"--{name.replace('_', '-')}: found {found}, expected at least 1")
+    # Without any, a server would be taken for stock.
+    if not all(0 < sparsity <= 0.5 for sparsity in options.sparsities):
+        parser.error(f"--sparsities: found {[*options.sparsities]}, expected above 0 and at most 0.5")
+    length, most = options.input + options.output, SHAPES[options.shape]["max_position_embeddings"]
+    if length > most:
+        parser.error(f"--input and --output: found {length} tokens together, expected at most {options.shape}'s {most}")
     options.work = options.work.resolve()
     return options
 

@@ -104,9 +104,8 @@ def tune(
     length = inputs.shape[1]
     at_once = stream.units_at_once(tokens_at_once)
     unit = length * distributed.size()
-    in_step = max(len(inputs) // most_steps(recipe.tune_steps, len(inputs) * unit), -(-MIN_STEP_TOKENS // unit))
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(recipe.seed)).to(inputs.device)
-    chosen = order[: max(1, len(order) // in_step) * in_step].split(in_step)
+    chosen = order.tensor_split(step_count(len(order), unit, recipe.tune_steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, len(chosen)))
 
     def output(parameters: dict[str, torch.Tensor], x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -170,9 +169,16 @@ def tune(
     return rounded, TuningReport(before, min(before, after))
 
 
-def most_steps(asked: int, tokens: int) -> int:
-    """Of so many that were asked for, how many a text of `tokens` is worth."""
-    return min(asked, max(_FEW_STEPS, tokens // _STEP_TOKENS))
+def step_count(units: int, tokens: int, asked: int) -> int:
+    """How many steps one pass over the calibration text is worth.
+
+    Args:
+        units: of this rank.
+        tokens: of a unit, on all ranks together.
+        asked: the most steps.
+    """
+    worth = max(_FEW_STEPS, units * tokens // _STEP_TOKENS)
+    return max(1, min(asked, worth, units // -(-MIN_STEP_TOKENS // tokens)))
 
 
 def _share(step: int, steps: int) -> float:

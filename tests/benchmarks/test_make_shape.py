@@ -106,6 +106,30 @@ def test_transformers_reads_them(shape: str, tmp_path: Path) -> None:
     assert config.head_dim == SHAPES[shape]["head_dim"]
 
 
+@pytest.mark.parametrize(
+    ("option", "found", "said"),
+    [
+        ("--layers", "0", "--layers: found 0, expected at least 1"),
+        ("--layers", "-2", "--layers: found -2, expected at least 1"),
+        ("--sparsity", "1.5", "--sparsity: found 1.5, expected 0 to 0.5"),
+        ("--sparsity", "nan", "--sparsity: found nan, expected 0 to 0.5"),
+    ],
+)
+def test_numbers_that_no_shape_has_are_refused(
+    option: str,
+    found: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["make_shape.py", "tiny", str(tmp_path / "out"), option, found])
+    with pytest.raises(SystemExit):
+        module.main()
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_sparsity_that_does_not_fit_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -367,9 +367,13 @@ def test_a_client_that_ends_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_pat
     [
         ("--concurrencies 0 1", "--concurrencies: found [0, 1], expected at least 1"),
         ("--prompts-per-client 0", "--prompts-per-client: found 0, expected at least 1"),
+        ("--least-prompts 0", "--least-prompts: found 0, expected at least 1"),
+        ("--sparsities 0 0.25", "--sparsities: found [0.0, 0.25], expected above 0 and at most 0.5"),
+        ("--sparsities nan", "--sparsities: found [nan], expected above 0 and at most 0.5"),
+        ("--input 40960", "--input and --output: found 41216 tokens together, expected at most qwen3-32b's 40960"),
     ],
 )
-def test_numbers_below_one_are_refused(
+def test_numbers_that_cannot_be_meant_are_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: str, said: str
 ) -> None:
     with pytest.raises(SystemExit):

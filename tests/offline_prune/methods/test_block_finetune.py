@@ -96,11 +96,24 @@ def test_steps_that_do_not_fit_in_a_batch_sum_up(
 
 
 @pytest.mark.parametrize(
-    ("asked", "tokens", "steps"),
-    [(512, 2**15, 128), (512, 2**17, 128), (512, 2**18, 256), (512, 2**21, 512), (64, 2**21, 64), (2, 100, 2)],
+    ("asked", "units", "tokens", "steps"),
+    [
+        (512, 2**15, 1, 128),
+        (512, 2**17, 1, 128),
+        (512, 2**18, 1, 256),
+        (512, 2**21, 1, 512),
+        (64, 2**21, 1, 64),
+        (128, 640, 1, 5),
+        (6, 40, 1, 1),
+        # Whole sequences, which need not come out even: never more steps than were asked for.
+        (512, 300, 4096, 300),
+        (512, 768, 4096, 512),
+        (2, 5, 256, 2),
+        (8, 5, 64, 2),
+    ],
 )
-def test_a_longer_text_is_worth_more_steps(asked: int, tokens: int, steps: int) -> None:
-    assert block_finetune.most_steps(asked, tokens) == steps
+def test_a_longer_text_is_worth_more_steps(asked: int, units: int, tokens: int, steps: int) -> None:
+    assert block_finetune.step_count(units, tokens, asked) == steps
 
 
 @pytest.mark.parametrize(

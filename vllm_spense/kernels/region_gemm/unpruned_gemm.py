@@ -19,9 +19,9 @@ from vllm_spense.kernels.tuning.compare import Packed, compare
 Gemm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 #: Beyond this, tensor cores limit a dense GEMM more than memory does.
 MOST_TOKENS = 256
-#: What the one-launch kernel may take of vLLM's time: launched again and again, it gains more by its early start than
-#: between the kernels of a layer.
-_WORTH = 0.97
+#: The one-launch kernel's time must be below this share of vLLM's: timed one after the other its early start counts
+#: for more than between the kernels of a layer.
+_WORTH_A_CHANGE = 0.97
 
 
 class StockGemm(NamedTuple):
@@ -68,7 +68,7 @@ class UnprunedPlan:
             lambda weight: _packed(weight.clone()),
             {"one-launch": one_launch.found(self.problem, tokens, device), "stock": self.stock.version},
         )
-        return us["one-launch"] < _WORTH * us["stock"]
+        return us["one-launch"] < _WORTH_A_CHANGE * us["stock"]
 
     def run(self, x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
         """x · Wᵀ · s_x · s_w.
