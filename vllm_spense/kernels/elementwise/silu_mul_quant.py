@@ -20,6 +20,8 @@ WIDTH = 8
 _SHORT = 2048
 #: Up to this size one of many long rows is better off with fewer threads.
 _MIDDLE = 16384
+#: Up to this size one block has the registers for a row.
+_LONGEST = 36864
 #: Short rows of at most so many values gain from two at once; others never do (H200, docs/notes/kernels.md).
 _SHORTEST = 768
 
@@ -49,13 +51,12 @@ class Way:
 
 
 Ways = Sequence[tuple[int, Way]]
-#: Ways, each with the fewest tokens that it is for, of rows of more than `_MIDDLE` values, of more than `_SHORT`, of
-#: short ones and of the shortest (H200). With few tokens several blocks share a row, with many each has its own.
-_FEW: Ways = ((0, Way(4, hold=True)), (48, Way(2, threads=1024, hold=True)), (96, Way(1, threads=1024)))
-_OF_LONG: Ways = _FEW
-_OF_MIDDLING: Ways = (*_FEW, (192, Way(1, threads=512)))
-#: Of all these where sums are float32, which one block has not the registers for (H100).
-_OF_FLOATS: Ways = ((0, Way(8)), (33, Way(8, tokens=2)))
+#: Ways, each with the fewest tokens that it is for: of rows of more than `_MIDDLE` values, of more than `_SHORT`, of short
+#: ones and of the shortest (H200). With few tokens several blocks share a row, with many each has its own.
+_OF_LONG: Ways = ((0, Way(4, hold=True)), (48, Way(2, threads=1024, hold=True)), (96, Way(1, threads=1024)))
+_OF_MIDDLING: Ways = (*_OF_LONG, (192, Way(1, threads=512)))
+#: Where fewer than eight blocks have not the registers for a row: beyond `_LONGEST`, and where sums are float32 (H100).
+_IN_EIGHT: Ways = ((0, Way(8)), (33, Way(8, tokens=2)))
 _OF_SHORT: Ways = ((0, Way(1)),)
 _OF_SHORTEST: Ways = (*_OF_SHORT, (2049, Way(1, tokens=2)))
 #: Sizes and numbers of tokens that `fault` tries: one and several vectors of a thread, full and partial clusters.
@@ -123,8 +124,8 @@ def prepare(size: int, raw_dtype: torch.dtype, device: torch.device, scaled: boo
 def _ways(size: int, raw_float: bool) -> Ways:
     if size <= _SHORT:
         return _OF_SHORTEST if size <= _SHORTEST else _OF_SHORT
-    if raw_float:
-        return _OF_FLOATS
+    if raw_float or size > _LONGEST:
+        return _IN_EIGHT
     return _OF_LONG if size > _MIDDLE else _OF_MIDDLING
 
 
