@@ -21,7 +21,7 @@ _SHORT = 2048
 #: Up to this size one of many long rows is better off with fewer threads.
 _MIDDLE = 16384
 #: Up to this size one block has the registers for a row.
-_LONGEST = 36864
+_LONGEST = 34816
 #: Short rows of at most so many values gain from two at once; others never do (H200, docs/notes/kernels.md).
 _SHORTEST = 768
 
@@ -51,8 +51,8 @@ class Way:
 
 
 Ways = Sequence[tuple[int, Way]]
-#: Ways, each with the fewest tokens that it is for: of rows of more than `_MIDDLE` values, of more than `_SHORT`, of short
-#: ones and of the shortest (H200). With few tokens several blocks share a row, with many each has its own.
+#: Ways, each with the fewest tokens that it is for: of rows of more than `_MIDDLE` values, of more than `_SHORT`, of
+#: short ones and of the shortest (H200). With few tokens several blocks share a row, with many each has its own.
 _OF_LONG: Ways = ((0, Way(4, hold=True)), (48, Way(2, threads=1024, hold=True)), (96, Way(1, threads=1024)))
 _OF_MIDDLING: Ways = (*_OF_LONG, (192, Way(1, threads=512)))
 #: Where fewer than eight blocks have not the registers for a row: beyond `_LONGEST`, and where sums are float32 (H100).
