@@ -100,7 +100,7 @@ def draw(found: Mapping[str, Sequence[Sequence[float]]], averaged: str, file: Pa
         averaged: over what.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FormatStrFormatter
+    from matplotlib.ticker import FormatStrFormatter, MultipleLocator
 
     figure = Figure(figsize=(7.8, 4.2), layout="constrained", facecolor="white")
     axes = figure.subplots()
@@ -126,7 +126,9 @@ def draw(found: Mapping[str, Sequence[Sequence[float]]], averaged: str, file: Pa
     for sparsity, _, speed in found["spensegpt++"]:
         axes.axhline(speed, color=_GRID, linewidth=1, zorder=0)
         axes.text(1.01, speed, f"{100 * sparsity:g}%", transform=edge, va="center", color=_SOFT)
-    axes.text(1.01, 1.44, "MLP weights\nthat are zero", transform=edge, va="center", color=_SOFT, fontsize=9)
+    speeds = [y for points in found.values() for _, _, y in points]
+    top = max(speeds) + 0.08
+    axes.text(1.01, top, "MLP weights\nthat are zero", transform=edge, va="top", color=_SOFT, fontsize=9)
     for method, colour in reversed(COLOURS.items()):
         xs, ys = ([point[i] for point in found[method]] for i in (1, 2))
         axes.plot([dense_kl, xs[0]], [1.0, ys[0]], color=colour, linewidth=1.6, linestyle=(0, (1, 2)), zorder=1)
@@ -136,7 +138,7 @@ def draw(found: Mapping[str, Sequence[Sequence[float]]], averaged: str, file: Pa
     _, x, y = found["spensegpt"][-1]
     dot(x, y, _INK)
     label("spensegpt++", *found["spensegpt++"][-1][1:], (0, 14), "center", COLOURS["spensegpt++"])
-    label("spensegpt+", *found["spensegpt+"][1][1:], (42, 36), "left", COLOURS["spensegpt+"])
+    label("spensegpt+", *found["spensegpt+"][1][1:], (16, 26), "left", COLOURS["spensegpt+"])
     label("spensegpt", *found["spensegpt"][1][1:], (10, -12), "left", COLOURS["spensegpt"])
     label("sparsegpt (2:4)", x, y, (0, 14), "center", _INK)
     dot(dense_kl, 1.0, _INK)
@@ -146,8 +148,8 @@ def draw(found: Mapping[str, Sequence[Sequence[float]]], averaged: str, file: Pa
         for _, x, y in found.get(name, ()):
             dot(x, y, _INT4_COLOUR)
             label(name, x, y, (11, 0), "left", _INT4_COLOUR)
-    lowest = min(y for points in found.values() for _, _, y in points)
-    axes.set(xlim=(0, 0.9), ylim=(lowest - 0.02, 1.46), yticks=[1.0, 1.1, 1.2, 1.3, 1.4])
+    axes.set(xlim=(0, 0.9), ylim=(min(speeds) - 0.02, top))
+    axes.yaxis.set_major_locator(MultipleLocator(0.1))
     axes.yaxis.set_major_formatter(FormatStrFormatter("%.1f×"))
     about = f"quality lost: KL divergence from the dense model, nats per token\n({averaged})"
     axes.set_xlabel(about, color=_INK)
