@@ -26,7 +26,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 
 from benchmarks.alternatives_table import STOCK
 from benchmarks.engine_runs import EngineRun, Measured, in_turn
-from benchmarks.envelope import RESULTS, write_result
+from benchmarks.envelope import RESULTS, print_row, write_result
 from benchmarks.make_shape import annotation, kv_token_bytes, shape_config, write_config
 from offline_prune.checkpoint.writer import fp8_config
 from scripts.pruned import CACHE
@@ -67,7 +67,7 @@ def main() -> None:
             write_result(options.out, "alternatives", rows(options, runs, found))
     failed = [scheme for scheme in found if isinstance(found[scheme], SpenseError)]
     for row in rows(options, runs, found):
-        print(" ".join(f"{key}={value}" for key, value in row.items()))
+        print_row(row)
     if failed:
         sys.exit(f"{options.out} says why these engines did not run: {', '.join(failed)}")
 

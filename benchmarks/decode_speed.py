@@ -24,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.engine_runs import EngineRun, Measured, in_turn
-from benchmarks.envelope import RESULTS, write_result
+from benchmarks.envelope import RESULTS, print_row, write_result
 from benchmarks.make_shape import ALL_SHAPES, BALANCED, SKEWED, expert_counts, make_shape, shape_config, text_config
 from vllm_spense.errors import SpenseError
 
@@ -43,7 +43,7 @@ def main() -> None:
     for more in server_rows(options) if options.url else engine_rows(options):
         rows += more
         for row in more:
-            print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+            print_row(row)
         write_result(options.out, "decode_speed", rows)
     if any(row["ratio"] for row in rows):
         plot(rows, options.out.with_suffix(".png"))

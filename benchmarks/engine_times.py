@@ -32,9 +32,17 @@ from vllm.sampling_params import RequestOutputKind
 from benchmarks import make_shape, worker_profile
 from benchmarks.make_shape import SKEWED, text_config
 from benchmarks.random_weights import fill_int4_before_packing, fill_random, linear_kernels, weight_bytes
-from benchmarks.timings import READY, TOKEN_BUDGET, Timing, output_tokens, summarize, time_steps
+from benchmarks.timings import (
+    LIKELIEST,
+    READY,
+    TOKEN_BUDGET,
+    Timing,
+    output_tokens,
+    require_sensible,
+    summarize,
+    time_steps,
+)
 from benchmarks.worker_profile import KernelRun
-from vllm_spense.errors import SpenseError
 from vllm_spense.plugin.cudagraph_sizes import beyond
 
 #: Batches whose prompts have no more tokens than this are timed several times.
@@ -45,10 +53,6 @@ _SETTLING = 2
 #: The batch and context, and decode steps, in which kernels are counted.
 PROFILED = (32, 16)
 _PROFILED_STEPS = 8
-#: Logits that are looked at: of fewer, all might be equal by chance in bfloat16.
-_LIKELIEST = 8
-#: Tokens in a block of vLLM's KV cache.
-_KV_BLOCK = 16
 _NAME_LENGTH = 120
 
 
@@ -268,16 +272,9 @@ def capture_sizes(order: Order) -> list[int]:
 
 
 def needed_kv_bytes(order: Order) -> int:
-    """Of one GPU's KV cache for the largest batch, its requests' last blocks full."""
-    config = config_of(order)
-    token, state = make_shape.kv_token_bytes(config, order.kv_cache_dtype), make_shape.state_bytes(config)
-    requests = [(batch, context + output_tokens(batch, context, order.steps)) for batch, context in grid(order)]
-    if not state:
-        tokens = max(batch * (length + _KV_BLOCK) for batch, length in requests) + 2 * _KV_BLOCK
-        return token * tokens // order.tensor_parallel
-    layers = text_config(config)["num_hidden_layers"]
-    pages = max((batch + 1) * (1 + math.ceil(length * token / (layers * state))) for batch, length in requests)
-    return layers * state * pages // order.tensor_parallel
+    """Of one GPU's KV cache for the largest batch."""
+    batches = [(batch, context + output_tokens(batch, context, order.steps)) for batch, context in grid(order)]
+    return make_shape.kv_cache_bytes(config_of(order), order.kv_cache_dtype, batches) // order.tensor_parallel
 
 
 def kv_token_bytes(order: Order) -> int:
@@ -368,14 +365,12 @@ class Bench:
         Raises:
             SpenseError: logits that are not numbers, or all the same.
         """
-        params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, detokenize=False, logprobs=_LIKELIEST)
+        params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, detokenize=False, logprobs=LIKELIEST)
         self.engine.add_request("finite", tokens_input(self._prompts(1, 16)[0]), params)
         while self.engine.has_unfinished_requests():
             for output in self.engine.step():
                 for likeliest in output.outputs[0].logprobs:
-                    found = sorted(entry.logprob for entry in likeliest.values())
-                    if not all(map(math.isfinite, found)) or found[0] == found[-1]:
-                        raise SpenseError(f"the model's logits make no sense (key: logprobs; found: {found})")
+                    require_sensible(entry.logprob for entry in likeliest.values())
 
     def _prompts(self, batch: int, context: int) -> list[list[int]]:
         return torch.randint(self.vocabulary, (batch, context)).tolist()

@@ -26,6 +26,11 @@ def write_result(file: Path, benchmark: str, rows: Sequence[Mapping[str, Any]]) 
     file.write_text(json.dumps(envelope(benchmark, rows), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def print_row(row: Mapping[str, Any]) -> None:
+    """One line, at once: a long run is watched."""
+    print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+
+
 def envelope(benchmark: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The rows with everything needed to judge and to repeat them.
 

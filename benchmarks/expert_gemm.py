@@ -28,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(File(__file__).resolve().parents[1]))
 
-from benchmarks.envelope import RESULTS, write_result
+from benchmarks.envelope import RESULTS, print_row, write_result
 from vllm_spense.format import Regions
 from vllm_spense.kernels.expert_gemm import gemm, mixture, reference
 from vllm_spense.kernels.expert_gemm.instances import Tiling
@@ -83,7 +83,7 @@ def main() -> None:
             cases = [(tokens, routing) for tokens in options.tokens for routing in options.routings]
             for row in sweep(SHAPES[name], layer, options.sparsities, cases, options.tilings, bandwidth, device):
                 row = {"shape": name, **row}
-                print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+                print_row(row)
                 rows.append(row)
             # After each, so that a run that is cut short leaves what it has.
             write_result(options.out, "expert_gemm", rows)

@@ -24,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(File(__file__).resolve().parents[1]))
 
-from benchmarks.envelope import RESULTS, write_result
+from benchmarks.envelope import RESULTS, print_row, write_result
 from benchmarks.expert_gemm import (
     ROUTING,
     ROUTINGS,
@@ -61,7 +61,7 @@ def main() -> None:
         cases = [(tokens, routing) for tokens in options.tokens for routing in options.routings]
         for row in sweep(SHAPES[name], options.sparsities, cases, device):
             row = {"shape": name, **row}
-            print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+            print_row(row)
             rows.append(row)
         # After each, so that a run that is cut short leaves what it has.
         write_result(options.out, "expert_mixture", rows)

@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(File(__file__).resolve().parents[1]))
 
-from benchmarks.envelope import RESULTS, write_result
+from benchmarks.envelope import RESULTS, print_row, write_result
 from vllm_spense.format import Regions
 from vllm_spense.kernels.region_gemm import library, one_launch
 from vllm_spense.kernels.region_gemm.problem import Problem, Split
@@ -65,7 +65,7 @@ def main() -> None:
     for layer in options.layers:
         more = []
         for row in sweep(layer, options.dense_ratios, options.tokens, device):
-            print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+            print_row(row)
             more.append(row)
         rows += sorted(more, key=lambda row: -row["dense_ratio"])
         # After each, so that a run that is cut short leaves what it has.

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.envelope import RESULTS, write_result
+from benchmarks.envelope import RESULTS, print_row, write_result
 from benchmarks.make_shape import annotation
 from benchmarks.mlp_schemes import Sizes, SlideSparse, Spense, Stock
 from vllm_spense.kernels.tuning.timing import cold_copies, median_us
@@ -51,7 +51,7 @@ def main() -> None:
     with torch.inference_mode():
         for scheme in schemes(options.shape, options.sparsities, torch.device("cuda", 0)):
             for row in measure(scheme, options.shape, options.tokens):
-                print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+                print_row(row)
                 rows.append(row)
             # After each, so that a run that is cut short leaves what it has.
             write_result(options.out, "layer_breakdown", with_ratios(rows))

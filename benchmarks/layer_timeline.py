@@ -28,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.engine_runs import EngineRun, in_turn
-from benchmarks.envelope import RESULTS, write_result
+from benchmarks.envelope import RESULTS, print_row, write_result
 from benchmarks.make_shape import annotation, make_shape, shape_config, text_config
 from benchmarks.multimodal_shapes import MULTIMODAL_SHAPES
 from benchmarks.worker_profile import KernelRun
@@ -66,7 +66,7 @@ def main() -> None:
                     rows += timeline_rows(options.shape, run.layers, sparsity, tokens, gpu, events)
                 write_result(options.out, "layer_timeline", rows)
     for row in rows:
-        print(" ".join(f"{key}={value}" for key, value in row.items()))
+        print_row(row)
 
 
 def parse() -> argparse.Namespace:

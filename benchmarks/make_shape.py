@@ -13,7 +13,7 @@ import copy
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ DENSE = "dense"
 BALANCED, SKEWED = "balanced", "skewed"
 #: Name → config.json of the unquantized model.
 ALL_SHAPES: Mapping[str, Mapping[str, Any]] = {**SHAPES, **MIXTURES, **MULTIMODAL_SHAPES}
+#: Tokens in a block of vLLM's KV cache.
+_KV_BLOCK = 16
 
 
 def main() -> None:
@@ -123,6 +125,20 @@ def state_bytes(config: dict[str, Any]) -> int:
     values = text["linear_num_value_heads"] * text["linear_value_head_dim"]
     convolution = 2 * (2 * keys + values) * (text["linear_conv_kernel_dim"] - 1)
     return convolution + 4 * values * text["linear_key_head_dim"]
+
+
+def kv_cache_bytes(config: dict[str, Any], kv: str, batches: Iterable[tuple[int, int]]) -> int:
+    """Of a KV cache with room for the largest of some batches, its requests' last blocks full.
+
+    Args:
+        kv: as `kv_token_bytes` has it.
+        batches: requests of each, and their tokens at the end.
+    """
+    token, state = kv_token_bytes(config, kv), state_bytes(config)
+    if not state:
+        return token * (max(batch * (length + _KV_BLOCK) for batch, length in batches) + 2 * _KV_BLOCK)
+    in_all_layers = text_config(config)["num_hidden_layers"] * state
+    return in_all_layers * max((batch + 1) * (1 + -(-length * token // in_all_layers)) for batch, length in batches)
 
 
 def annotation(config: dict[str, Any], sparsity: float, prefix: str = "model.layers") -> Annotation:

@@ -23,7 +23,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from hashlib import sha256
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.alternatives_table import STOCK
 from benchmarks.bench_client import Client, ClientEnded, arguments
 from benchmarks.engine_runs import in_turn
-from benchmarks.envelope import RESULTS, ROOT, write_result
-from benchmarks.make_shape import kv_token_bytes, make_shape
+from benchmarks.envelope import RESULTS, ROOT, print_row, write_result
+from benchmarks.make_shape import kv_cache_bytes, make_shape
 from benchmarks.random_server import EXTENSION, FILL, GO, write_tokenizer
+from benchmarks.timings import LIKELIEST, require_sensible
 from scripts.bootstrap import kind
 from scripts.pruned import CACHE
 from scripts.server import HOST, Server, ServerFailed, exit_on_signals, free_port, last_lines, starting_vllm
@@ -48,10 +48,6 @@ SPARSITIES = (0.375, 0.25, 0.5)
 LEAST_PROMPTS = 64
 #: Of a GPU's memory, what servers that share it may take.
 _SHARED = 0.85
-#: Tokens in a block of vLLM's KV cache.
-_KV_BLOCK = 16
-#: Logits that are looked at: of fewer, all might be equal by chance in bfloat16.
-_LIKELIEST = 8
 _ANSWER_SECONDS = 600
 #: Of the row → of `vllm bench serve`.
 _FIELDS = {
@@ -84,7 +80,7 @@ def main() -> None:
             # After each server, so that a run that is cut short leaves what it has.
             write_result(options.out, "serve_load", rows(options, runs))
     for row in rows(options, runs):
-        print(" ".join(f"{key}={value}" for key, value in row.items()))
+        print_row(row)
     if failed:
         sys.exit(f"not all was measured at these servers: {', '.join(failed)}")
 
@@ -163,8 +159,8 @@ class LoadRun:
         }
         if options.together > 1:
             # What the others take would be mistaken for this one's.
-            tokens = max(options.concurrencies) * (options.input + options.output + _KV_BLOCK) + 2 * _KV_BLOCK
-            wanted["kv-cache-memory-bytes"] = tokens * kv_token_bytes(self.config, self.kv)
+            batch = max(options.concurrencies), options.input + options.output
+            wanted["kv-cache-memory-bytes"] = kv_cache_bytes(self.config, self.kv, [batch])
             wanted["gpu-memory-utilization"] = round(_SHARED / options.together, 4)
         flags = ["--no-enable-prefix-caching", *(["--enforce-eager"] if options.eager and not self.on_cpu else [])]
         return [*(text for name, value in wanted.items() for text in (f"--{name}", str(value))), *flags]
@@ -298,11 +294,9 @@ def require_finite(server: Server) -> None:
         SpenseError: logits that are not numbers, or all the same.
     """
     request = {"model": NAME, "prompt": [*range(10, 26)], "max_tokens": 4, "temperature": 0, "ignore_eos": True}
-    answer = ask(server, "/v1/completions", {**request, "logprobs": _LIKELIEST})
+    answer = ask(server, "/v1/completions", {**request, "logprobs": LIKELIEST})
     for likeliest in answer["choices"][0]["logprobs"]["top_logprobs"]:
-        found = sorted(likeliest.values())
-        if not all(map(isfinite, found)) or found[0] == found[-1]:
-            raise SpenseError(f"the model's logits make no sense (key: logprobs; found: {found})")
+        require_sensible(likeliest.values())
 
 
 def rows(options: argparse.Namespace, runs: Sequence[LoadRun]) -> list[Row]:

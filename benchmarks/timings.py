@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
+
+from vllm_spense.errors import SpenseError
 
 #: What an engine says in its log between the two lines of input that it waits for.
 READY = "decode_speed: ready"
 #: Tokens in one step of an engine, the same for all.
 TOKEN_BUDGET = 8192
+#: Logits that are looked at: of fewer, all might be equal by chance in bfloat16.
+LIKELIEST = 8
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,17 @@ class Timing:
     ms: float
     spread_ms: float
     prefill_ms: float
+
+
+def require_sensible(logprobs: Iterable[float]) -> None:
+    """Of the `LIKELIEST` next tokens of a model with random weights.
+
+    Raises:
+        SpenseError: some are not numbers, or all are the same, as they are of weights near zero.
+    """
+    found = sorted(logprobs)
+    if not all(map(math.isfinite, found)) or found[0] == found[-1]:
+        raise SpenseError(f"the model's logits make no sense (key: logprobs; found: {found})")
 
 
 def summarize(batch: int, context: int, prefills: Sequence[float], tokens: Sequence[float]) -> Timing:

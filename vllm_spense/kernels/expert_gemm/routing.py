@@ -159,13 +159,7 @@ def route_macros(size: int, top_k: int, experts: int, in_three: bool) -> dict[st
     vectors = -(-size // WIDTH)
     each = -(-vectors // _MAX_THREADS)
     threads = 32 * -(-vectors // (32 * each))
-    return {
-        "THREADS": threads,
-        "VECTORS": each,
-        "TOP_K": top_k,
-        "EXPERTS": experts,
-        "RANKED": int(in_three),
-    }
+    return {"THREADS": threads, "VECTORS": each, "TOP_K": top_k, "EXPERTS": experts, "RANKED": int(in_three)}
 
 
 def rank_macros(top_k: int, experts: int) -> dict[str, int]:
