@@ -23,7 +23,7 @@ from benchmarks.engine_runs import Measured, layer_kernels, saved_bytes
 from benchmarks.engine_times import Bench, Order, capture_sizes, grid, needed_kv_bytes
 from benchmarks.make_shape import make_shape
 from benchmarks.server_times import time_server
-from benchmarks.timings import TOKEN_BUDGET, Timing, output_tokens, summarize, time_steps
+from benchmarks.timings import TOKEN_BUDGET, Timing, output_tokens, require_sensible, summarize, time_steps
 from benchmarks.worker_profile import KernelRun
 from vllm_spense.errors import SpenseError
 
@@ -99,6 +99,13 @@ def test_every_request_of_a_hybrid_has_a_page_in_each_layer(tmp_path: Path) -> N
     page = 10240 * 3 * 2 + 48 * 128 * 128 * 4
     # Attention has the page for tokens: the 42 of each of 33 requests fit into one.
     assert needed_kv_bytes(order) == 4 * page * 33 * 2
+
+
+@pytest.mark.parametrize("wrong", [[-1.0, float("nan"), -3.0], [-1.0, float("-inf")], [-2.0, -2.0]])
+def test_logits_that_make_no_sense(wrong: list[float]) -> None:
+    require_sensible([-1.0, -1.0, -2.0])
+    with pytest.raises(SpenseError, match="the model's logits make no sense .key: logprobs"):
+        require_sensible(wrong)
 
 
 def test_captured_are_the_batches_and_what_prefill_asks_for() -> None:
