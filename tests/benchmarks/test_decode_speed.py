@@ -104,7 +104,7 @@ def test_every_request_of_a_hybrid_has_a_page_in_each_layer(tmp_path: Path) -> N
 @pytest.mark.parametrize("wrong", [[-1.0, float("nan"), -3.0], [-1.0, float("-inf")], [-2.0, -2.0]])
 def test_logits_that_make_no_sense(wrong: list[float]) -> None:
     require_sensible([-1.0, -1.0, -2.0])
-    with pytest.raises(SpenseError, match="the model's logits make no sense .key: logprobs"):
+    with pytest.raises(SpenseError, match=r"the model's logits make no sense \(key: logprobs"):
         require_sensible(wrong)
 
 
