@@ -113,18 +113,23 @@ def test_tokens_of_a_pipeline(
     require_those_of_stock("bfloat16, two stages", engine, completions | found, record_property)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_tokens_of_two_ranks(
-    checkpoint: Path, completions: dict[Engine, list[Completion]], record_property: Callable[[str, object], None]
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_tokens_of_several_ranks(
+    ranks: int,
+    checkpoint: Path,
+    completions: dict[Engine, list[Completion]],
+    record_property: Callable[[str, object], None],
 ) -> None:
-    """Stock's own two ranks are what they are compared with: each rank rounds its share of an activation."""
+    """Stock's own ranks are what they are compared with: each rank rounds its share of an activation."""
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
     heads = json.loads((checkpoint / "config.json").read_text())["num_attention_heads"]
-    if heads % 2:
-        pytest.skip(f"two ranks cannot share {heads} heads; SPENSE_TEST_MODEL names another model")
-    engines = [Engine("bfloat16", quantization, ranks=2) for quantization in ("spense", STOCK)]
+    if heads % ranks:
+        pytest.skip(f"{ranks} ranks cannot share {heads} heads; SPENSE_TEST_MODEL names another model")
+    engines = [Engine("bfloat16", quantization, ranks=ranks) for quantization in ("spense", STOCK)]
     with ThreadPoolExecutor(len(engines)) as pool:
         found = dict(zip(engines, pool.map(lambda engine: engine.complete(checkpoint), engines), strict=True))
-    require_those_of_stock("bfloat16, two ranks", engines[0], completions | found, record_property)
+    require_those_of_stock(f"bfloat16, {ranks} ranks", engines[0], completions | found, record_property)
 
 
 def require_those_of_stock(
