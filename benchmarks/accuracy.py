@@ -25,7 +25,8 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.envelope import RESULTS, envelope, write_result
+from benchmarks.command_line import add_out, mlp_sparsity, positive, readable_folder, run_main
+from benchmarks.envelope import envelope, write_result
 from benchmarks.quality_tables import markdown, of_each_model
 from benchmarks.texts import CALIBRATION, DOMAINS, heldout
 from offline_prune.calibration.data import BUILTIN
@@ -106,9 +107,9 @@ def parse() -> argparse.Namespace:
         metavar="NAME=VALUE,…",
         help="also heal each result, with settings as HealSettings names them",
     )
-    parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
+    parser.add_argument("--sparsities", nargs="+", type=mlp_sparsity, default=SPARSITIES)
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["fp8"], metavar="FORMAT")
-    parser.add_argument("--out", type=Path, default=RESULTS / "accuracy-smollm2.json")
+    add_out(parser, "accuracy-smollm2")
     return parser.parse_args()
 
 
@@ -121,20 +122,28 @@ def add_data_options(parser: argparse.ArgumentParser, seeds: list[int]) -> None:
     parser.add_argument(
         "--models",
         nargs="+",
+        type=model_name,
         default=[SMOLLM2],
         metavar="MODEL",
         help=f"folders of dense models, or {' | '.join(KNOWN)}",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=seeds, help="of the calibration text's order")
-    parser.add_argument("--samples", type=int, default=64, help="calibration sequences")
-    parser.add_argument("--length", type=int, default=512, help="tokens in each")
+    parser.add_argument("--samples", type=positive, default=64, help="calibration sequences")
+    parser.add_argument("--length", type=positive, default=512, help="tokens in each")
     parser.add_argument(
         "--domains", nargs="+", choices=DOMAINS, default=DOMAINS, metavar="DOMAIN", help=" ".join(DOMAINS)
     )
-    parser.add_argument("--heldout", type=int, default=40, help="sequences of each held-out text")
-    parser.add_argument("--heldout-length", type=int, default=1024, help="tokens in each")
-    parser.add_argument("--texts", type=Path, help="folder of texts [default: what is installed]")
+    parser.add_argument("--heldout", type=positive, default=40, help="sequences of each held-out text")
+    parser.add_argument("--heldout-length", type=positive, default=1024, help="tokens in each")
+    parser.add_argument("--texts", type=readable_folder, help="folder of texts [default: what is installed]")
     parser.add_argument("--device", default="auto")
+
+
+def model_name(text: str) -> str:
+    """Checks one value of --models."""
+    if text not in KNOWN and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"found {text}, expected a folder or one of {', '.join(KNOWN)}")
+    return text
 
 
 def model_folder(name: str) -> Path:
@@ -309,4 +318,4 @@ def plot(rows: Sequence[Row], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

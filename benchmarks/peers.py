@@ -16,6 +16,7 @@ where it was cut off.
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import tempfile
 import time
@@ -37,7 +38,8 @@ from benchmarks.accuracy import (
     model_folder,
 )
 from benchmarks.baselines import hyperprune, patch, proxsparse
-from benchmarks.envelope import RESULTS, ROOT, write_result
+from benchmarks.command_line import add_out, run_main
+from benchmarks.envelope import ROOT, write_result
 from benchmarks.quality_tables import markdown, of_each_model
 from offline_prune.calibration.data import calibration_tokens
 from offline_prune.checkpoint.evaluate import load_dense
@@ -114,8 +116,12 @@ def parse() -> argparse.Namespace:
         "--methods", nargs="+", choices=[*OURS, *PEERS, INT4, *LEARNED], default=usual, metavar="METHOD"
     )
     parser.add_argument("--peer", type=Path, default=Path(".peer/bin/python"), help="a Python that has llmcompressor")
-    parser.add_argument("--out", type=Path, default=RESULTS / "peers-smollm2.json")
-    return parser.parse_args()
+    add_out(parser, "peers-smollm2")
+    options = parser.parse_args()
+    theirs = [method for method in options.methods if method in (*PEERS, INT4)]
+    if theirs and shutil.which(options.peer) is None:
+        parser.error(f"--peer: found no program {options.peer}, which {', '.join(theirs)} need; expected a Python")
+    return options
 
 
 def result_of(method: str, folder: Path) -> Row:
@@ -155,6 +161,9 @@ def compressed(
         seed: of those tokens, for the record.
         peer: a Python that has llmcompressor.
         device: that computes, but for llmcompressor, which decides for itself.
+
+    Raises:
+        SpenseError: `peer` failed.
     """
     if method in LEARNED:
         start = time.perf_counter()
@@ -171,8 +180,10 @@ def compressed(
         theirs = f"gptq-{int4_group(folder)}" if method == INT4 else method.split()[1]
         # -E: a folder that this Python was told of may hold other versions of the same packages.
         command = [peer, "-E", script, folder, Path(scratch) / "tokens.safetensors", theirs, out]
-        said = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
-        return load_dense(out, str(device))[0], float(said.split()[-1])
+        done = subprocess.run(command, text=True, stdout=subprocess.PIPE)
+        if done.returncode:
+            raise SpenseError(f"{method}: {peer} ended with code {done.returncode}; what it said is above")
+        return load_dense(out, str(device))[0], float(done.stdout.split()[-1])
 
 
 def learned(folder: Path, method: str, tokens: torch.Tensor, device: torch.device) -> PreTrainedModel:
@@ -231,4 +242,4 @@ def mlp_layers(folder: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
