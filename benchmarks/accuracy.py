@@ -16,8 +16,9 @@ import itertools
 import json
 import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.command_line import add_out, mlp_sparsity, positive, readable_folder, run_main
-from benchmarks.envelope import envelope, write_result
+from benchmarks.envelope import circumstances, envelope, write_result
 from benchmarks.quality_tables import markdown, of_each_model
 from benchmarks.texts import CALIBRATION, DOMAINS, heldout
 from offline_prune.calibration.data import BUILTIN
@@ -55,8 +56,9 @@ Row = dict[str, Any]
 def main() -> None:
     options = parse()
     console = Console(stderr=True)
+    say = partial(console.print, soft_wrap=True, markup=False)
     device = pick_device(options.device)
-    before, rows = earlier_rows(options.out), []
+    before, rows = earlier_rows(options.out, say), []
     for name in options.models:
         model = model_folder(name)
         reference, tokenizer = load_dense(model, str(device))
@@ -189,12 +191,27 @@ def _several(values: Any) -> tuple[Any, ...]:
     return values if isinstance(values, tuple) else (values,)
 
 
-def earlier_rows(file: Path) -> list[Row]:
-    """What the same command and commit measured before it was cut off, if it was."""
+def earlier_rows(file: Path, say: Callable[[str], None]) -> list[Row]:
+    """What the same command measured with the same code before it was cut off, if it was.
+
+    Args:
+        say: told which rows are kept, or why none are.
+
+    Returns:
+        Rows, with their `commit` where it is not that of the result that they go into.
+    """
     if not file.exists():
         return []
     earlier, now = json.loads(file.read_text(encoding="utf-8")), envelope("accuracy", [])
-    return earlier["rows"] if all(earlier[key] == now[key] for key in ("command", "commit", "gpu", "versions")) else []
+    other = [key for key in ("command", *circumstances()) if earlier.get(key) != now[key]]
+    count, commit = len(earlier["rows"]), earlier["commit"]
+    if other:
+        say(f"{file}: its {count} rows, of commit {commit}, are replaced: not the same {', '.join(other)}")
+        return []
+    say(f"{file}: {count} rows are kept, of commit {commit}")
+    if commit == now["commit"]:
+        return earlier["rows"]
+    return [{**row, "commit": row.get("commit", commit)} for row in earlier["rows"]]
 
 
 def earlier_of(before: list[Row], model: Path, case: Row, options: argparse.Namespace) -> list[Row]:

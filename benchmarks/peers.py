@@ -21,6 +21,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -83,8 +84,9 @@ PATCH_TILE, PATCH_STEPS, PATCH_RATE = 64, 256, 0.3
 def main() -> None:
     options = parse()
     console = Console(stderr=True)
+    say = partial(console.print, soft_wrap=True, markup=False)
     device = pick_device(options.device)
-    before, rows = earlier_rows(options.out), list[Row]()
+    before, rows = earlier_rows(options.out, say), list[Row]()
     for name in options.models:
         folder = model_folder(name)
         reference, tokenizer = load_dense(folder, str(device))

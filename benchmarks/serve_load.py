@@ -32,7 +32,7 @@ from benchmarks.alternatives_table import STOCK
 from benchmarks.bench_client import Client, ClientEnded, arguments
 from benchmarks.command_line import add_out, mlp_sparsity, positive, run_main, writable_folder
 from benchmarks.engine_runs import in_turn
-from benchmarks.envelope import ROOT, print_row, write_result
+from benchmarks.envelope import ROOT, circumstances, print_row, write_result
 from benchmarks.make_shape import kv_cache_bytes, make_shape
 from benchmarks.random_server import EXTENSION, FILL, GO, write_tokenizer
 from benchmarks.timings import LIKELIEST, require_sensible
@@ -119,7 +119,7 @@ def parse() -> argparse.Namespace:
 
 
 class LoadRun:
-    """A server that is measured at every number of concurrent requests, or what was measured of it before.
+    """A server that is measured at every number of concurrent requests, or what the same code measured of it before.
 
     Args:
         sparsity: of the MLPs; None for stock FP8.
@@ -134,7 +134,7 @@ class LoadRun:
         self.folder = make_shape(options.shape, options.work / name, sparsity, options.layers)
         self.config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         write_tokenizer(self.folder, self.config["vocab_size"])
-        order = [self.config, *self.server_options(), options.input, options.output]
+        order = [self.config, *self.server_options(), options.input, options.output, circumstances()]
         self.stem = f"{name}-kv-{kv}-{sha256(json.dumps(order).encode()).hexdigest()[:8]}"
         self.log, self.go = (options.work / f"{self.stem}.{suffix}" for suffix in ("log", "go"))
         self.context = ExitStack()

@@ -148,6 +148,14 @@ def options(monkeypatch: pytest.MonkeyPatch, folder: Path, *more: str) -> Any:
     return serve_load.parse()
 
 
+def test_what_other_code_measured_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = []
+    for code in ("old", "old", "new"):
+        monkeypatch.setattr(serve_load, "circumstances", lambda code=code: {"code": code})
+        files.append(LoadRun(options(monkeypatch, tmp_path, "--shape", "tiny"), None, "auto").result(16))
+    assert files[0] == files[1] != files[2]
+
+
 @pytest.mark.parametrize("together", ["1", "2"])
 def test_every_scheme_is_compared_with_stock(
     client: FakeClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, together: str
