@@ -71,7 +71,8 @@ def main() -> None:
             kls = "  ".join(f"{row['domain']} {row['kl']:.4f}" for row in rows[-len(texts) :])
             about = f"{case['method']} {case['sparsity']:.1%} {case['format']} seed {case['seed']}"
             console.print(f"{model.name}: {about}: KL {kls}")
-            write_result(options.out, "accuracy", rows)
+            # With what is still to come of an earlier run, which another interruption must not lose.
+            write_result(options.out, "accuracy", [*rows, *(row for row in before if row not in rows)])
     plot(rows, options.out.with_suffix(".png"))
     print("\n".join(of_each_model(rows, markdown)))
     console.print(f"written: {options.out}")

@@ -6,23 +6,40 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.envelope import RESULTS
 from vllm_spense.errors import SpenseError
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_SPARSITY = 0.5
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Runs a program; a `SpenseError` ends it in one line."""
+    """Runs a program; a `SpenseError` ends it in one line, and so does a command that failed, which has said why."""
     try:
         main()
-    except SpenseError as error:
+    except (SpenseError, subprocess.CalledProcessError) as error:
         sys.exit(str(error))
+
+
+def first_gpu() -> torch.device:
+    """
+    Raises:
+        SpenseError: there is none.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SpenseError("this measures an NVIDIA GPU, and torch sees none")
+    return torch.device("cuda", 0)
 
 
 def add_out(parser: argparse.ArgumentParser, benchmark: str) -> None:

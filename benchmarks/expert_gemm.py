@@ -28,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(File(__file__).resolve().parents[1]))
 
-from benchmarks.command_line import add_out, mlp_sparsity, positive, run_main
+from benchmarks.command_line import add_out, first_gpu, mlp_sparsity, positive, run_main
 from benchmarks.envelope import print_row, write_result
 from vllm_spense.format import Regions
 from vllm_spense.kernels.expert_gemm import gemm, mixture, reference
@@ -75,7 +75,7 @@ def main() -> None:
     add_out(parser, "expert_gemm")
     options = parser.parse_args()
 
-    device = torch.device("cuda", 0)
+    device = first_gpu()
     torch.manual_seed(0)
     bandwidth = read_bandwidth(device)
     rows: list[Row] = []

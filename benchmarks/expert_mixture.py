@@ -24,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(File(__file__).resolve().parents[1]))
 
-from benchmarks.command_line import add_out, mlp_sparsity, positive, run_main
+from benchmarks.command_line import add_out, first_gpu, mlp_sparsity, positive, run_main
 from benchmarks.envelope import print_row, write_result
 from benchmarks.expert_gemm import (
     ROUTING,
@@ -55,7 +55,7 @@ def main() -> None:
     add_out(parser, "expert_mixture")
     options = parser.parse_args()
 
-    device = torch.device("cuda", 0)
+    device = first_gpu()
     torch.manual_seed(0)
     rows: list[Row] = []
     for name in options.shapes:

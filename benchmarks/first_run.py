@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.command_line import add_out
+from benchmarks.command_line import add_out, run_main
 from benchmarks.envelope import ROOT, write_result
 
 TARGETS = ("setup", "demo", "test")
@@ -56,4 +56,4 @@ def instructions() -> str | None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

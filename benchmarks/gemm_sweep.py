@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(File(__file__).resolve().parents[1]))
 
-from benchmarks.command_line import add_out, positive, run_main
+from benchmarks.command_line import add_out, first_gpu, positive, run_main
 from benchmarks.envelope import print_row, write_result
 from vllm_spense.format import Regions
 from vllm_spense.kernels.region_gemm import library, one_launch
@@ -60,7 +60,7 @@ def main() -> None:
     add_out(parser, "gemm_sweep")
     options = parser.parse_args()
 
-    device = torch.device("cuda", 0)
+    device = first_gpu()
     torch.manual_seed(0)
     rows: list[Row] = []
     for layer in options.layers:

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.command_line import add_out, mlp_sparsity, positive, run_main
+from benchmarks.command_line import add_out, first_gpu, mlp_sparsity, positive, run_main
 from benchmarks.envelope import print_row, write_result
 from benchmarks.make_shape import annotation
 from benchmarks.mlp_schemes import Sizes, SlideSparse, Spense, Stock
@@ -45,12 +45,13 @@ def main() -> None:
     parser.add_argument("--sparsities", nargs="+", type=mlp_sparsity, default=SPARSITIES)
     add_out(parser, "layer_breakdown")
     options = parser.parse_args()
+    device = first_gpu()
     # Every scheme compiles the same functions anew.
     torch._dynamo.config.recompile_limit = 64
     torch.manual_seed(0)
     rows: list[Row] = []
     with torch.inference_mode():
-        for scheme in schemes(options.shape, options.sparsities, torch.device("cuda", 0)):
+        for scheme in schemes(options.shape, options.sparsities, device):
             for row in measure(scheme, options.shape, options.tokens):
                 print_row(row)
                 rows.append(row)

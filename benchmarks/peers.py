@@ -103,7 +103,8 @@ def main() -> None:
                     console.print(f"{folder.name}: {method}: took {seconds or time.perf_counter() - start:.0f} s")
                     known = list(measured(model, reference, texts, case, seconds))
                 rows += known
-                write_result(options.out, "peers", rows)
+                # With what is still to come of an earlier run, which another interruption must not lose.
+                write_result(options.out, "peers", [*rows, *(row for row in before if row not in rows)])
     print("\n".join(of_each_model(rows, markdown)))
     console.print(f"written: {options.out}")
 

@@ -8,6 +8,7 @@ import json
 import sys
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tiny_models import tiny_model
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from benchmarks import accuracy, peers, quality_results, quality_tables, texts
-from benchmarks.envelope import envelope
+from benchmarks.envelope import envelope, write_result
 from benchmarks.tables import source
 from offline_prune.calibration.heldout import HELDOUT
 from offline_prune.checkpoint.evaluate import agreement, load_dense, perplexity
@@ -132,6 +133,16 @@ def test_the_table_from_a_folder_of_texts(
 
     monkeypatch.setattr(accuracy, "prune", no_more)
     accuracy.main()
+    assert json.loads(out.read_text())["rows"] == rows
+
+    def cut_off(*arguments: Any) -> None:
+        write_result(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(accuracy, "write_result", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            accuracy.main()
     assert json.loads(out.read_text())["rows"] == rows
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--heldout", "3"])
     monkeypatch.setattr(sys, "orig_argv", [*sys.orig_argv, "--heldout", "3"])

@@ -6,10 +6,12 @@ import argparse
 import importlib
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import command_line
 from benchmarks.command_line import at_least, mlp_sparsity, readable_folder, result_file, run_main, writable_folder
@@ -178,9 +180,21 @@ def test_errors_of_a_program_are_one_line() -> None:
 
     with pytest.raises(SystemExit, match=r"^x\.json: wrong$"):
         run_main(fail)
+    with pytest.raises(SystemExit, match="returned non-zero exit status 1"):
+        run_main(lambda: subprocess.run(["false"], check=True))  # type: ignore[arg-type, return-value]
     # What nobody foresaw keeps its traceback.
     with pytest.raises(ZeroDivisionError):
         run_main(lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+
+
+@pytest.mark.parametrize("module", ["expert_gemm", "expert_mixture", "gemm_sweep", "layer_breakdown"])
+def test_without_a_gpu_one_line_says_so(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if module == "gemm_sweep":
+        pytest.importorskip("nvmath", reason="needs NVIDIA's libraries")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [module, "--out", str(tmp_path / "x.json")])
+    with pytest.raises(SpenseError, match="this measures an NVIDIA GPU, and torch sees none"):
+        importlib.import_module(f"benchmarks.{module}").main()
 
 
 def test_the_largest_sparsity_is_that_of_pruning() -> None:
