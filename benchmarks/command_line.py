@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.envelope import RESULTS
+from offline_prune.settings import MAX_SPARSITY
 from vllm_spense.errors import SpenseError
 
 if TYPE_CHECKING:
     import torch
-
-MAX_SPARSITY = 0.5
 
 
 def run_main(main: Callable[[], None]) -> None:

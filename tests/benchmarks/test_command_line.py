@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import command_line
 from benchmarks.command_line import at_least, mlp_sparsity, readable_folder, result_file, run_main, writable_folder
 from benchmarks.envelope import ROOT, write_result
 from vllm_spense.errors import SpenseError
@@ -195,9 +194,3 @@ def test_without_a_gpu_one_line_says_so(module: str, tmp_path: Path, monkeypatch
     monkeypatch.setattr(sys, "argv", [module, "--out", str(tmp_path / "x.json")])
     with pytest.raises(SpenseError, match="this measures an NVIDIA GPU, and torch sees none"):
         importlib.import_module(f"benchmarks.{module}").main()
-
-
-def test_the_largest_sparsity_is_that_of_pruning() -> None:
-    from offline_prune.settings import MAX_SPARSITY
-
-    assert command_line.MAX_SPARSITY == MAX_SPARSITY
