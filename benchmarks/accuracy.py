@@ -16,8 +16,9 @@ import itertools
 import json
 import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.envelope import RESULTS, envelope, write_result
+from benchmarks.command_line import add_out, mlp_sparsity, positive, readable_folder, run_main
+from benchmarks.envelope import circumstances, envelope, write_result
 from benchmarks.quality_tables import markdown, of_each_model
 from benchmarks.texts import CALIBRATION, DOMAINS, heldout
 from offline_prune.calibration.data import BUILTIN
@@ -54,8 +56,9 @@ Row = dict[str, Any]
 def main() -> None:
     options = parse()
     console = Console(stderr=True)
+    say = partial(console.print, soft_wrap=True, markup=False)
     device = pick_device(options.device)
-    before, rows = earlier_rows(options.out), []
+    before, rows = earlier_rows(options.out, say), []
     for name in options.models:
         model = model_folder(name)
         reference, tokenizer = load_dense(model, str(device))
@@ -68,7 +71,8 @@ def main() -> None:
             kls = "  ".join(f"{row['domain']} {row['kl']:.4f}" for row in rows[-len(texts) :])
             about = f"{case['method']} {case['sparsity']:.1%} {case['format']} seed {case['seed']}"
             console.print(f"{model.name}: {about}: KL {kls}")
-            write_result(options.out, "accuracy", rows)
+            # With what is still to come of an earlier run, which another interruption must not lose.
+            write_result(options.out, "accuracy", [*rows, *(row for row in before if row not in rows)])
     plot(rows, options.out.with_suffix(".png"))
     print("\n".join(of_each_model(rows, markdown)))
     console.print(f"written: {options.out}")
@@ -106,9 +110,9 @@ def parse() -> argparse.Namespace:
         metavar="NAME=VALUE,…",
         help="also heal each result, with settings as HealSettings names them",
     )
-    parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
+    parser.add_argument("--sparsities", nargs="+", type=mlp_sparsity, default=SPARSITIES)
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["fp8"], metavar="FORMAT")
-    parser.add_argument("--out", type=Path, default=RESULTS / "accuracy-smollm2.json")
+    add_out(parser, "accuracy-smollm2")
     return parser.parse_args()
 
 
@@ -121,20 +125,28 @@ def add_data_options(parser: argparse.ArgumentParser, seeds: list[int]) -> None:
     parser.add_argument(
         "--models",
         nargs="+",
+        type=model_name,
         default=[SMOLLM2],
         metavar="MODEL",
         help=f"folders of dense models, or {' | '.join(KNOWN)}",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=seeds, help="of the calibration text's order")
-    parser.add_argument("--samples", type=int, default=64, help="calibration sequences")
-    parser.add_argument("--length", type=int, default=512, help="tokens in each")
+    parser.add_argument("--samples", type=positive, default=64, help="calibration sequences")
+    parser.add_argument("--length", type=positive, default=512, help="tokens in each")
     parser.add_argument(
         "--domains", nargs="+", choices=DOMAINS, default=DOMAINS, metavar="DOMAIN", help=" ".join(DOMAINS)
     )
-    parser.add_argument("--heldout", type=int, default=40, help="sequences of each held-out text")
-    parser.add_argument("--heldout-length", type=int, default=1024, help="tokens in each")
-    parser.add_argument("--texts", type=Path, help="folder of texts [default: what is installed]")
+    parser.add_argument("--heldout", type=positive, default=40, help="sequences of each held-out text")
+    parser.add_argument("--heldout-length", type=positive, default=1024, help="tokens in each")
+    parser.add_argument("--texts", type=readable_folder, help="folder of texts [default: what is installed]")
     parser.add_argument("--device", default="auto")
+
+
+def model_name(text: str) -> str:
+    """Checks one value of --models."""
+    if text not in KNOWN and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"found {text}, expected a folder or one of {', '.join(KNOWN)}")
+    return text
 
 
 def model_folder(name: str) -> Path:
@@ -180,12 +192,27 @@ def _several(values: Any) -> tuple[Any, ...]:
     return values if isinstance(values, tuple) else (values,)
 
 
-def earlier_rows(file: Path) -> list[Row]:
-    """What the same command and commit measured before it was cut off, if it was."""
+def earlier_rows(file: Path, say: Callable[[str], None]) -> list[Row]:
+    """What the same command measured with the same code before it was cut off, if it was.
+
+    Args:
+        say: told which rows are kept, or why none are.
+
+    Returns:
+        Rows, with their `commit` where it is not that of the result that they go into.
+    """
     if not file.exists():
         return []
     earlier, now = json.loads(file.read_text(encoding="utf-8")), envelope("accuracy", [])
-    return earlier["rows"] if all(earlier[key] == now[key] for key in ("command", "commit", "gpu", "versions")) else []
+    other = [key for key in ("command", *circumstances()) if earlier.get(key) != now[key]]
+    count, commit = len(earlier["rows"]), earlier["commit"]
+    if other:
+        say(f"{file}: its {count} rows, of commit {commit}, are replaced: not the same {', '.join(other)}")
+        return []
+    say(f"{file}: {count} rows are kept, of commit {commit}")
+    if commit == now["commit"]:
+        return earlier["rows"]
+    return [{**row, "commit": row.get("commit", commit)} for row in earlier["rows"]]
 
 
 def earlier_of(before: list[Row], model: Path, case: Row, options: argparse.Namespace) -> list[Row]:
@@ -309,4 +336,4 @@ def plot(rows: Sequence[Row], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

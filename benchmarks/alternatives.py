@@ -25,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
 from benchmarks.alternatives_table import STOCK
+from benchmarks.command_line import add_out, at_least, positive, run_main, writable_folder
 from benchmarks.engine_runs import EngineRun, Measured, in_turn
-from benchmarks.envelope import RESULTS, print_row, write_result
+from benchmarks.envelope import print_row, write_result
 from benchmarks.make_shape import annotation, kv_token_bytes, shape_config, write_config
 from offline_prune.checkpoint.writer import fp8_config
 from scripts.pruned import CACHE
@@ -54,7 +55,6 @@ Row = dict[str, Any]
 
 def main() -> None:
     options = parse()
-    options.work.mkdir(parents=True, exist_ok=True)
     runs = {scheme: scheme_run(options, scheme) for scheme in options.schemes}
     found: dict[str, Measured | SpenseError] = {}
     with closing(in_turn(list(runs.values()), options.together)) as turns:
@@ -75,28 +75,27 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-32b")
-    parser.add_argument("--layers", type=int, default=32, help="fewer layers than the shape has")
+    parser.add_argument("--layers", type=positive, default=32, help="fewer layers than the shape has")
     parser.add_argument(
         "--schemes", nargs="+", choices=SCHEMES, default=SCHEMES, metavar="SCHEME", help=" ".join(SCHEMES)
     )
-    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
-    parser.add_argument("--contexts", nargs="+", type=int, default=CONTEXTS)
-    parser.add_argument("--prefills", nargs="+", type=int, default=PREFILLS, help="lengths of single prompts")
-    parser.add_argument("--most-tokens", type=int, default=33000, help="leave out what has a larger batch × context")
+    parser.add_argument("--batches", nargs="+", type=positive, default=BATCHES)
+    parser.add_argument("--contexts", nargs="+", type=positive, default=CONTEXTS)
+    parser.add_argument("--prefills", nargs="+", type=positive, default=PREFILLS, help="lengths of single prompts")
+    parser.add_argument(
+        "--most-tokens", type=positive, default=33000, help="leave out what has a larger batch × context"
+    )
     parser.add_argument("--kv", choices=("auto", "fp8"), default="fp8", help="type of the KV cache")
-    parser.add_argument("--steps", type=int, default=16, help="output tokens timed for each batch and context")
+    parser.add_argument("--steps", type=at_least(8), default=16, help="output tokens timed for each batch and context")
     parser.add_argument("--eager", action="store_true", help="neither compile nor capture: to try things out")
-    parser.add_argument("--capture", type=int, default=512, help="as decode_speed.py has it")
-    parser.add_argument("--together", type=int, default=1, help="engines that share the GPU's memory")
-    parser.add_argument("--work", type=Path, default=CACHE / "alternatives", help="for logs and what engines measured")
-    parser.add_argument("--out", type=Path, default=RESULTS / "alternatives.json")
+    parser.add_argument("--capture", type=at_least(512), default=512, help="as decode_speed.py has it")
+    parser.add_argument("--together", type=positive, default=1, help="engines that share the GPU's memory")
+    parser.add_argument(
+        "--work", type=writable_folder, default=str(CACHE / "alternatives"), help="for logs and what engines measured"
+    )
+    add_out(parser, "alternatives")
     parser.set_defaults(tensor_parallel=1)
-    options = parser.parse_args()
-    if options.steps < 8:
-        parser.error(f"--steps: found {options.steps}, expected at least 8")
-    if options.together < 1:
-        parser.error(f"--together: found {options.together}, expected at least 1")
-    return options
+    return parser.parse_args()
 
 
 def scheme_run(options: argparse.Namespace, scheme: str) -> EngineRun:
@@ -207,7 +206,4 @@ def reason(log: str) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SpenseError as error:
-        sys.exit(str(error))
+    run_main(main)

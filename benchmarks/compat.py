@@ -19,7 +19,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.envelope import RESULTS, ROOT, envelope, write_result
+from benchmarks.command_line import add_out
+from benchmarks.envelope import ROOT, envelope, write_result
 from benchmarks.gpu_tests import rows
 from scripts.bootstrap import SetupError
 from scripts.compat_env import VERSIONS, environment
@@ -50,7 +51,7 @@ def main() -> None:
     )
     parser.add_argument("--versions", nargs="+", default=list(VERSIONS), choices=list(VERSIONS))
     parser.add_argument("--exhaustive", action="store_true", help="all tests with engines, half an hour for each")
-    parser.add_argument("--out", type=Path, default=RESULTS / "compat.json")
+    add_out(parser, "compat")
     options = parser.parse_args()
     failed = []
     tests = EVERYTHING if options.exhaustive else TESTS

@@ -23,10 +23,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.command_line import add_out, at_least, mlp_sparsity, positive, run_main, writable_folder
 from benchmarks.engine_runs import EngineRun, Measured, in_turn
-from benchmarks.envelope import RESULTS, print_row, write_result
+from benchmarks.envelope import print_row, write_result
 from benchmarks.make_shape import ALL_SHAPES, BALANCED, SKEWED, expert_counts, make_shape, shape_config, text_config
-from vllm_spense.errors import SpenseError
 
 SPARSITIES = (0.25, 0.375, 0.5)
 BATCHES = (1, 8, 32, 64, 128, 256)
@@ -52,14 +52,14 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shape", choices=ALL_SHAPES, default="qwen3-32b")
-    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
-    parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
-    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
-    parser.add_argument("--contexts", nargs="+", type=int, default=CONTEXTS)
-    parser.add_argument("--most-tokens", type=int, help="leave out what has a larger batch × context")
+    parser.add_argument("--layers", type=positive, help="fewer layers than the shape has")
+    parser.add_argument("--sparsities", nargs="+", type=mlp_sparsity, default=SPARSITIES)
+    parser.add_argument("--batches", nargs="+", type=positive, default=BATCHES)
+    parser.add_argument("--contexts", nargs="+", type=positive, default=CONTEXTS)
+    parser.add_argument("--most-tokens", type=positive, help="leave out what has a larger batch × context")
     parser.add_argument("--kv", nargs="+", choices=KV_CACHES, default=KV_CACHES, help="types of KV cache")
     parser.add_argument(
-        "--steps", type=int, default=24, help="output tokens timed for each batch and context, 8 or more"
+        "--steps", type=at_least(8), default=24, help="output tokens timed for each batch and context, 8 or more"
     )
     parser.add_argument(
         "--routing", choices=(BALANCED, SKEWED), help=f"how tokens of a mixture choose experts [{BALANCED}]"
@@ -67,27 +67,27 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--eager", action="store_true", help="neither compile nor capture: to try things out")
     parser.add_argument(
         "--capture",
-        type=int,
+        # vLLM captures as many by itself.
+        type=at_least(512),
         default=512,
         help="tokens of the largest step that runs as a CUDA graph in both engines [512: what each has by default]",
     )
     parser.add_argument(
-        "--together", type=int, default=1, help="engines that share the GPU's memory; one is timed at a time"
+        "--together", type=positive, default=1, help="engines that share the GPU's memory; one is timed at a time"
     )
-    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs that share every layer [1]")
+    parser.add_argument(
+        "--tensor-parallel", type=positive, default=1, metavar="N", help="GPUs that share every layer [1]"
+    )
     parser.add_argument("--gpu-time", action="store_true", help="find out, too, for how much of a step the GPU is busy")
-    parser.add_argument("--work", type=Path, help="folder for configurations, logs and what engines measured")
+    parser.add_argument(
+        "--work", type=writable_folder, help="folder for configurations, logs and what engines measured"
+    )
     parser.add_argument("--url", help="of a server that runs Spense, …/v1")
     parser.add_argument("--dense-url", help="of the server to compare it with")
-    parser.add_argument("--out", type=Path, default=RESULTS / "decode_speed.json")
+    add_out(parser, "decode_speed")
     options = parser.parse_args()
-    if options.steps < 8:
-        parser.error(f"--steps: found {options.steps}, expected at least 8")
-    if options.capture < 512:
-        parser.error(f"--capture: found {options.capture}, expected at least 512, which vLLM captures by itself")
-    for option, found in (("together", options.together), ("tensor-parallel", options.tensor_parallel)):
-        if found < 1:
-            parser.error(f"--{option}: found {found}, expected at least 1")
+    if options.dense_url and not options.url:
+        parser.error("--dense-url: found no --url, expected the server to compare")
     experts = expert_counts(text_config(shape_config(options.shape)), "")
     if options.routing and not experts:
         parser.error(f"--routing: {options.shape} has no experts; expected the shape of a mixture")
@@ -226,7 +226,4 @@ def plot(rows: Sequence[Row], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SpenseError as error:
-        sys.exit(str(error))
+    run_main(main)

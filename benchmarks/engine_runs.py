@@ -14,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from benchmarks.envelope import ROOT
+from benchmarks.envelope import ROOT, circumstances
 from benchmarks.make_shape import text_config
 from benchmarks.timings import READY, TOKEN_BUDGET, Timing
 from benchmarks.worker_profile import KernelRun
@@ -101,7 +101,7 @@ def begin(group: Sequence[Turn]) -> None:
 
 
 class EngineRun:
-    """A process that measures one engine, or what an equal one left beside the folder.
+    """A process that measures one engine, or what an equal one of the same code left beside the folder.
 
     Args:
         folder: of the configuration; log and answer go beside it.
@@ -133,7 +133,8 @@ class EngineRun:
                 **order,
             }
         )
-        digest = sha256(f"{self.order}{json.dumps(config)}".encode()).hexdigest()[:8]
+        decisive = self.order, json.dumps(config), json.dumps(circumstances())
+        digest = sha256("".join(decisive).encode()).hexdigest()[:8]
         self.stem = f"{folder.name}-kv-{kv}-{digest}"
         self.answer, self.log = folder.with_name(f"{self.stem}.json"), folder.with_name(f"{self.stem}.log")
         self.process: subprocess.Popen[str] | None = None

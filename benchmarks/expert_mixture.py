@@ -24,7 +24,8 @@ import torch
 
 sys.path.insert(0, str(File(__file__).resolve().parents[1]))
 
-from benchmarks.envelope import RESULTS, print_row, write_result
+from benchmarks.command_line import add_out, first_gpu, mlp_sparsity, positive, run_main
+from benchmarks.envelope import print_row, write_result
 from benchmarks.expert_gemm import (
     ROUTING,
     ROUTINGS,
@@ -48,13 +49,13 @@ Weights = tuple[reference.Packed, reference.Packed]
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
-    parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
+    parser.add_argument("--tokens", nargs="+", type=positive, default=TOKENS)
+    parser.add_argument("--sparsities", nargs="+", type=mlp_sparsity, default=SPARSITIES)
     parser.add_argument("--routings", nargs="+", choices=ROUTING, default=ROUTING)
-    parser.add_argument("--out", type=File, default=RESULTS / "expert_mixture.json")
+    add_out(parser, "expert_mixture")
     options = parser.parse_args()
 
-    device = torch.device("cuda", 0)
+    device = first_gpu()
     torch.manual_seed(0)
     rows: list[Row] = []
     for name in options.shapes:
@@ -155,4 +156,4 @@ def triton_calls(
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

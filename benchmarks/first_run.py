@@ -16,7 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.envelope import RESULTS, ROOT, write_result
+from benchmarks.command_line import add_out, run_main
+from benchmarks.envelope import ROOT, write_result
 
 TARGETS = ("setup", "demo", "test")
 #: Instruction sets that decide how fast a CPU multiplies matrices, as Linux calls them; the best comes last.
@@ -27,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.first_run", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=RESULTS / "first_run.json")
+    add_out(parser, "first_run")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder, "spense")
@@ -55,4 +56,4 @@ def instructions() -> str | None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

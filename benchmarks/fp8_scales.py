@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from benchmarks.accuracy import Row, measured
-from benchmarks.envelope import RESULTS, write_result
+from benchmarks.command_line import add_out, positive, run_main
+from benchmarks.envelope import write_result
 from benchmarks.quality_tables import rounding_errors
 from benchmarks.texts import heldout
 from offline_prune.calibration.heldout import HELDOUT
@@ -58,11 +58,11 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.fp8_scales", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--heldout", type=int, default=8, help="sequences of each held-out text")
-    parser.add_argument("--length", type=int, default=512, help="tokens in each sequence")
-    parser.add_argument("--out", type=Path, default=RESULTS / "fp8_scales.json")
+    parser.add_argument("--heldout", type=positive, default=8, help="sequences of each held-out text")
+    parser.add_argument("--length", type=positive, default=512, help="tokens in each sequence")
+    add_out(parser, "fp8_scales")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

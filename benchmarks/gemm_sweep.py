@@ -26,7 +26,8 @@ import torch
 
 sys.path.insert(0, str(File(__file__).resolve().parents[1]))
 
-from benchmarks.envelope import RESULTS, print_row, write_result
+from benchmarks.command_line import add_out, first_gpu, positive, run_main
+from benchmarks.envelope import print_row, write_result
 from vllm_spense.format import Regions
 from vllm_spense.kernels.region_gemm import library, one_launch
 from vllm_spense.kernels.region_gemm.problem import Problem, Split
@@ -54,12 +55,12 @@ Plan = library.LibraryPlan | one_launch.OneLaunchPlan
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS))
-    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
+    parser.add_argument("--tokens", nargs="+", type=positive, default=TOKENS)
     parser.add_argument("--dense-ratios", nargs="+", type=float, default=DENSE_RATIOS)
-    parser.add_argument("--out", type=File, default=RESULTS / "gemm_sweep.json")
+    add_out(parser, "gemm_sweep")
     options = parser.parse_args()
 
-    device = torch.device("cuda", 0)
+    device = first_gpu()
     torch.manual_seed(0)
     rows: list[Row] = []
     for layer in options.layers:
@@ -226,4 +227,4 @@ def plot(rows: Sequence[Row], file: File) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

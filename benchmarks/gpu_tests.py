@@ -20,7 +20,8 @@ from xml.etree import ElementTree
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.envelope import RESULTS, ROOT, write_result
+from benchmarks.command_line import add_out
+from benchmarks.envelope import ROOT, write_result
 
 Row = dict[str, Any]
 #: How a test may end, and junit's name for it; without any of these it has passed.
@@ -29,7 +30,7 @@ ENDINGS = {"failed": ("failure", "error"), "skipped": ("skipped",)}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "gpu_tests.json")
+    add_out(parser, "gpu_tests")
     options, pytests = parser.parse_known_args()
     if not any((ROOT / argument.partition("::")[0]).exists() for argument in pytests):
         pytests.append("tests/gpu")

@@ -24,7 +24,8 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.envelope import RESULTS, print_row, write_result
+from benchmarks.command_line import add_out, first_gpu, mlp_sparsity, positive, run_main
+from benchmarks.envelope import print_row, write_result
 from benchmarks.make_shape import annotation
 from benchmarks.mlp_schemes import Sizes, SlideSparse, Spense, Stock
 from vllm_spense.kernels.tuning.timing import cold_copies, median_us
@@ -40,16 +41,17 @@ Row = dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-32b")
-    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
-    parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
-    parser.add_argument("--out", type=Path, default=RESULTS / "layer_breakdown.json")
+    parser.add_argument("--tokens", nargs="+", type=positive, default=TOKENS)
+    parser.add_argument("--sparsities", nargs="+", type=mlp_sparsity, default=SPARSITIES)
+    add_out(parser, "layer_breakdown")
     options = parser.parse_args()
+    device = first_gpu()
     # Every scheme compiles the same functions anew.
     torch._dynamo.config.recompile_limit = 64
     torch.manual_seed(0)
     rows: list[Row] = []
     with torch.inference_mode():
-        for scheme in schemes(options.shape, options.sparsities, torch.device("cuda", 0)):
+        for scheme in schemes(options.shape, options.sparsities, device):
             for row in measure(scheme, options.shape, options.tokens):
                 print_row(row)
                 rows.append(row)
@@ -142,4 +144,4 @@ def plot(rows: Sequence[Row], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -27,8 +27,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.command_line import add_out, mlp_sparsity, positive, run_main, writable_folder
 from benchmarks.engine_runs import EngineRun, in_turn
-from benchmarks.envelope import RESULTS, print_row, write_result
+from benchmarks.envelope import print_row, write_result
 from benchmarks.make_shape import annotation, make_shape, shape_config, text_config
 from benchmarks.multimodal_shapes import MULTIMODAL_SHAPES
 from benchmarks.worker_profile import KernelRun
@@ -72,13 +73,15 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shape", choices=(*SHAPES, *MULTIMODAL_SHAPES), default="qwen3-32b")
-    parser.add_argument("--layers", type=int, default=8, help="fewer layers than the shape has")
-    parser.add_argument("--sparsity", type=float, default=0.375)
-    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="requests that decode")
+    parser.add_argument("--layers", type=positive, default=8, help="fewer layers than the shape has")
+    parser.add_argument("--sparsity", type=mlp_sparsity, default=0.375)
+    parser.add_argument("--tokens", nargs="+", type=positive, default=TOKENS, help="requests that decode")
     parser.add_argument("--kv", choices=("auto", "fp8"), default="fp8", help="type of the KV cache")
-    parser.add_argument("--together", type=int, default=2, help="engines that share the GPU's memory")
-    parser.add_argument("--work", type=Path, help="folder for configurations, logs and what engines measured")
-    parser.add_argument("--out", type=Path, default=RESULTS / "layer_timeline.json")
+    parser.add_argument("--together", type=positive, default=2, help="engines that share the GPU's memory")
+    parser.add_argument(
+        "--work", type=writable_folder, help="folder for configurations, logs and what engines measured"
+    )
+    add_out(parser, "layer_timeline")
     parser.set_defaults(contexts=[16], most_tokens=None, steps=16, eager=False, capture=512, tensor_parallel=1)
     options = parser.parse_args()
     options.batches = options.tokens
@@ -202,7 +205,4 @@ def ideal_us(model: Model, regions: Regions | None, tokens: int, gpu: Gpu) -> di
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SpenseError as error:
-        sys.exit(str(error))
+    run_main(main)

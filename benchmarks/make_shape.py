@@ -19,6 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.command_line import positive, writable_folder
 from benchmarks.multimodal_shapes import MULTIMODAL_SHAPES
 from offline_prune.checkpoint.writer import fp8_config
 from offline_prune.methods.regions import model_regions
@@ -38,9 +39,9 @@ _KV_BLOCK = 16
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("shape", choices=ALL_SHAPES)
-    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("out", type=writable_folder, help="folder to write")
     parser.add_argument("--sparsity", default="0.375", help="share of zeros in the MLP weights, 0 to 0.5, or `dense`")
-    parser.add_argument("--layers", type=int, help="fewer layers than published")
+    parser.add_argument("--layers", type=positive, help="fewer layers than published")
     options = parser.parse_args()
     try:
         sparsity = None if options.sparsity == DENSE else float(options.sparsity)

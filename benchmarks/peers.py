@@ -16,10 +16,12 @@ where it was cut off.
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,7 +39,8 @@ from benchmarks.accuracy import (
     model_folder,
 )
 from benchmarks.baselines import hyperprune, patch, proxsparse
-from benchmarks.envelope import RESULTS, ROOT, write_result
+from benchmarks.command_line import add_out, run_main
+from benchmarks.envelope import ROOT, write_result
 from benchmarks.quality_tables import markdown, of_each_model
 from offline_prune.calibration.data import calibration_tokens
 from offline_prune.checkpoint.evaluate import load_dense
@@ -81,8 +84,9 @@ PATCH_TILE, PATCH_STEPS, PATCH_RATE = 64, 256, 0.3
 def main() -> None:
     options = parse()
     console = Console(stderr=True)
+    say = partial(console.print, soft_wrap=True, markup=False)
     device = pick_device(options.device)
-    before, rows = earlier_rows(options.out), list[Row]()
+    before, rows = earlier_rows(options.out, say), list[Row]()
     for name in options.models:
         folder = model_folder(name)
         reference, tokenizer = load_dense(folder, str(device))
@@ -99,7 +103,8 @@ def main() -> None:
                     console.print(f"{folder.name}: {method}: took {seconds or time.perf_counter() - start:.0f} s")
                     known = list(measured(model, reference, texts, case, seconds))
                 rows += known
-                write_result(options.out, "peers", rows)
+                # With what is still to come of an earlier run, which another interruption must not lose.
+                write_result(options.out, "peers", [*rows, *(row for row in before if row not in rows)])
     print("\n".join(of_each_model(rows, markdown)))
     console.print(f"written: {options.out}")
 
@@ -114,8 +119,12 @@ def parse() -> argparse.Namespace:
         "--methods", nargs="+", choices=[*OURS, *PEERS, INT4, *LEARNED], default=usual, metavar="METHOD"
     )
     parser.add_argument("--peer", type=Path, default=Path(".peer/bin/python"), help="a Python that has llmcompressor")
-    parser.add_argument("--out", type=Path, default=RESULTS / "peers-smollm2.json")
-    return parser.parse_args()
+    add_out(parser, "peers-smollm2")
+    options = parser.parse_args()
+    theirs = [method for method in options.methods if method in (*PEERS, INT4)]
+    if theirs and shutil.which(options.peer) is None:
+        parser.error(f"--peer: found no program {options.peer}, which {', '.join(theirs)} need; expected a Python")
+    return options
 
 
 def result_of(method: str, folder: Path) -> Row:
@@ -155,6 +164,9 @@ def compressed(
         seed: of those tokens, for the record.
         peer: a Python that has llmcompressor.
         device: that computes, but for llmcompressor, which decides for itself.
+
+    Raises:
+        SpenseError: `peer` failed.
     """
     if method in LEARNED:
         start = time.perf_counter()
@@ -171,8 +183,10 @@ def compressed(
         theirs = f"gptq-{int4_group(folder)}" if method == INT4 else method.split()[1]
         # -E: a folder that this Python was told of may hold other versions of the same packages.
         command = [peer, "-E", script, folder, Path(scratch) / "tokens.safetensors", theirs, out]
-        said = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
-        return load_dense(out, str(device))[0], float(said.split()[-1])
+        done = subprocess.run(command, text=True, stdout=subprocess.PIPE)
+        if done.returncode:
+            raise SpenseError(f"{method}: {peer} ended with code {done.returncode}; what it said is above")
+        return load_dense(out, str(device))[0], float(done.stdout.split()[-1])
 
 
 def learned(folder: Path, method: str, tokens: torch.Tensor, device: torch.device) -> PreTrainedModel:
@@ -231,4 +245,4 @@ def mlp_layers(folder: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.envelope import RESULTS, write_result
+from benchmarks.command_line import add_out, positive, readable_folder, run_main
+from benchmarks.envelope import write_result
 from benchmarks.quality_tables import by_format
 from offline_prune.calibration.data import heldout_tokens
 from offline_prune.checkpoint.evaluate import load_dense, perplexity
@@ -54,14 +55,14 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.perplexity", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--model", type=Path, help="folder of a dense model [default: SmolLM2-135M-Instruct]")
+    parser.add_argument("--model", type=readable_folder, help="a dense model [default: SmolLM2-135M-Instruct]")
     parser.add_argument("--methods", nargs="+", choices=CASES, default=list(CASES), metavar="METHOD")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), metavar="FORMAT")
-    parser.add_argument("--samples", type=int, default=64, help="calibration sequences")
-    parser.add_argument("--length", type=int, default=512, help="tokens in each sequence")
-    parser.add_argument("--heldout", type=int, default=32, help="sequences that perplexity is measured on")
+    parser.add_argument("--samples", type=positive, default=64, help="calibration sequences")
+    parser.add_argument("--length", type=positive, default=512, help="tokens in each sequence")
+    parser.add_argument("--heldout", type=positive, default=32, help="sequences that perplexity is measured on")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration text's order")
-    parser.add_argument("--out", type=Path, default=RESULTS / "perplexity-smollm2.json")
+    add_out(parser, "perplexity-smollm2")
     return parser.parse_args()
 
 
@@ -89,4 +90,4 @@ def measure(model: Path, method: str, sparsity: float, form: str, options: argpa
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

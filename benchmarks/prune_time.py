@@ -44,6 +44,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.command_line import positive, readable_folder, result_file, run_main, writable_folder
 from benchmarks.envelope import RESULTS, write_result
 from offline_prune.memory_plan import GIB
 from offline_prune.methods.recipe import METHODS
@@ -71,20 +72,24 @@ Row = dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=ALL_SHAPES, default=["qwen3-32b"])
-    parser.add_argument("--model", type=Path, help="folder of a real model to prune whole, in place of shapes")
+    parser.add_argument("--model", type=readable_folder, help="a real model to prune whole, in place of shapes")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["spensegpt+", "spensegpt"])
-    parser.add_argument("--blocks", type=int, default=3, help="blocks to measure")
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--length", type=int, default=16384)
+    parser.add_argument("--blocks", type=positive, default=3, help="blocks to measure")
+    parser.add_argument("--samples", type=positive, default=128)
+    parser.add_argument("--length", type=positive, default=16384)
     parser.add_argument("--device", default="auto")
     parser.add_argument(
         "--profile", action=argparse.BooleanOptionalAction, default=True, help="one block more, of the first method"
     )
-    parser.add_argument("--folder", type=Path, help="for the model and its pruned form [default: a temporary one]")
-    parser.add_argument("--out", type=Path, help="[default: benchmarks/results/prune_time.json]")
+    parser.add_argument(
+        "--folder", type=writable_folder, help="for the model and its pruned form [default: a temporary one]"
+    )
+    parser.add_argument("--out", type=result_file, help="[default: benchmarks/results/prune_time.json]")
     options = parser.parse_args()
 
     device = pick_device(options.device)
+    if options.folder:
+        options.folder.mkdir(parents=True, exist_ok=True)
     with distributed.process_group(device):
         file = options.out or RESULTS / f"prune_time{suffix(options)}.json"
         rows: list[Row] = []
@@ -359,4 +364,4 @@ def draw(rows: list[Row], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -18,7 +18,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.envelope import RESULTS, write_result
+from benchmarks.command_line import add_out, mlp_sparsity, positive, run_main
+from benchmarks.envelope import write_result
 from offline_prune.calibration.data import calibration_tokens
 from offline_prune.calibration.hessian import Energy
 from offline_prune.calibration.hidden_states import Stream
@@ -33,10 +34,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--calibration", default="builtin")
-    parser.add_argument("--samples", type=int, default=512)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--sparsity", type=float, default=0.375)
-    parser.add_argument("--out", type=Path, default=RESULTS / "selection_tokens.json")
+    parser.add_argument("--samples", type=positive, default=512)
+    parser.add_argument("--length", type=positive, default=512)
+    parser.add_argument("--sparsity", type=mlp_sparsity, default=0.375)
+    add_out(parser, "selection_tokens")
     options = parser.parse_args()
 
     model = SourceModel(options.model)
@@ -96,4 +97,4 @@ def overlaps(model: SourceModel, tokens: torch.Tensor, sparsity: float) -> Itera
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -30,8 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.alternatives_table import STOCK
 from benchmarks.bench_client import Client, ClientEnded, arguments
+from benchmarks.command_line import add_out, mlp_sparsity, positive, run_main, writable_folder
 from benchmarks.engine_runs import in_turn
-from benchmarks.envelope import RESULTS, ROOT, print_row, write_result
+from benchmarks.envelope import ROOT, circumstances, print_row, write_result
 from benchmarks.make_shape import kv_cache_bytes, make_shape
 from benchmarks.random_server import EXTENSION, FILL, GO, write_tokenizer
 from benchmarks.timings import LIKELIEST, require_sensible
@@ -88,30 +89,28 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-32b")
-    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
-    parser.add_argument("--sparsities", nargs="*", type=float, default=SPARSITIES, help="beside stock FP8")
+    parser.add_argument("--layers", type=positive, help="fewer layers than the shape has")
+    parser.add_argument("--sparsities", nargs="*", type=mlp_sparsity, default=SPARSITIES, help="beside stock FP8")
     parser.add_argument(
         "--kv", nargs="+", choices=("auto", "fp8"), default=("fp8", "auto"), help="type of the KV cache"
     )
-    parser.add_argument("--concurrencies", nargs="+", type=int, default=CONCURRENCIES, help="requests at once")
-    parser.add_argument("--input", type=int, default=1024, help="tokens of a prompt")
-    parser.add_argument("--output", type=int, default=256, help="tokens of a completion")
+    parser.add_argument("--concurrencies", nargs="+", type=positive, default=CONCURRENCIES, help="requests at once")
+    parser.add_argument("--input", type=positive, default=1024, help="tokens of a prompt")
+    parser.add_argument("--output", type=positive, default=256, help="tokens of a completion")
     parser.add_argument(
-        "--prompts-per-client", type=int, default=2, help="requests for each that runs at once, of all at least 64"
+        "--prompts-per-client", type=positive, default=2, help="requests for each that runs at once, of all at least 64"
     )
-    parser.add_argument("--least-prompts", type=int, default=LEAST_PROMPTS, help="instead of 64")
-    parser.add_argument("--together", type=int, default=1, help="servers that share the GPU's memory")
+    parser.add_argument("--least-prompts", type=positive, default=LEAST_PROMPTS, help="instead of 64")
+    parser.add_argument("--together", type=positive, default=1, help="servers that share the GPU's memory")
     parser.add_argument("--eager", action="store_true", help="neither compile nor capture, as always on a CPU")
-    parser.add_argument("--work", type=Path, default=CACHE / "serve_load", help="for logs and what was measured")
-    parser.add_argument("--out", type=Path, default=RESULTS / "serve_load.json")
+    parser.add_argument(
+        "--work", type=writable_folder, default=str(CACHE / "serve_load"), help="for logs and what was measured"
+    )
+    add_out(parser, "serve_load")
     options = parser.parse_args()
-    for name in ("concurrencies", "input", "output", "prompts_per_client", "least_prompts", "together"):
-        found = getattr(options, name)
-        if min(found if isinstance(found, Sequence) else [found]) < 1:
-            parser.error(f"--{name.replace('_', '-')}: found {found}, expected at least 1")
     # Without any, a server would be taken for stock.
-    if not all(0 < sparsity <= 0.5 for sparsity in options.sparsities):
-        parser.error(f"--sparsities: found {[*options.sparsities]}, expected above 0 and at most 0.5")
+    if not all(options.sparsities):
+        parser.error(f"--sparsities: found {[*options.sparsities]}, expected above 0")
     length, most = options.input + options.output, SHAPES[options.shape]["max_position_embeddings"]
     if length > most:
         parser.error(f"--input and --output: found {length} tokens together, expected at most {options.shape}'s {most}")
@@ -120,7 +119,7 @@ def parse() -> argparse.Namespace:
 
 
 class LoadRun:
-    """A server that is measured at every number of concurrent requests, or what was measured of it before.
+    """A server that is measured at every number of concurrent requests, or what the same code measured of it before.
 
     Args:
         sparsity: of the MLPs; None for stock FP8.
@@ -135,7 +134,7 @@ class LoadRun:
         self.folder = make_shape(options.shape, options.work / name, sparsity, options.layers)
         self.config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         write_tokenizer(self.folder, self.config["vocab_size"])
-        order = [self.config, *self.server_options(), options.input, options.output]
+        order = [self.config, *self.server_options(), options.input, options.output, circumstances()]
         self.stem = f"{name}-kv-{kv}-{sha256(json.dumps(order).encode()).hexdigest()[:8]}"
         self.log, self.go = (options.work / f"{self.stem}.{suffix}" for suffix in ("log", "go"))
         self.context = ExitStack()
@@ -330,7 +329,4 @@ def rows(options: argparse.Namespace, runs: Sequence[LoadRun]) -> list[Row]:
 
 if __name__ == "__main__":
     exit_on_signals()
-    try:
-        main()
-    except SpenseError as error:
-        sys.exit(str(error))
+    run_main(main)

@@ -251,6 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.answer:
         _answer(*options.answer)
         return 0
+    if unknown := {*options.names} - MODELS.keys():
+        parser.error(f"found {', '.join(sorted(unknown))}, expected names from {', '.join(MODELS)}")
     chosen = options.names or [name for name, model in MODELS.items() if runs_here(model)]
     for name in () if options.names else MODELS.keys() - set(chosen):
         print(f"{name}: not tried, torchvision is not installed")

@@ -31,7 +31,8 @@ import torch
 from openai import APIStatusError, AsyncOpenAI, OpenAI
 
 from benchmarks.clients import host_bytes, soak
-from benchmarks.envelope import RESULTS, write_result
+from benchmarks.command_line import add_out, positive, readable_folder, run_main
+from benchmarks.envelope import write_result
 from scripts.bootstrap import kind
 from scripts.demo import SERVED
 from scripts.lock import appearing, locked
@@ -57,19 +58,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.soak", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--model", type=Path, help="a Spense checkpoint; by default the demo's")
-    parser.add_argument("--random", action="store_true", help="two small layers of random weights")
-    parser.add_argument("--clients", type=int, default=128)
+    served = parser.add_mutually_exclusive_group()
+    served.add_argument("--model", type=readable_folder, help="a Spense checkpoint; by default the demo's")
+    served.add_argument("--random", action="store_true", help="two small layers of random weights")
+    parser.add_argument("--clients", type=positive, default=128)
     parser.add_argument("--seconds", type=float, default=300)
-    parser.add_argument("--most-tokens", type=int, default=128, help="of a completion")
-    parser.add_argument("--longest-prompt", type=int, default=256)
-    parser.add_argument("--out", type=Path, default=RESULTS / "soak.json")
+    parser.add_argument("--most-tokens", type=positive, default=128, help="of a completion")
+    parser.add_argument("--longest-prompt", type=positive, default=256)
+    add_out(parser, "soak")
     options = parser.parse_args()
-    dense = smollm2(CACHE / "smollm2-135m")
-    model = options.model or pruned(_random(dense, CACHE / "smollm2-random") if options.random else dense, SERVED)
-    rows = [day(server, model, options) for server in SERVERS]
+    rows = [day(server, options.model or made(options.random), options) for server in SERVERS]
     write_result(options.out, "soak", rows)
     print(f"written: {options.out}")
+
+
+def made(random: bool) -> Path:
+    """The demo's checkpoint, or one of random weights."""
+    dense = smollm2(CACHE / "smollm2-135m")
+    return pruned(_random(dense, CACHE / "smollm2-random") if random else dense, SERVED)
 
 
 def _random(source: Path, folder: Path) -> Path:
@@ -331,4 +337,4 @@ def _left(session: int) -> int:
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    main()
+    run_main(main)

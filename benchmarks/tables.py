@@ -21,4 +21,6 @@ def source(result: Result) -> str:
         f"{name} {result['versions'][name]}" for name in ("vllm", "torch") if name in result["versions"]
     )
     gpu = result["gpu"]["name"] if result["gpu"] else result["cpu"]
-    return f"{gpu}, {versions}, commit {result['commit']}: `{result['command']}`."
+    # Some rows may be an earlier run's.
+    commits = dict.fromkeys([result["commit"], *(row["commit"] for row in result["rows"] if "commit" in row)])
+    return f"{gpu}, {versions}, commit {', '.join(map(str, commits))}: `{result['command']}`."

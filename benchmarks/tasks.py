@@ -30,7 +30,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.envelope import RESULTS, write_result
+from benchmarks.command_line import add_out, positive, readable_folder, run_main
+from benchmarks.envelope import write_result
 from benchmarks.packaged_tasks import PACKAGED, packaged
 from benchmarks.quality_tables import tasks as table
 from benchmarks.texts import documents
@@ -76,20 +77,22 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tasks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("models", nargs="+", type=Path, metavar="FOLDER", help="plain or Spense checkpoints")
+    parser.add_argument("models", nargs="+", type=readable_folder, metavar="FOLDER", help="plain or Spense checkpoints")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"[{' '.join(TASKS)}]")
-    parser.add_argument("--task-folder", type=Path, help="more tasks, as YAML files")
-    parser.add_argument("--limit", type=int, help="questions of each task; all by default")
-    parser.add_argument("--questions", type=int, default=200, help=f"of each text, in {CONTINUATION}")
+    parser.add_argument("--task-folder", type=readable_folder, help="more tasks, as YAML files")
+    parser.add_argument("--limit", type=positive, help="questions of each task; all by default")
+    parser.add_argument("--questions", type=positive, default=200, help=f"of each text, in {CONTINUATION}")
     runs = parser.add_mutually_exclusive_group()
     runs.add_argument("--url", help="of a server that runs the model, …/v1")
     runs.add_argument("--serve", action="store_true", help="have vLLM serve each model")
     parser.add_argument("--port", type=int, default=8000, help="with --serve")
     parser.add_argument("--chat", action="store_true", help="ask by the chat template")
-    parser.add_argument("--context", type=int, default=4096, help="with --serve: tokens of a question and its answer")
-    parser.add_argument("--batch", type=int, default=8, help="questions at a time")
+    parser.add_argument(
+        "--context", type=positive, default=4096, help="with --serve: tokens of a question and its answer"
+    )
+    parser.add_argument("--batch", type=positive, default=8, help="questions at a time")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=RESULTS / "tasks.json")
+    add_out(parser, "tasks")
     options = parser.parse_args()
     if options.url and len(options.models) > 1:
         parser.error(f"--url: found {len(options.models)} models, expected the one that the server runs")
@@ -231,7 +234,4 @@ def answers(
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SpenseError as error:
-        sys.exit(str(error))
+    run_main(main)

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from benchmarks.command_line import run_main, writable_folder
 from offline_prune.calibration.data import BUILTIN_PACKAGES, docstrings, docstrings_of, pack, parsed, python_files
 from offline_prune.calibration.heldout import HELDOUT, bare_code, heldout_documents
 from scripts.lock import locked
@@ -171,11 +172,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.texts", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=writable_folder, help="to write into")
     parser.add_argument("--training", action="store_true")
     options = parser.parse_args()
     write(options.folder, options.training)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -25,6 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from benchmarks.command_line import positive, readable_folder, run_main, writable_folder
 from benchmarks.envelope import write_result
 from benchmarks.texts import TRAINING, documents_in, heldout
 from offline_prune.calibration.heldout import HELDOUT
@@ -98,17 +98,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tiny_moe", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--texts", type=Path, help="folder of texts [default: what is installed]")
+    parser.add_argument("out", type=writable_folder, help="folder to write")
+    parser.add_argument("--texts", type=readable_folder, help="folder of texts [default: what is installed]")
     parser.add_argument("--device", default="auto")
     for field in fields(Settings):
-        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
+        kind = type(field.default) if field.name == "seed" or isinstance(field.default, float) else positive
+        parser.add_argument(f"--{field.name}", type=kind, default=field.default)
     options = parser.parse_args()
     settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
-    try:
-        make(options.out, settings, pick_device(options.device), options.texts)
-    except SpenseError as error:
-        sys.exit(str(error))
+    make(options.out, settings, pick_device(options.device), options.texts)
 
 
 def make(out: Path, settings: Settings, device: torch.device, texts: Path | None) -> Row:
@@ -260,4 +258,4 @@ def heldout_losses(folder: Path, length: int, device: torch.device, texts: Path 
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

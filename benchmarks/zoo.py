@@ -14,6 +14,7 @@ import argparse
 import fcntl
 import json
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -333,14 +334,29 @@ def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:160]}"
 
 
+def part(text: str) -> tuple[int, int]:
+    """A value of `--part`.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    first, step = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= first <= step:
+        raise argparse.ArgumentTypeError(f"found {text}, expected N/OF with N from 1 to OF")
+    return first, step
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*")
-    parser.add_argument("--part", default="1/1")
+    parser.add_argument("--part", type=part, default="1/1", metavar="N/OF", help="every OF-th, from the N-th on")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--missing", action="store_true", help="only those without an outcome")
     options = parser.parse_args(arguments)
-    first, step = map(int, options.part.split("/"))
+    if unknown := {*options.types} - {each.model_type for each in architectures()}:
+        parser.error(f"found {', '.join(sorted(unknown))}, which transformers does not know; expected types of models")
+    first, step = options.part
     every = [each for each in architectures() if not options.types or each.model_type in options.types]
     if options.missing:
         every = [each for each in every if each.key not in known()]

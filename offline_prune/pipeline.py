@@ -101,10 +101,7 @@ def _take(out: OutputFolder, model: str, context: ExitStack) -> None:
 def _check_ranks(samples: int) -> None:
     """Raises SpenseError where the calibration text does not divide evenly among the ranks."""
     size = distributed.size()
-    if size & (size - 1) or size > deterministic_reduce.MAX_SHARDS:
-        raise SpenseError(
-            f"--nproc-per-node: found {size}, expected a power of two of at most {deterministic_reduce.MAX_SHARDS}"
-        )
+    distributed.require_power_of_two(deterministic_reduce.MAX_SHARDS)
     if samples % size:
         raise SpenseError(f"--samples: found {samples}, expected a multiple of the number of processes, {size}")
 

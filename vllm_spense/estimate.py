@@ -248,7 +248,8 @@ def load(model: str, sparsity: float | None) -> tuple[Model, Pruned]:
         sparsity: of the MLPs; None for that of a Spense checkpoint, or 37.5%.
 
     Raises:
-        SpenseError: there is no such model, its configuration lacks a size, or the sparsity is impossible.
+        SpenseError: there is no such model, its configuration lacks a size, or the sparsity is impossible: where MLPs
+            are not cut into multiples of 32, `spense prune` refuses them too.
     """
     folder = Path(model)
     published = {**SHAPES, **MIXTURES}
@@ -267,6 +268,11 @@ def load(model: str, sparsity: float | None) -> tuple[Model, Pruned]:
         raise SpenseError(f"--sparsity: found {sparsity}, expected 0 to 0.5")
 
     def regions(intermediate: int) -> Regions:
+        if intermediate % MIN_ALIGNMENT:
+            raise SpenseError(
+                f"{model}: found intermediate size {intermediate}, expected a multiple of {MIN_ALIGNMENT}; "
+                "`spense prune` cannot prune such MLPs"
+            )
         dense = round((1 - 2 * sparsity) * intermediate / MIN_ALIGNMENT) * MIN_ALIGNMENT
         return Regions(intermediate - dense, dense)
 

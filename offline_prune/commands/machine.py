@@ -11,6 +11,9 @@ from rich.text import Text
 from offline_prune.terminal import make_console
 from vllm_spense.errors import SpenseError
 
+#: Of `--batch` and `--context`: nobody has more, and times stay finite.
+MOST = 2**31 - 1
+
 
 def doctor() -> None:
     """Say whether this machine runs pruned layers fast, and what is missing. Exit code 1 if it does not."""
@@ -35,8 +38,8 @@ def estimate(
         float | None, typer.Option(help="Of the MLPs, 0 to 0.5. \\[default: the checkpoint's, or 0.375]")
     ] = None,
     gpu: Annotated[str, typer.Option(help="h100 | h200 | b200")] = "h100",
-    batch: Annotated[int, typer.Option(min=1, help="Requests that are decoded at once.")] = 32,
-    context: Annotated[int, typer.Option(min=0, help="Tokens that each of them has in the KV cache.")] = 4096,
+    batch: Annotated[int, typer.Option(min=1, max=MOST, help="Requests that are decoded at once.")] = 32,
+    context: Annotated[int, typer.Option(min=0, max=MOST, help="Tokens that each of them has in the KV cache.")] = 4096,
     kv_cache_dtype: Annotated[str, typer.Option(help="auto (BF16) | fp8")] = "auto",
 ) -> None:
     """Say what sparsity would be worth on one GPU, before anything is pruned."""
@@ -66,3 +69,5 @@ def estimate(
     output.print(table)
     source = "times in this machine's plan cache" if found.calibrated else "what was measured on an H100"
     output.print(f"A roofline, calibrated on {source}.")
+    if not zeros:
+        output.print("No weight is sparse: what differs is what Spense's kernels gain without sparsity.")

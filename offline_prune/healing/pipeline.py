@@ -62,8 +62,7 @@ def heal(settings: HealSettings, progress: Progress = lambda *_: None, say: Say 
     require_optimizer(settings.optimizer)
     device = pick_device(settings.device)
     with distributed.process_group(device), ExitStack() as context:
-        if distributed.size() & (distributed.size() - 1):
-            raise SpenseError(f"--nproc-per-node: found {distributed.size()}, expected a power of two")
+        distributed.require_power_of_two()
         if not distributed.is_first():
             progress, say = (lambda *_: None), (lambda _: None)
         checkpoint = open_checkpoint(settings.pruned)

@@ -55,6 +55,17 @@ def on_this_machine() -> int:
     return int(os.environ["LOCAL_WORLD_SIZE"]) if size() > 1 else 1
 
 
+def require_power_of_two(most: int | None = None) -> None:
+    """
+    Raises:
+        SpenseError: torchrun started a number of processes that `all_reduce` cannot pair, or more than `most`.
+    """
+    if size() & (size() - 1) or size() > (most or size()):
+        raise SpenseError(
+            f"--nproc-per-node: found {size()}, expected a power of two" + (f" of at most {most}" if most else "")
+        )
+
+
 def is_first() -> bool:
     """Whether this is the process that talks and writes."""
     return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
@@ -69,7 +80,7 @@ def all_reduce(tensor: torch.Tensor) -> None:
     """Replaces a tensor by its sum over all ranks, to the same bits on each.
 
     Neighbours add theirs, then pairs of neighbours, and so on: the upper levels of `deterministic_reduce`'s
-    tree, whose order a collective sum would not promise.
+    tree, whose order a collective sum would not promise. Their number is a power of two (`require_power_of_two`).
     """
     if size() == 1:
         return

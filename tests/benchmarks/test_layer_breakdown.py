@@ -117,7 +117,7 @@ def test_rows_name_the_kernels_and_the_speed_up(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(layer_breakdown, "median_us", lambda calls, replays: [call() for call in calls] and next(times))
     monkeypatch.setattr(layer_breakdown, "cold_copies", lambda weight_bytes, device: 2)
     monkeypatch.setattr(layer_breakdown, "kernels", lambda call: {"one": 1, "two": 2})
-    monkeypatch.setattr(layer_breakdown.torch, "device", lambda *_: CPU)
+    monkeypatch.setattr(layer_breakdown, "first_gpu", lambda: CPU)
     monkeypatch.setattr(mlp_schemes, "compiled", lambda function, options: function)
     out = tmp_path / "out.json"
     monkeypatch.setattr(sys, "argv", ["x", "--shape", "tiny", "--tokens", "2", "16", "--out", str(out)])

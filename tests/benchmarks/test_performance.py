@@ -250,6 +250,22 @@ def test_the_text_has_the_constants_of_the_code() -> None:
     assert "tokens, {:.0f} and {}, {:.0f} and {}.".format(*both) in words
 
 
+@pytest.mark.parametrize("document", ["README.md", "docs/performance.md", "docs/notes/kernels.md"])
+def test_the_text_has_the_speed_ups_of_the_mixtures_table(document: str) -> None:
+    file, _ = TABLES["decode_mixture"]
+    ratios = [row["ratio"] for row in json.loads((performance.RESULTS / f"{file}.json").read_text())["rows"]]
+    words = " ".join((performance.ROOT / document).read_text(encoding="utf-8").split())
+    assert f" {min(ratios):.2f} to {max(ratios):.2f} " in words.replace("[", " ")
+
+
+def test_batches_stand_in_order_whatever_was_measured_first(tmp_path: Path) -> None:
+    (tmp_path / "decode_speed-h200.json").write_text(json.dumps({**ABOUT, "rows": DECODE[::-1]}))
+    lines = [line for line in table("decode_h200", tmp_path).splitlines() if line.startswith(("| auto", "| fp8"))]
+    places = [line.split(" | ")[:3] for line in lines]
+    assert len(places) > 1
+    assert places == sorted(places, key=lambda place: (place[0], int(place[1]), int(place[2])))
+
+
 def test_four_bits_stand_beside_pruning_on_the_texts_that_both_have(tmp_path: Path) -> None:
     def row(method: str, sparsity: float, form: str, domain: str, kl: float) -> dict[str, Any]:
         about = {"model": "m", "method": method, "sparsity": sparsity, "format": form, "seed": 0, "domain": domain}

@@ -42,9 +42,9 @@ def test_texts_that_are_too_short_are_an_error() -> None:
         tasks.questions(["short"], 5)
 
 
-def test_without_the_harness_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_harness_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    monkeypatch.setattr(sys, "argv", ["tasks", "folder"])
+    monkeypatch.setattr(sys, "argv", ["tasks", str(tmp_path)])
     with pytest.raises(SystemExit, match="pip install 'lm-eval"):
         tasks.main()
 
@@ -57,14 +57,16 @@ def manager() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("manager")
-def test_an_unknown_task_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["tasks", "folder", "--tasks", "continuation", "arc_hard"])
+def test_an_unknown_task_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["tasks", str(tmp_path), "--tasks", "continuation", "arc_hard"])
     with pytest.raises(SpenseError, match="found arc_hard, which"):
         tasks.main()
 
 
-def test_a_server_runs_one_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["tasks", "a", "b", "--url", "http://localhost:8000/v1"])
+def test_a_server_runs_one_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tasks", str(tmp_path), str(tmp_path), "--url", "http://localhost:8000/v1"])
     with pytest.raises(SystemExit):
         tasks.parse()
     assert "found 2 models" in capsys.readouterr().err

@@ -47,3 +47,11 @@ def test_a_wrong_answer_leaves_no_model(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(SystemExit, match=r"answers 'The capital of France is France\.'"):
         smollm2.smollm2(tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("name", ["file", "file/inside", "file/far/inside"])
+def test_a_file_in_its_place_is_one_line(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit, match=f"{name}: "):
+        smollm2.smollm2(tmp_path / name)
+    assert (tmp_path / "file").read_text() == "mine"

@@ -259,6 +259,14 @@ def test_a_configuration_that_cannot_be_estimated_is_named(
         load(str(tmp_path), None)
 
 
+@pytest.mark.parametrize("sparsity", [0.0, 0.25, 0.5])
+def test_mlps_that_cannot_be_pruned_are_refused(sparsity: float, tmp_path: Path) -> None:
+    """Regions are multiples of 32: 112 indices would be rounded to 128 dense ones and −16 sparse ones."""
+    (tmp_path / "config.json").write_text(json.dumps({**SHAPES["tiny"], "intermediate_size": 112}))
+    with pytest.raises(SpenseError, match="found intermediate size 112, expected a multiple of 32"):
+        load(str(tmp_path), sparsity)
+
+
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     code = "import sys; from offline_prune.cli import main; main(sys.argv[1:])"
     return subprocess.run(
@@ -274,12 +282,33 @@ def test_command() -> None:
         assert words in result.stdout
 
 
+@pytest.mark.parametrize(("sparsity", "said"), [("0", True), ("0.001", True), ("0.25", False)])
+def test_what_no_sparsity_gains_is_explained(sparsity: str, said: bool) -> None:
+    """Spense's kernels are faster than stock's with dense weights, too. Of 768 indices, a thousandth is none."""
+    result = command("qwen3-30b-a3b", "--sparsity", sparsity)
+    assert result.returncode == 0, result.stderr
+    words = " ".join(result.stdout.split())
+    assert ("No weight is sparse: what differs is what Spense's kernels gain without sparsity." in words) is said
+
+
+@pytest.mark.parametrize("option", ["--batch", "--context"])
+def test_numbers_beyond_all_are_refused(option: str) -> None:
+    result = command("qwen3-32b", option, "9" * 400)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "2147483647" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("qwen3-32b", "--gpu", "h300"), "--gpu: found h300, expected h100 | h200 | b200"),
         (("qwen3-32b", "--kv-cache-dtype", "int4"), "--kv-cache-dtype: found int4"),
         (("qwen3-32b", "--sparsity", "0.6"), "--sparsity: found 0.6"),
+        *(
+            (("qwen3-32b", "--sparsity", found), f"--sparsity: found {found}")
+            for found in ("1.0", "-0.1", "nan", "inf")
+        ),
         (("/no/such",), "/no/such: no such folder with a config.json"),
     ],
 )

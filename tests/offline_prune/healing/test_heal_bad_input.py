@@ -13,7 +13,8 @@ import pytest
 from heal_runs import Pair, healed
 from tiny_models import tiny_model
 
-from offline_prune.healing import plan
+from offline_prune.healing import pipeline, plan
+from offline_prune.runtime import distributed
 from vllm_spense.errors import SpenseError
 
 
@@ -88,6 +89,18 @@ def test_folders(pair: Pair, tmp_path: Path, llama: Path) -> None:
     with pytest.raises(SpenseError, match="the folder is not empty"):
         healed(pair, full)
     assert [path.name for path in full.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("size", [3, 6])
+def test_ranks_that_cannot_be_paired_are_refused_before_anything_is_read(
+    size: int, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "size", lambda: size)
+    monkeypatch.setattr(pipeline, "open_checkpoint", lambda folder: pytest.fail("PRUNED was read"))
+    with pytest.raises(SpenseError) as error:
+        healed(pair, tmp_path / "out")
+    assert str(error.value) == f"--nproc-per-node: found {size}, expected a power of two"
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_library_is_one_line(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

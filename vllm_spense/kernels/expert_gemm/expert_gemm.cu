@@ -239,49 +239,21 @@ struct Consumer {
     }
 };
 
-// sums[e] = the counts of all experts before e, for e = 0 … EXPERTS; one warp calls it.
-template <typename Count>
-DEVICE void sum_up(int* sums, Count count) {
-    int before = 0;
-    for (int base = 0; base < EXPERTS; base += 32) {
-        const int expert = base + threadIdx.x;
-        int sum = expert < EXPERTS ? count(expert) : 0;
-#pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-            const int other = __shfl_up_sync(~0u, sum, distance);
-            if (threadIdx.x >= distance) sum += other;
-        }
-        if (expert < EXPERTS) sums[expert + 1] = before + sum;
-        before += __shfl_sync(~0u, sum, 31);
-    }
-    if (threadIdx.x == 0) sums[0] = 0;
-}
-
-// The offsets that expert_route.cu is writing meanwhile; all threads call it.
-DEVICE void count_choices(const Arguments& arguments, const SharedMemory& shared) {
-    int* counts = shared.first;
-    for (int expert = threadIdx.x; expert < EXPERTS; expert += THREADS) counts[expert] = 0;
-    __syncthreads();
-    for (int i = threadIdx.x; i < arguments.choice_count; i += THREADS) {
-        const int expert = arguments.choices[i];
-        if (expert >= 0) atomicAdd(&counts[expert], 1);
-    }
-    __syncthreads();
-    if (threadIdx.x < 32) sum_up(shared.offsets, [&](int expert) { return counts[expert]; });
-    __syncthreads();
-}
-
 // Fills Order's tables; all threads call it.
 DEVICE void read_offsets(const Arguments& arguments, const SharedMemory& shared) {
     if (arguments.choices.ids) {
-        count_choices(arguments, shared);
+        // The offsets that expert_route.cu is writing meanwhile.
+        int* counts = shared.first;
+        count_choices<EXPERTS, THREADS>(counts, arguments.choices, [&] { return arguments.choice_count; });
+        if (threadIdx.x < 32) sum_up<EXPERTS>(shared.offsets, [&](int expert) { return counts[expert]; });
+        __syncthreads();
     } else {
         for (int expert = threadIdx.x; expert <= EXPERTS; expert += THREADS)
             shared.offsets[expert] = arguments.offsets[expert * arguments.offset_words];
         __syncthreads();
     }
     if (threadIdx.x < 32)
-        sum_up(shared.first, [&](int expert) {
+        sum_up<EXPERTS>(shared.first, [&](int expert) {
             return token_tiles(shared.offsets[expert + 1] - shared.offsets[expert], MAX_TOKENS);
         });
     __syncthreads();

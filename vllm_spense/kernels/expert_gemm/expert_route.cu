@@ -75,30 +75,10 @@ DEVICE void find_places(const Arguments& arguments, int token, int (&places)[TOP
 }
 
 #if !RANKED
-// Counts the choices of each expert, and adds them up.
 DEVICE void store_offsets(const Arguments& arguments) {
     __shared__ int counts[EXPERTS];
-    for (int expert = threadIdx.x; expert < EXPERTS; expert += THREADS) counts[expert] = 0;
-    __syncthreads();
-    for (int i = threadIdx.x; i < arguments.tokens * TOP_K; i += THREADS) {
-        const int expert = arguments.choices[i];
-        if (expert >= 0) atomicAdd(&counts[expert], 1);
-    }
-    __syncthreads();
-    if (threadIdx.x >= 32) return;
-    int before = 0;
-    for (int base = 0; base < EXPERTS; base += 32) {
-        const int expert = base + threadIdx.x;
-        int sum = expert < EXPERTS ? counts[expert] : 0;
-#pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-            const int other = __shfl_up_sync(~0u, sum, distance);
-            if (threadIdx.x >= distance) sum += other;
-        }
-        if (expert < EXPERTS) arguments.offsets[expert + 1] = before + sum;
-        before += __shfl_sync(~0u, sum, 31);
-    }
-    if (threadIdx.x == 0) arguments.offsets[0] = 0;
+    count_choices<EXPERTS, THREADS>(counts, arguments.choices, [&] { return arguments.tokens * TOP_K; });
+    if (threadIdx.x < 32) sum_up<EXPERTS>(arguments.offsets, [&](int expert) { return counts[expert]; });
 }
 #endif
 
