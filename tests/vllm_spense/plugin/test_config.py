@@ -9,10 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
-from vllm.config import VllmConfig, get_current_vllm_config, set_current_vllm_config
-from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
-from vllm.model_executor.layers.activation import SiluAndMul
+from compressed_tensors.quantization import QuantizationArgs
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -22,11 +20,13 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Fp8
+from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import WeightsMapper
+from vllm_models import HIDDEN, MLP, I, quantization_config, world_of_one
 
 import vllm_spense
 from vllm_spense.errors import FormatError, SpenseError
-from vllm_spense.format import KEY, Annotation, Projections, Regions
+from vllm_spense.format import KEY
 from vllm_spense.ops.elementwise_ops import INDUCTOR_OPTIONS
 from vllm_spense.plugin.activation import RawSums
 from vllm_spense.plugin.config import SpenseConfig
@@ -35,39 +35,11 @@ from vllm_spense.plugin.norms import DeferredGemm
 from vllm_spense.plugin.pairing import Pairing, Quantized
 from vllm_spense.plugin.unpruned_linear import UnprunedFp8
 
-HIDDEN, REGIONS = 64, Regions(64, 32)
-I = REGIONS.intermediate  # noqa: E741
-MLP = "model.layers.0.mlp"
-
 
 @pytest.fixture(scope="module", autouse=True)
 def _world_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with set_current_vllm_config(VllmConfig()):
-        file = tmp_path_factory.mktemp("world") / "store"
-        init_distributed_environment(1, 0, f"file://{file}", 0, "gloo")
-        initialize_model_parallel()
+    with world_of_one(tmp_path_factory.mktemp("world")):
         yield
-    cleanup_dist_env_and_memory()
-
-
-def quantization_config(**changes: Any) -> dict[str, Any]:
-    fp8 = {"num_bits": 8, "type": "float"}
-    scheme = QuantizationScheme(
-        targets=["Linear"],
-        weights=QuantizationArgs(**fp8, strategy="channel"),
-        input_activations=QuantizationArgs(**fp8, strategy="token", dynamic=True),
-    )
-    config = QuantizationConfig(config_groups={"group_0": scheme}, format="float-quantized", ignore=["lm_head"])
-    annotation = Annotation(
-        method="magnitude",
-        settings={},
-        calibration=None,
-        alignment=32,
-        projections=Projections("gate_proj", "up_proj", "down_proj"),
-        modules=(MLP,),
-        default=REGIONS,
-    )
-    return config.to_dict() | {"quantization_status": "compressed", KEY: annotation.to_dict() | changes}
 
 
 @pytest.fixture
@@ -79,6 +51,10 @@ def config() -> SpenseConfig:
 
 def gate_up(config: SpenseConfig, prefix: str = f"{MLP}.gate_up_proj", bias: bool = False) -> Any:
     return MergedColumnParallelLinear(HIDDEN, [I, I], bias=bias, quant_config=config, prefix=prefix)
+
+
+def plain_mlp(config: SpenseConfig) -> Any:
+    return LlamaMLP(HIDDEN, I, "silu", quant_config=config, prefix=MLP)
 
 
 def load(layer: Any, *arguments: Any, name: str = "weight") -> None:
@@ -344,7 +320,7 @@ def test_compiled_graphs_are_kept_apart_by_what_layers_run_on(
     first = loaded()
     assert untold != first == loaded()
     monkeypatch.setattr(
-        InputSplitLinearMethod, "arrange", lambda self, weight: (weight, replace(self.problem, scaled=True))
+        InputSplitLinearMethod, "arrange", lambda self, layer, weight: (weight, replace(self.problem, scaled=True))
     )
     assert loaded() != first
     assert engine.additional_config["others"] == 1
@@ -391,9 +367,8 @@ def test_a_plain_mlp_between_its_norms_is_one_graph(config: SpenseConfig, monkey
     model = SimpleNamespace(architectures=["LlamaForCausalLM"], dtype=torch.float32)
     monkeypatch.setattr(engine, "model_config", model)
     monkeypatch.setattr(engine, "quant_config", config)
-    up: Any = gate_up(config)
-    down: Any = RowParallelLinear(I, HIDDEN, bias=False, quant_config=config, prefix=f"{MLP}.down_proj")
-    activation, after, before = SiluAndMul(), RMSNorm(HIDDEN), RMSNorm(HIDDEN)
+    mlp = plain_mlp(config)
+    up, down, after, before = mlp.gate_up_proj, mlp.down_proj, RMSNorm(HIDDEN), RMSNorm(HIDDEN)
     for i in range(2):
         load(up, sparse_weight(I, HIDDEN, (slice(0, 64), slice(None))), i)
         load(up, torch.ones(I, 1), i, name="weight_scale")
@@ -404,17 +379,17 @@ def test_a_plain_mlp_between_its_norms_is_one_graph(config: SpenseConfig, monkey
     assert (up.quant_method.defers_epilogue, down.quant_method.defers_epilogue) == (True, True)
     handed_on: list[type] = []
 
-    def mlp(x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def block(x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x, residual = before(x, residual)
         sums, _ = up(x)
-        z = activation(sums)
+        z = mlp.act_fn(sums)
         deferred, _ = down(z)
         handed_on[:] = [type(step) for step in (x, sums, z, deferred)]
         return after(deferred, residual)
 
     x, residual = torch.randn(2, 5, HIDDEN)
-    expected = mlp(x.clone(), residual.clone())
+    expected = block(x.clone(), residual.clone())
     assert handed_on == [Quantized, RawSums, Quantized, DeferredGemm]
-    compiled = torch.compile(mlp, backend="eager", fullgraph=True, dynamic=True)
+    compiled = torch.compile(block, backend="eager", fullgraph=True, dynamic=True)
     for found, exact in zip(compiled(x.clone(), residual.clone()), expected, strict=True):
         torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-3)
