@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from compressed_tensors.quantization import QuantizationArgs
 from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.activation import GeluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -27,6 +29,8 @@ from vllm_models import HIDDEN, MLP, I, quantization_config, world_of_one
 import vllm_spense
 from vllm_spense.errors import FormatError, SpenseError
 from vllm_spense.format import KEY
+from vllm_spense.kernels.region_gemm import reference
+from vllm_spense.ops import gemm
 from vllm_spense.ops.elementwise_ops import INDUCTOR_OPTIONS
 from vllm_spense.plugin.activation import RawSums
 from vllm_spense.plugin.config import SpenseConfig
@@ -267,6 +271,68 @@ def test_a_gate_that_vllm_does_not_merge(config: SpenseConfig) -> None:
     layer.quant_method.process_weights_after_loading(layer)
     x = torch.randn(3, HIDDEN)
     torch.testing.assert_close(layer(x)[0], dequantized(x) @ weight.float().t(), rtol=1e-4, atol=1e-3)
+
+
+def load_gate_up(layer: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Loads random values, and returns W (2·I, K) with its scales in it."""
+    weights = [sparse_weight(I, HIDDEN, (slice(0, 64), slice(None))) for _ in range(2)]
+    scales = torch.rand(2, I, 1) + 0.5
+    for i in range(2):
+        load(layer, weights[i], i)
+        load(layer, scales[i], i, name="weight_scale")
+        if bias is not None:
+            load(layer, bias[i * I : (i + 1) * I], i, name="bias")
+    layer.quant_method.process_weights_after_loading(layer)
+    return torch.cat([weight.float() * scale for weight, scale in zip(weights, scales, strict=True)])
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["Hopper", "elsewhere"])
+@pytest.mark.parametrize("case", ["plain", "another activation", "bias", "LoRA"])
+def test_who_applies_the_scales_of_gate_and_up(
+    config: SpenseConfig, monkeypatch: pytest.MonkeyPatch, case: str, fast: bool
+) -> None:
+    """The activation after them, if it is ours and nothing else reads the sums. If not, the GEMM where it can."""
+    monkeypatch.setattr(gemm, "applies_scales", lambda problem, device: fast)
+    engine = get_current_vllm_config()
+    monkeypatch.setattr(engine, "lora_config", object() if case == "LoRA" else None)
+    mlp = LlamaMLP(HIDDEN, I, "silu", quant_config=config, prefix=MLP, bias=case == "bias")
+    if case == "another activation":
+        mlp.act_fn = GeluAndMul()
+    layer: Any = mlp.gate_up_proj
+    bias = torch.randn(2 * I) if case == "bias" else None
+    weight = load_gate_up(layer, bias)
+    method = layer.quant_method
+    defers = case == "plain"
+    assert (method.defers_epilogue, method.plan.problem.scaled) == (defers, fast and not defers)
+    # In the model's own order unless the activation takes them in any.
+    assert method.plan.problem.projections == (1 if defers else 2)
+    x = torch.randn(2, 5, HIDDEN)
+    found, _ = layer(x)
+    assert isinstance(found, RawSums) == defers
+    if defers:
+        raw = reference.by_projection(found.raw, found.boundary)
+        found = reference.scaled(raw, found.x_scale, found.w_scale).view(*found.leading, -1)
+    expected = dequantized(x) @ weight.t() + (0 if bias is None else bias)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (2, 3)])
+def test_a_plain_mlp_keeps_the_dimensions_of_its_input(config: SpenseConfig, shape: tuple[int, ...]) -> None:
+    """As transformers' models have a batch and a sequence."""
+    mlp = plain_mlp(config)
+    gate, up = load_gate_up(mlp.gate_up_proj).chunk(2)
+    down = sparse_weight(HIDDEN, I, (slice(None), slice(0, 64)))
+    load(mlp.down_proj, down)
+    load(mlp.down_proj, torch.ones(HIDDEN, 1), name="weight_scale")
+    mlp.down_proj.quant_method.process_weights_after_loading(mlp.down_proj)
+    assert mlp.gate_up_proj.quant_method.defers_epilogue
+    x = torch.randn(*shape, HIDDEN)
+    rounded = dequantized(x)
+    expected = dequantized(F.silu(rounded @ gate.t()) * (rounded @ up.t())) @ down.float().t()
+    found = torch.compile(mlp.forward, backend="eager", fullgraph=True, dynamic=True)(x)
+    assert found.shape == (*shape, HIDDEN)
+    # An activation or two may lie so close to the middle of two FP8 numbers that it is rounded the other way.
+    assert (found - expected).norm() < 0.02 * expected.norm()
 
 
 @pytest.mark.parametrize(
