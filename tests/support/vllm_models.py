@@ -14,12 +14,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
 from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS
 
 from vllm_spense.format import KEY, Annotation, Projections, Regions
+from vllm_spense.plugin.config import SpenseConfig
 from vllm_spense.plugin.pairing import Pairing
 
 HIDDEN, REGIONS = 64, Regions(64, 32)
@@ -66,6 +68,32 @@ def quantization_config(**changes: Any) -> dict[str, Any]:
         default=REGIONS,
     )
     return config.to_dict() | {"quantization_status": "compressed", KEY: annotation.to_dict() | changes}
+
+
+def spense_config() -> SpenseConfig:
+    """Of that checkpoint, for a model that merges gate and up."""
+    made = SpenseConfig.from_config(quantization_config())
+    made.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
+    return made
+
+
+def load(layer: Any, *arguments: Any, name: str = "weight") -> None:
+    """Hands a tensor, and where it goes in a merged layer, to the loader of a layer's parameter."""
+    parameter = getattr(layer, name)
+    parameter.weight_loader(parameter, *arguments)
+
+
+def sparse_weight(rows: int, columns: int, sparse: tuple[slice, slice]) -> torch.Tensor:
+    """Random FP8 (rows, columns), 2:4 in the part that `sparse` slices."""
+    weight = torch.randn(rows, columns)
+    weight[sparse].unflatten(-1, (-1, 4))[..., 2:] = 0
+    return weight.to(torch.float8_e4m3fn)
+
+
+def dequantized(x: torch.Tensor) -> torch.Tensor:
+    """x rounded to FP8 per token, as the layers do."""
+    scale = x.abs().amax(-1, keepdim=True) / 448
+    return (x / scale).to(torch.float8_e4m3fn).float() * scale
 
 
 @contextmanager

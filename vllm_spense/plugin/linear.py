@@ -1,7 +1,7 @@
 """The linear methods of pruned layers: output-split (gate, up) and input-split (down).
 
 With X quantized per token and W per output channel, Y = (X₈·W₈ᵀ) · s_x · s_wᵀ. The scales go into the kernel after the
-GEMM, ours or one that Inductor fuses them into; where none follows that could take them, the GEMM multiplies by them.
+GEMM if that is ours, or for down Inductor's; where none follows that could take them fast, the GEMM multiplies by them.
 
 A weight's way: `loaders` fill this rank's `weight`; `process_weights_after_loading` checks it, `arrange` decides who
 applies the scales and in which order the rows run, `layer_plan.plan_layer` packs it and decides how it runs, and the
@@ -218,23 +218,12 @@ class OutputSplitLinearMethod(RegionLinearMethod):
         scales: the compiler's kernel of the activation takes four times as long with scales in it."""
         device = weight.device
         merged = self.problem.projections == 2
-        self.defers_epilogue = (
-            merged and self._is_plain(layer) and elementwise_ops.fuses_activation(self.problem, device)
-        )
+        takes_sums = merged and self.pairing.activations and plain_mlp.is_plain(self.parent, layer, FusedSiluAndMul)
+        self.defers_epilogue = takes_sums and elementwise_ops.fuses_activation(self.problem, device)
         self.norm.takes_fp8 = merged and elementwise_ops.fuses_norm(self.problem.k, self.dtype, device)
         if self.defers_epilogue:
             return self.problem.by_region(weight), self.problem.region_major()
         return weight, replace(self.problem, scaled=gemm.applies_scales(self.problem, device))
-
-    def _is_plain(self, layer: Layer) -> bool:
-        """Whether the activation takes raw sums, and nothing else reads them."""
-        if not self.pairing.activations:
-            return False
-        mlp = self.parent
-        reason = "gate_up has a bias" if layer.bias is not None else None
-        if reason := reason or plain_mlp.reason_against(mlp, layer, FusedSiluAndMul):
-            plain_mlp.say(type(mlp), reason)
-        return reason is None
 
     def choices(self) -> tuple[object, ...]:
         return *super().choices(), self.norm.takes_fp8

@@ -26,7 +26,7 @@ class Placed:
     @property
     def parent(self) -> nn.Module | None:
         """None before the layer is in any."""
-        return self._parent and self._parent()
+        return None if self._parent is None else self._parent()
 
 
 @cache
@@ -44,8 +44,16 @@ def _note_parent(parent: nn.Module, name: str, child: nn.Module | None) -> None:
         method._parent = weakref.ref(parent)
 
 
+def is_plain(mlp: nn.Module | None, gate_up: nn.Module, activation: type[nn.Module]) -> bool:
+    """Whether there is no `reason_against` it; if there is one, it is logged once for each class."""
+    reason = reason_against(mlp, gate_up, activation)
+    if reason:
+        _say(type(mlp).__name__, reason)
+    return reason is None
+
+
 def reason_against(mlp: nn.Module | None, gate_up: nn.Module, activation: type[nn.Module]) -> str | None:
-    """Why an MLP is not down(activation(gate_up(x))); None if it is.
+    """Why an MLP is not down(activation(gate_up(x))) with a gate_up without bias; None if it is.
 
     Args:
         mlp: that `gate_up` is in, with its submodules built; it is not changed.
@@ -63,6 +71,8 @@ def reason_against(mlp: nn.Module | None, gate_up: nn.Module, activation: type[n
     down = children[down_name]
     if getattr(gate_up, "gather_output", False) or not getattr(down, "input_is_parallel", True):
         return "ranks exchange what is between gate_up and down"
+    if getattr(gate_up, "bias", None) is not None:
+        return "gate_up has a bias"
     x, sums, activated, out = (Token(of) for of in ("x", up_name, activation_name, down_name))
     calls: list[tuple[str, object]] = []
 
@@ -112,6 +122,5 @@ def _replica(module: nn.Module, **changed: object) -> nn.Module:
 
 
 @cache
-def say(mlp: type[nn.Module], reason: str) -> None:
-    """Logs, once for a class and process, why its MLPs keep the compiler's kernel."""
-    logger.info("Spense: SiLU · mul · quantize of %s is left to the compiler: %s", mlp.__name__, reason)
+def _say(mlp: str, reason: str) -> None:
+    logger.info("Spense: SiLU · mul · quantize of %s is left to the compiler: %s", mlp, reason)

@@ -14,7 +14,7 @@ from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
-from vllm_models import HIDDEN, MLP, I, quantization_config, world_of_one
+from vllm_models import HIDDEN, MLP, I, spense_config, world_of_one
 
 from vllm_spense.plugin.activation import FusedSiluAndMul
 from vllm_spense.plugin.config import SpenseConfig
@@ -30,8 +30,7 @@ def _world_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def config() -> Iterator[SpenseConfig]:
-    made = SpenseConfig.from_config(quantization_config())
-    made.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
+    made = spense_config()
     engine = VllmConfig()
     engine.quant_config = made
     with set_current_vllm_config(engine):
