@@ -38,7 +38,7 @@ PROBLEMS = [
         (torch.bfloat16, torch.float32),
     )
     for extent in (n // projections if split == "output" else k,)
-    for scaled in ((False, True) if split == "input" and out_dtype == torch.bfloat16 else (False,))
+    for scaled in ((False, True) if out_dtype == torch.bfloat16 else (False,))
 ]
 #: Ways to cut a GEMM for the one-launch path, but for the number of tokens.
 CUTS = [
@@ -286,27 +286,33 @@ def test_cusparselt_compresses_as_documented(n: int, k: int) -> None:
     assert torch.equal(packing.decompress(compressed, n, k).view(torch.uint8), weight.view(torch.uint8))
 
 
-@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
-def test_the_op_agrees_with_its_reference_twin(out_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("out_dtype", "scaled"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)]
+)
+def test_the_op_agrees_with_its_reference_twin(out_dtype: torch.dtype, scaled: bool) -> None:
     """Whatever the policy chooses, on either side of every border."""
-    for split in ("output", "input"):
-        problem = Problem(512, 512, Regions(256, 256), split, out_dtype)
+    for split, projections in (("output", 1), ("output", 2), ("input", 1)):
+        regions = Regions(256 // projections, 256 // projections)
+        problem = Problem(512, 512, regions, split, out_dtype, projections, scaled)
         weight = random_weight(problem, DEVICE)
         packed = pack(weight, problem)
         twin = reference.pack(weight, problem)
         plan_of(problem.op_key, DEVICE).prepare(2048)
         for tokens in (1, 8, 64, 65, 128, 256, 257, 512, 513, 1000, 2048):
-            x = random_fp8(tokens, problem.k, DEVICE)
-            exact = x.double() @ weight.double().t()
+            x, scales = random_fp8(tokens, problem.k, DEVICE), scales_of(problem, tokens)
+            exact = product_of(x, weight, problem)
             allowed = tolerance(x, weight, out_dtype)
-            assert error(gemm.region_gemm(x, *gemm.op_arguments(packed, problem)), exact) <= allowed
-            assert error(reference.run(x, twin, problem), exact) <= allowed
+            assert error(gemm.region_gemm(x, *gemm.op_arguments(packed, problem), scales), exact) <= allowed
+            assert error(reference.run(x, twin, problem, scales), exact) <= allowed
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize(("split", "n", "k"), [("output", 1024, 512), ("input", 512, 1024)])
-def test_a_dense_copy_computes_the_same(split: Split, n: int, k: int, scaled: bool) -> None:
-    problem = Problem(n, k, Regions(512, 512), split, scaled=scaled, separate_outputs=split == "input" and not scaled)
+@pytest.mark.parametrize(
+    ("split", "n", "k", "projections"), [("output", 1024, 512, 1), ("output", 2048, 512, 2), ("input", 512, 1024, 1)]
+)
+def test_a_dense_copy_computes_the_same(split: Split, n: int, k: int, projections: int, scaled: bool) -> None:
+    separate = split == "input" and not scaled
+    problem = Problem(n, k, Regions(512, 512), split, projections=projections, scaled=scaled, separate_outputs=separate)
     weight = random_weight(problem, DEVICE)
     dense.prepare(problem, 1, 512, DEVICE)
     for tokens in (1, 40, 256, 512):

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from vllm_spense.kernels.region_gemm.problem import DENSE_COPY, Problem, Scales
+from vllm_spense.ops.dispatch import ONE_LAUNCH_CAPABILITY, Path, reason_against
 from vllm_spense.ops.layer_plan import op_key, plan_of, problem_of
+from vllm_spense.ops.machine import describe
 
 # Torch removes the ops of a library object that is collected.
 LIBRARY = torch.library.Library("spense", "FRAGMENT")
@@ -28,6 +30,14 @@ def region_gemm(
         (M, N) in the problem's out_dtype, columns in the order of W's rows.
     """
     return torch.ops.spense.region_gemm(x, list(tensors), key, *(scales or (None, None)))
+
+
+def applies_scales(problem: Problem, device: torch.device) -> bool:
+    """Whether this GEMM has a kernel of ours on a device that multiplies by the scales as well, if it is scaled."""
+    here = describe(device)
+    # The libraries' GEMMs are followed by a kernel that is made for what the one-launch path is.
+    known = here.capability == ONE_LAUNCH_CAPABILITY and reason_against(Path.LIBRARY, problem, here) is None
+    return known and problem.out_dtype == torch.bfloat16
 
 
 def op_arguments(packed: Mapping[str, torch.Tensor], problem: Problem) -> tuple[list[torch.Tensor], str]:

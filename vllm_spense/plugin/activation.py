@@ -1,55 +1,41 @@
 """What lies between gate_up and down in one kernel: scales, SiLU, product, quantization.
 
 gate_up hands raw sums to the model's activation, `FusedSiluAndMul`, and that hands FP8 to down. Neither is a tensor, so
-only models whose MLP is plainly down(SiluAndMul(gate_up(x))) are run like this.
+only MLPs that are plainly down(SiluAndMul(gate_up(x))) are run like this: `plain_mlp.reason_against` finds out.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from vllm.model_executor.layers.activation import SiluAndMul
 
 from vllm_spense.ops import elementwise_ops
-from vllm_spense.plugin.pairing import Quantized, current_pairing, mispaired
-
-#: Whose MLP is down(SiluAndMul(gate_up(x))) in vLLM, with nothing in between.
-PLAIN_MLPS = frozenset(
-    {
-        "Exaone4ForCausalLM", "Glm4ForCausalLM", "GraniteForCausalLM", "LlamaForCausalLM", "MistralForCausalLM",
-        "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SeedOssForCausalLM",
-    }
-)  # fmt: skip
+from vllm_spense.plugin.pairing import Quantized
 
 
 class RawSums(NamedTuple):
-    """gate_up's output by region, before its scales: what `elementwise_ops.silu_mul_quant` takes; the layer's name."""
+    """gate_up's output by region, before its scales: what `elementwise_ops.silu_mul_quant` takes.
+
+    `mlp` is the name of the module that gate_up is in, `leading` as in `Quantized`.
+    """
 
     raw: torch.Tensor
     x_scale: torch.Tensor
     w_scale: torch.Tensor
     boundary: int
-    gate_up: str
+    mlp: str
+    leading: Sequence[int] = ()
 
 
 class FusedSiluAndMul(SiluAndMul):
     """vLLM's activation, which also takes `RawSums` and then returns `Quantized`."""
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        pairing = current_pairing()
-        self.link = pairing.next_activation() if pairing else None
-
     def forward(self, x: torch.Tensor | RawSums) -> torch.Tensor | Quantized:
-        """(M, 2·I) in the model's dtype → (M, I) in it; or of raw sums (M, 2·I) → FP8 (M, I) for down.
-
-        Raises:
-            RuntimeError: the sums are those of another MLP.
-        """
+        """(…, 2·I) in the model's dtype → (…, I) in it; or of raw sums (M, 2·I) → FP8 (M, I) for down."""
         if not isinstance(x, RawSums):
             return super().forward(x)
-        if self.link is None or self.link.gate_up != x.gate_up:
-            raise mispaired(x.gate_up, f"the activation of {self.link.gate_up}" if self.link else "another activation")
         values, scale = elementwise_ops.silu_mul_quant(x.raw, x.x_scale, x.w_scale, x.boundary)
-        return Quantized(values, scale, self.link.mlp)
+        return Quantized(values, scale, x.mlp, x.leading)

@@ -18,14 +18,15 @@ from vllm_spense.errors import FormatError, SpenseError
 from vllm_spense.format import KEY, SIDECAR, Annotation, Regions
 from vllm_spense.ops.dense_copies import DenseCopies
 from vllm_spense.ops.elementwise_ops import INDUCTOR_OPTIONS
-from vllm_spense.plugin.activation import PLAIN_MLPS, FusedSiluAndMul
+from vllm_spense.plugin.activation import FusedSiluAndMul
 from vllm_spense.plugin.cudagraph_sizes import capture_prefill
 from vllm_spense.plugin.experts import DenseExpertsMethod, ExpertRegions, RegionExpertsMethod
 from vllm_spense.plugin.layer_role import split_of
 from vllm_spense.plugin.linear import InputSplitLinearMethod, OutputSplitLinearMethod
 from vllm_spense.plugin.lora import arrangement
 from vllm_spense.plugin.norms import PLAIN_NORMS, FusedRMSNorm
-from vllm_spense.plugin.pairing import Pairing, is_plain
+from vllm_spense.plugin.pairing import Pairing, is_plain, only_modules_read_layers
+from vllm_spense.plugin.plain_mlp import note_parents
 from vllm_spense.plugin.preflight import check_engine, check_files
 from vllm_spense.plugin.unpruned_linear import UnprunedFp8
 from vllm_spense.plugin.vllm_internals import (
@@ -194,9 +195,10 @@ class SpenseConfig(CompressedTensorsConfig):
 
     def _pairing(self) -> Pairing:
         if self.pairing is None:
+            note_parents()
             engine = get_current_vllm_config()
             self.pairing = Pairing(
-                activations=is_plain(engine, PLAIN_MLPS) and stand_in(FusedSiluAndMul),
+                activations=only_modules_read_layers(engine) and stand_in(FusedSiluAndMul),
                 norms=is_plain(engine, PLAIN_NORMS) and stand_in(FusedRMSNorm),
             )
         return self.pairing

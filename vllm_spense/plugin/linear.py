@@ -1,7 +1,7 @@
 """The linear methods of pruned layers: output-split (gate, up) and input-split (down).
 
 With X quantized per token and W per output channel, Y = (X₈·W₈ᵀ) · s_x · s_wᵀ. The scales go into the kernel after the
-GEMM, ours or one that Inductor fuses them into; where none follows that could take them, the GEMM multiplies by them.
+GEMM if that is ours, or for down Inductor's; where none follows that could take them fast, the GEMM multiplies by them.
 
 A weight's way: `loaders` fill this rank's `weight`; `process_weights_after_loading` checks it, `arrange` decides who
 applies the scales and in which order the rows run, `layer_plan.plan_layer` packs it and decides how it runs, and the
@@ -11,6 +11,7 @@ packed tensors become parameters of the layer. `apply` hands those and the plan'
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -26,13 +27,13 @@ from vllm_spense import layout
 from vllm_spense.conformance import require_extent
 from vllm_spense.format import Regions
 from vllm_spense.kernels.region_gemm.problem import Problem, Scales, Split, sum_dtype
-from vllm_spense.kernels.region_gemm.reference import by_projection, scaled
+from vllm_spense.kernels.region_gemm.reference import scaled
 from vllm_spense.layout import Shard
 from vllm_spense.ops import elementwise_ops, gemm
 from vllm_spense.ops.dense_copies import DenseCopies
 from vllm_spense.ops.layer_plan import LayerPlan, plan_layer
-from vllm_spense.plugin import compile_key, loaders, soundness
-from vllm_spense.plugin.activation import RawSums
+from vllm_spense.plugin import compile_key, loaders, plain_mlp, soundness
+from vllm_spense.plugin.activation import FusedSiluAndMul, RawSums
 from vllm_spense.plugin.loaders import Loader
 from vllm_spense.plugin.norms import DeferredGemm, only_norms_read_layers
 from vllm_spense.plugin.pairing import Pairing, Quantized, mispaired
@@ -42,7 +43,7 @@ FP8 = torch.float8_e4m3fn
 Layer = Any
 
 
-class RegionLinearMethod(LinearMethodBase):
+class RegionLinearMethod(plain_mlp.Placed, LinearMethodBase):
     """What both splits share. One instance serves one layer.
 
     Args:
@@ -123,7 +124,7 @@ class RegionLinearMethod(LinearMethodBase):
             loaders.fill_dummy(weight, scale, self.problem)
         self._require_sound(weight, scale)
         del layer.weight
-        weight, problem = self.arrange(weight)
+        weight, problem = self.arrange(layer, weight)
         if weight.is_cuda and not self.sleeps:
             # Or torch would cut packed weights out of what loaded ones leave, and the remainders would be of no use to
             # anything as large as a KV cache. Where the engine may sleep, vLLM has a pool of its own for weights, and
@@ -138,7 +139,7 @@ class RegionLinearMethod(LinearMethodBase):
         compile_key.record(self.engine, self.name, self.plan.key, *self.plan.tensors, *self.choices())
 
     @abstractmethod
-    def arrange(self, weight: torch.Tensor) -> tuple[torch.Tensor, Problem]:
+    def arrange(self, layer: Layer, weight: torch.Tensor) -> tuple[torch.Tensor, Problem]:
         """W as it runs, and its GEMM; sets `defers_epilogue`."""
 
     def choices(self) -> tuple[object, ...]:
@@ -176,25 +177,24 @@ class RegionLinearMethod(LinearMethodBase):
         if isinstance(x, Quantized):
             if x.reader not in self.reads_for:
                 raise mispaired(x.reader, self.name)
-            values, scale, flat = x.values, x.scale, True
+            values, scale, leading = x.values, x.scale, x.leading
         else:
-            (values, scale), flat = self.quantize(x.reshape(-1, self.problem.k)), x.dim() == 2
+            values, scale = self.quantize(x.reshape(-1, self.problem.k))
+            leading = () if x.dim() == 2 else x.shape[:-1]
         if self.plan.problem.scaled:
             y = self.gemm(layer, values, (scale, layer.weight_scale))
             y = y if bias is None else y + bias
-        elif self.defers_epilogue and flat and bias is None:
-            return self.deferred(layer, values, scale)
+        elif self.defers_epilogue and bias is None and (self.split == "output" or not leading):
+            return self.deferred(layer, values, scale, leading)
         else:
-            y = self.scaled(layer, self.in_order(self.gemm(layer, values)), scale, bias)
-        return y if flat else y.view(*x.shape[:-1], self.problem.n)
+            y = self.scaled(layer, self.gemm(layer, values), scale, bias)
+        return y.view(*leading, self.problem.n) if leading else y
 
     @abstractmethod
-    def deferred(self, layer: Layer, x: torch.Tensor, x_scale: torch.Tensor) -> RawSums | DeferredGemm:
-        """What the next module's kernel finishes; x is (M, K) FP8, x_scale (M, 1)."""
-
-    def in_order(self, raw: torch.Tensor) -> torch.Tensor:
-        """Columns as they run → as the model wants them."""
-        return raw
+    def deferred(
+        self, layer: Layer, x: torch.Tensor, x_scale: torch.Tensor, leading: Sequence[int]
+    ) -> RawSums | DeferredGemm:
+        """What the next module's kernel finishes; x is (M, K) FP8, x_scale (M, 1), `leading` as in `Quantized`."""
 
     def scaled(self, layer: Layer, raw: torch.Tensor, x_scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Raw sums (M, N) → outputs (M, N) in the model's dtype."""
@@ -211,29 +211,26 @@ class OutputSplitLinearMethod(RegionLinearMethod):
 
     def __init__(self, regions: Regions, name: str, pairing: Pairing, copies: DenseCopies) -> None:
         super().__init__(regions, name, pairing, copies)
-        self.norm, self.activation = pairing.built_gate_up(name)
+        self.norm = pairing.built_gate_up(name)
 
-    def arrange(self, weight: torch.Tensor) -> tuple[torch.Tensor, Problem]:
-        """By region, where the activation that follows takes raw sums: it can take them in any order."""
+    def arrange(self, layer: Layer, weight: torch.Tensor) -> tuple[torch.Tensor, Problem]:
+        """By region, where the activation that follows takes raw sums: it can take them in any order. Else the GEMM
+        scales: the compiler's kernel of the activation takes four times as long with scales in it."""
         device = weight.device
         merged = self.problem.projections == 2
-        self.defers_epilogue = (
-            merged and self.activation.found and elementwise_ops.fuses_activation(self.problem, device)
-        )
+        takes_sums = merged and self.pairing.activations and plain_mlp.is_plain(self.parent, layer, FusedSiluAndMul)
+        self.defers_epilogue = takes_sums and elementwise_ops.fuses_activation(self.problem, device)
         self.norm.takes_fp8 = merged and elementwise_ops.fuses_norm(self.problem.k, self.dtype, device)
-        if not self.defers_epilogue:
-            return weight, self.problem
-        return self.problem.by_region(weight), self.problem.region_major()
+        if self.defers_epilogue:
+            return self.problem.by_region(weight), self.problem.region_major()
+        return weight, replace(self.problem, scaled=gemm.applies_scales(self.problem, device))
 
     def choices(self) -> tuple[object, ...]:
         return *super().choices(), self.norm.takes_fp8
 
-    def deferred(self, layer: Layer, x: torch.Tensor, x_scale: torch.Tensor) -> RawSums:
-        boundary = self.problem.regions.sparse
-        return RawSums(self.gemm(layer, x), x_scale, layer.weight_scale, boundary, self.name)
-
-    def in_order(self, raw: torch.Tensor) -> torch.Tensor:
-        return by_projection(raw, self.problem.regions.sparse) if self.defers_epilogue else raw
+    def deferred(self, layer: Layer, x: torch.Tensor, x_scale: torch.Tensor, leading: Sequence[int]) -> RawSums:
+        boundary, mlp = self.problem.regions.sparse, self.reads_for[1]
+        return RawSums(self.gemm(layer, x), x_scale, layer.weight_scale, boundary, mlp, leading)
 
     def make_loaders(self, layer: Layer, shard: Shard) -> tuple[Loader, Loader]:
         load_rows = loaders.rows_loader(self.name, self.regions.intermediate, shard, self.projections)
@@ -251,7 +248,7 @@ class InputSplitLinearMethod(RegionLinearMethod):
         super().__init__(regions, name, pairing, copies)
         self.only_norms_read = only_norms_read_layers(self.engine)
 
-    def arrange(self, weight: torch.Tensor) -> tuple[torch.Tensor, Problem]:
+    def arrange(self, layer: Layer, weight: torch.Tensor) -> tuple[torch.Tensor, Problem]:
         """Where the next norm is a kernel of ours it adds up the regions' sums and applies the scales, or else the GEMM
         does: the compiler has no kernel to fuse that with."""
         own_norm = self.pairing.norms and elementwise_ops.fuses_norm(self.problem.n, self.dtype, weight.device)
@@ -261,7 +258,7 @@ class InputSplitLinearMethod(RegionLinearMethod):
         scaled = own_norm and not self.defers_epilogue
         return weight, replace(self.problem, scaled=scaled, separate_outputs=self.defers_epilogue)
 
-    def deferred(self, layer: Layer, x: torch.Tensor, x_scale: torch.Tensor) -> DeferredGemm:
+    def deferred(self, layer: Layer, x: torch.Tensor, x_scale: torch.Tensor, leading: Sequence[int]) -> DeferredGemm:
         return DeferredGemm(x, self.tensors(layer), self.plan.key, x_scale, layer.weight_scale)
 
     def make_loaders(self, layer: Layer, shard: Shard) -> tuple[Loader, Loader]:

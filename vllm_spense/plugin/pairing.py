@@ -1,9 +1,8 @@
 """Which modules of a model are neighbours, told by the order in which vLLM builds them.
 
-A norm hands FP8 to the linear layer after it, and gate_up hands raw sums to its activation. Neither is a tensor of the
-model's type, so each must know that the other takes it. vLLM tells modules neither their names nor their neighbours,
-but plain models build the modules of a decoder layer in one order: qkv_proj, gate_up_proj, the activation, the norm
-before qkv_proj, the norm before gate_up_proj.
+A norm hands FP8 to the linear layer after it, which is no tensor of the model's type, so each must know that the other
+takes it. vLLM tells modules neither their names nor their neighbours, but plain models build the modules of a decoder
+layer in one order: qkv_proj, gate_up_proj, the norm before qkv_proj, the norm before gate_up_proj.
 
 A pair that is wrong shows in the first forward pass: what is handed on says for whom it was made, and whoever reads it
 compares that with its own name.
@@ -11,7 +10,7 @@ compares that with its own name.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,40 +31,25 @@ class NormLink:
     takes_fp8: bool = False
 
 
-@dataclass
-class ActivationLink:
-    """Between gate_up and its activation.
-
-    Attributes:
-        gate_up: the layer's name.
-        found: whether there is an activation that takes `RawSums`.
-    """
-
-    gate_up: str
-    found: bool = False
-
-    @property
-    def mlp(self) -> str:
-        """Name of the module that gate_up is in."""
-        return self.gate_up.rpartition(".")[0]
-
-
 class Quantized(NamedTuple):
     """A linear layer's input in FP8, (M, K), and a scale for each token, (M, 1).
 
-    `reader` is the name of the layer that it was made for, or of the module that this layer is in.
+    `reader` is the name of the layer that it was made for, or of the module that this layer is in. `leading` are the
+    sizes that the layer's output has before its last one; none where that is M alone.
     """
 
     values: torch.Tensor
     scale: torch.Tensor
     reader: str
+    leading: Sequence[int] = ()
 
 
 class Pairing:
     """The links of one model, while vLLM builds it.
 
     Args:
-        activations: whether its MLPs are plain, and their activations `FusedSiluAndMul`.
+        activations: whether its activations are `FusedSiluAndMul`, and nothing but its own modules reads what they and
+            gate_up hand on.
         norms: whether its decoder layers are plain, and their norms `FusedRMSNorm`.
     """
 
@@ -73,7 +57,6 @@ class Pairing:
         self.activations = activations
         self.norms = norms
         self._qkv: NormLink | None = None
-        self._activation: ActivationLink | None = None
         self._norms: list[NormLink | None] = []
 
     def built_qkv(self, name: str) -> NormLink:
@@ -81,23 +64,15 @@ class Pairing:
         self._norms, self._qkv = [], NormLink(name)
         return self._qkv
 
-    def built_gate_up(self, name: str) -> tuple[NormLink, ActivationLink]:
-        """The links to the norm before this gate_up_proj, and to its activation; both are built later."""
+    def built_gate_up(self, name: str) -> NormLink:
+        """The link to the norm before this gate_up_proj, which is built later."""
         qkv, self._qkv = self._qkv, None
         if qkv and _decoder_layer(qkv.reader) != _decoder_layer(name):
             # Of a layer before this one, whose MLP was not pruned.
             qkv = None
-        norm, activation = NormLink(name), ActivationLink(name)
+        norm = NormLink(name)
         self._norms = [qkv, norm] if self.norms else []
-        self._activation = activation if self.activations else None
-        return norm, activation
-
-    def next_activation(self) -> ActivationLink | None:
-        """The link of the activation that is being built, if it follows a gate_up_proj."""
-        link, self._activation = self._activation, None
-        if link:
-            link.found = True
-        return link
+        return norm
 
     def next_norm(self) -> NormLink | None:
         """The link of the norm that is being built, if it is one of a decoder layer's two."""
@@ -117,11 +92,16 @@ def current_pairing() -> Pairing | None:
 def is_plain(engine: VllmConfig, architectures: Set[str]) -> bool:
     """Whether the engine's model is one of these, and nothing but its own modules reads what they hand on."""
     model = engine.model_config
-    # LoRA reads inputs and adds to outputs in the model's dtype.
-    if model is None or engine.lora_config is not None:
+    if model is None or not only_modules_read_layers(engine):
         return False
     # vLLM leaves them out of the view that a multimodal model has of its language model.
     return bool(model.architectures) and architectures >= set(model.architectures)
+
+
+def only_modules_read_layers(engine: VllmConfig) -> bool:
+    """Whether what a layer takes and returns is the model's own business: LoRA reads inputs and adds to outputs, in the
+    model's dtype."""
+    return engine.lora_config is None
 
 
 def mispaired(made_for: str | None, reached: str) -> RuntimeError:

@@ -9,6 +9,7 @@ from vllm_spense.format import Regions
 from vllm_spense.kernels.region_gemm import reference
 from vllm_spense.kernels.region_gemm.problem import OUT_DTYPES, Problem, Scales, Split
 from vllm_spense.ops import gemm
+from vllm_spense.ops.dispatch import Device
 from vllm_spense.ops.layer_plan import pack
 
 FP8 = torch.float8_e4m3fn
@@ -70,6 +71,43 @@ def test_a_scaled_problem_multiplies_by_the_scales(split: Split) -> None:
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = gemm.region_gemm(mode.from_tensor(x), *gemm.op_arguments(pack(weight, p), p), scales)
     assert (fake.shape, fake.dtype) == (found.shape, found.dtype)
+
+
+@pytest.mark.parametrize("out_dtype", OUT_DTYPES)
+def test_merged_projections_are_scaled_by_their_own_rows(out_dtype: torch.dtype) -> None:
+    p = Problem(128, 96, Regions(32, 32), "output", out_dtype, projections=2, scaled=True)
+    x, weight = make(p, 7)
+    scales = torch.rand(7, 1) / 100, torch.rand(128, 1) + 0.5
+    found = run(x, weight, p, scales)
+    assert found.dtype == out_dtype
+    size = x.double().abs() @ weight.double().abs().t() * scales[0] * scales[1].t()
+    exact = x.double() @ weight.double().t() * scales[0] * scales[1].t()
+    # A rounding of the sum, one of the product, and float32's on the way.
+    assert ((found.double() - exact).abs() <= (2 * torch.finfo(out_dtype).eps + 1e-5) * size).all()
+
+
+HOPPER = Device("cuda", (9, 0), bindings=True)
+
+
+@pytest.mark.parametrize(
+    ("device", "p", "expected"),
+    [
+        (HOPPER, problem("output", 96, 32, torch.bfloat16), True),
+        (replace(HOPPER, one_launch_fault="a compiler's bug"), problem("output", 96, 32, torch.bfloat16), True),
+        (HOPPER, problem("output", 96, 32, torch.float32), False),
+        (HOPPER, problem("output", 88, 40, torch.bfloat16), False),
+        (replace(HOPPER, capability=(10, 0)), problem("output", 96, 32, torch.bfloat16), False),
+        (replace(HOPPER, capability=(8, 9)), problem("output", 96, 32, torch.bfloat16), False),
+        (replace(HOPPER, bindings=False), problem("output", 96, 32, torch.bfloat16), False),
+        (Device("cpu"), problem("output", 96, 32, torch.bfloat16), False),
+    ],
+    ids=["Hopper", "libraries alone", "float16 models", "odd regions", "Blackwell", "Ada", "no bindings", "CPU"],
+)
+def test_where_a_gemm_applies_scales(
+    monkeypatch: pytest.MonkeyPatch, device: Device, p: Problem, expected: bool
+) -> None:
+    monkeypatch.setattr(gemm, "describe", lambda _: device)
+    assert gemm.applies_scales(p, torch.device("cpu")) == expected
 
 
 @pytest.mark.parametrize("split", ["output", "input"])

@@ -9,11 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
-from vllm.config import VllmConfig, get_current_vllm_config, set_current_vllm_config
-from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
-from vllm.model_executor.layers.activation import SiluAndMul
-from vllm.model_executor.layers.layernorm import RMSNorm
+from compressed_tensors.quantization import QuantizationArgs
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -23,73 +20,41 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Fp8
 from vllm.model_executor.models.utils import WeightsMapper
+from vllm_models import (
+    HIDDEN,
+    MLP,
+    I,
+    dequantized,
+    load,
+    quantization_config,
+    sparse_weight,
+    spense_config,
+    world_of_one,
+)
 
 import vllm_spense
 from vllm_spense.errors import FormatError, SpenseError
-from vllm_spense.format import KEY, Annotation, Projections, Regions
+from vllm_spense.format import KEY
 from vllm_spense.ops.elementwise_ops import INDUCTOR_OPTIONS
-from vllm_spense.plugin.activation import RawSums
 from vllm_spense.plugin.config import SpenseConfig
 from vllm_spense.plugin.linear import InputSplitLinearMethod, OutputSplitLinearMethod
-from vllm_spense.plugin.norms import DeferredGemm
 from vllm_spense.plugin.pairing import Pairing, Quantized
 from vllm_spense.plugin.unpruned_linear import UnprunedFp8
-
-HIDDEN, REGIONS = 64, Regions(64, 32)
-I = REGIONS.intermediate  # noqa: E741
-MLP = "model.layers.0.mlp"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _world_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with set_current_vllm_config(VllmConfig()):
-        file = tmp_path_factory.mktemp("world") / "store"
-        init_distributed_environment(1, 0, f"file://{file}", 0, "gloo")
-        initialize_model_parallel()
+    with world_of_one(tmp_path_factory.mktemp("world")):
         yield
-    cleanup_dist_env_and_memory()
-
-
-def quantization_config(**changes: Any) -> dict[str, Any]:
-    fp8 = {"num_bits": 8, "type": "float"}
-    scheme = QuantizationScheme(
-        targets=["Linear"],
-        weights=QuantizationArgs(**fp8, strategy="channel"),
-        input_activations=QuantizationArgs(**fp8, strategy="token", dynamic=True),
-    )
-    config = QuantizationConfig(config_groups={"group_0": scheme}, format="float-quantized", ignore=["lm_head"])
-    annotation = Annotation(
-        method="magnitude",
-        settings={},
-        calibration=None,
-        alignment=32,
-        projections=Projections("gate_proj", "up_proj", "down_proj"),
-        modules=(MLP,),
-        default=REGIONS,
-    )
-    return config.to_dict() | {"quantization_status": "compressed", KEY: annotation.to_dict() | changes}
 
 
 @pytest.fixture
 def config() -> SpenseConfig:
-    made = SpenseConfig.from_config(quantization_config())
-    made.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
-    return made
+    return spense_config()
 
 
 def gate_up(config: SpenseConfig, prefix: str = f"{MLP}.gate_up_proj", bias: bool = False) -> Any:
     return MergedColumnParallelLinear(HIDDEN, [I, I], bias=bias, quant_config=config, prefix=prefix)
-
-
-def load(layer: Any, *arguments: Any, name: str = "weight") -> None:
-    parameter = getattr(layer, name)
-    parameter.weight_loader(parameter, *arguments)
-
-
-def sparse_weight(rows: int, columns: int, sparse: tuple[slice, slice]) -> torch.Tensor:
-    weight = torch.randn(rows, columns)
-    weight[sparse].unflatten(-1, (-1, 4))[..., 2:] = 0
-    return weight.to(torch.float8_e4m3fn)
 
 
 def test_registration_is_idempotent() -> None:
@@ -260,12 +225,6 @@ def test_wrong_intermediate_size(config: SpenseConfig) -> None:
         RowParallelLinear(128, HIDDEN, bias=False, quant_config=config, prefix=f"{MLP}.down_proj")
 
 
-def dequantized(x: torch.Tensor) -> torch.Tensor:
-    """x rounded to FP8 per token, as the layers do."""
-    scale = x.abs().amax(-1, keepdim=True) / 448
-    return (x / scale).to(torch.float8_e4m3fn).float() * scale
-
-
 def test_gate_and_up_with_biases(config: SpenseConfig) -> None:
     layer = gate_up(config, bias=True)
     weights = [sparse_weight(I, HIDDEN, (slice(0, 64), slice(None))) for _ in range(2)]
@@ -293,34 +252,6 @@ def test_a_gate_that_vllm_does_not_merge(config: SpenseConfig) -> None:
     torch.testing.assert_close(layer(x)[0], dequantized(x) @ weight.float().t(), rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "draft", "defers", "scaled"),
-    [(1, None, True, False), (2, None, False, True), (1, object(), False, True)],
-    ids=["plain", "two ranks", "a draft model"],
-)
-def test_who_applies_the_scales_of_down(
-    config: SpenseConfig, monkeypatch: pytest.MonkeyPatch, ranks: int, draft: object, defers: bool, scaled: bool
-) -> None:
-    """The norm after it, if down's output goes there and nowhere else; the GEMM where something comes between."""
-    engine = get_current_vllm_config()
-    monkeypatch.setattr(engine, "model_config", SimpleNamespace(architectures=["LlamaForCausalLM"]))
-    monkeypatch.setattr(engine, "speculative_config", draft)
-    layer: Any = RowParallelLinear(I, HIDDEN, bias=False, quant_config=config, prefix=f"{MLP}.down_proj")
-    layer.quant_method.tp_size = ranks
-    weight, scale = sparse_weight(HIDDEN, I, (slice(None), slice(0, 64))), torch.rand(HIDDEN, 1) + 0.5
-    load(layer, weight)
-    load(layer, scale, name="weight_scale")
-    layer.quant_method.process_weights_after_loading(layer)
-    problem = layer.quant_method.plan.problem
-    assert (problem.scaled, problem.separate_outputs) == (scaled, defers)
-    x = torch.randn(5, I)
-    found, _ = layer(x)
-    assert isinstance(found, DeferredGemm) == defers
-    if defers:
-        found = found.outputs()
-    torch.testing.assert_close(found, dequantized(x) @ (weight.float() * scale).t(), rtol=1e-4, atol=1e-3)
-
-
 def test_compiled_graphs_are_kept_apart_by_what_layers_run_on(
     config: SpenseConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -344,7 +275,7 @@ def test_compiled_graphs_are_kept_apart_by_what_layers_run_on(
     first = loaded()
     assert untold != first == loaded()
     monkeypatch.setattr(
-        InputSplitLinearMethod, "arrange", lambda self, weight: (weight, replace(self.problem, scaled=True))
+        InputSplitLinearMethod, "arrange", lambda self, layer, weight: (weight, replace(self.problem, scaled=True))
     )
     assert loaded() != first
     assert engine.additional_config["others"] == 1
@@ -383,38 +314,3 @@ def test_fp8_that_was_made_for_another_layer_is_refused(config: SpenseConfig) ->
     other = "model.layers.1.mlp"
     with pytest.raises(RuntimeError, match=rf"what was made for {other} reached {MLP}\.down_proj"):
         layer(Quantized(x, torch.ones(3, 1), other))
-
-
-def test_a_plain_mlp_between_its_norms_is_one_graph(config: SpenseConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What modules hand on is no tensor, and the compiler sees through it."""
-    engine = get_current_vllm_config()
-    model = SimpleNamespace(architectures=["LlamaForCausalLM"], dtype=torch.float32)
-    monkeypatch.setattr(engine, "model_config", model)
-    monkeypatch.setattr(engine, "quant_config", config)
-    up: Any = gate_up(config)
-    down: Any = RowParallelLinear(I, HIDDEN, bias=False, quant_config=config, prefix=f"{MLP}.down_proj")
-    activation, after, before = SiluAndMul(), RMSNorm(HIDDEN), RMSNorm(HIDDEN)
-    for i in range(2):
-        load(up, sparse_weight(I, HIDDEN, (slice(0, 64), slice(None))), i)
-        load(up, torch.ones(I, 1), i, name="weight_scale")
-    load(down, sparse_weight(HIDDEN, I, (slice(None), slice(0, 64))))
-    load(down, torch.ones(HIDDEN, 1), name="weight_scale")
-    for layer in (up, down):
-        layer.quant_method.process_weights_after_loading(layer)
-    assert (up.quant_method.defers_epilogue, down.quant_method.defers_epilogue) == (True, True)
-    handed_on: list[type] = []
-
-    def mlp(x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x, residual = before(x, residual)
-        sums, _ = up(x)
-        z = activation(sums)
-        deferred, _ = down(z)
-        handed_on[:] = [type(step) for step in (x, sums, z, deferred)]
-        return after(deferred, residual)
-
-    x, residual = torch.randn(2, 5, HIDDEN)
-    expected = mlp(x.clone(), residual.clone())
-    assert handed_on == [Quantized, RawSums, Quantized, DeferredGemm]
-    compiled = torch.compile(mlp, backend="eager", fullgraph=True, dynamic=True)
-    for found, exact in zip(compiled(x.clone(), residual.clone()), expected, strict=True):
-        torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-3)

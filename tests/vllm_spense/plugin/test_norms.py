@@ -38,7 +38,7 @@ def pairing() -> Iterator[Pairing]:
 
 
 def norm_before_gate_up(pairing: Pairing, takes_fp8: bool) -> FusedRMSNorm:
-    link, _ = pairing.built_gate_up("model.layers.0.mlp.gate_up_proj")
+    link = pairing.built_gate_up("model.layers.0.mlp.gate_up_proj")
     RMSNorm(64), (norm := RMSNorm(64))
     link.takes_fp8 = takes_fp8
     return norm

@@ -10,20 +10,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm_models import PLAIN, QuantConfig
 
-from vllm_spense.plugin.activation import FusedSiluAndMul, RawSums
 from vllm_spense.plugin.norms import FusedRMSNorm
-from vllm_spense.plugin.pairing import Pairing, Quantized, is_plain
+from vllm_spense.plugin.pairing import Pairing, is_plain
 from vllm_spense.plugin.vllm_internals import stand_in
 
 
 @pytest.fixture
 def pairing() -> Iterator[Pairing]:
     """Of the model that vLLM is building."""
-    assert stand_in(FusedSiluAndMul)
     assert stand_in(FusedRMSNorm)
     engine = VllmConfig()
     engine.quant_config = QuantConfig(Pairing(activations=True, norms=True))
@@ -57,34 +54,9 @@ def test_a_qkv_without_a_pruned_mlp_is_nobodys_neighbour(pairing: Pairing) -> No
     assert [norm.link and norm.link.reader for norm in norms] == [None, layer(1, "gate_up")]
 
 
-def test_the_next_activation_is_the_only_one(pairing: Pairing) -> None:
-    (_, first), (_, second) = (pairing.built_gate_up(layer(index, "gate_up")) for index in range(2))
-    assert type(activation := SiluAndMul()) is FusedSiluAndMul
-    assert (activation.link, first.found, second.found) == (second, False, True)
-    assert SiluAndMul().link is None
-
-
-def sums_of(name: str) -> RawSums:
-    return RawSums(torch.randn(3, 64), torch.rand(3, 1), torch.rand(64, 1), 16, name)
-
-
-def test_sums_of_another_mlp_are_refused(pairing: Pairing) -> None:
-    """As if vLLM had built the activations the other way round."""
-    gate_ups = [layer(index, "gate_up") for index in range(2)]
-    activations = []
-    for name in reversed(gate_ups):
-        pairing.built_gate_up(name)
-        activations.append(SiluAndMul())
-    assert isinstance(activations[1](sums_of(gate_ups[0])), Quantized)
-    with pytest.raises(RuntimeError, match=rf"made for {gate_ups[0]} reached the activation of {gate_ups[1]}"):
-        activations[0](sums_of(gate_ups[0]))
-    with pytest.raises(RuntimeError, match=rf"made for {gate_ups[0]} reached another activation"):
-        SiluAndMul()(sums_of(gate_ups[0]))
-
-
 def test_a_norm_says_for_whom_its_output_is(pairing: Pairing) -> None:
     pairing.built_qkv(layer(0, "qkv"))
-    link, _ = pairing.built_gate_up(layer(0, "gate_up"))
+    link = pairing.built_gate_up(layer(0, "gate_up"))
     RMSNorm(64), (norm := RMSNorm(64))
     link.takes_fp8 = True
     found, _ = norm(torch.randn(3, 64), torch.randn(3, 64))
@@ -95,13 +67,13 @@ def test_no_links_in_models_that_are_not_plain() -> None:
     pairing = Pairing(activations=False, norms=False)
     pairing.built_qkv(layer(0, "qkv"))
     pairing.built_gate_up(layer(0, "gate_up"))
-    assert (pairing.next_norm(), pairing.next_activation()) == (None, None)
+    assert pairing.next_norm() is None
 
 
 def test_no_links_without_a_pruned_model() -> None:
-    stand_in(FusedSiluAndMul)
+    stand_in(FusedRMSNorm)
     with set_current_vllm_config(VllmConfig()):
-        assert SiluAndMul().link is None
+        assert RMSNorm(64).link is None
 
 
 @pytest.mark.parametrize(
