@@ -35,9 +35,14 @@ def heldout_documents(domain: str) -> Iterator[str]:
     return docstrings(HELDOUT_PACKAGES, seed=0)
 
 
-def _code() -> Iterator[str]:
+def code_files() -> list[Path]:
+    """The files of `code`, in order."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    for file in _shuffled(sorted(file for package in _CODE for file in (library / package).glob("*.py"))):
+    return _shuffled(sorted(file for package in _CODE for file in (library / package).glob("*.py")))
+
+
+def _code() -> Iterator[str]:
+    for file in code_files():
         yield bare_code(ast.parse(file.read_text(encoding="utf-8")))
 
 
