@@ -29,8 +29,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks.command_line import add_out, mlp_sparsity, positive, readable_folder, run_main
 from benchmarks.envelope import circumstances, envelope, write_result
 from benchmarks.quality_tables import markdown, of_each_model
-from benchmarks.texts import CALIBRATION, DOMAINS, heldout
-from offline_prune.calibration.data import BUILTIN
+from benchmarks.texts import CALIBRATION, CALIBRATION_CODE, DOMAINS, heldout
+from offline_prune.calibration.data import BUILTIN, BUILTIN_CODE
 from offline_prune.checkpoint.evaluate import agreement, load_dense
 from offline_prune.healing.pipeline import heal
 from offline_prune.healing.settings import HealSettings
@@ -98,9 +98,9 @@ def parse() -> argparse.Namespace:
         default=[""],
         metavar="NAME=VALUE,…",
         help="settings that each method is tried with, as PruneSettings names them,\n"
-        "such as: layout=back layout=front,selection=random; calibration=builtin,calibration=generated is what\n"
-        "`spense prune` takes by default, with --texts the folder's calibration text for builtin;\n"
-        "{model} stands for the model's name",
+        "such as: layout=back layout=front,selection=random; without calibration=NAME it is builtin alone, and\n"
+        "calibration=builtin,calibration=builtin-code,calibration=generated is what `spense prune` takes by\n"
+        "default, with --texts the folder's texts for built-in ones; {model} stands for the model's name",
     )
     parser.add_argument(
         "--heal",
@@ -285,17 +285,17 @@ def pruned_rows(
             yield from measured(found, reference, texts, about, report.seconds)
 
 
-def calibration_source(folder: Path | None) -> str:
-    """The calibration text of a folder of texts, or the built-in one, as `PruneSettings` names it."""
-    return BUILTIN if folder is None else str(folder / f"{CALIBRATION}.jsonl")
+def calibration_source(folder: Path | None, name: str = BUILTIN) -> str:
+    """A calibration source as `PruneSettings` names it; a built-in one's text is the folder's, where there is one."""
+    texts = {BUILTIN: CALIBRATION, BUILTIN_CODE: CALIBRATION_CODE}
+    return name if folder is None or name not in texts else str(folder / f"{texts[name]}.jsonl")
 
 
 def with_texts(settings: Row, folder: Path | None) -> Row:
-    """Settings in which the built-in text, where a variant names it, is that of a folder of texts, if there is one."""
+    """Settings in which a built-in text, where a variant names it, is that of a folder of texts, if there is one."""
     if "calibration" not in settings:
         return settings
-    names = (calibration_source(folder) if name == BUILTIN else name for name in _several(settings["calibration"]))
-    return {**settings, "calibration": tuple(names)}
+    return {**settings, "calibration": tuple(calibration_source(folder, n) for n in _several(settings["calibration"]))}
 
 
 def measured(

@@ -6,7 +6,10 @@ from collections.abc import Callable, Sequence
 
 from benchmarks import quality_tables
 from benchmarks.tables import Result, Row, source
+from scripts.models import KNOWN
 
+#: The result files of half a million tokens of calibration text.
+ON_LONG_TEXT = " ".join(f"accuracy-{kind}-{model}" for kind in ("long", "code") for model in KNOWN)
 #: Of the MLP weights, what 2:4 everywhere makes zero.
 MAX_SPARSITY = 0.5
 
@@ -44,6 +47,18 @@ def over_models(result: Result, *others: Result) -> list[str]:
         known = {(row["model"], row["method"], row["sparsity"]) for row in rows}
         rows += [row for row in each["rows"] if (row["model"], row["method"], row["sparsity"]) not in known]
     return [*quality_tables.over_models(rows), "", f"{quality_tables.measured_on(rows)}. {result['gpu']['name']}."]
+
+
+def over_models_tuned(result: Result, *others: Result) -> list[str]:
+    """As `over_models`, of `spensegpt+` on docstrings and of `spensegpt++` with its default number of steps."""
+
+    def kept(row: Row) -> bool:
+        method, _, change = row["method"].partition(" ")
+        if method == quality_tables.BASE:
+            return not change
+        return method == quality_tables.BETTER and "tune_steps" not in change
+
+    return over_models(*({**some, "rows": [*filter(kept, some["rows"])]} for some in (result, *others)))
 
 
 quality = of_quality(quality_tables.markdown)

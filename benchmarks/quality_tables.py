@@ -118,7 +118,15 @@ def over_models(rows: Sequence[Row]) -> list[str]:
 
 
 #: How a label says what differs between a table's methods.
-_IN_WORDS = {" calibration=builtin,calibration=generated": ", half of the text generated", ",tune_steps=": ", steps: "}
+_IN_WORDS = {
+    " calibration=builtin,calibration=generated": ", half of the text generated",
+    # The code is a file's where it was measured before `builtin-code` was a source.
+    **{
+        f" calibration=builtin,calibration={code},calibration=generated": ", a third code, a third generated"
+        for code in ("builtin-code", "texts/packages-code.jsonl")
+    },
+    ",tune_steps=": ", steps: ",
+}
 
 
 def _label(method: str) -> str:

@@ -20,23 +20,32 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.command_line import run_main, writable_folder
-from offline_prune.calibration.data import BUILTIN_PACKAGES, docstrings, docstrings_of, pack, parsed, python_files
-from offline_prune.calibration.heldout import HELDOUT, bare_code, heldout_documents
+from offline_prune.calibration.data import BUILTIN_PACKAGES, pack
+from offline_prune.calibration.heldout import HELDOUT, heldout_documents
+from offline_prune.calibration.python_text import (
+    LONGEST_CODE,
+    bare_code,
+    code,
+    docstrings,
+    docstrings_of,
+    parsed,
+    python_files,
+)
 from scripts.lock import locked
 from scripts.pruned import CACHE
 from vllm_spense.errors import SpenseError
 
-CALIBRATION = "calibration"
+CALIBRATION, CALIBRATION_CODE = "calibration", "calibration-code"
 TRAINING = "training"
 HANDBOOK = "handbook"
-#: Held out, from the one most like the calibration text on. Only docstrings are in any calibration text.
+#: Held out, from the one most like `calibration` on; `calibration-code` is like `code`.
 DOMAINS = (*HELDOUT, HANDBOOK)
 #: Of each text; more than any benchmark reads.
 _DOCUMENTS = 1000
-#: None of them is in a held-out text; the calibration text's are.
+#: None of them is in a held-out text; the calibration texts' are.
 TRAINING_PACKAGES = (*BUILTIN_PACKAGES, "scipy", "sklearn", "sympy", "networkx", "nltk", "vllm", "fontTools", "pyarrow")
-#: Of all training text, and of one document of it, so that a few tables of numbers do not make up much of it.
-_TRAINING_CHARACTERS, _LONGEST = 36_000_000, 20_000
+#: Of all training text, and of one document of it.
+_TRAINING_CHARACTERS, _LONGEST = 36_000_000, LONGEST_CODE
 #: English prose about something else than Python: The Debian Administrator's Handbook.
 _PACKAGE, _PAGES = "debian-handbook", "usr/share/doc/debian-handbook/html/en-US"
 
@@ -45,14 +54,17 @@ def documents(name: str) -> Iterator[str]:
     """The documents of a text, in an order that is always the same.
 
     Args:
-        name: `calibration` (docstrings of some packages), `training` (docstrings, and code without them, of more), or
-            a domain: `handbook` (Debian's, its paragraphs without listings), or as `heldout_documents` has it.
+        name: `calibration` (docstrings of some packages), `calibration-code` (code of the same, without docstrings and
+            comments), `training` (both of more packages), or a domain: `handbook` (Debian's, its paragraphs without
+            listings), or as `heldout_documents` has it.
 
     Raises:
         SpenseError: `handbook` on a machine that cannot download Debian's packages.
     """
     if name == CALIBRATION:
         return docstrings(BUILTIN_PACKAGES, seed=0)
+    if name == CALIBRATION_CODE:
+        return code(BUILTIN_PACKAGES, seed=0)
     if name == TRAINING:
         return _training()
     return _handbook(CACHE / _PACKAGE) if name == HANDBOOK else heldout_documents(name)
@@ -85,7 +97,7 @@ def write(folder: Path, training: bool = False) -> None:
         training: the training text too, which is much longer.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (CALIBRATION, *DOMAINS, *([TRAINING] if training else [])):
+    for name in (CALIBRATION, CALIBRATION_CODE, *DOMAINS, *([TRAINING] if training else [])):
         found = documents(name) if name == TRAINING else islice(documents(name), _DOCUMENTS)
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps({"text": text}) + "\n" for text in found)

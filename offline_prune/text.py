@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from offline_prune.calibration.data import BUILTIN, check_vocabulary
+from offline_prune.calibration.data import check_vocabulary
 from offline_prune.calibration.generated import FEWEST_AT_ONCE, PIECE, Writer, generate, pieces
 from offline_prune.calibration.mixture import DEFAULT_MIXTURE, GENERATED, drawn, mixed
 from offline_prune.checkpoint.journal import Journal, crc32_of
@@ -32,20 +32,21 @@ _FILE = "state-text"
 def default_sources(
     model: SourceModel, given: torch.Tensor | None, samples: int, device: torch.device, say: Callable[[str], None]
 ) -> tuple[str, ...]:
-    """What to calibrate on where nobody says: `DEFAULT_MIXTURE`, or `builtin` alone where the dense model cannot write.
+    """What to calibrate on where nobody says: `DEFAULT_MIXTURE`, or its built-in part where the model cannot write.
 
     It can where it has a head and `FEWEST_AT_ONCE` texts of `PIECE` tokens fit the device whole, whatever else is on it
     now: so a run that resumes decides the same.
 
     Args:
         given: tokens that a caller brought, if any: they are called `GIVEN`.
-        samples: sequences; a single one has no room for two sources.
+        samples: sequences; where there are fewer than sources, the first sources give one each.
         say: told why it cannot.
     """
     if given is not None:
         return (GIVEN,)
+    built_in = tuple(name for name in DEFAULT_MIXTURE if name != GENERATED)
     if samples < len(DEFAULT_MIXTURE):
-        return (BUILTIN,)
+        return built_in[:samples]
     try:
         needed, room = Writer.of(model, compute_dtype(device)).bytes(FEWEST_AT_ONCE, PIECE), whole_memory(device)
     except SpenseError:
@@ -55,10 +56,10 @@ def default_sources(
             return DEFAULT_MIXTURE
         why = f"needs {needed / GIB:.2f} GiB to write, and {device} has {room / GIB:.2f} GiB in all"
     say(
-        f"calibration text: {BUILTIN} alone, because the dense model {why}; what it wrote elsewhere, "
-        "as another --calibration, helps on text unlike docstrings"
+        f"calibration text: {' and '.join(built_in)} alone, because the dense model {why}; what it wrote elsewhere, "
+        "as another --calibration, helps on text unlike docstrings and code"
     )
-    return (BUILTIN,)
+    return built_in
 
 
 class CalibrationText:

@@ -1,32 +1,28 @@
-"""Calibration text as tokens: from data sets and files, and from a built-in source that needs no download."""
+"""Calibration text as tokens: from data sets and files, and from built-in sources that need no download."""
 
 from __future__ import annotations
 
-import ast
-import importlib.util
-import inspect
-import random
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from offline_prune.calibration.chat import Chat, RefusedChat, chat_template, plain_text, read_row, templated
+from offline_prune.calibration.python_text import code, docstrings, installed
 from offline_prune.calibration.rows import shuffled_rows
 from vllm_spense.errors import SpenseError
 
 DEFAULT_SOURCE = "simplescaling/s1K-1.1"
-BUILTIN = "builtin"
+BUILTIN, BUILTIN_CODE = "builtin", "builtin-code"
 
-#: Installed packages whose docstrings make the built-in text; the held-out text comes from others.
+#: Installed packages whose docstrings, and code without them, make the built-in texts; held-out texts come from others.
 BUILTIN_PACKAGES = ("torch", "numpy", "datasets", "huggingface_hub")
-#: Torch's own dependencies, whose docstrings follow where these are too short.
+#: Torch's own dependencies, whose files follow where these are too short.
 MORE_BUILTIN_PACKAGES = ("sympy", "networkx")
 HELDOUT_PACKAGES = ("matplotlib", "pandas", "transformers")
-_SHORTEST_DOCSTRING = 200
+#: Built-in source → what it takes from packages, in an order that a seed decides.
+_BUILTIN: Mapping[str, Callable[[Iterable[str], int], Iterator[str]]] = {BUILTIN: docstrings, BUILTIN_CODE: code}
 
 Document = str | Chat
 
@@ -43,8 +39,9 @@ def calibration_tokens(
     """Draws documents in random order, tokenizes them and cuts the stream into equal sequences.
 
     Args:
-        source: `builtin`, a `.jsonl`, `.txt` or `.parquet` file, a folder of such files, or the name of a Hugging Face
-            data set. Text files are cut into passages about as long as a sequence, which are drawn like documents.
+        source: `builtin`, `builtin-code`, a `.jsonl`, `.txt` or `.parquet` file, a folder of such files, or the name of
+            a Hugging Face data set. Text files are cut into passages about as long as a sequence, which are drawn like
+            documents.
         samples, length: how many sequences of how many tokens.
         seed: of the order of the documents.
         say: told about chats that were left out because the chat template refuses them.
@@ -57,7 +54,7 @@ def calibration_tokens(
         SpenseError: no such source, a damaged one, rows without text (names file and line), or fewer than
             samples · length tokens in it.
     """
-    return pack(_documents(source, seed, length), tokenizer, samples, length, source, say, fewest)
+    return pack(_documents(source, seed, length), tokenizer, samples, length, _described(source), say, fewest)
 
 
 def heldout_tokens(tokenizer: PreTrainedTokenizerBase, samples: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -138,49 +135,14 @@ def _valid(text: str) -> str:
 
 
 def _documents(source: str, seed: int, length: int) -> Iterator[Document]:
-    if source == BUILTIN:
-        return chain(docstrings(BUILTIN_PACKAGES, seed), docstrings(MORE_BUILTIN_PACKAGES, seed))
+    if read := _BUILTIN.get(source):
+        return chain(read(BUILTIN_PACKAGES, seed), read(MORE_BUILTIN_PACKAGES, seed))
     return (read_row(row, where) for where, row in shuffled_rows(source, seed, length))
 
 
-def docstrings(packages: Iterable[str], seed: int) -> Iterator[str]:
-    """The docstrings of installed packages, one Python file's after another's, files in random order."""
-    for path in python_files(packages, seed):
-        if text := docstrings_of(path):
-            yield text
-
-
-def python_files(packages: Iterable[str], seed: int) -> list[Path]:
-    """All Python files of installed packages, in random order; packages that are not installed have none."""
-    files: list[Path] = []
-    for package in packages:
-        spec = importlib.util.find_spec(package)
-        if spec and spec.origin:
-            files += Path(spec.origin).parent.rglob("*.py")
-    files.sort(key=lambda path: path.parts[-4:])
-    random.Random(seed).shuffle(files)
-    return files
-
-
-def docstrings_of(path: Path) -> str:
-    """The longer docstrings of a Python file, an empty line between them."""
-    tree = parsed(path)
-    return "\n\n".join(_long_docstrings(tree)) if tree else ""
-
-
-def parsed(path: Path) -> ast.Module | None:
-    """A Python file's syntax tree, or None: packages ship templates and tests of broken files."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)
-            return ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError):
-        return None
-
-
-def _long_docstrings(tree: ast.Module) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node, clean=False)
-            if text and len(text) >= _SHORTEST_DOCSTRING:
-                yield inspect.cleandoc(text)
+def _described(source: str) -> str:
+    """A source as errors name it: how long a built-in one is depends on what is installed."""
+    if source not in _BUILTIN:
+        return source
+    packages = (*BUILTIN_PACKAGES, *MORE_BUILTIN_PACKAGES)
+    return f"{source}, from {', '.join(installed(packages)) or 'none'} of the packages {', '.join(packages)}"

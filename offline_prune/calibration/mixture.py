@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from offline_prune.calibration.data import BUILTIN, calibration_tokens
+from offline_prune.calibration.data import BUILTIN, BUILTIN_CODE, calibration_tokens
 from vllm_spense.errors import SpenseError
 
 #: The source that is the dense model itself: `generated.generate`.
 GENERATED = "generated"
 #: What `prune` calibrates on unless told otherwise, where the dense model can write: `text.default_sources`.
-DEFAULT_MIXTURE = (BUILTIN, GENERATED)
+DEFAULT_MIXTURE = (BUILTIN, BUILTIN_CODE, GENERATED)
 #: Tokens that the dense model writes for `prune` at most where another source can give the rest. Beyond that the model
 #: would write for longer than it is pruned.
 MOST_WRITTEN = 2**18

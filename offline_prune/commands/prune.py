@@ -29,9 +29,10 @@ def prune(
     calibration: Annotated[
         list[str] | None,
         typer.Option(
-            help="Hugging Face data set, .jsonl/.txt/.parquet file or folder, `builtin` (no download), or `generated`: "
-            "what the dense model writes. Several times: an equal share of each, of `generated` at most 2¹⁸ tokens. "
-            "\\[default: builtin and generated; builtin where the dense model does not fit the device]"
+            help="Hugging Face data set, .jsonl/.txt/.parquet file or folder, `builtin` or `builtin-code` (docstrings "
+            "or code of installed packages), or `generated`: what the dense model writes. Several times: an equal "
+            "share of each, of `generated` at most 2¹⁸ tokens. \\[default: builtin, builtin-code and generated; the "
+            "first two where the dense model does not fit the device]"
         ),
     ] = None,
     samples: Annotated[

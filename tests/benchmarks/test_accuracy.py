@@ -19,6 +19,8 @@ from benchmarks import accuracy, peers, quality_results, quality_tables, texts
 from benchmarks.envelope import envelope, write_result
 from benchmarks.tables import source
 from offline_prune.calibration.heldout import HELDOUT
+from offline_prune.calibration.mixture import DEFAULT_MIXTURE
+from offline_prune.calibration.python_text import LONGEST_CODE
 from offline_prune.checkpoint.evaluate import agreement, load_dense, perplexity
 from vllm_spense.errors import SpenseError
 
@@ -223,6 +225,11 @@ def test_the_built_in_text_of_a_variant_is_that_of_the_folder_of_texts() -> None
     both = {"calibration": ("builtin", "generated"), "seed": 3}
     assert accuracy.with_texts(both, None) == both
     assert accuracy.with_texts(both, Path("texts")) == {**both, "calibration": ("texts/calibration.jsonl", "generated")}
+    three = {"calibration": DEFAULT_MIXTURE}
+    assert accuracy.with_texts(three, None) == three
+    assert accuracy.with_texts(three, Path("texts")) == {
+        "calibration": ("texts/calibration.jsonl", "texts/calibration-code.jsonl", "generated")
+    }
     assert accuracy.with_texts({"calibration": "generated"}, Path("texts")) == {"calibration": ("generated",)}
     assert accuracy.with_texts({"seed": 3}, Path("texts")) == {"seed": 3}
 
@@ -290,7 +297,8 @@ def test_what_fp8_adds_is_of_the_same_seed() -> None:
 def test_a_folder_written_here_is_read_as_what_is_installed(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = {name: list(islice(texts.documents(name), 3)) for name in (texts.CALIBRATION, *HELDOUT)}
+    names = (texts.CALIBRATION, texts.CALIBRATION_CODE, *HELDOUT)
+    few = {name: list(islice(texts.documents(name), 3)) for name in names}
     few[texts.HANDBOOK] = ["Read the fine manual. " * 20]
     monkeypatch.setattr(texts, "documents", lambda name: iter(few[name]))
     texts.write(tmp_path)
@@ -304,7 +312,8 @@ def test_a_folder_written_here_is_read_as_what_is_installed(
 
 
 def test_code_is_code_and_the_reference_is_not() -> None:
-    for text in islice(texts.documents("code"), 5):
+    whole = (text for text in texts.documents(texts.CALIBRATION_CODE) if len(text) < LONGEST_CODE)
+    for text in (*islice(texts.documents("code"), 5), *islice(whole, 5)):
         assert ast.get_docstring(ast.parse(text)) is None
     with pytest.raises(SyntaxError):
         ast.parse(next(texts.documents("reference")))
@@ -365,3 +374,19 @@ def test_the_mean_over_models_is_of_what_all_of_them_have() -> None:
     older = {"gpu": {"name": "GPU"}, "rows": [row(model, mixed, "docs", 9.0) for model in "ab"]}
     lines = quality_results.over_models(measured, older)
     assert "| spensegpt++, half of the text generated | 25.0% | 0.200 (1.25) | 0.200 (1.25) |" in lines
+
+
+@pytest.mark.parametrize("code", ["builtin-code", "texts/packages-code.jsonl"])
+def test_the_page_compares_what_the_default_method_leaves_with_its_own_steps(code: str) -> None:
+    def row(method: str, kl: float) -> accuracy.Row:
+        return {"model": "a", "method": method, "sparsity": 0.25, "format": "fp8", "domain": "docs", "kl": kl}
+
+    three = f"calibration=builtin,calibration={code},calibration=generated"
+    older = [row("spensegpt+", 0.4), row("spensegpt++ tune_steps=9", 0.3)]
+    newer = [row(f"spensegpt++ {three}", 0.1), row(f"spensegpt+ {three}", 0.2)]
+    lines = quality_results.over_models_tuned(*({"gpu": {"name": "GPU"}, "rows": rows} for rows in (older, newer)))
+    assert lines[2:4] == [
+        "| spensegpt+ | 25.0% | 0.400 (1.00) |",
+        "| spensegpt++, a third code, a third generated | 25.0% | 0.100 (0.25) |",
+    ]
+    assert lines[4] == ""

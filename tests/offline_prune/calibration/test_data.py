@@ -1,6 +1,8 @@
 """Calibration text from every kind of source."""
 
+import ast
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from tiny_models import byte_tokenizer
 
 from offline_prune.calibration import data
 from offline_prune.calibration.data import calibration_tokens, check_vocabulary, heldout_tokens
+from offline_prune.calibration.heldout import code_files, heldout_documents
+from offline_prune.calibration.python_text import LONGEST_CODE, code, installed
 from vllm_spense.errors import SpenseError
 
 TOKENIZER = byte_tokenizer()
@@ -105,6 +109,39 @@ def test_builtin_text_is_prose_and_depends_on_the_seed_alone() -> None:
     assert first == tokens("builtin", 4, 512)
     assert first != tokens("builtin", 4, 512, seed=1)
     assert first.count(" the ") > 5
+
+
+def test_builtin_code_is_code_and_depends_on_the_seed_alone() -> None:
+    first = tokens("builtin-code", 4, 512)
+    assert first == tokens("builtin-code", 4, 512)
+    assert first != tokens("builtin-code", 4, 512, seed=1)
+    documents = tokens("builtin-code", 64, 512).split("<eos>")[:-1]
+    assert len(documents) > 2
+    for text in (each for each in documents if len(each) < LONGEST_CODE):
+        assert ast.get_docstring(ast.parse(text)) is None
+
+
+@pytest.mark.parametrize("source", ["builtin", "builtin-code"])
+def test_too_few_packages_are_named_in_one_line(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "BUILTIN_PACKAGES", ("safetensors", "no_such_package"))
+    monkeypatch.setattr(data, "MORE_BUILTIN_PACKAGES", ())
+    packages = "of the packages safetensors, no_such_package: found"
+    with pytest.raises(SpenseError, match=rf"^{source}, from safetensors {packages} [1-9]\d+ tokens, .*\Z"):
+        tokens(source, 1000, 16384)
+    monkeypatch.setattr(data, "BUILTIN_PACKAGES", ("no_such_package",))
+    words = f"^{source}, from none of the packages no_such_package: found 0 tokens, expected at least 16 .*\\Z"
+    with pytest.raises(SpenseError, match=words):
+        tokens(source)
+
+
+def test_heldout_code_is_not_the_calibration_code() -> None:
+    folders = installed((*data.BUILTIN_PACKAGES, *data.MORE_BUILTIN_PACKAGES)).values()
+    files = [file.resolve() for file in code_files()]
+    assert len(files) > 100
+    assert not [file for file in files for folder in folders if file.is_relative_to(folder.resolve())]
+    heldout = {text for text in islice(heldout_documents("code"), 100) if len(text) > 100}
+    assert len(heldout) > 50
+    assert not heldout & set(islice(code(data.BUILTIN_PACKAGES, 0), 100))
 
 
 def test_heldout_text_is_not_the_calibration_text() -> None:

@@ -176,16 +176,16 @@ def source_of(out: Path) -> str:
     return calibration.source
 
 
-def test_by_default_half_is_built_in_and_half_is_written(llama: Path, tmp_path: Path, text: Path) -> None:
+def test_by_default_a_third_each_is_docstrings_code_and_written(llama: Path, tmp_path: Path, text: Path) -> None:
     """And a run that is cut off ends with equal bytes."""
     options = {**SIZES, "calibration": None}
     report = run(llama, tmp_path / "whole", text, **options)
-    assert report.settings["calibration"] == ("builtin", "generated")
-    assert source_of(tmp_path / "whole") == "builtin + generated"
-    run(llama, tmp_path / "named", text, **{**options, "calibration": ("builtin", "generated")})
+    assert report.settings["calibration"] == ("builtin", "builtin-code", "generated")
+    assert source_of(tmp_path / "whole") == "builtin + builtin-code + generated"
+    run(llama, tmp_path / "named", text, **{**options, "calibration": ("builtin", "builtin-code", "generated")})
     assert contents(tmp_path / "named") == contents(tmp_path / "whole")
     cut_off(llama, tmp_path / "out", text, 1, **options)
-    assert kept(tmp_path / "out").shape == (4, 24)
+    assert kept(tmp_path / "out").shape == (2, 24)
     run(llama, tmp_path / "out", text, resume=True, **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -198,23 +198,29 @@ def test_by_default_a_model_too_large_for_the_device_writes_nothing_and_that_is_
     said: list[str] = []
     settings = PruneSettings(str(llama), tmp_path / "out", "magnitude", device="cpu", **SIZES)
     prune(settings, say=said.append)
-    assert source_of(tmp_path / "out") == "builtin"
-    (line,) = (line for line in said if line.startswith("calibration text: builtin alone, because"))
+    assert source_of(tmp_path / "out") == "builtin + builtin-code"
+    (line,) = (line for line in said if line.startswith("calibration text: builtin and builtin-code alone, because"))
     assert "GiB to write, and cpu has 0.00 GiB in all" in line
 
 
 def test_by_default_a_model_without_a_way_to_write_writes_nothing(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, said = SourceModel(str(llama)), list[str]()
-    assert default_sources(source, None, 2, CPU, said.append) == ("builtin", "generated")
+    assert default_sources(source, None, 3, CPU, said.append) == ("builtin", "builtin-code", "generated")
     monkeypatch.setattr(type(source.skeleton), "can_generate", lambda *_: False)
     assert not said
-    assert default_sources(source, None, 2, CPU, said.append) == ("builtin",)
+    assert default_sources(source, None, 3, CPU, said.append) == ("builtin", "builtin-code")
     assert "has no way to generate text" in said[0]
 
 
-def test_by_default_a_single_sequence_is_built_in(llama: Path, tmp_path: Path) -> None:
-    prune(PruneSettings(str(llama), tmp_path / "out", "magnitude", device="cpu", **{**SIZES, "samples": 1}))
-    assert source_of(tmp_path / "out") == "builtin"
+@pytest.mark.parametrize(("samples", "sources"), [(1, "builtin"), (2, "builtin + builtin-code")])
+def test_by_default_fewer_sequences_than_sources_are_built_in(
+    samples: int, sources: str, llama: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    options = {**SIZES, "samples": samples, "device": "cpu"}
+    prune(PruneSettings(str(llama), tmp_path / "out", "magnitude", **options), say=said.append)
+    assert source_of(tmp_path / "out") == sources
+    assert not [line for line in said if "calibration text" in line]
 
 
 def test_tokens_of_a_caller_are_called_so(llama: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from runs import run
 from tiny_models import byte_tokenizer
 
 from offline_prune.calibration.data import calibration_tokens
-from offline_prune.calibration.mixture import drawn, mixed, shares, source_names
+from offline_prune.calibration.mixture import DEFAULT_MIXTURE, drawn, mixed, shares, source_names
 from offline_prune.checkpoint.verify import open_checkpoint
 from offline_prune.healing.settings import HealSettings
 from offline_prune.settings import PruneSettings
@@ -46,6 +46,27 @@ def test_the_dense_model_writes_no_more_than_it_may_where_others_can() -> None:
     assert settings.shares == {"builtin": 112, "generated": 16}
     short = PruneSettings("model", Path("out"), calibration=("builtin", "generated"), length=512)
     assert short.shares == {"builtin": 64, "generated": 64}
+
+
+def test_the_default_mixture_has_equal_shares_of_three_sources() -> None:
+    assert DEFAULT_MIXTURE == ("builtin", "builtin-code", "generated")
+    settings = PruneSettings("model", Path("out"), calibration=DEFAULT_MIXTURE, length=4096)
+    assert settings.shares == {"builtin": 43, "builtin-code": 43, "generated": 42}
+    longer = PruneSettings("model", Path("out"), calibration=DEFAULT_MIXTURE)
+    assert longer.shares == {"builtin": 56, "builtin-code": 56, "generated": 16}
+
+
+def test_built_in_sources_are_mixed_as_the_seed_says() -> None:
+    def text(seed: int) -> torch.Tensor:
+        sources = ("builtin", "builtin-code")
+        parts = drawn(shares(sources, 6), TOKENIZER, 64, seed, lambda _: None)
+        for name in sources:
+            assert torch.equal(parts[name], calibration_tokens(name, TOKENIZER, 3, 64, seed))
+        assert not torch.equal(*parts.values())
+        return mixed(parts, sources, seed)
+
+    assert torch.equal(text(0), text(0))
+    assert not torch.equal(text(0), text(1))
 
 
 def test_a_source_gives_what_it_would_give_alone(letters: list[str]) -> None:
