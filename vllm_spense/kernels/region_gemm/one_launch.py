@@ -180,7 +180,9 @@ def search(problem: Problem, tokens: int, device: torch.device) -> Found:
     out = torch.empty(tokens, problem.n, dtype=problem.out_dtype, device=device)
     scales = unit_scales(problem, tokens, device)
     plans = [OneLaunchPlan(problem, tokens, device, tiling) for tiling in tilings]
-    times = medians_us([[partial(plan.run, x, packed, out, scales) for packed in packs] for plan in plans])
+    # One workspace for all, or each of hundreds of captured calls might keep one: a small weight has as many copies.
+    workspace = torch.empty(max(plan.partial_floats for plan in plans), dtype=torch.float32, device=device)
+    times = medians_us([[partial(plan.run, x, packed, out, scales, workspace) for packed in packs] for plan in plans])
     us, best = min(zip(times, tilings, strict=True), key=itemgetter(0))
     return Found(**asdict(best), us=round(us, 2))
 
@@ -221,6 +223,9 @@ class OneLaunchPlan:
         problem: the GEMM; its region sizes are multiples of `Problem.weight_multiple`.
         tokens: the largest M.
 
+    Attributes:
+        partial_floats: float32 numbers that a launch needs room for, the partial sums of splits.
+
     Raises:
         RuntimeError: a CUDA graph is being captured.
     """
@@ -237,7 +242,7 @@ class OneLaunchPlan:
         self._kernel = _kernel(tiling, problem.out_dtype, problem.scaled, device)
         self._segments = lasting(lambda: torch.from_numpy(tables.segments).to(device))
         self._semaphores = 0 if tiling.cluster else tables.semaphores
-        self._partial_floats = 0 if tiling.cluster else tables.partials * ROWS * tiling.tokens
+        self.partial_floats = 0 if tiling.cluster else tables.partials * ROWS * tiling.tokens
         semaphores(device).reserve(self._semaphores)
 
     def run(
@@ -246,6 +251,7 @@ class OneLaunchPlan:
         packed: Packed,
         out: torch.Tensor | None = None,
         scales: Scales | None = None,
+        workspace: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One launch.
 
@@ -254,6 +260,7 @@ class OneLaunchPlan:
             packed: what `pack` returned for this problem.
             out: (M, N) of the problem's out_dtype to write into, contiguous.
             scales: of a scaled problem's tokens and rows.
+            workspace: float32, `partial_floats` or more that nothing else uses meanwhile; None for memory of torch's.
 
         Returns:
             (M, N), raw sums unless the problem is scaled.
@@ -278,7 +285,11 @@ class OneLaunchPlan:
             arguments.x_scale, arguments.w_scale = (scale.data_ptr() for scale in scales)
         if self._semaphores:
             # Until the launch is enqueued it must not go back to torch, which then orders its next use after it.
-            partials = torch.empty(self._partial_floats, dtype=torch.float32, device=x.device)
+            partials = (
+                torch.empty(self.partial_floats, dtype=torch.float32, device=x.device)
+                if workspace is None
+                else workspace
+            )
             arguments.partials = partials.data_ptr()
             capture = driver.capture_number(stream)
             arguments.semaphores = semaphores(self.device).take(self._semaphores, stream, capture).data_ptr()
