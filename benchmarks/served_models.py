@@ -351,7 +351,7 @@ def make(model: Model, folder: Path) -> None:
         text.layer_types = text.layer_types[: text.num_hidden_layers]
     config.tie_word_embeddings = text.tie_word_embeddings = False
     whole = type(config)(**config.to_dict())
-    _save(kind, whole, folder)
+    _save(kind, whole, folder, 0.05 if model.dtype == "bfloat16" else 0.1)
     file = folder / "model.safetensors"
     tensors = load_file(file)
     for old, new in model.renamed.items():
@@ -367,15 +367,15 @@ def make(model: Model, folder: Path) -> None:
         model.processor(tokenizer, folder)
 
 
-def _save(kind: Any, config: Any, folder: Path) -> None:
+def _save(kind: Any, config: Any, folder: Path, std: float = 0.1) -> None:
     torch.manual_seed(0)
     made = kind(config)
     for name, parameter in made.named_parameters():
         if parameter.ndim > 1:
-            # Larger than the usual initialization, so that the layers matter.
-            nn.init.normal_(parameter, std=0.1)
+            # Larger than the usual initialization, so that the layers matter; less where roundings to BF16 matter too.
+            nn.init.normal_(parameter, std=std)
         elif name.endswith("bias"):
-            nn.init.normal_(parameter, std=0.1)
+            nn.init.normal_(parameter, std=std)
     made.to(torch.bfloat16).save_pretrained(folder)
 
 
