@@ -341,6 +341,8 @@ RUNS: Mapping[str, tuple[str, str]] = {
     ),
     "accuracy-tiny-moe": ("python -m benchmarks.accuracy --models FOLDER", "a GPU"),
 }
+#: Parts of the tests on a GPU, each with a result file.
+GPU_TESTS = ("kernels", "pruning", "scaled", "serving", "serving_h200", "sleep", "modes")
 #: Table → result file, further ones that it takes rows from where they exist, and what makes it.
 TABLES: Mapping[str, tuple[str, Callable[..., list[str]]]] = {
     "decode": ("decode_speed", decode),
@@ -363,11 +365,8 @@ TABLES: Mapping[str, tuple[str, Callable[..., list[str]]]] = {
     "mixtures": ("expert_mixture", mixtures),
     "mlp": ("layer_breakdown", mlp),
     "timeline": ("layer_timeline", serving_tables.timeline),
-    "gpu_tests": ("gpu_tests", serving_tables.gpu_tests),
-    "gpu_tests_serving": ("gpu_tests-serving", serving_tables.gpu_tests),
-    "gpu_tests_serving_h200": ("gpu_tests-serving-h200", serving_tables.gpu_tests),
-    "gpu_tests_experts": ("gpu_tests-experts", serving_tables.gpu_tests),
-    "gpu_tests_sleep": ("gpu_tests-sleep", serving_tables.gpu_tests),
+    "timeline_vl": ("layer_timeline-qwen3-vl-32b", serving_tables.timeline),
+    **{f"gpu_tests_{part}": (f"gpu_tests-{part}".replace("_", "-"), serving_tables.gpu_tests) for part in GPU_TESTS},
     "compat": ("compat", serving_tables.compat),
     "compat_readme": ("compat", serving_tables.compat_sentence),
     "soak": ("soak", serving_tables.soak),
