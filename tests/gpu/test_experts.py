@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 
@@ -20,7 +19,7 @@ if not torch.cuda.is_available():
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from engines import Completion, Run, differences, generate
+from engines import Completion, Run, differences, generate, on_one_gpu
 from tiny_models import tiny_model
 
 from offline_prune.checkpoint.verify import verify
@@ -69,9 +68,9 @@ def test_a_gpu_prunes_as_a_cpu_does(reports: dict[str, tuple[Path, Report]]) -> 
 
 @pytest.fixture(scope="module")
 def completions(reports: dict[str, tuple[Path, Report]]) -> dict[tuple[str, bool], list[Completion]]:
-    """By (what executes the experts, whether compiled), of what this GPU can run; all engines start at once."""
+    """By (what executes the experts, whether compiled), of what this GPU can run."""
     pytest.importorskip("vllm", reason="needs vLLM")
-    cases = [(path, compiled) for path in (STOCK, *PATHS) if runs(path) for compiled in (True, False)]
+    cases = [(path, compiled) for path in (*PATHS, STOCK) if runs(path) for compiled in (False, True)]
 
     def complete(case: tuple[str, bool]) -> list[Completion]:
         path, compiled = case
@@ -79,8 +78,7 @@ def completions(reports: dict[str, tuple[Path, Report]]) -> dict[tuple[str, bool
         run = Run(reports["cuda"][0], quantization, compiled=compiled, dtype="bfloat16", among_others=True)
         return generate([run], {SWITCH: "" if path == STOCK else path})[run]
 
-    with ThreadPoolExecutor(len(cases)) as pool:
-        return dict(zip(cases, pool.map(complete, cases), strict=True))
+    return on_one_gpu(complete, cases)
 
 
 def runs(path: str) -> bool:

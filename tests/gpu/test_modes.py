@@ -2,7 +2,7 @@
 
     pytest -m gpu --noconftest tests/gpu/test_modes.py
 
-All engines start at once. `SPENSE_TEST_CHECKPOINT` and `SPENSE_TEST_MODEL` as in test_serving.py.
+`SPENSE_TEST_CHECKPOINT` and `SPENSE_TEST_MODEL` as in test_serving.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import gpu_checkpoint
-from engines import Completion, Run, generate, require_those_of
+from engines import Completion, Run, generate, on_one_gpu, require_those_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
 
@@ -82,8 +81,7 @@ def completions() -> dict[str, list[Completion] | Exception]:
         except AssertionError as error:
             return error
 
-    with ThreadPoolExecutor(len(runs)) as pool:
-        return dict(zip(runs, pool.map(complete, runs.values()), strict=True))
+    return on_one_gpu(lambda name: complete(runs[name]), list(runs))
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 from forked import run_program
 
@@ -126,6 +128,21 @@ def generate(
         ]
         for run, answer in zip(runs, found, strict=True)
     }
+
+
+Case = TypeVar("Case")
+Answer = TypeVar("Answer")
+
+
+def on_one_gpu(complete: Callable[[Case], Answer], cases: Sequence[Case]) -> dict[Case, Answer]:
+    """What engines answer that share a GPU: the first alone, so that the others find the kernels that it searched for;
+    then they all at once."""
+    first, *others = cases
+    found = {first: complete(first)}
+    if others:
+        with ThreadPoolExecutor(len(others)) as pool:
+            found |= zip(others, pool.map(complete, others), strict=True)
+    return found
 
 
 def require_as_near(ours: Sequence[Completion], theirs: Sequence[Completion], again: Sequence[Completion]) -> None:
