@@ -36,11 +36,11 @@ class UnprunedGemms:
             return False
         if reason_against(Path.ONE_LAUNCH, Problem.unpruned(n, k), describe(device)):
             return False
-        from vllm_spense.kernels.region_gemm import unpruned_gemm
+        from vllm_spense.kernels.region_gemm import one_launch, unpruned_gemm
 
         plan = self._plans[n, k, device] = unpruned_gemm.UnprunedPlan(n, k, device, stock)
         by_tokens = [("one-launch" if wins else "stock", tokens) for tokens, wins in plan.faster.items()]
-        beyond = ("stock", unpruned_gemm.MOST_TOKENS + 1)
+        beyond = ("stock", one_launch.MAX_DENSE_TOKENS + 1)
         logger.info("Spense: unpruned %d × %d: %s", n, k, in_words([*by_tokens, beyond]))
         return any(plan.faster.values())
 

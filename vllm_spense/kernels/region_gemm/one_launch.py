@@ -39,6 +39,8 @@ Packed = Mapping[str, torch.Tensor]
 
 #: The largest M that is searched for. Every further tile reads the weights again, and the libraries win.
 MAX_TOKENS = 512
+#: The same without a sparse region: beyond it, tensor cores limit a dense GEMM more than memory does.
+MAX_DENSE_TOKENS = 256
 #: Beyond it nothing is searched for: so many tiles need not be cut to occupy every multiprocessor.
 _BEYOND = Tiling(MAX_TILE_TOKENS, 128)
 #: Tiles that leave some of `MAX_TILE_TOKENS` to others are no narrower than this.
@@ -171,7 +173,8 @@ def search(problem: Problem, tokens: int, device: torch.device) -> Found:
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     tilings = list(candidates(problem, tokens, multiprocessors))
     # Those of all M at once: the next search finds them made.
-    everything = chain.from_iterable(candidates(problem, m, multiprocessors) for m in _buckets(1, MAX_TOKENS))
+    most = MAX_TOKENS if problem.regions.sparse else max(MAX_DENSE_TOKENS, tokens)
+    everything = chain.from_iterable(candidates(problem, m, multiprocessors) for m in _buckets(1, most))
     _compile({(problem.out_dtype, problem.scaled, tiling) for tiling in everything})
     weight = random_weight(problem, device)
     packs = [pack(weight, problem) for _ in range(cold_copies(problem.weight_bytes, device))]

@@ -17,8 +17,6 @@ from vllm_spense.kernels.tuning.compare import Packed, compare
 
 #: x (M, K), W (N, K), scales of tokens (M, 1) and rows (N, 1) → (M, N) bfloat16.
 Gemm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-#: Beyond this, tensor cores limit a dense GEMM more than memory does.
-MOST_TOKENS = 256
 #: The one-launch kernel's time must be below this share of vLLM's: timed one after the other its early start counts
 #: for more than between the kernels of a layer.
 _WORTH_A_CHANGE = 0.97
@@ -46,7 +44,7 @@ class UnprunedPlan:
         self.faster: dict[int, bool] = {}
         self._plans: dict[int, one_launch.OneLaunchPlan] = {}
         tokens = one_launch.MIN_TILE_TOKENS
-        while tokens <= MOST_TOKENS:
+        while tokens <= one_launch.MAX_DENSE_TOKENS:
             self.faster[tokens] = self._compare(tokens, device)
             if self.faster[tokens]:
                 self._plans[tokens] = one_launch.plan(self.problem, tokens, device)
