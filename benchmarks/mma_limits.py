@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.envelope import RESULTS, print_row, write_result
+from benchmarks.command_line import add_out, first_gpu, positive, run_main
+from benchmarks.envelope import print_row, write_result
 from vllm_spense.errors import SpenseError
 from vllm_spense.kernels.jit import driver
 from vllm_spense.kernels.jit.nvrtc import compile_program
@@ -35,6 +36,8 @@ TILES = ((256, 1), (128, 2))
 #: By W_PATH of mma_limits.cu.
 W_PATHS = ("shared memory", "registers, not loaded", "global memory to registers", "shared memory to registers")
 _STEP_K, _SHARED_BYTES, _THREADS = 128, 227 * 1024, 384
+#: Steps whose W is loaded at once: one, two or three.
+_ROUND = 6
 #: Of x and of W: both stay in the L2 cache.
 _BYTES = 8 << 20
 
@@ -51,15 +54,17 @@ class Arguments(ctypes.Structure):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1200, help="of 128 columns, in one launch; a multiple of 12")
-    parser.add_argument("--launches", type=int, default=200, help="one after the other, which makes the GPU warm")
-    parser.add_argument("--out", type=Path, default=RESULTS / "mma_limits.json")
+    parser.add_argument(
+        "--steps", type=positive, default=1200, help=f"of 128 columns, in a launch; multiple of {_ROUND}"
+    )
+    parser.add_argument("--launches", type=positive, default=200, help="one after the other, which makes the GPU warm")
+    add_out(parser, "mma_limits")
     options = parser.parse_args()
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
-        raise SystemExit("these instructions need a GPU of compute capability 9")
-    if options.steps < 12 or options.steps % 12 or options.launches < 1:
-        raise SystemExit("--steps: expected a multiple of 12, --launches: expected 1 or more")
-    device = torch.device("cuda", torch.cuda.current_device())
+    if options.steps % _ROUND:
+        parser.error(f"--steps: found {options.steps}, expected a multiple of {_ROUND}")
+    device = first_gpu()
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        raise SpenseError("these instructions need a GPU of compute capability 9.0")
     kinds = [Kind(*tile, *rest) for tile in TILES for rest in product((False, True), range(len(W_PATHS)), (4, 2, 1, 0))]
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda kind: compiled(kind, driver.arch(device)), kinds))
@@ -157,4 +162,4 @@ def compiled(kind: Kind, arch: str) -> bytes:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
