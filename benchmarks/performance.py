@@ -366,7 +366,7 @@ TABLES: Mapping[str, tuple[str, Callable[..., list[str]]]] = {
     "mlp": ("layer_breakdown", mlp),
     "timeline": ("layer_timeline", serving_tables.timeline),
     "timeline_vl": ("layer_timeline-qwen3-vl-32b", serving_tables.timeline),
-    **{f"gpu_tests_{part}": (f"gpu_tests-{part}".replace("_", "-"), serving_tables.gpu_tests) for part in GPU_TESTS},
+    **{f"gpu_tests_{part}": (f"gpu_tests-{part.replace('_', '-')}", serving_tables.gpu_tests) for part in GPU_TESTS},
     "compat": ("compat", serving_tables.compat),
     "compat_readme": ("compat", serving_tables.compat_sentence),
     "soak": ("soak", serving_tables.soak),

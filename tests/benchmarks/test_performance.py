@@ -115,6 +115,11 @@ def test_every_table_has_its_place() -> None:
     assert text.count("<!-- end -->") == len(TABLES)
 
 
+def test_every_table_has_its_result_files() -> None:
+    files = {(name, file) for name, (files, _) in TABLES.items() for file in files.split()}
+    assert {(name, file) for name, file in files if not (performance.RESULTS / f"{file}.json").exists()} == set()
+
+
 def table(name: str, results: Path) -> str:
     return filled(f"before\n<!-- table {name} -->\nold\n<!-- end -->\nafter\n", results)
 
