@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 #: The code that decides what is measured.
 SOURCES = (
     *(f"vllm_spense/**/*.{kind}" for kind in ("py", "cu", "cuh")),
+    "benchmarks/**/*.cu",
     *(f"{folder}/**/*.py" for folder in ("offline_prune", "benchmarks", "scripts")),
 )
 RESULTS = Path(__file__).parent / "results"

@@ -145,6 +145,7 @@ def test_only_result_files_are_replaced(tmp_path: Path) -> None:
         ("decode_speed", ["--dense-url", "http://localhost"], "--dense-url: found no --url"),
         ("serve_load", ["--sparsities", "nan"], "--sparsities: found nan, expected a number from 0 to 0.5"),
         ("serve_load", ["--sparsities", "0"], "--sparsities: found [0.0], expected above 0"),
+        ("mma_limits", ["--steps", "14"], "--steps: found 14, expected a multiple of 6"),
         ("layer_timeline", ["--tokens", "-1"], "--tokens: found -1, expected at least 1"),
         ("peers", ["--peer", "no/such/python"], "--peer: found no program no/such/python, which llmcompressor"),
         ("tiny_moe", ["out", "--steps", "0"], "--steps: found 0, expected at least 1"),
@@ -186,7 +187,7 @@ def test_errors_of_a_program_are_one_line() -> None:
         run_main(lambda: 1 / 0)  # type: ignore[arg-type, return-value]
 
 
-@pytest.mark.parametrize("module", ["expert_gemm", "expert_mixture", "gemm_sweep", "layer_breakdown"])
+@pytest.mark.parametrize("module", ["expert_gemm", "expert_mixture", "gemm_sweep", "layer_breakdown", "mma_limits"])
 def test_without_a_gpu_one_line_says_so(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if module == "gemm_sweep":
         pytest.importorskip("nvmath", reason="needs NVIDIA's libraries")

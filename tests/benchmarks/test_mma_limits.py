@@ -1,8 +1,10 @@
-"""What limits 2:4 products: its kernel compiles for every kind of loop that is measured, and knows its sizes."""
+"""What limits 2:4 products: its kernel compiles for every kind of loop that is measured, and knows its sizes; the notes
+have what was measured."""
 
 from __future__ import annotations
 
 import ctypes
+import json
 import re
 from itertools import product
 
@@ -10,6 +12,7 @@ import pytest
 
 pytest.importorskip("cuda.bindings", reason="needs NVIDIA's libraries")
 
+from benchmarks.envelope import RESULTS, ROOT
 from benchmarks.mma_limits import SOURCE, TILES, W_PATHS, Arguments, Kind, compiled
 from vllm_spense.kernels.jit import nvrtc, sources
 
@@ -43,3 +46,26 @@ def test_arguments_are_those_of_the_kernel() -> None:
     names = re.findall(r"[*\s](\w+)(?:, \*(\w+))?;", body)
     assert [name for pair in names for name in pair if name] == [field[0] for field in Arguments._fields_]
     assert ctypes.sizeof(Arguments) == 6 * 8
+
+
+#: How the notes call it → sparse, W's way.
+WORDS = {
+    "dense": (False, W_PATHS[0]),
+    "2:4": (True, W_PATHS[0]),
+    "2:4 in registers, never loaded": (True, W_PATHS[1]),
+    "2:4 from global memory to registers": (True, W_PATHS[2]),
+    "2:4 from shared memory to registers": (True, W_PATHS[3]),
+}
+
+
+def test_the_notes_have_the_rows_of_the_file() -> None:
+    text = (ROOT / "docs/notes/kernels.md").read_text(encoding="utf-8")
+    lines = re.findall(r"\| (.+), (\d+ × \d+) \| (all|none|of x) \| ([\d.]+)% \| ([\d.]+) \| ([\d.]+) \|", text)
+    assert len(lines) == 8
+    rows = json.loads((RESULTS / "mma_limits.json").read_text(encoding="utf-8"))["rows"]
+    for name, tile, copies, *found in lines:
+        wanted = *WORDS[name], tile, float(copies != "none")
+        (row,) = (row for row in rows if (row["sparse"], row["w"], row["tile"], row["copied"]) == wanted)
+        digits = len(found[0].partition(".")[2])
+        busy = round(100 * row["of_peak"], digits)
+        assert [*map(float, found)] == [busy, row["ghz"], row["speed_up"]], (name, tile, copies)

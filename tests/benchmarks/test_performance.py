@@ -255,6 +255,21 @@ def test_the_text_has_the_constants_of_the_code() -> None:
     assert "tokens, {:.0f} and {}, {:.0f} and {}.".format(*both) in words
 
 
+def test_the_text_has_the_shares_of_the_time_line() -> None:
+    rows = json.loads((performance.RESULTS / "layer_timeline.json").read_text())["rows"]
+    gemms, rest = [], []
+    for case in {(row["tokens"], row["sparsity"]) for row in rows}:
+        mine = [row for row in rows if (row["tokens"], row["sparsity"]) == case]
+        # A layer's GEMM may be several kernels.
+        least = {row["role"]: max(row["bytes_us"], row["products_us"]) for row in mine if row["bytes_us"]}
+        us = {role: sum(row["us"] for row in mine if row["role"] == role) for role in {row["role"] for row in mine}}
+        gemms += [us[role] / least[role] for role in least]
+        rest.append(sum(us[role] for role in us.keys() - least) / sum(us.values()))
+    words = " ".join((performance.ROOT / "docs/performance.md").read_text(encoding="utf-8").split())
+    assert f"GEMMs take {min(gemms):.1f} to {max(gemms):.1f} times" in words
+    assert f"the rest {min(rest) * 100:.0f} to {max(rest):.0%} of the layer" in words
+
+
 @pytest.mark.parametrize("document", ["README.md", "docs/performance.md", "docs/notes/kernels.md"])
 def test_the_text_has_the_speed_ups_of_the_mixtures_table(document: str) -> None:
     file, _ = TABLES["decode_mixture"]

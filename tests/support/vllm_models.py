@@ -29,9 +29,6 @@ I = REGIONS.intermediate  # noqa: E741
 MLP = "model.layers.0.mlp"
 PLAIN = ["LlamaForCausalLM"]
 
-#: Phi-3 is Llama with other names for its projections.
-_SAME = {"phi3": "llama"}
-
 
 def module_of(architecture: str) -> ModuleType:
     """Skips the test if this version of vLLM has no model of its own for it: transformers' layers claim nothing, and
@@ -39,7 +36,7 @@ def module_of(architecture: str) -> ModuleType:
     file = _TEXT_GENERATION_MODELS.get(architecture, ("transformers", ""))[0]
     if file == "transformers":
         pytest.skip("run by way of transformers")
-    return importlib.import_module(f"vllm.model_executor.models.{_SAME.get(file, file)}")
+    return importlib.import_module(f"vllm.model_executor.models.{file}")
 
 
 @dataclass

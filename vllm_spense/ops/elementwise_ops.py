@@ -21,8 +21,8 @@ from vllm_spense.ops.machine import describe
 
 logger = logging.getLogger("vllm.spense")
 
-#: Where no kernel of ours takes the scales, Inductor fuses them into what follows the GEMM. They add reads to
-#: SiLU·mul·quant, and beyond a number of reads it would write its input out first, in a kernel of its own.
+#: Where neither the GEMM nor a kernel of ours takes the scales, Inductor fuses them into what follows. They add reads
+#: to SiLU·mul·quant, and beyond a number of reads it would write its input out first, in a kernel of its own.
 INDUCTOR_OPTIONS = {"realize_reads_threshold": 16, "realize_opcount_threshold": 100}
 
 

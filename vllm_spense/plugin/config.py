@@ -25,7 +25,7 @@ from vllm_spense.plugin.layer_role import split_of
 from vllm_spense.plugin.linear import InputSplitLinearMethod, OutputSplitLinearMethod
 from vllm_spense.plugin.lora import arrangement
 from vllm_spense.plugin.norms import PLAIN_NORMS, FusedRMSNorm
-from vllm_spense.plugin.pairing import Pairing, is_plain, only_modules_read_layers
+from vllm_spense.plugin.pairing import Pairing, has_plain_layers, only_modules_read_layers
 from vllm_spense.plugin.plain_mlp import note_parents
 from vllm_spense.plugin.preflight import check_engine, check_files
 from vllm_spense.plugin.unpruned_linear import UnprunedFp8
@@ -199,7 +199,7 @@ class SpenseConfig(CompressedTensorsConfig):
             engine = get_current_vllm_config()
             self.pairing = Pairing(
                 activations=only_modules_read_layers(engine) and stand_in(FusedSiluAndMul),
-                norms=is_plain(engine, PLAIN_NORMS) and stand_in(FusedRMSNorm),
+                norms=has_plain_layers(engine, PLAIN_NORMS) and stand_in(FusedRMSNorm),
             )
         return self.pairing
 

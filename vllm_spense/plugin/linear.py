@@ -1,7 +1,7 @@
 """The linear methods of pruned layers: output-split (gate, up) and input-split (down).
 
 With X quantized per token and W per output channel, Y = (X₈·W₈ᵀ) · s_x · s_wᵀ. The scales go into the kernel after the
-GEMM if that is ours, or for down Inductor's; where none follows that could take them fast, the GEMM multiplies by them.
+GEMM if that is ours. Else the GEMM multiplies by them where it can and Inductor's kernels take longer, else those do.
 
 A weight's way: `loaders` fill this rank's `weight`; `process_weights_after_loading` checks it, `arrange` decides who
 applies the scales and in which order the rows run, `layer_plan.plan_layer` packs it and decides how it runs, and the
@@ -215,7 +215,7 @@ class OutputSplitLinearMethod(RegionLinearMethod):
 
     def arrange(self, layer: Layer, weight: torch.Tensor) -> tuple[torch.Tensor, Problem]:
         """By region, where the activation that follows takes raw sums: it can take them in any order. Else the GEMM
-        scales: the compiler's kernel of the activation takes four times as long with scales in it."""
+        scales if it can: the compiler's kernel of the activation takes four times as long with scales in it."""
         device = weight.device
         merged = self.problem.projections == 2
         takes_sums = merged and self.pairing.activations and plain_mlp.is_plain(self.parent, layer, FusedSiluAndMul)

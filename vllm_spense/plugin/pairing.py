@@ -89,7 +89,7 @@ def current_pairing() -> Pairing | None:
     return getattr(get_current_vllm_config().quant_config, "pairing", None)
 
 
-def is_plain(engine: VllmConfig, architectures: Set[str]) -> bool:
+def has_plain_layers(engine: VllmConfig, architectures: Set[str]) -> bool:
     """Whether the engine's model is one of these, and nothing but its own modules reads what they hand on."""
     model = engine.model_config
     if model is None or not only_modules_read_layers(engine):

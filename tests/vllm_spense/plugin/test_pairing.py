@@ -14,7 +14,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm_models import PLAIN, QuantConfig
 
 from vllm_spense.plugin.norms import FusedRMSNorm
-from vllm_spense.plugin.pairing import Pairing, is_plain
+from vllm_spense.plugin.pairing import Pairing, has_plain_layers
 from vllm_spense.plugin.vllm_internals import stand_in
 
 
@@ -83,7 +83,7 @@ def test_no_links_without_a_pruned_model() -> None:
 )
 def test_which_models_are_plain(architectures: list[str], lora: object, plain: bool) -> None:
     model = SimpleNamespace(architectures=architectures)
-    assert is_plain(SimpleNamespace(model_config=model, lora_config=lora), frozenset(PLAIN)) == plain
+    assert has_plain_layers(SimpleNamespace(model_config=model, lora_config=lora), frozenset(PLAIN)) == plain
 
 
 def test_it_travels_with_the_quantization_config(pairing: Pairing) -> None:
