@@ -123,6 +123,19 @@ def test_every_path_repeats_itself_to_the_bit(problem: Problem, tokens: int) -> 
             assert torch.equal(first, again), name
 
 
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_a_workspace_changes_nothing(problem: Problem) -> None:
+    """Whatever an earlier launch has left in it."""
+    tokens = 48
+    weight, x = one_launch.pack(random_weight(problem, DEVICE), problem), random_fp8(tokens, problem.k, DEVICE)
+    scales = unit_scales(problem, tokens, DEVICE)
+    plan = one_launch.OneLaunchPlan(problem, tokens, DEVICE, Tiling(64, 128, splits=3))
+    workspace = torch.full((plan.partial_floats,), torch.nan, device=DEVICE)
+    expected = plan.run(x, weight, scales=scales)
+    for _ in range(3):
+        assert torch.equal(plan.run(x, weight, scales=scales, workspace=workspace), expected)
+
+
 @pytest.mark.parametrize("tokens", [7, 32, 200])
 @pytest.mark.parametrize("problem", [problem for problem in PROBLEMS if problem.regions.dense_ratio == 0.5], ids=str)
 def test_a_captured_graph_follows_its_inputs(problem: Problem, tokens: int) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 
 logger = logging.getLogger("vllm.spense")
 
@@ -69,7 +70,9 @@ def reason_against(mlp: nn.Module | None, gate_up: nn.Module, activation: type[n
         return f"its modules are {', '.join(f'{name} ({type(child).__name__})' for name, child in children.items())}"
     (up_name,), (activation_name,), (down_name,) = gate_ups, activations, downs
     down = children[down_name]
-    if getattr(gate_up, "gather_output", False) or not getattr(down, "input_is_parallel", True):
+    if not (isinstance(gate_up, ColumnParallelLinear) and isinstance(down, RowParallelLinear)):
+        return f"{up_name} is a {type(gate_up).__name__}, {down_name} a {type(down).__name__}"
+    if gate_up.gather_output or not down.input_is_parallel:
         return "ranks exchange what is between gate_up and down"
     if getattr(gate_up, "bias", None) is not None:
         return "gate_up has a bias"

@@ -130,9 +130,10 @@ def test_one_with_other_modules(config: SpenseConfig) -> None:
     assert "second (FusedSiluAndMul)" in str(reason(mlp))
     del mlp.second, mlp.between
     assert "first (MergedColumnParallelLinear), last (RowParallelLinear)" in str(reason(mlp))
-    mlp = Plain(config)
-    mlp.last.input_is_parallel = False
-    assert "ranks exchange" in str(reason(mlp))
+    for layer, exchange in (("last", {"input_is_parallel": False}), ("first", {"gather_output": True})):
+        mlp = Plain(config)
+        vars(getattr(mlp, layer)).update(exchange)
+        assert "ranks exchange" in str(reason(mlp))
 
 
 def test_a_layer_that_is_in_nothing(config: SpenseConfig) -> None:
