@@ -1,7 +1,7 @@
 """What Spense decides about the norms of models that vLLM builds, as tests of those decisions want it.
 
 `python norm_decisions.py ANSWERS FOLDER…` builds each model with dummy weights, in this process, and writes for each
-folder what its norms hand on, and what its down_proj does. A folder needs only a configuration.
+folder what its norms hand on, and what its down_proj does.
 """
 
 from __future__ import annotations
