@@ -1,24 +1,21 @@
-"""The source of vLLM's own models, which lists of architectures are held to, and what their modules look for.
+"""What modules that vLLM builds look for, and are found in.
 
 Further the configuration of a checkpoint with one pruned MLP, and the ranks that vLLM's layers want.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
-from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS
 
 from vllm_spense.format import KEY, Annotation, Projections, Regions
 from vllm_spense.plugin.config import SpenseConfig
@@ -27,16 +24,6 @@ from vllm_spense.plugin.pairing import Pairing
 HIDDEN, REGIONS = 64, Regions(64, 32)
 I = REGIONS.intermediate  # noqa: E741
 MLP = "model.layers.0.mlp"
-PLAIN = ["LlamaForCausalLM"]
-
-
-def module_of(architecture: str) -> ModuleType:
-    """Skips the test if this version of vLLM has no model of its own for it: transformers' layers claim nothing, and
-    their norms have no residual stream beside them."""
-    file = _TEXT_GENERATION_MODELS.get(architecture, ("transformers", ""))[0]
-    if file == "transformers":
-        pytest.skip("run by way of transformers")
-    return importlib.import_module(f"vllm.model_executor.models.{file}")
 
 
 @dataclass
@@ -72,6 +59,20 @@ def spense_config() -> SpenseConfig:
     made = SpenseConfig.from_config(quantization_config())
     made.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
     return made
+
+
+def in_plain_model(mlp: nn.Module) -> nn.Module:
+    """A model of one decoder layer, of the classes that `plain_layer` knows. Modules know their parents while these
+    live."""
+
+    def llama(kind: str, **modules: nn.Module) -> nn.Module:
+        made = type(f"Llama{kind}", (nn.Module,), {"__module__": "vllm.model_executor.models.llama"})()
+        for name, module in modules.items():
+            made.add_module(name, module)
+        return made
+
+    norms = {name: nn.Identity() for name in ("input_layernorm", "post_attention_layernorm")}
+    return llama("Model", layers=nn.ModuleList([llama("DecoderLayer", self_attn=llama("Attention"), mlp=mlp, **norms)]))
 
 
 def load(layer: Any, *arguments: Any, name: str = "weight") -> None:

@@ -24,9 +24,9 @@ from vllm_spense.plugin.experts import DenseExpertsMethod, ExpertRegions, Region
 from vllm_spense.plugin.layer_role import split_of
 from vllm_spense.plugin.linear import InputSplitLinearMethod, OutputSplitLinearMethod
 from vllm_spense.plugin.lora import arrangement
-from vllm_spense.plugin.norms import PLAIN_NORMS, FusedRMSNorm
-from vllm_spense.plugin.pairing import Pairing, has_plain_layers, only_modules_read_layers
-from vllm_spense.plugin.plain_mlp import note_parents
+from vllm_spense.plugin.norms import FusedRMSNorm
+from vllm_spense.plugin.pairing import Pairing, only_modules_read_layers
+from vllm_spense.plugin.parents import note_parents
 from vllm_spense.plugin.preflight import check_engine, check_files
 from vllm_spense.plugin.unpruned_linear import UnprunedFp8
 from vllm_spense.plugin.vllm_internals import (
@@ -196,10 +196,9 @@ class SpenseConfig(CompressedTensorsConfig):
     def _pairing(self) -> Pairing:
         if self.pairing is None:
             note_parents()
-            engine = get_current_vllm_config()
+            alone = only_modules_read_layers(get_current_vllm_config())
             self.pairing = Pairing(
-                activations=only_modules_read_layers(engine) and stand_in(FusedSiluAndMul),
-                norms=has_plain_layers(engine, PLAIN_NORMS) and stand_in(FusedRMSNorm),
+                activations=alone and stand_in(FusedSiluAndMul), norms=alone and stand_in(FusedRMSNorm)
             )
         return self.pairing
 

@@ -32,18 +32,19 @@ from vllm_spense.layout import Shard
 from vllm_spense.ops import elementwise_ops, gemm
 from vllm_spense.ops.dense_copies import DenseCopies
 from vllm_spense.ops.layer_plan import LayerPlan, plan_layer
-from vllm_spense.plugin import compile_key, loaders, plain_mlp, soundness
+from vllm_spense.plugin import compile_key, loaders, plain_layer, plain_mlp, soundness
 from vllm_spense.plugin.activation import FusedSiluAndMul, RawSums
 from vllm_spense.plugin.loaders import Loader
 from vllm_spense.plugin.norms import DeferredGemm, only_norms_read_layers
 from vllm_spense.plugin.pairing import Pairing, Quantized, mispaired
+from vllm_spense.plugin.parents import parent_of
 
 FP8 = torch.float8_e4m3fn
 #: A vLLM linear layer. Its parameters and settings are attributes that torch.nn.Module's type does not know.
 Layer = Any
 
 
-class RegionLinearMethod(plain_mlp.Placed, LinearMethodBase):
+class RegionLinearMethod(LinearMethodBase):
     """What both splits share. One instance serves one layer.
 
     Args:
@@ -142,6 +143,11 @@ class RegionLinearMethod(plain_mlp.Placed, LinearMethodBase):
     def arrange(self, layer: Layer, weight: torch.Tensor) -> tuple[torch.Tensor, Problem]:
         """W as it runs, and its GEMM; sets `defers_epilogue`."""
 
+    def has_own_norms(self, layer: Layer, size: int, device: torch.device) -> bool:
+        """Whether the norms around the layer's MLP are kernels of ours, for hidden states of this size."""
+        plain = self.pairing.norms and plain_layer.is_in_plain(layer)
+        return plain and elementwise_ops.fuses_norm(size, self.dtype, device)
+
     def choices(self) -> tuple[object, ...]:
         """What else was decided about this layer on this machine, and shows in how it is traced."""
         return (self.defers_epilogue,)
@@ -218,9 +224,11 @@ class OutputSplitLinearMethod(RegionLinearMethod):
         scales if it can: the compiler's kernel of the activation takes four times as long with scales in it."""
         device = weight.device
         merged = self.problem.projections == 2
-        takes_sums = merged and self.pairing.activations and plain_mlp.is_plain(self.parent, layer, FusedSiluAndMul)
+        takes_sums = (
+            merged and self.pairing.activations and plain_mlp.is_plain(parent_of(layer), layer, FusedSiluAndMul)
+        )
         self.defers_epilogue = takes_sums and elementwise_ops.fuses_activation(self.problem, device)
-        self.norm.takes_fp8 = merged and elementwise_ops.fuses_norm(self.problem.k, self.dtype, device)
+        self.norm.takes_fp8 = merged and self.has_own_norms(layer, self.problem.k, device)
         if self.defers_epilogue:
             return self.problem.by_region(weight), self.problem.region_major()
         return weight, replace(self.problem, scaled=gemm.applies_scales(self.problem, device))
@@ -251,7 +259,7 @@ class InputSplitLinearMethod(RegionLinearMethod):
     def arrange(self, layer: Layer, weight: torch.Tensor) -> tuple[torch.Tensor, Problem]:
         """Where the next norm is a kernel of ours it adds up the regions' sums and applies the scales, or else the GEMM
         does: the compiler has no kernel to fuse that with."""
-        own_norm = self.pairing.norms and elementwise_ops.fuses_norm(self.problem.n, self.dtype, weight.device)
+        own_norm = self.has_own_norms(layer, self.problem.n, weight.device)
         own_norm = own_norm and self.dtype == self.problem.out_dtype
         # Of several ranks each has scales of its own, and their outputs are added up before any norm.
         self.defers_epilogue = own_norm and self.only_norms_read and self.tp_size == 1

@@ -1,7 +1,8 @@
 """The norm before a linear layer together with that layer's quantization: one kernel that lets the GEMM begin early.
 
 The norm of a decoder layer hands FP8 to the linear layer after it, and runs the down_proj before it as well. Neither is
-a tensor, so only models are run like this whose decoder layers are plainly qkv(norm(x)) and gate_up(norm(x)).
+a tensor, so only decoder layers are run like this that are plainly qkv(norm(x)) and gate_up(norm(x)):
+`plain_layer.is_in_plain` finds out.
 
 Down's way, from its input to the next layer's:
 
@@ -24,10 +25,6 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm_spense.kernels.region_gemm import reference
 from vllm_spense.ops import elementwise_ops, gemm
 from vllm_spense.plugin.pairing import Quantized, current_pairing
-
-#: Whose decoder layers build, in this order, qkv_proj, gate_up_proj, the norm before qkv_proj and the norm before
-#: gate_up_proj, and give each norm's output to that layer alone.
-PLAIN_NORMS = frozenset({"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SeedOssForCausalLM"})
 
 
 class DeferredGemm(NamedTuple):
@@ -73,6 +70,6 @@ class FusedRMSNorm(RMSNorm):
 
 
 def only_norms_read_layers(engine: VllmConfig) -> bool:
-    """Whether what a plain model's decoder layer returns goes to a norm and nowhere else: not to another process of a
+    """Whether what a plain decoder layer returns goes to a norm and nowhere else: not to another process of a
     pipeline, nor to a draft model."""
     return engine.parallel_config.pipeline_parallel_size == 1 and engine.speculative_config is None

@@ -2,7 +2,8 @@
 
 A norm hands FP8 to the linear layer after it, which is no tensor of the model's type, so each must know that the other
 takes it. vLLM tells modules neither their names nor their neighbours, but plain models build the modules of a decoder
-layer in one order: qkv_proj, gate_up_proj, the norm before qkv_proj, the norm before gate_up_proj.
+layer in one order: qkv_proj, gate_up_proj, the norm before qkv_proj, the norm before gate_up_proj. Other models get
+links too, which come to nothing: no layer takes FP8 that is not in such a decoder layer (`plain_layer.py`).
 
 A pair that is wrong shows in the first forward pass: what is handed on says for whom it was made, and whoever reads it
 compares that with its own name.
@@ -10,7 +11,7 @@ compares that with its own name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ class NormLink:
 
     Attributes:
         reader: the layer's name.
-        takes_fp8: whether the layer takes `Quantized`; known once its weight is loaded.
+        takes_fp8: whether the layer takes `Quantized` from this norm; known once its weight is loaded.
     """
 
     reader: str
@@ -50,7 +51,7 @@ class Pairing:
     Args:
         activations: whether its activations are `FusedSiluAndMul`, and nothing but its own modules reads what they and
             gate_up hand on.
-        norms: whether its decoder layers are plain, and their norms `FusedRMSNorm`.
+        norms: likewise, whether its norms are `FusedRMSNorm`.
     """
 
     def __init__(self, activations: bool, norms: bool) -> None:
@@ -87,15 +88,6 @@ def _decoder_layer(name: str) -> str:
 def current_pairing() -> Pairing | None:
     """Of the model that vLLM is building; None if that has no pruned layers."""
     return getattr(get_current_vllm_config().quant_config, "pairing", None)
-
-
-def has_plain_layers(engine: VllmConfig, architectures: Set[str]) -> bool:
-    """Whether the engine's model is one of these, and nothing but its own modules reads what they hand on."""
-    model = engine.model_config
-    if model is None or not only_modules_read_layers(engine):
-        return False
-    # vLLM leaves them out of the view that a multimodal model has of its language model.
-    return bool(model.architectures) and architectures >= set(model.architectures)
 
 
 def only_modules_read_layers(engine: VllmConfig) -> bool:

@@ -8,41 +8,13 @@ place of tensors. A token can be handed on and nothing else: whatever the code d
 from __future__ import annotations
 
 import logging
-import weakref
 from functools import cache
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 
 logger = logging.getLogger("vllm.spense")
-
-
-class Placed:
-    """A quantization method that is told which module its layer is in, see `note_parents`."""
-
-    _parent: weakref.ref[nn.Module] | None = None
-
-    @property
-    def parent(self) -> nn.Module | None:
-        """None before the layer is in any."""
-        return None if self._parent is None else self._parent()
-
-
-@cache
-def note_parents() -> None:
-    """Makes modules be noted as they are registered in their parents. Idempotent.
-
-    vLLM tells a quantization method the name of its layer, but not the module that this is in.
-    """
-    register_module_module_registration_hook(_note_parent)
-
-
-def _note_parent(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    method = None if child is None else vars(child).get("quant_method")
-    if isinstance(method, Placed):
-        method._parent = weakref.ref(parent)
 
 
 def is_plain(mlp: nn.Module | None, gate_up: nn.Module, activation: type[nn.Module]) -> bool:

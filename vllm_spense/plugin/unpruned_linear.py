@@ -14,7 +14,7 @@ from vllm_spense.kernels.region_gemm.problem import sum_dtype
 from vllm_spense.kernels.region_gemm.reference import scaled
 from vllm_spense.ops import elementwise_ops
 from vllm_spense.ops.unpruned_ops import prepare_unpruned, unpruned_gemm
-from vllm_spense.plugin import compile_key
+from vllm_spense.plugin import compile_key, plain_layer
 from vllm_spense.plugin.pairing import NormLink, Pairing, Quantized, mispaired
 from vllm_spense.plugin.vllm_internals import (
     ChannelWiseTorchFP8ScaledMMLinearKernel,
@@ -128,7 +128,7 @@ class UnprunedKernel(CutlassFP8ScaledMMLinearKernel):
         )
         self.quantizes = self.ours and elementwise_ops.fuses_norm(k, torch.bfloat16, weight.device)
         if self.norm:
-            self.norm.takes_fp8 = self.quantizes
+            self.norm.takes_fp8 = self.quantizes and plain_layer.is_in_plain(layer)
         compile_key.record(self.engine, f"{n} × {k}", self.ours, self.quantizes)
 
     def apply_weights(self, layer: torch.nn.Module, x: Any, bias: torch.Tensor | None = None) -> torch.Tensor:

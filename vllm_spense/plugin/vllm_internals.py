@@ -1,8 +1,8 @@
 """Everything of vLLM that Spense uses although it is not vLLM's public interface for plugins.
 
 Each function says what it depends on; a test of the same name fails where a new vLLM has changed it. All of it was read
-in the sources of `versions.CHECKED`. One more dependency is a list of models whose source has a certain form,
-`PLAIN_NORMS` in `norms.py`; the tests of that module hold it to vLLM's sources.
+in the sources of `versions.CHECKED`. One more dependency is a list of classes whose source has a certain form, `PLAIN`
+in `plain_layer.py`; the tests of that module hold it to vLLM's sources.
 """
 
 from __future__ import annotations

@@ -9,12 +9,23 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.activation import GeluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.models.llama import LlamaMLP
-from vllm_models import HIDDEN, MLP, I, dequantized, load, sparse_weight, spense_config, world_of_one
+from vllm_models import (
+    HIDDEN,
+    MLP,
+    I,
+    dequantized,
+    in_plain_model,
+    load,
+    sparse_weight,
+    spense_config,
+    world_of_one,
+)
 
 from vllm_spense.kernels.region_gemm import reference
 from vllm_spense.ops import gemm
@@ -111,9 +122,10 @@ def test_who_applies_the_scales_of_down(
 ) -> None:
     """The norm after it, if down's output goes there and nowhere else; the GEMM where something comes between."""
     engine = get_current_vllm_config()
-    monkeypatch.setattr(engine, "model_config", SimpleNamespace(architectures=["LlamaForCausalLM"]))
     monkeypatch.setattr(engine, "speculative_config", draft)
-    layer: Any = RowParallelLinear(I, HIDDEN, bias=False, quant_config=config, prefix=f"{MLP}.down_proj")
+    built = RowParallelLinear(I, HIDDEN, bias=False, quant_config=config, prefix=f"{MLP}.down_proj")
+    model: Any = in_plain_model(nn.ModuleDict({"down_proj": built}))
+    layer = model.layers[0].mlp["down_proj"]
     layer.quant_method.tp_size = ranks
     weight, scale = sparse_weight(HIDDEN, I, (slice(None), slice(0, 64))), torch.rand(HIDDEN, 1) + 0.5
     load(layer, weight)
@@ -132,10 +144,10 @@ def test_who_applies_the_scales_of_down(
 def test_a_plain_mlp_between_its_norms_is_one_graph(config: SpenseConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """What modules hand on is no tensor, and the compiler sees through it."""
     engine = get_current_vllm_config()
-    model = SimpleNamespace(architectures=["LlamaForCausalLM"], dtype=torch.float32)
-    monkeypatch.setattr(engine, "model_config", model)
+    monkeypatch.setattr(engine, "model_config", SimpleNamespace(dtype=torch.float32))
     monkeypatch.setattr(engine, "quant_config", config)
-    mlp = plain_mlp(config)
+    model: Any = in_plain_model(plain_mlp(config))
+    mlp = model.layers[0].mlp
     up, down, after, before = mlp.gate_up_proj, mlp.down_proj, RMSNorm(HIDDEN), RMSNorm(HIDDEN)
     for i in range(2):
         load(up, sparse_weight(I, HIDDEN, (slice(0, 64), slice(None))), i)

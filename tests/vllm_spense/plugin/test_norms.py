@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -12,7 +10,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm_models import QuantConfig, module_of
+from vllm_models import QuantConfig
 
 from vllm_spense.format import Regions
 from vllm_spense.kernels.region_gemm import reference
@@ -20,7 +18,7 @@ from vllm_spense.kernels.region_gemm.problem import Problem
 from vllm_spense.kernels.tuning.synthetic import random_2of4, random_fp8
 from vllm_spense.ops import gemm
 from vllm_spense.ops.layer_plan import pack
-from vllm_spense.plugin.norms import PLAIN_NORMS, DeferredGemm, FusedRMSNorm, only_norms_read_layers
+from vllm_spense.plugin.norms import DeferredGemm, FusedRMSNorm, only_norms_read_layers
 from vllm_spense.plugin.pairing import Pairing, Quantized
 from vllm_spense.plugin.vllm_internals import stand_in
 
@@ -108,53 +106,6 @@ def test_the_norm_runs_down(pairing: Pairing, takes_fp8: bool) -> None:
 def test_who_reads_what_a_decoder_layer_returns(pipeline: int, draft: object, alone: bool) -> None:
     parallel = SimpleNamespace(pipeline_parallel_size=pipeline)
     assert only_norms_read_layers(SimpleNamespace(parallel_config=parallel, speculative_config=draft)) == alone
-
-
-@pytest.mark.parametrize("architecture", sorted(PLAIN_NORMS))
-def test_vllms_decoder_layer_is_what_the_list_says(architecture: str) -> None:
-    classes = [found for name, found in vars(module_of(architecture)).items() if name.endswith("DecoderLayer")]
-    assert classes
-    for layer in classes:
-        built = re.findall(r"self\.(self_attn|mlp|input_layernorm|post_attention_layernorm) = ", source(layer.__init__))
-        assert built == ["self_attn", "mlp", "input_layernorm", "post_attention_layernorm"]
-        plain = (
-            r"hidden_states, residual = self\.input_layernorm\(hidden_states, residual\)\s+"
-            r"hidden_states = self\.self_attn\(\s*positions=positions,\s*hidden_states=hidden_states,?\s*\)\s+(#.*\s+)?"
-            r"hidden_states, residual = self\.post_attention_layernorm\(hidden_states, residual\)\s+"
-            r"hidden_states = self\.mlp\(hidden_states\)\s+return hidden_states, residual"
-        )
-        assert re.search(plain, source(layer.forward)), source(layer.forward)
-
-
-@pytest.mark.parametrize("architecture", sorted(PLAIN_NORMS))
-def test_layers_hand_on_to_layers_and_the_last_to_a_norm(architecture: str) -> None:
-    """Between them only layers of a draft model's interest are read, and the next process of a pipeline."""
-    (model,) = {
-        base
-        for name, found in vars(module_of(architecture)).items()
-        if name.endswith("Model") and inspect.isclass(found)
-        for base in found.__mro__
-        if re.fullmatch(r"(Llama|Qwen2|SeedOss)Model", base.__name__)
-    }
-    lines = source(model.forward).splitlines()
-    reads = [line.strip() for line in lines if re.search(r"\bhidden_states\b", line)]
-    known = (
-        r"hidden_states = (inputs_embeds|self\.embed_input_ids\(input_ids\)|intermediate_tensors\[\"hidden_states\"\])"
-        r"|(aux_hidden_states, (idx \+ 1|self\.start_layer)|\[\], 0), hidden_states, residual\)?"
-        r"|aux_hidden_states = self\._maybe_add_hidden_state\(\[\], 0, hidden_states, residual\)"
-        r"|hidden_states, residual = layer\((positions, hidden_states, residual(, \*\*extra_layer_kwargs)?\))?"
-        r"|positions, hidden_states, residual(, \*\*extra_layer_kwargs)?"
-        r"|hidden_states,"
-        r"|(return IntermediateTensors\()?\{?\"hidden_states\": hidden_states,?( \"residual\": residual\}?\)?)?"
-        r"|hidden_states, _ = self\.norm\(hidden_states, residual\)"
-        r"|return hidden_states(, aux_hidden_states)?"
-    )
-    assert "hidden_states, _ = self.norm(hidden_states, residual)" in reads
-    assert [line for line in reads if not re.fullmatch(known, line)] == []
-
-
-def source(function: object) -> str:
-    return inspect.getsource(function)  # type: ignore[arg-type]
 
 
 def test_the_ops_and_their_fakes_agree() -> None:

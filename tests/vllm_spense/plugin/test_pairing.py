@@ -11,10 +11,10 @@ import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm_models import PLAIN, QuantConfig
+from vllm_models import QuantConfig
 
 from vllm_spense.plugin.norms import FusedRMSNorm
-from vllm_spense.plugin.pairing import Pairing, has_plain_layers
+from vllm_spense.plugin.pairing import Pairing, only_modules_read_layers
 from vllm_spense.plugin.vllm_internals import stand_in
 
 
@@ -63,7 +63,7 @@ def test_a_norm_says_for_whom_its_output_is(pairing: Pairing) -> None:
     assert found.reader == layer(0, "gate_up")
 
 
-def test_no_links_in_models_that_are_not_plain() -> None:
+def test_no_links_where_norms_are_not_ours() -> None:
     pairing = Pairing(activations=False, norms=False)
     pairing.built_qkv(layer(0, "qkv"))
     pairing.built_gate_up(layer(0, "gate_up"))
@@ -76,14 +76,9 @@ def test_no_links_without_a_pruned_model() -> None:
         assert RMSNorm(64).link is None
 
 
-@pytest.mark.parametrize(
-    ("architectures", "lora", "plain"),
-    [(PLAIN, None, True), (["FalconH1ForCausalLM"], None, False), ([], None, False), (PLAIN, object(), False)],
-    ids=["plain", "another architecture", "unknown", "lora"],
-)
-def test_which_models_are_plain(architectures: list[str], lora: object, plain: bool) -> None:
-    model = SimpleNamespace(architectures=architectures)
-    assert has_plain_layers(SimpleNamespace(model_config=model, lora_config=lora), frozenset(PLAIN)) == plain
+@pytest.mark.parametrize(("lora", "alone"), [(None, True), (object(), False)], ids=["alone", "LoRA"])
+def test_who_reads_what_layers_take_and_return(lora: object, alone: bool) -> None:
+    assert only_modules_read_layers(SimpleNamespace(lora_config=lora)) == alone
 
 
 def test_it_travels_with_the_quantization_config(pairing: Pairing) -> None:

@@ -19,6 +19,7 @@ from vllm_models import HIDDEN, MLP, I, spense_config, world_of_one
 from vllm_spense.plugin.activation import FusedSiluAndMul
 from vllm_spense.plugin.config import SpenseConfig
 from vllm_spense.plugin.linear import OutputSplitLinearMethod
+from vllm_spense.plugin.parents import parent_of
 from vllm_spense.plugin.plain_mlp import reason_against
 
 
@@ -40,8 +41,8 @@ def config() -> Iterator[SpenseConfig]:
 def reason(mlp: nn.Module) -> str | None:
     """As the method of the MLP's gate_up asks for it."""
     (gate_up,) = (m for m in mlp.modules() if isinstance(getattr(m, "quant_method", None), OutputSplitLinearMethod))
-    assert gate_up.quant_method.parent is mlp
-    return reason_against(gate_up.quant_method.parent, gate_up, FusedSiluAndMul)
+    assert parent_of(gate_up) is mlp
+    return reason_against(mlp, gate_up, FusedSiluAndMul)
 
 
 class Plain(nn.Module):
@@ -138,7 +139,7 @@ def test_one_with_other_modules(config: SpenseConfig) -> None:
 
 def test_a_layer_that_is_in_nothing(config: SpenseConfig) -> None:
     layer = MergedColumnParallelLinear(HIDDEN, [I, I], bias=False, quant_config=config, prefix=f"{MLP}.gate_up_proj")
-    assert layer.quant_method.parent is None
+    assert parent_of(layer) is None
     assert reason_against(None, layer, FusedSiluAndMul) == "nothing is known of the module that gate_up is in"
 
 
