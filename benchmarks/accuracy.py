@@ -71,8 +71,7 @@ def main() -> None:
             kls = "  ".join(f"{row['domain']} {row['kl']:.4f}" for row in rows[-len(texts) :])
             about = f"{case['method']} {case['sparsity']:.1%} {case['format']} seed {case['seed']}"
             console.print(f"{model.name}: {about}: KL {kls}")
-            # With what is still to come of an earlier run, which another interruption must not lose.
-            write_result(options.out, "accuracy", [*rows, *(row for row in before if row not in rows)])
+            write_beside(options.out, "accuracy", rows, before)
     plot(rows, options.out.with_suffix(".png"))
     print("\n".join(of_each_model(rows, markdown)))
     console.print(f"written: {options.out}")
@@ -213,6 +212,12 @@ def earlier_rows(file: Path, say: Callable[[str], None]) -> list[Row]:
     if commit == now["commit"]:
         return earlier["rows"]
     return [{**row, "commit": row.get("commit", commit)} for row in earlier["rows"]]
+
+
+def write_beside(file: Path, benchmark: str, rows: list[Row], before: list[Row]) -> None:
+    """Writes what was measured so far, with what is still to come of an earlier run, which another interruption must
+    not lose."""
+    write_result(file, benchmark, [*rows, *(row for row in before if row not in rows)])
 
 
 def earlier_of(before: list[Row], model: Path, case: Row, options: argparse.Namespace) -> list[Row]:

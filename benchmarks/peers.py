@@ -37,10 +37,11 @@ from benchmarks.accuracy import (
     heldout_texts,
     measured,
     model_folder,
+    write_beside,
 )
 from benchmarks.baselines import hyperprune, patch, proxsparse
 from benchmarks.command_line import add_out, run_main
-from benchmarks.envelope import ROOT, write_result
+from benchmarks.envelope import ROOT
 from benchmarks.quality_tables import markdown, of_each_model
 from offline_prune.calibration.data import calibration_tokens
 from offline_prune.checkpoint.evaluate import load_dense
@@ -103,8 +104,7 @@ def main() -> None:
                     console.print(f"{folder.name}: {method}: took {seconds or time.perf_counter() - start:.0f} s")
                     known = list(measured(model, reference, texts, case, seconds))
                 rows += known
-                # With what is still to come of an earlier run, which another interruption must not lose.
-                write_result(options.out, "peers", [*rows, *(row for row in before if row not in rows)])
+                write_beside(options.out, "peers", rows, before)
     print("\n".join(of_each_model(rows, markdown)))
     console.print(f"written: {options.out}")
 
