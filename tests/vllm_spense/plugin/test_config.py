@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -28,8 +27,6 @@ from vllm_models import (
     load,
     quantization_config,
     sparse_weight,
-    spense_config,
-    world_of_one,
 )
 
 import vllm_spense
@@ -41,16 +38,7 @@ from vllm_spense.plugin.linear import InputSplitLinearMethod, OutputSplitLinearM
 from vllm_spense.plugin.pairing import Pairing, Quantized
 from vllm_spense.plugin.unpruned_linear import UnprunedFp8
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _world_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with world_of_one(tmp_path_factory.mktemp("world")):
-        yield
-
-
-@pytest.fixture
-def config() -> SpenseConfig:
-    return spense_config()
+pytestmark = pytest.mark.usefixtures("world")
 
 
 def gate_up(config: SpenseConfig, prefix: str = f"{MLP}.gate_up_proj", bias: bool = False) -> Any:

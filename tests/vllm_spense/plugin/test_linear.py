@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,8 +22,6 @@ from vllm_models import (
     in_plain_model,
     load,
     sparse_weight,
-    spense_config,
-    world_of_one,
 )
 
 from vllm_spense.kernels.region_gemm import reference
@@ -34,16 +31,7 @@ from vllm_spense.plugin.config import SpenseConfig
 from vllm_spense.plugin.norms import DeferredGemm
 from vllm_spense.plugin.pairing import Quantized
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _world_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with world_of_one(tmp_path_factory.mktemp("world")):
-        yield
-
-
-@pytest.fixture
-def config() -> SpenseConfig:
-    return spense_config()
+pytestmark = pytest.mark.usefixtures("world")
 
 
 def plain_mlp(config: SpenseConfig) -> Any:

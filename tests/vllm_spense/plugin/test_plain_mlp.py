@@ -14,7 +14,7 @@ from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
-from vllm_models import HIDDEN, MLP, I, spense_config, world_of_one
+from vllm_models import HIDDEN, MLP, I, spense_config
 
 from vllm_spense.plugin.activation import FusedSiluAndMul
 from vllm_spense.plugin.config import SpenseConfig
@@ -22,11 +22,7 @@ from vllm_spense.plugin.linear import OutputSplitLinearMethod
 from vllm_spense.plugin.parents import parent_of
 from vllm_spense.plugin.plain_mlp import reason_against
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _world_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with world_of_one(tmp_path_factory.mktemp("world")):
-        yield
+pytestmark = pytest.mark.usefixtures("world")
 
 
 @pytest.fixture
