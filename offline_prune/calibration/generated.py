@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from offline_prune.calibration.chat import Chat, RefusedChat, chat_template, templated
@@ -19,9 +20,11 @@ from offline_prune.runtime import distributed
 from vllm_spense.errors import SpenseError
 
 #: Sequences that are written together: at least where they fit, and at most on each kind of device.
-FEWEST_AT_ONCE, MOST_AT_ONCE = 32, {"cpu": 32, "cuda": 512}
+FEWEST_AT_ONCE, MOST_AT_ONCE = 32, {"cpu": 32, "cuda": 2048}
 #: Tokens of a text that is written for longer sequences; so many are written together then that keys and values fit.
 PIECE = 512
+#: Not cuDNN's, which makes a plan for every length that the keys have: each step of the first texts would wait for one.
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 #: Tokens that a sequence begins with where there is no chat template.
 _PROMPT = 4
 #: Stands for what a user says while a template is looked at.
@@ -130,7 +133,11 @@ def generate(
     random = torch.Generator().manual_seed(seed * 1_000_003 + rank)
     done: list[torch.Tensor] = []
     began = time.perf_counter()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        sdpa_kernel(_ATTENTION),
+        warnings.catch_warnings(),
+    ):
         # A vision tower takes no part and has no weights here; transformers takes its device for the model's.
         warnings.filterwarnings("ignore", ".*input_ids.* on a device type different")
         # transformers draws from torch's own generator.

@@ -44,7 +44,7 @@ def heal(
     batch_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Tokens that pass through the model at once. \\[default: 2048 on a CPU, 16384]", rich_help_panel=RUN
+            help="Tokens that pass through the model at once. \\[default: 2048 on a CPU, 32768]", rich_help_panel=RUN
         ),
     ] = None,
     optimizer: Annotated[

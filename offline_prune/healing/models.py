@@ -81,7 +81,9 @@ class Language:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 (n, vocabulary) of (n, H)."""
-        found = self.head(hidden).float() * self._scale
+        found = self.head(hidden).float()
+        if self._scale != 1:
+            found = found * self._scale
         return found if self._cap is None else torch.tanh(found / self._cap) * self._cap
 
     @torch.no_grad()

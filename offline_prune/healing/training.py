@@ -17,13 +17,15 @@ from offline_prune.healing.models import Language
 from offline_prune.healing.settings import HealSettings, Optimizer
 from offline_prune.healing.text import Text, order, step_sequences
 from offline_prune.healing.weights import TrainedWeight
-from offline_prune.memory_plan import BATCH_TOKENS
 from offline_prune.runtime import distributed
 from offline_prune.runtime.profiler import stage
 from vllm_spense.errors import SpenseError
 
 #: How often the held-out text is looked at, evenly over the steps; the last of them is the end.
 JUDGEMENTS = 8
+#: Tokens that pass through the model at once, unless the user says how many: with fewer a GPU that has a small model to
+#: train waits for the host.
+BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 #: Of the largest rate, at the end.
 _LAST_RATE = 0.1
 _BETAS = (0.9, 0.95)
@@ -257,9 +259,15 @@ def _rate_share(step: int, steps: int, warm_up: float) -> float:
 def _repeatable(device: torch.device) -> Iterator[None]:
     """Inside, a GPU runs kernels that give the same bits each time, where it has a choice; a CPU's all do."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    # mypy does not see what the module makes of its attribute.
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
     if device.type == "cuda":
         torch.use_deterministic_algorithms(True, warn_only=True)
+        # Nothing here reads what it has not written, and one launch of four would only fill.
+        memory.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        memory.fill_uninitialized_memory = filled

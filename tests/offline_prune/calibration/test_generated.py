@@ -253,7 +253,7 @@ def test_as_many_are_written_together_as_half_the_room_takes(monkeypatch: pytest
     writer = Writer(weights=6000, cache=1000, vocabulary=50, itemsize=2)
     sequence = 1000 * 1000 * 2
     for device, room, samples, expected in (
-        ("cuda", 4000 * sequence, 5120, 512),
+        ("cuda", 5000 * sequence, 5120, 2048),
         ("cuda", 4000 * sequence, 100, 100),
         ("cuda", 300 * sequence, 5120, 128),
         ("cuda", 40 * sequence, 5120, 32),
