@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PRUNERS = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}
@@ -37,7 +37,7 @@ def main(model: str, tokens: str, method: str, out: str) -> None:
     """
     ids = load_file(tokens)["tokens"]
     samples, length = ids.shape
-    data = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
+    data = DataLoader([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids], batch_size=1)
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     names = {name for name, _ in dense.named_parameters()}
     start = time.perf_counter()
