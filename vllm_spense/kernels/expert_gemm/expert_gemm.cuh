@@ -6,7 +6,8 @@
 #include "expert_tiles.cuh"
 #include "ptx.cuh"
 
-// An instance; these defaults let the file compile by itself: nvcc -arch=sm_90a -cubin expert_gemm.cu
+// An instance; these defaults let the file compile by itself:
+// nvcc -arch=sm_90a -I../jit -I../one_launch -cubin expert_gemm.cu
 #ifndef MAX_TOKENS
 #define MAX_TOKENS 32  // of a tile
 #define SPARSE_K 256   // columns of W in a sparse step

@@ -1,10 +1,10 @@
 // What the one-launch kernel and its callers in Python agree on: how an instance is specialized, its sizes, its
-// arguments, its shared memory. one_launch.py and schedule.py repeat these facts, and tests/cpu/test_kernels_nvrtc.py
-// has the compiler compare them.
+// arguments, its shared memory. instances.py and schedule.py repeat these facts, and
+// tests/vllm_spense/kernels/test_nvrtc.py has the compiler compare them.
 #pragma once
 #include "ptx.cuh"
 
-// An instance; these defaults let the file compile by itself: nvcc -arch=sm_90a -cubin one_launch.cu
+// An instance; these defaults let the file compile by itself: nvcc -arch=sm_90a -I../jit -cubin one_launch.cu
 #ifndef TOKENS
 #define TOKENS 32      // of a tile
 #define SPARSE_K 256   // columns of W in a sparse step
