@@ -61,9 +61,9 @@ def spense_config() -> SpenseConfig:
     return made
 
 
-def in_plain_model(mlp: nn.Module) -> nn.Module:
-    """A model of one decoder layer, of the classes that `plain_layer` knows. Modules know their parents while these
-    live."""
+def in_plain_model(*mlps: nn.Module) -> nn.Module:
+    """A model of one decoder layer for each, of the classes that `plain_layer` knows. Modules know their parents while
+    these live."""
 
     def llama(kind: str, **modules: nn.Module) -> nn.Module:
         made = type(f"Llama{kind}", (nn.Module,), {"__module__": "vllm.model_executor.models.llama"})()
@@ -71,8 +71,11 @@ def in_plain_model(mlp: nn.Module) -> nn.Module:
             made.add_module(name, module)
         return made
 
-    norms = {name: nn.Identity() for name in ("input_layernorm", "post_attention_layernorm")}
-    return llama("Model", layers=nn.ModuleList([llama("DecoderLayer", self_attn=llama("Attention"), mlp=mlp, **norms)]))
+    def decoder_layer(mlp: nn.Module) -> nn.Module:
+        norms = {name: nn.Identity() for name in ("input_layernorm", "post_attention_layernorm")}
+        return llama("DecoderLayer", self_attn=llama("Attention"), mlp=mlp, **norms)
+
+    return llama("Model", layers=nn.ModuleList(map(decoder_layer, mlps)))
 
 
 def load(layer: Any, *arguments: Any, name: str = "weight") -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 _parents: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+_registered = 0
 
 
 @cache
@@ -18,6 +19,8 @@ def note_parents() -> None:
 
 
 def _note_parent(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    global _registered
+    _registered += 1
     if child is not None:
         _parents[child] = weakref.ref(parent)
 
@@ -26,3 +29,8 @@ def parent_of(module: nn.Module | None) -> nn.Module | None:
     """None for a module that is in none, or was registered before `note_parents`."""
     noted = None if module is None else _parents.get(module)
     return None if noted is None else noted()
+
+
+def registered() -> int:
+    """How often modules were registered since `note_parents`: while it stays the same, no model is built on."""
+    return _registered

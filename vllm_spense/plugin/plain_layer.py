@@ -7,9 +7,11 @@ these.
 
 from __future__ import annotations
 
+import weakref
+
 from torch import nn
 
-from vllm_spense.plugin.parents import parent_of
+from vllm_spense.plugin.parents import parent_of, registered
 
 #: The files of vLLM's models whose classes are so, and how the names of these begin. Their decoder layers build, in
 #: this order, qkv_proj, gate_up_proj, the norm before qkv_proj and the norm before gate_up_proj, and give each norm's
@@ -17,6 +19,9 @@ from vllm_spense.plugin.parents import parent_of
 PLAIN = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "seed_oss": "SeedOss"}
 #: The modules of such a decoder layer. Mistral's may have one more, between a norm and the MLP.
 MODULES = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+#: By the list that a model's decoder layers are in: whether all are such, and `registered` when they were looked at.
+#: Each layer asks about all of them.
+_looked_at: weakref.WeakKeyDictionary[nn.Module, tuple[bool, int]] = weakref.WeakKeyDictionary()
 
 
 def is_in_plain(layer: nn.Module) -> bool:
@@ -24,8 +29,12 @@ def is_in_plain(layer: nn.Module) -> bool:
     layers = parent_of(parent_of(parent_of(layer)))
     if layers is None or not _is(parent_of(layers), "Model"):
         return False
-    # An identity stands for a layer of another process of a pipeline.
-    return all(_is_plain(each) for each in layers.children() if not isinstance(each, nn.Identity))
+    found, when = _looked_at.get(layers, (False, -1))
+    if when != registered():
+        # An identity stands for a layer of another process of a pipeline.
+        found = all(_is_plain(each) for each in layers.children() if not isinstance(each, nn.Identity))
+        _looked_at[layers] = found, registered()
+    return found
 
 
 def _is_plain(decoder_layer: nn.Module) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import inspect
 import re
+import weakref
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from torch import nn
 from vllm_models import in_plain_model
 
-from vllm_spense.plugin import unpruned_linear
+from vllm_spense.plugin import plain_layer, unpruned_linear
 from vllm_spense.plugin.pairing import NormLink
 from vllm_spense.plugin.parents import note_parents, parent_of
 from vllm_spense.plugin.plain_layer import PLAIN, is_in_plain
@@ -68,6 +70,31 @@ def test_one_that_is_in_no_model(layer: nn.Linear) -> None:
     layers = nn.ModuleList([nn.ModuleDict({"mlp": mlp})])
     assert not is_in_plain(layer)
     assert parent_of(layers) is None
+
+
+def test_each_decoder_layer_of_a_model_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many layers ask, of however many models. What was found keeps no model alive."""
+    looks: list[nn.Module] = []
+    is_plain = plain_layer._is_plain
+    monkeypatch.setattr(plain_layer, "_is_plain", lambda each: looks.append(each) or is_plain(each))
+    note_parents()
+    layers: list[list[nn.Linear]] = [[nn.Linear(4, 4) for _ in range(8)] for _ in range(2)]
+    target, draft = (in_plain_model(*(nn.ModuleDict({"up": layer}) for layer in each)) for each in layers)
+    assert all(map(is_in_plain, layers[0] + layers[1] + layers[0]))
+    assert looks == [*target.layers, *draft.layers]
+
+    looks.clear()
+    draft.layers.append(nn.Linear(4, 4))
+    assert [is_in_plain(layer) for layer in layers[0] + layers[1]] == [True] * 8 + [False] * 8, "draft is built on"
+    assert looks == [*target.layers, *draft.layers]
+
+    looks.clear()
+    gone = weakref.ref(draft.layers)
+    del draft
+    gc.collect()
+    assert gone() is None
+    assert all(map(is_in_plain, layers[0]))
+    assert looks == []
 
 
 @pytest.mark.parametrize(("plain", "ours", "takes"), [(True, True, True), (True, False, False), (False, True, False)])
