@@ -70,7 +70,7 @@ def parse() -> argparse.Namespace:
         # vLLM captures as many by itself.
         type=at_least(512),
         default=512,
-        help="tokens of the largest step that runs as a CUDA graph in both engines [512: what each has by default]",
+        help="tokens of the largest step that runs as a CUDA graph in both engines [512, and more in Spense's]",
     )
     parser.add_argument(
         "--together", type=positive, default=1, help="engines that share the GPU's memory; one is timed at a time"

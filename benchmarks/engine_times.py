@@ -66,7 +66,8 @@ class Order:
         most_tokens: batches whose prompts have more than this are left out; None for no limit.
         steps: decode steps of the whole batch.
         eager: neither compiled nor captured, for trying things out.
-        capture: tokens of the largest step that is captured in a CUDA graph; 512 for what each engine has by default.
+        capture: tokens of the largest step that is captured in a CUDA graph; at 512 Spense captures more, see
+            `capture_sizes`.
         engines: that share the GPU's memory.
         gpu_time: whether to find out, too, for how much of a step the GPU is busy.
         tensor_parallel: GPUs that share every layer.
@@ -265,7 +266,8 @@ def start_engine(order: Order) -> LLM:
 
 def capture_sizes(order: Order) -> list[int]:
     """Numbers of tokens: the batches, the most that vLLM captures for them by default, and what is captured beyond it:
-    what Spense asks for, or in both engines steps of 256, if there is an order."""
+    steps of 256 up to `order.capture`, or, where that is 512, in Spense's engine what the plugin asks for. It has these
+    for every model, not only for those that the plugin lists."""
     usual = min(2 * max(order.batches), 512)
     own = beyond(usual) if order.quantization == "spense" and order.capture <= 512 else ()
     return sorted({*order.batches, usual, *own, *range(768, order.capture + 1, 256)})
