@@ -29,8 +29,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks.command_line import add_out, mlp_sparsity, positive, readable_folder, run_main
 from benchmarks.envelope import circumstances, envelope, write_result
 from benchmarks.quality_tables import markdown, of_each_model
-from benchmarks.texts import CALIBRATION, CALIBRATION_CODE, DOMAINS, heldout
+from benchmarks.texts import CALIBRATION, CALIBRATION_CODE, DOMAINS, heldout, require
 from offline_prune.calibration.data import BUILTIN, BUILTIN_CODE
+from offline_prune.calibration.rows import FILE_KINDS
 from offline_prune.checkpoint.evaluate import agreement, load_dense
 from offline_prune.healing.pipeline import heal
 from offline_prune.healing.settings import HealSettings
@@ -39,6 +40,7 @@ from offline_prune.pipeline import prune
 from offline_prune.runtime.device import pick_device
 from offline_prune.settings import PruneSettings
 from scripts.models import KNOWN, SMOLLM2, known_model
+from vllm_spense.errors import SpenseError
 
 SPARSITIES = (0.25, 0.375, 0.5)
 #: SparseGPT with dense indices is SpenseGPT, and SpenseGPT without any is SparseGPT.
@@ -47,6 +49,8 @@ SAME = {("sparsegpt", 0.25), ("sparsegpt", 0.375), ("spensegpt", 0.5), ("spenseg
 DENSE = ("rounding=after", "rounding=everywhere")
 #: The first case of every model: the reference itself.
 DENSE_BF16 = {"method": "dense", "sparsity": 0.0, "format": "bf16", "seed": 0}
+#: Built-in calibration source → the text that stands for it in a folder of texts.
+TEXTS = {BUILTIN: CALIBRATION, BUILTIN_CODE: CALIBRATION_CODE}
 #: The checkpoint's format and what `PruneSettings` calls it.
 FORMATS = {"bf16": "none", "fp8": "fp8"}
 
@@ -112,7 +116,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sparsities", nargs="+", type=mlp_sparsity, default=SPARSITIES)
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["fp8"], metavar="FORMAT")
     add_out(parser, "accuracy-smollm2")
-    return parser.parse_args()
+    options = parser.parse_args()
+    sources = calibration_sources(options)
+    require(options.texts, [*options.domains, *(TEXTS[name] for name in sources if name in TEXTS)])
+    files = {name.replace("{model}", Path(model).name) for name in sources for model in options.models}
+    missing = [file for file in sorted(files) if Path(file).suffix.lower() in FILE_KINDS and not Path(file).is_file()]
+    if missing:
+        raise SpenseError(f"--variants, --heal: found no {', '.join(missing)}; expected files to calibrate on")
+    return options
 
 
 def add_data_options(parser: argparse.ArgumentParser, seeds: list[int]) -> None:
@@ -248,6 +259,15 @@ def cases(options: argparse.Namespace) -> Iterator[Row]:
             yield {"method": f"{method} {change}".strip(), "sparsity": sparsity, "format": form, "seed": seed}
 
 
+def calibration_sources(options: argparse.Namespace) -> list[str]:
+    """Of all cases and of their healing, as `PruneSettings` names them; {model} still stands for the model's name."""
+    every = list(cases(options))
+    given = [case["method"].partition(" ")[2] for case in every]
+    if any(case["sparsity"] for case in every):
+        given += options.heal
+    return [name for each in given for name in _several(changes(each).get("calibration", BUILTIN))]
+
+
 def pruned_rows(
     model: Path,
     reference: PreTrainedModel,
@@ -292,8 +312,7 @@ def pruned_rows(
 
 def calibration_source(folder: Path | None, name: str = BUILTIN) -> str:
     """A calibration source as `PruneSettings` names it; a built-in one's text is the folder's, where there is one."""
-    texts = {BUILTIN: CALIBRATION, BUILTIN_CODE: CALIBRATION_CODE}
-    return name if folder is None or name not in texts else str(folder / f"{texts[name]}.jsonl")
+    return name if folder is None or name not in TEXTS else str(folder / f"{TEXTS[name]}.jsonl")
 
 
 def with_texts(settings: Row, folder: Path | None) -> Row:

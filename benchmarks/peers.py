@@ -43,6 +43,7 @@ from benchmarks.baselines import hyperprune, patch, proxsparse
 from benchmarks.command_line import add_out, run_main
 from benchmarks.envelope import ROOT
 from benchmarks.quality_tables import markdown, of_each_model
+from benchmarks.texts import CALIBRATION, require
 from offline_prune.calibration.data import calibration_tokens
 from offline_prune.checkpoint.evaluate import load_dense
 from offline_prune.model.gated_mlp import GatedMlp
@@ -124,6 +125,7 @@ def parse() -> argparse.Namespace:
     theirs = [method for method in options.methods if method in (*PEERS, INT4)]
     if theirs and shutil.which(options.peer) is None:
         parser.error(f"--peer: found no program {options.peer}, which {', '.join(theirs)} need; expected a Python")
+    require(options.texts, [*options.domains, CALIBRATION])
     return options
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from html.parser import HTMLParser
 from itertools import islice
 from pathlib import Path
@@ -87,7 +87,27 @@ def documents_in(folder: Path | None, name: str) -> Iterator[str]:
     Raises:
         SpenseError: no such file.
     """
+    require(folder, [name])
     return documents(name) if folder is None else _read(folder / f"{name}.jsonl")
+
+
+def require(folder: Path | None, names: Iterable[str]) -> None:
+    """What a program begins with, or it would miss the last of its texts after hours.
+
+    Args:
+        folder: that `write` filled, an older version's too, or None for this installation.
+        names: of all texts that the program reads.
+
+    Raises:
+        SpenseError: the folder lacks some.
+    """
+    missing = [name for name in dict.fromkeys(names) if folder and not (folder / f"{name}.jsonl").is_file()]
+    if missing:
+        option = " --training" if TRAINING in missing else ""
+        raise SpenseError(
+            f"{folder}: found no {', '.join(f'{name}.jsonl' for name in missing)}; expected what "
+            f"`python -m benchmarks.texts {folder}{option}` writes"
+        )
 
 
 def write(folder: Path, training: bool = False) -> None:
@@ -117,11 +137,6 @@ def _training() -> Iterator[str]:
 
 
 def _read(file: Path) -> Iterator[str]:
-    if not file.is_file():
-        raise SpenseError(
-            f"{file}: no such file; `python -m benchmarks.texts {file.parent}` writes it"
-            + (" with --training" if file.stem == TRAINING else "")
-        )
     # Not `splitlines`: it also cuts at characters that JSON strings may hold.
     for line in filter(None, file.read_text(encoding="utf-8").split("\n")):
         yield json.loads(line)["text"]

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3
 
 from benchmarks.command_line import positive, readable_folder, run_main, writable_folder
 from benchmarks.envelope import write_result
-from benchmarks.texts import TRAINING, documents_in, heldout
+from benchmarks.texts import TRAINING, documents_in, heldout, require
 from offline_prune.calibration.heldout import HELDOUT
 from offline_prune.checkpoint.evaluate import load_dense, perplexity
 from offline_prune.runtime.device import pick_device
@@ -123,6 +123,7 @@ def make(out: Path, settings: Settings, device: torch.device, texts: Path | None
     """
     if out.exists():
         raise SpenseError(f"{out}: exists; expected a folder that is still to be made")
+    require(texts, [TRAINING, *HELDOUT])
     start = time.perf_counter()
     documents = list(documents_in(texts, TRAINING))
     tokenizer = tokenizer_of(documents, settings.vocabulary)

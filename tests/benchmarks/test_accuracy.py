@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import sys
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,7 @@ from benchmarks.envelope import envelope, write_result
 from benchmarks.tables import source
 from offline_prune.calibration.heldout import HELDOUT
 from offline_prune.calibration.mixture import DEFAULT_MIXTURE
-from offline_prune.calibration.python_text import LONGEST_CODE
 from offline_prune.checkpoint.evaluate import agreement, load_dense, perplexity
-from vllm_spense.errors import SpenseError
 
 
 @pytest.fixture(scope="module")
@@ -292,47 +288,6 @@ def test_what_fp8_adds_is_of_the_same_seed() -> None:
         "| `spensegpt+` | 1.0 ± 0.0 | 0.010 ± 0.000 |",
         "| `spensegpt+ rounding=after` | 3.0 ± 1.0 | 0.030 ± 0.000 |",
     ]
-
-
-def test_a_folder_written_here_is_read_as_what_is_installed(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names = (texts.CALIBRATION, texts.CALIBRATION_CODE, *HELDOUT)
-    few = {name: list(islice(texts.documents(name), 3)) for name in names}
-    few[texts.HANDBOOK] = ["Read the fine manual. " * 20]
-    monkeypatch.setattr(texts, "documents", lambda name: iter(few[name]))
-    texts.write(tmp_path)
-    assert sorted(file.stem for file in tmp_path.iterdir()) == sorted(few)
-    tokenizer = load_dense(llama)[1]
-    for domain in texts.DOMAINS:
-        here, there = (texts.heldout(domain, tokenizer, 2, 64, folder) for folder in (None, tmp_path))
-        assert torch.equal(here, there)
-    with pytest.raises(SpenseError, match=r"reference.jsonl: no such file; `python -m benchmarks.texts"):
-        texts.heldout("reference", tokenizer, 2, 64, tmp_path / "nowhere")
-
-
-def test_code_is_code_and_the_reference_is_not() -> None:
-    whole = (text for text in texts.documents(texts.CALIBRATION_CODE) if len(text) < LONGEST_CODE)
-    for text in (*islice(texts.documents("code"), 5), *islice(whole, 5)):
-        assert ast.get_docstring(ast.parse(text)) is None
-    with pytest.raises(SyntaxError):
-        ast.parse(next(texts.documents("reference")))
-
-
-def test_a_page_of_the_handbook_is_its_paragraphs() -> None:
-    page = """<title>No</title><h2 class="title">9.3. Rights</h2><div class="para">
-\t\tEach file has <code class="literal">rights</code>:
-\t</div><ul><li><div class="para">its owner <pre class="screen">$ ls</pre>(“<em>user</em>”);<div class="note">
-\t<div class="para">and more &amp; more</div></div></div></li></ul><p>No</p><div class="para"> </div>"""
-    assert texts.paragraphs(page) == "Each file has rights:\n\nits owner (“user”); and more & more"
-
-
-def test_the_handbook_needs_debian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(texts, "CACHE", tmp_path)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(SpenseError, match=r"handbook: `apt-get download debian-handbook` does not work here: .*"):
-        list(texts.documents(texts.HANDBOOK))
-    assert not (tmp_path / "debian-handbook").exists()
 
 
 def test_several_models_have_a_table_each_and_old_names_are_read() -> None:

@@ -90,6 +90,20 @@ def test_texts_without_a_training_text_are_refused(tmp_path: Path) -> None:
         make(tmp_path / "model", SMALL, torch.device("cpu"), tmp_path)
 
 
+def test_held_out_texts_are_missed_before_the_training(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "training.jsonl").write_text((folder / "training.jsonl").read_text())
+    (tmp_path / "code.jsonl").write_text((folder / "code.jsonl").read_text())
+
+    def no_training(*_: object) -> None:
+        raise AssertionError("trained")
+
+    monkeypatch.setattr(tiny_moe, "train", no_training)
+    with pytest.raises(SpenseError, match=f"{tmp_path}: found no docstrings.jsonl, reference.jsonl; expected what `"):
+        make(tmp_path / "model", SMALL, torch.device("cpu"), tmp_path)
+
+
 def test_a_training_text_is_written_when_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(texts, "DOMAINS", ())
     monkeypatch.setattr(texts, "BUILTIN_PACKAGES", ("safetensors",))
