@@ -1,6 +1,6 @@
 """Other people's compression against ours: llmcompressor's, and masks that are learned.
 
-    python -m venv .peer && .peer/bin/pip install llmcompressor
+    python -m venv .peer && .peer/bin/pip install 'llmcompressor>=0.11'
     python -m benchmarks.peers
     python -m benchmarks.peers --methods magnitude wanda hyperprune proxsparse "patch 25%" "patch 37.5%" \\
         "spensegpt+ 25%" "spensegpt+ 37.5%" --out benchmarks/results/learned-smollm2.json
@@ -119,7 +119,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--methods", nargs="+", choices=[*OURS, *PEERS, INT4, *LEARNED], default=usual, metavar="METHOD"
     )
-    parser.add_argument("--peer", type=Path, default=Path(".peer/bin/python"), help="a Python that has llmcompressor")
+    parser.add_argument(
+        "--peer", type=Path, default=Path(".peer/bin/python"), help="a Python that has llmcompressor 0.11 or later"
+    )
     add_out(parser, "peers-smollm2")
     options = parser.parse_args()
     theirs = [method for method in options.methods if method in (*PEERS, INT4)]

@@ -1,5 +1,5 @@
 """llmcompressor's SparseGPT or Wanda at 2:4 on the MLPs of a model, or its GPTQ in four bits on all linear layers but
-lm_head: run by an environment that has llmcompressor.
+lm_head: run by an environment that has llmcompressor, 0.11 or later.
 
     .peer/bin/python benchmarks/baselines/llmcompressor_oneshot.py MODEL TOKENS METHOD OUT
 
@@ -36,19 +36,10 @@ def main(model: str, tokens: str, method: str, out: str) -> None:
         out: folder to write.
     """
     ids = load_file(tokens)["tokens"]
-    samples, length = ids.shape
-    data = DataLoader([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids], batch_size=1)
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     names = {name for name, _ in dense.named_parameters()}
     start = time.perf_counter()
-    oneshot(
-        model=dense,
-        dataset=data,
-        recipe=recipe(method),
-        num_calibration_samples=samples,
-        max_seq_length=length,
-        shuffle_calibration_samples=False,
-    )
+    oneshot(model=dense, dataset=batches(ids), recipe=recipe(method))
     seconds = time.perf_counter() - start
     # GPTQ leaves each weight at the value that its four bits stand for, beside scales that this format has no use for.
     weights = {name: value.to(torch.bfloat16) for name, value in dense.named_parameters() if name in names}
@@ -58,6 +49,17 @@ def main(model: str, tokens: str, method: str, out: str) -> None:
     (folder / "config.json").write_bytes((Path(model) / "config.json").read_bytes())
     AutoTokenizer.from_pretrained(model).save_pretrained(folder)
     print(version("llmcompressor"), seconds)
+
+
+def batches(ids: torch.Tensor) -> DataLoader:
+    """The sequences in order, each a batch of its own: `input_ids` and `attention_mask`, int64 (1, length).
+
+    A `datasets.Dataset` would pickle its table to name its cache, which fails with some versions of dill and pyarrow.
+
+    Args:
+        ids: int64 (samples, length).
+    """
+    return DataLoader([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids], batch_size=1)
 
 
 def recipe(method: str) -> Modifier:
