@@ -50,8 +50,7 @@ def beyond(most: int) -> list[int]:
 
 def capture_prefill(engine: VllmConfig) -> None:
     """Asks for `capture_sizes` in the models of `_SAME_KERNELS`, unless the user has chosen sizes or a performance mode
-    that does, or the engine has no CUDA graphs that leave attention out. Mode FULL captures prefill's attention too,
-    which ended in illegal memory accesses at these sizes (vLLM 0.26 on an H200).
+    that does, or the engine has no CUDA graphs that leave attention out.
     """
     compilation, model = engine.compilation_config, engine.model_config
     own_wish = compilation.cudagraph_capture_sizes is not None or compilation.max_cudagraph_capture_size is not None

@@ -9,7 +9,8 @@ import os
 from pathlib import Path
 
 import vllm
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.platforms import current_platform
 
 from vllm_spense.checkpoint_files import read_headers, tensor_headers
 from vllm_spense.conformance import check_tensors
@@ -40,7 +41,8 @@ def check_engine(annotation: Annotation, engine: VllmConfig) -> None:
 
     Raises:
         SpenseError: an unknown path in `SPENSE_PATH`, no number in `SPENSE_DENSE_COPY_GIB`, an unsupported load format,
-            weights offloaded to the host, or experts with an option, or of a model, that this vLLM does not serve.
+            weights offloaded to the host, CUDA graphs that garble, or experts with an option, or of a model, that this
+            vLLM does not serve.
         FormatError: the tensor parallel size does not divide a region.
     """
     forced_path(os.environ.get(SWITCH))
@@ -61,6 +63,11 @@ def check_engine(annotation: Annotation, engine: VllmConfig) -> None:
                 "Spense keeps the weights of pruned layers in GPU memory and cannot offload them to the host "
                 f"(key: {option}; found: {found}; expected: 0)"
             )
+    if engine.compilation_config.cudagraph_mode is CUDAGraphMode.FULL and current_platform.is_cuda():
+        raise SpenseError(
+            "what vLLM 0.26 answers in this mode on a GPU is garbled, without Spense too (key: cudagraph_mode; found: "
+            "FULL; expected: FULL_AND_PIECEWISE, the default | FULL_DECODE_ONLY | PIECEWISE | NONE)"
+        )
     for module in annotation.modules:
         shard(annotation.regions(module), 0, size, module)
     if annotation.experts:

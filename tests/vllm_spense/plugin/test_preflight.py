@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_config import HIDDEN, MLP, I, quantization_config
+from vllm.config import CUDAGraphMode
 
 from vllm_spense.errors import FormatError, SpenseError
 from vllm_spense.format import Annotation
+from vllm_spense.plugin import preflight
 from vllm_spense.plugin.config import SpenseConfig
 from vllm_spense.plugin.preflight import check_engine
 
@@ -69,11 +71,27 @@ def engine(**changes: Any) -> Any:
         parallel_config=parallel,
         lora_config=given["lora_config"],
         load_config=SimpleNamespace(load_format="auto"),
+        compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE),
         model_config=SimpleNamespace(architectures=[given.pop("architecture", "Qwen3MoeForCausalLM")]),
         offload_config=SimpleNamespace(
             uva=SimpleNamespace(cpu_offload_gb=0), prefetch=SimpleNamespace(offload_group_size=0)
         ),
     )
+
+
+def test_the_mode_of_cuda_graphs_that_garbles(monkeypatch: pytest.MonkeyPatch) -> None:
+    annotation = Annotation.from_dict(quantization_config()["spense"])
+    for mode in CUDAGraphMode:
+        given = engine()
+        given.compilation_config.cudagraph_mode = mode
+        check_engine(annotation, given)
+        with monkeypatch.context() as on_a_gpu:
+            on_a_gpu.setattr(preflight, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+            if mode is not CUDAGraphMode.FULL:
+                check_engine(annotation, given)
+                continue
+            with pytest.raises(SpenseError, match=r"key: cudagraph_mode; found: FULL; expected: FULL_AND_PIECEWISE"):
+                check_engine(annotation, given)
 
 
 def of_experts() -> Annotation:
