@@ -9,7 +9,7 @@ from benchmarks.tables import Result, Row, source
 from scripts.models import KNOWN
 
 #: The result files of half a million tokens of calibration text.
-ON_LONG_TEXT = " ".join(f"accuracy-{kind}-{model}" for kind in ("long", "code") for model in KNOWN)
+ON_LONG_TEXT = " ".join(f"accuracy-{kind}-{model}" for kind in ("long", "code", "healed") for model in KNOWN)
 #: Of the MLP weights, what 2:4 everywhere makes zero.
 MAX_SPARSITY = 0.5
 
@@ -44,9 +44,13 @@ def over_models(result: Result, *others: Result) -> list[str]:
     """What methods lose on the average model. Later results add what earlier ones do not have, such as healed ones."""
     rows: list[Row] = []
     for each in (result, *others):
-        known = {(row["model"], row["method"], row["sparsity"]) for row in rows}
-        rows += [row for row in each["rows"] if (row["model"], row["method"], row["sparsity"]) not in known]
+        known = {_line(row) for row in rows}
+        rows += [row for row in each["rows"] if _line(row) not in known]
     return [*quality_tables.over_models(rows), "", f"{quality_tables.measured_on(rows)}. {result['gpu']['name']}."]
+
+
+def _line(row: Row) -> tuple[object, ...]:
+    return row["model"], quality_tables.label(row["method"]), row["sparsity"]
 
 
 def over_models_tuned(result: Result, *others: Result) -> list[str]:

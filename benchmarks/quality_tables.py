@@ -99,7 +99,7 @@ def over_models(rows: Sequence[Row]) -> list[str]:
     found: dict[tuple[str, float], dict[tuple[str, str], list[float]]] = {}
     for row in rows:
         if row["sparsity"] and row["format"] != "bf16":
-            places = found.setdefault((_label(row["method"]), row["sparsity"]), {})
+            places = found.setdefault((label(row["method"]), row["sparsity"]), {})
             places.setdefault((row["model"], row["domain"]), []).append(row["kl"])
     kl = {
         key: {place: statistics.mean(values) for place, values in places.items()}
@@ -129,13 +129,16 @@ _IN_WORDS = {
 }
 
 
-def _label(method: str) -> str:
-    """A method with what differs within a table: calibration text and steps, of a healed one's settings the rate."""
+def label(method: str) -> str:
+    """A method with what differs within a table: calibration text and steps, of a healed one's settings the rate, and
+    whether more than the MLPs was trained."""
     name, _, change = method.partition(" healed ")
     for setting, words in _IN_WORDS.items():
         name = name.replace(setting, words)
+    if not change:
+        return name
     rate = change.partition("rate=")[2].partition(",")[0]
-    return f"{name}, healed at {rate}" if change else name
+    return f"{name}, healed{f' at {rate}' if rate else ''}{', all layers' if 'train=all' in change else ''}"
 
 
 def by_format(rows: Sequence[Row]) -> list[str]:

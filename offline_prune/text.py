@@ -32,7 +32,8 @@ _FILE = "state-text"
 def default_sources(
     model: SourceModel, given: torch.Tensor | None, samples: int, device: torch.device, say: Callable[[str], None]
 ) -> tuple[str, ...]:
-    """What to calibrate on where nobody says: `DEFAULT_MIXTURE`, or its built-in part where the model cannot write.
+    """What to calibrate or train on where nobody says: `DEFAULT_MIXTURE`, or its built-in part where the dense model
+    cannot write.
 
     It can where it has a head and `FEWEST_AT_ONCE` texts of `PIECE` tokens fit the device whole, whatever else is on it
     now: so a run that resumes decides the same.

@@ -13,7 +13,6 @@ from offline_prune.calibration.python_text import code, docstrings, installed
 from offline_prune.calibration.rows import shuffled_rows
 from vllm_spense.errors import SpenseError
 
-DEFAULT_SOURCE = "simplescaling/s1K-1.1"
 BUILTIN, BUILTIN_CODE = "builtin", "builtin-code"
 
 #: Installed packages whose docstrings, and code without them, make the built-in texts; held-out texts come from others.

@@ -19,14 +19,17 @@ def heal(
         str, typer.Option(help="mlp: the pruned MLPs' weights | all: every linear layer of the blocks, and norms.")
     ] = "mlp",
     calibration: Annotated[
-        list[str],
-        typer.Option(help="Text to train on: as for `spense prune`; `generated` is what the teacher writes."),
-    ] = ["simplescaling/s1K-1.1"],  # noqa: B006
+        list[str] | None,
+        typer.Option(
+            help="Text to train on: as for `spense prune`; `generated` is what the teacher writes, all of its share. "
+            "\\[default: as for `spense prune`]"
+        ),
+    ] = None,
     samples: Annotated[
         int, typer.Option(help="Sequences; more where the model's context is shorter than --length.")
-    ] = 5120,
+    ] = 2400,
     length: Length = 2048,
-    epochs: Annotated[int, typer.Option(help="How often the text is gone through.")] = 1,
+    epochs: Annotated[int, typer.Option(help="How often the text is gone through.")] = 2,
     heldout: Annotated[
         float, typer.Option(help="Share of the sequences that is not trained on and judges the weights.")
     ] = 0.02,
@@ -72,7 +75,7 @@ def heal(
         out=out,
         teacher=teacher,
         train=choice("train", Train, train),
-        calibration=tuple(calibration),
+        calibration=tuple(calibration) if calibration else None,
         samples=samples,
         length=length,
         seed=seed,

@@ -33,6 +33,7 @@ from offline_prune.model.loading import SourceModel
 from offline_prune.runtime import distributed
 from offline_prune.runtime.device import compute_dtype, pick_device
 from offline_prune.runtime.profiler import Profiler
+from offline_prune.text import default_sources
 from vllm_spense.errors import SpenseError
 
 #: Settings that a resumed run may have others of.
@@ -103,7 +104,11 @@ class _Run:
         require_alike(self.teacher, self.student)
         wanted = settings.samples, settings.length
         samples, length = within_context(*wanted, self.student.text.config, "text", say)
-        self.settings = replace(settings, samples=samples, length=length)
+        settings = replace(settings, samples=samples, length=length)
+        if settings.calibration is None:
+            about = self.teacher, None, samples, device, say
+            settings = replace(settings, calibration=distributed.broadcast_from_first(lambda: default_sources(*about)))
+        self.settings = settings
         self.steps = steps_in_epoch(self.settings) * settings.epochs
         self.names = trained_names(self.student, checkpoint, settings.train)
         self.profiler = Profiler(device)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from offline_prune.calibration.data import DEFAULT_SOURCE
 from offline_prune.calibration.mixture import shares, source_names
 from offline_prune.settings import choice, require_least
 from vllm_spense.errors import SpenseError
@@ -39,7 +38,7 @@ class HealSettings:
         out: folder to write; must be empty, or not there, unless `overwrite`.
         teacher: the dense model that `pruned` was made from: a local folder or a Hugging Face hub name.
         train: which weights are trained.
-        calibration: text to train on, as in `PruneSettings`; `generated` is what the teacher writes.
+        calibration: text to train on, as in `PruneSettings`; `generated` is what the teacher writes, all of its share.
         samples, length, seed: of that text, in sequences and tokens, as in `PruneSettings`. `seed` also orders epochs.
         heldout: share of the sequences that are not trained on, but judge the weights.
         epochs: how often the text is gone through.
@@ -63,12 +62,12 @@ class HealSettings:
     out: Path
     teacher: str
     train: Train = Train.MLP
-    calibration: str | tuple[str, ...] = DEFAULT_SOURCE
-    samples: int = 5120
+    calibration: str | tuple[str, ...] | None = None
+    samples: int = 2400
     length: int = 2048
     seed: int = 0
     heldout: float = 0.02
-    epochs: int = 1
+    epochs: int = 2
     rate: float = 0.003
     warm_up: float = 0.05
     step_tokens: int = 32768
@@ -86,8 +85,9 @@ class HealSettings:
             object.__setattr__(self, name, choice(name, kind, getattr(self, name)))
         for name, least in (("samples", 2), ("length", 2), ("epochs", 1), ("step_tokens", 1), ("batch_tokens", 1)):
             require_least(name, getattr(self, name), least)
-        object.__setattr__(self, "calibration", self.sources)
-        shares(self.sources, self.samples)
+        if self.calibration is not None:
+            object.__setattr__(self, "calibration", self.sources)
+            shares(self.sources, self.samples)
         if not 0 < self.heldout <= 0.5:
             raise SpenseError(f"--heldout: found {self.heldout:g}, expected more than 0 and at most 0.5")
         if not 0 < self.rate <= 1:
@@ -99,5 +99,6 @@ class HealSettings:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Of the text."""
+        """Of the text, once `calibration` is known."""
+        assert self.calibration is not None
         return source_names(self.calibration)

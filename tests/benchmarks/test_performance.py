@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from benchmarks import performance
-from benchmarks.performance import DOCUMENTS, TABLES, errors, filled, prune_sentence
+from benchmarks.decode_tables import errors
+from benchmarks.performance import DOCUMENTS, TABLES, filled
+from benchmarks.pruning_tables import prune_sentence
 from benchmarks.serving_tables import compat_sentence, gpu_tests, soak
 from vllm_spense import estimate as estimates
 from vllm_spense import roofline

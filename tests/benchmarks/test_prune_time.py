@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import prune_time
-from benchmarks.performance import prune, prune_real, prune_stages
+from benchmarks.pruning_tables import prune, prune_real, prune_stages
 from offline_prune.report import BlockTime, Report
 from vllm_spense.shapes import MIXTURES
 

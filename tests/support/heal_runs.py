@@ -38,6 +38,7 @@ def settings(pair: Pair, out: Path, **options: Any) -> HealSettings:
         "length": 64,
         "step_tokens": 256,
         "heldout": 0.1,
+        "epochs": 1,
         "rate": 0.01,
         "device": "cpu",
     }

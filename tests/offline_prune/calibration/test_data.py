@@ -91,7 +91,7 @@ def test_a_hub_data_set_is_loaded_by_name(monkeypatch: pytest.MonkeyPatch) -> No
         return [{"text": "abc"}] * 9
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    assert tokens(data.DEFAULT_SOURCE) == "abc<eos>" * 4
+    assert tokens("simplescaling/s1K-1.1") == "abc<eos>" * 4
     assert asked == [("simplescaling/s1K-1.1", "train")]
 
 

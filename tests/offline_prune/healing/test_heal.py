@@ -147,6 +147,20 @@ def test_a_teacher_writes_half_of_the_text(pair: Pair, tmp_path: Path) -> None:
     assert "48 of 48 sequences written" in said
 
 
+def test_the_default_text_is_that_of_pruning(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the teacher has room to write. It needs no network."""
+    said: list[str] = []
+    few = {"calibration": None, "samples": 12, "length": 16, "step_tokens": 64}
+    heal(settings(pair, tmp_path / "out", **few), say=said.append)
+    recorded = open_checkpoint(tmp_path / "out").annotation.settings
+    assert recorded["healed_text"] == "builtin + builtin-code + generated"
+    assert "4 of 4 sequences written" in said
+    monkeypatch.setattr("offline_prune.text.whole_memory", lambda device: 0)
+    heal(settings(pair, tmp_path / "alone", **few), say=said.append)
+    assert open_checkpoint(tmp_path / "alone").annotation.settings["healed_text"] == "builtin + builtin-code"
+    assert "builtin and builtin-code alone, because the dense model needs" in " ".join(said)
+
+
 def test_generated_text_is_drawn_from_the_teachers_own_distribution(pair: Pair, tmp_path: Path) -> None:
     """Then its mean −log p is the distribution's entropy; at another temperature, or of the likeliest tokens alone, it
     is less. Tokens that end a document end no sequence."""

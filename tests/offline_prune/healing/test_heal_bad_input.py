@@ -163,6 +163,6 @@ def test_the_command(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert (end.value.code or 0) == code
     said = capsys.readouterr()
     assert "error: OUT is" in said.err
-    assert "7 of 7 steps, after" in said.err
+    assert "14 of 14 steps, after" in said.err
     assert "KL(teacher ‖ student) on 64 held-out tokens" in said.out
-    assert json.loads((tmp_path / "out/report.json").read_text())["steps"] == 7
+    assert json.loads((tmp_path / "out/report.json").read_text())["steps"] == 14

@@ -66,6 +66,7 @@ def arguments(pair: Pair, out: Path) -> list[str]:
         "length": 64,
         "step-tokens": 256,
         "heldout": 0.1,
+        "epochs": 1,
         "rate": 0.01,
         "device": "cpu",
         "save-minutes": 0,
