@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from offline_prune.calibration.data import check_vocabulary
-from offline_prune.calibration.generated import FEWEST_AT_ONCE, PIECE, Writer, generate, pieces
+from offline_prune.calibration.generated import FEWEST_AT_ONCE, PIECE, Writer, joined, pieces
 from offline_prune.calibration.mixture import DEFAULT_MIXTURE, GENERATED, drawn, mixed
 from offline_prune.checkpoint.journal import Journal, crc32_of
 from offline_prune.checkpoint.output_folder import OutputFolder
@@ -147,10 +147,7 @@ class CalibrationText:
         shape = pieces(share, settings.length)
         self._say(f"the dense model writes {shape[0]} × {shape[1]} tokens, {at_once} texts together")
         with whole_model(self._model, device, dtype):
-            written = generate(self._model, device, *shape, settings.seed, at_once, self._say)
-        tokens = written.flatten()[: share * settings.length].view(share, settings.length).clone()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # Pruning allocates other sizes.
+            tokens = joined(self._model, device, share, settings.length, settings.seed, at_once, self._say)
         if distributed.is_first():
             path = journal.folder / _FILE
             with out.writing(path):

@@ -102,6 +102,27 @@ def keys_and_values(text: PretrainedConfig) -> int:
     return 2 * (getattr(text, "num_key_value_heads", None) or heads) * width
 
 
+def joined(
+    source: SourceModel,
+    device: torch.device,
+    samples: int,
+    length: int,
+    seed: int,
+    at_once: int,
+    say: Callable[[str], None],
+) -> torch.Tensor:
+    """As `generate`, but in `pieces`, which are put together to sequences: a model wanders off from its own words, and
+    keys and values of long sequences leave room for few.
+
+    Returns:
+        int64 (samples, length), on every rank, in host memory.
+    """
+    written = generate(source, device, *pieces(samples, length), seed, at_once, say)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # What comes next allocates other sizes.
+    return written.flatten()[: samples * length].view(samples, length).clone()
+
+
 @torch.no_grad()
 def generate(
     source: SourceModel,

@@ -13,7 +13,7 @@ import transformers
 import vllm_spense
 from offline_prune.calibration.context_length import within_context
 from offline_prune.calibration.data import check_vocabulary
-from offline_prune.calibration.generated import generate
+from offline_prune.calibration.generated import joined
 from offline_prune.calibration.mixture import GENERATED, drawn, mixed, shares
 from offline_prune.checkpoint.journal import Journal, Say
 from offline_prune.checkpoint.output_folder import OutputFolder, require_apart
@@ -186,7 +186,7 @@ class _Run:
         if written:
             shape = written, settings.length
             with self.profiler.stage("text"):
-                parts[GENERATED] = generate(
+                parts[GENERATED] = joined(
                     self.teacher, self.device, *shape, settings.seed, plan.written_at_once, self.say
                 )
             teacher.spread()

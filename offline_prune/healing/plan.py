@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from offline_prune.calibration.generated import Writer, keys_and_values
+from offline_prune.calibration.generated import Writer, keys_and_values, pieces
 from offline_prune.calibration.mixture import GENERATED, shares
 from offline_prune.checkpoint.verify import Checkpoint
 from offline_prune.healing.loss import COPIES, chunk_tokens
@@ -37,7 +37,7 @@ class HealPlan:
         activations: what gradients need, of the tokens that pass through together.
         logits: one chunk's, of both models.
         generation: the whole teacher and its KV cache, before training begins; 0 where it writes no text.
-        written_at_once: sequences that the teacher then writes together.
+        written_at_once: texts that the teacher then writes together.
         best: the best weights so far, in host memory.
         disk: the checkpoint and two states of training, of all ranks together.
     """
@@ -176,14 +176,15 @@ class _Sizes:
         unsplit = self.block * (self.itemsize + 4) if ranks > 1 else self.largest * self.itemsize
         share = -(-self.trained // ranks)
         written = shares(settings.sources, settings.samples).get(GENERATED, 0)
-        at_once = self.writer.at_once(written, settings.length, self.device, self.room) if self.writer else 0
+        texts, length = pieces(written, settings.length)
+        at_once = self.writer.at_once(texts, length, self.device, self.room) if self.writer else 0
         return HealPlan(
             models=2 * ((self.whole + -(-self.split // ranks)) * self.itemsize + gathered),
             gradients=4 * share + unsplit,
             optimizer=int((4 + 1 + _MOMENTS[settings.optimizer]) * share),
             activations=kept + one + 4 * tokens * self.hidden * self.itemsize,
             logits=4 * COPIES * self.vocabulary * min(tokens, chunk_tokens(self.vocabulary, self.device)),
-            generation=self.writer.bytes(at_once, settings.length) if self.writer else 0,
+            generation=self.writer.bytes(at_once, length) if self.writer else 0,
             written_at_once=at_once,
             best=-(-self.stored // ranks),
             disk=self.checkpoint + int(2 * self.trained * (4 + _MOMENTS[settings.optimizer])) + 2 * self.stored,

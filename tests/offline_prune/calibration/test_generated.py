@@ -62,7 +62,7 @@ def test_half_is_written_and_a_resumed_run_ends_with_equal_bytes(
     assert annotation.calibration.source == f"{text} + generated"
     cut_off(llama, tmp_path / "out", text, 1, **options)
     assert kept(tmp_path / "out").shape == (4, 24)
-    monkeypatch.setattr("offline_prune.text.generate", refuse)
+    monkeypatch.setattr("offline_prune.text.joined", refuse)
     run(llama, tmp_path / "out", text, resume=True, **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     run(llama, tmp_path / "out", text, resume=True, **options)
@@ -89,7 +89,7 @@ def test_what_was_written_is_kept_before_any_block_is(
         return stream(self, tokens, *others)
 
     monkeypatch.setattr(pipeline._Run, "_stream", noted)
-    monkeypatch.setattr("offline_prune.text.generate", refuse)
+    monkeypatch.setattr("offline_prune.text.joined", refuse)
     run(llama, tmp_path / "out", text, resume=True, **options)
     assert torch.equal(taken[0], written)
 
@@ -194,7 +194,7 @@ def test_by_default_a_model_too_large_for_the_device_writes_nothing_and_that_is_
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("offline_prune.text.whole_memory", lambda _: 1 << 20)
-    monkeypatch.setattr("offline_prune.text.generate", refuse)
+    monkeypatch.setattr("offline_prune.text.joined", refuse)
     said: list[str] = []
     settings = PruneSettings(str(llama), tmp_path / "out", "magnitude", device="cpu", **SIZES)
     prune(settings, say=said.append)
