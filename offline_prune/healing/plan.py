@@ -117,6 +117,8 @@ def _others(settings: HealSettings, ranks: int, device: torch.device) -> Iterato
     """What may need less: as a person would say it, the settings, how many ranks."""
     least = replace(settings, batch_tokens=settings.length)
     small = replace(least, optimizer=Optimizer.ADAMW8BIT)
+    if GENERATED in settings.sources and (others := tuple(name for name in settings.sources if name != GENERATED)):
+        yield " ".join(f"--calibration {name}" for name in others), replace(settings, calibration=others), ranks
     yield f"--batch-tokens {settings.length}", least, ranks
     if not settings.checkpointing:
         yield "--checkpointing", replace(settings, checkpointing=True), ranks
@@ -177,14 +179,15 @@ class _Sizes:
         share = -(-self.trained // ranks)
         written = shares(settings.sources, settings.samples).get(GENERATED, 0)
         texts, length = pieces(written, settings.length)
-        at_once = self.writer.at_once(texts, length, self.device, self.room) if self.writer else 0
+        writer = self.writer if written else None
+        at_once = writer.at_once(texts, length, self.device, self.room) if writer else 0
         return HealPlan(
             models=2 * ((self.whole + -(-self.split // ranks)) * self.itemsize + gathered),
             gradients=4 * share + unsplit,
             optimizer=int((4 + 1 + _MOMENTS[settings.optimizer]) * share),
             activations=kept + one + 4 * tokens * self.hidden * self.itemsize,
             logits=4 * COPIES * self.vocabulary * min(tokens, chunk_tokens(self.vocabulary, self.device)),
-            generation=self.writer.bytes(at_once, length) if self.writer else 0,
+            generation=writer.bytes(at_once, length) if writer else 0,
             written_at_once=at_once,
             best=-(-self.stored // ranks),
             disk=self.checkpoint + int(2 * self.trained * (4 + _MOMENTS[settings.optimizer])) + 2 * self.stored,
