@@ -114,7 +114,9 @@ def real_rows(options: argparse.Namespace) -> Iterator[Row]:
     with tempfile.TemporaryDirectory(dir=options.folder) as own:
         for method in options.methods:
             out = Path(distributed.broadcast_from_first(lambda own=own: own)) / "pruned"
-            report = prune(settings_for(options.model, out, method, options.samples, options), say=say)
+            report = prune(
+                settings_for(options.model, out, method, options.samples, options.length, options.device), say=say
+            )
             yield {
                 **about(report, options.model.name, method, len(report.blocks), report.blocks),
                 "projected_minutes": report.seconds / 60,
@@ -135,11 +137,11 @@ def shape_rows(options: argparse.Namespace, device: torch.device) -> Iterator[Ro
                 yield measure(model, shape, method, profile, once, options)
 
 
-def write_model(folder: Path, shape: str, blocks: int, device: torch.device) -> Path:
+def write_model(folder: Path, shape: str, blocks: int, device: torch.device, vocabulary: int = VOCABULARY) -> Path:
     """Writes a model of random BF16 weights that keep activations about as large as 1, one safetensors file a block."""
     folder.mkdir()
     generator = torch.Generator(device).manual_seed(0)
-    for file, shapes in configure(folder, shape, blocks).items():
+    for file, shapes in configure(folder, shape, blocks, vocabulary).items():
         tensors = {}
         for name, size in shapes.items():
             tensor = torch.ones(size, dtype=torch.bfloat16, device=device)
@@ -151,13 +153,13 @@ def write_model(folder: Path, shape: str, blocks: int, device: torch.device) -> 
     return folder
 
 
-def configure(folder: Path, shape: str, blocks: int) -> dict[str, dict[str, torch.Size]]:
+def configure(folder: Path, shape: str, blocks: int, vocabulary: int = VOCABULARY) -> dict[str, dict[str, torch.Size]]:
     """Makes the folder a model of so many blocks, the first of those that are written.
 
     Returns:
         File → its tensors' names and shapes.
     """
-    config = {**ALL_SHAPES[shape], "num_hidden_layers": blocks, "vocab_size": VOCABULARY}
+    config = {**ALL_SHAPES[shape], "num_hidden_layers": blocks, "vocab_size": vocabulary}
     (folder / "config.json").write_text(json.dumps(config | {"bos_token_id": 0, "eos_token_id": 1}))
     files: dict[str, dict[str, torch.Size]] = {}
     for name, parameter in empty_model(folder).named_parameters():
@@ -185,15 +187,15 @@ def stored_shapes(name: str, size: torch.Size) -> Iterator[tuple[str, torch.Size
         yield f"{path}.{expert}.{part}.weight", torch.Size((height // len(parts), width))
 
 
-def settings_for(model: Path, out: Path, method: str, samples: int, options: argparse.Namespace) -> PruneSettings:
+def settings_for(model: Path, out: Path, method: str, samples: int, length: int, device: str) -> PruneSettings:
     return PruneSettings(
         str(model),
         out,
         method=method,
         calibration="builtin",
         samples=samples,
-        length=options.length,
-        device=options.device,
+        length=length,
+        device=device,
         overwrite=True,
     )
 
@@ -210,7 +212,7 @@ def warm_up(model: Path, shape: str, method: str, options: argparse.Namespace) -
         options.samples,
         max(options.samples // 8 // deterministic_reduce.MAX_SHARDS, 1) * deterministic_reduce.MAX_SHARDS,
     )
-    settings = settings_for(model, model.with_name("pruned"), method, samples, options)
+    settings = settings_for(model, model.with_name("pruned"), method, samples, options.length, options.device)
     first, second = prune(settings, say=lambda _: None, tokens=random_tokens(settings)).blocks
     say(f"{method}: two blocks to warm up, {first.seconds:.1f} and {second.seconds:.1f} s")
     return max(first.seconds - second.seconds, 0.0)
@@ -219,7 +221,7 @@ def warm_up(model: Path, shape: str, method: str, options: argparse.Namespace) -
 def measure(model: Path, shape: str, method: str, profile: bool, once: float, options: argparse.Namespace) -> Row:
     """Prunes the model and returns a row of the result; `once` is the seconds that a process pays at its beginning."""
     device = pick_device(options.device)
-    settings = settings_for(model, model.with_name("pruned"), method, options.samples, options)
+    settings = settings_for(model, model.with_name("pruned"), method, options.samples, options.length, options.device)
     kernels = Kernels(device if profile else None)
     before: dict[str, float] = {}
     aside = 0.0

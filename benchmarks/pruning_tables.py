@@ -64,6 +64,27 @@ def prune_sentence(result: Result) -> list[str]:
     return [f"Pruning Qwen3-32B's shape on {text} takes one {gpu} {times}, projected from whole blocks."]
 
 
+def heal(result: Result) -> list[str]:
+    """What healing takes."""
+    lines = (
+        [
+            row["shape"],
+            row["gpus"],
+            f"{row['layers_measured']} of {row['layers']}",
+            f"{row['step_s']:.2f}",
+            f"{row['tokens_per_s']:.0f}",
+            f"{row['written_at_once']}",
+            f"{row['batch_of_texts_s']:.0f}",
+            f"{row['projected_minutes']:.1f}" if row["projected_minutes"] else "",
+            f"{row['peak_gib']:.1f} of {row['planned_gib']:.1f}",
+        ]
+        for row in result["rows"]
+    )
+    headings = ["shape", "GPUs", "layers", "a step, s", "tokens/s", "texts at once", "writing them, s"]
+    headings += ["a default run, min", "GiB of plan"]
+    return [*markdown(headings, lines), "", source(result)]
+
+
 def first_run(result: Result) -> list[str]:
     """The README's sentence."""
     [row] = result["rows"]

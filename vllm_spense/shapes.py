@@ -46,6 +46,19 @@ _QWEN3 = {
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "qwen3-32b": _COMMON | _QWEN3 | {"intermediate_size": 25600, "num_hidden_layers": 64, "num_attention_heads": 64},
     "qwen3-14b": _COMMON | _QWEN3 | {"intermediate_size": 17408, "num_hidden_layers": 40, "num_attention_heads": 40},
+    "qwen2.5-1.5b": _COMMON
+    | _QWEN3
+    | {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": True,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+    },
     "seed-oss-36b": _COMMON
     | {
         "architectures": ["SeedOssForCausalLM"],
