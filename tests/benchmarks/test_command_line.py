@@ -51,7 +51,7 @@ def paths(tmp_path: Path) -> dict[str, Path]:
 
 def said(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
     """The last line of a program that refuses its arguments."""
-    if module == "gemm_sweep":
+    if module in ("gemm_sweep", "gemm_clocks"):
         pytest.importorskip("nvmath", reason="needs NVIDIA's libraries")
     monkeypatch.setattr(sys, "argv", [module, *arguments])
     with pytest.raises(SystemExit) as end:
@@ -189,7 +189,7 @@ def test_errors_of_a_program_are_one_line() -> None:
 
 @pytest.mark.parametrize("module", ["expert_gemm", "expert_mixture", "gemm_sweep", "layer_breakdown", "mma_limits"])
 def test_without_a_gpu_one_line_says_so(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if module == "gemm_sweep":
+    if module in ("gemm_sweep", "gemm_clocks"):
         pytest.importorskip("nvmath", reason="needs NVIDIA's libraries")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", [module, "--out", str(tmp_path / "x.json")])
