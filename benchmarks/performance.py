@@ -141,6 +141,7 @@ TABLES: Mapping[str, tuple[str, Callable[..., list[str]]]] = {
     "rounding": ("accuracy-smollm2-rounding", quality_results.quality),
     "rounding_added": ("accuracy-smollm2-rounding", quality_results.rounding),
     "learned": ("learned-smollm2", quality_results.quality),
+    "learned_patch": ("learned-patch", quality_results.quality),
     "tasks": ("tasks", quality_results.tasks),
     "tasks_coder": ("tasks-coder-pruned tasks-coder-healed-25 tasks-coder-healed-37.5", quality_results.tasks),
     "tasks_default": ("tasks-coder-default-25 tasks-coder-default-healed-37.5", quality_results.tasks),
