@@ -183,6 +183,7 @@ class _Run:
                 parts = distributed.broadcast_from_first(self._drawn)
         with self.profiler.stage("load"):
             teacher = Language(self.teacher, self.device, self.dtype, context, whole=bool(written))
+            teacher.check_logits()  # Before it writes, which takes longer.
         if written:
             shape = written, settings.length
             with self.profiler.stage("text"):
@@ -197,7 +198,7 @@ class _Run:
             student = Language(
                 self.student, self.device, self.dtype, context, trained=self.names, checkpointing=settings.checkpointing
             )
-            student.check_logits(tokens)
+            student.check_logits()
             weights = trained_weights(student, self.checkpoint, self.names, self.device)
         training = Training(teacher, student, weights, split(tokens, settings), self.steps, settings)
         if history:
