@@ -147,6 +147,9 @@ def generate(
 
     Returns:
         int64 (samples, length), on every rank, in host memory.
+
+    Raises:
+        SpenseError: the model's own code fails.
     """
     ranks, rank = distributed.size(), distributed.rank()
     share = -(-samples // ranks)
@@ -165,18 +168,7 @@ def generate(
         torch.manual_seed(seed * 1_000_003 + rank)
         for start in range(0, share, at_once):
             prompts = _prompts(source.tokenizer, min(at_once, share - start), random, length)
-            found = model.generate(
-                input_ids=prompts.to(device),
-                attention_mask=torch.ones_like(prompts).to(device),
-                max_new_tokens=length - prompts.shape[1],
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-            done.append(found)
+            done.append(_continued(model, prompts.to(device), length))
             count = min(start + at_once, share)
             left = (time.perf_counter() - began) / count * (share - count) / 60
             say(f"{count} of {share} sequences written" + (f", {left:.1f} minutes left" if left else ""))
@@ -186,6 +178,30 @@ def generate(
     parts = [torch.empty_like(mine) for _ in range(ranks)]
     dist.all_gather(parts, mine)
     return torch.cat(parts)[:samples].cpu()
+
+
+def _continued(model: Any, prompts: torch.Tensor, length: int) -> torch.Tensor:
+    """Sequences that begin with these: int64 (n, length) of (n, fewer), on the same device."""
+    try:
+        return model.generate(
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=length - prompts.shape[1],
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # Whatever the code of a model raises, above all what it brings along itself.
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise SpenseError(
+            f"--calibration generated: {type(model).__name__} cannot write here, {type(error).__name__}: {reason}; "
+            "--calibration builtin --calibration builtin-code does without"
+        ) from error
 
 
 def _prompts(tokenizer: PreTrainedTokenizerBase, count: int, random: torch.Generator, length: int) -> torch.Tensor:

@@ -217,7 +217,7 @@ class CheckpointWriter:
             self._background.shutdown()
             if not ended and self.journal.begun:
                 finished = f" ({len(self.journal.parts)} parts)" if self.journal.parts else ""
-                self._say(f"what is finished is kept{finished}; --resume goes on from there")
+                self._say(f"what was saved is kept{finished}; --resume goes on from there")
 
     def _wait(self) -> None:
         if self._last:

@@ -12,13 +12,14 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
+from offline_prune.calibration.data import check_vocabulary
 from offline_prune.model.loading import SourceModel
 from offline_prune.model.whole import around_blocks
 from offline_prune.runtime import distributed
 from vllm_spense.errors import SpenseError
 
-#: Tokens on which the head is tried, and how far logits may be off, relative to the largest.
-_TRIED, _TOLERANCE = 8, 1e-2
+#: On which the head is tried, and how far logits may be off, relative to the largest.
+_TRIED, _TOLERANCE = "A few words.", 1e-2
 
 
 class Language:
@@ -87,13 +88,11 @@ class Language:
         return found if self._cap is None else torch.tanh(found / self._cap) * self._cap
 
     @torch.no_grad()
-    def check_logits(self, tokens: torch.Tensor) -> None:
-        """Raises SpenseError where the model's own logits are others than `logits`.
-
-        Args:
-            tokens: int64 (n, length), of which a few are tried.
-        """
-        few = tokens[:1, :_TRIED].to(self.device)
+    def check_logits(self) -> None:
+        """Raises SpenseError where the model's own logits are others than `logits`."""
+        few = torch.tensor([self.source.tokenizer(_TRIED, add_special_tokens=False)["input_ids"]])
+        check_vocabulary(few, self.head.out_features)
+        few = few.to(self.device)
         expected = self.source.skeleton(input_ids=few, use_cache=False).logits[0].float()
         found = self.logits(self.hidden(few))
         if found.shape != expected.shape or (found - expected).abs().max() > _TOLERANCE * expected.abs().max():

@@ -36,6 +36,8 @@ from offline_prune.runtime.profiler import Profiler
 from offline_prune.text import default_sources
 from vllm_spense.errors import SpenseError
 
+#: Nats from the teacher that even a small model at 50%, pruned by magnitude, does not lose.
+_SUSPICIOUS = 5.0
 #: Settings that a resumed run may have others of.
 _MAY_DIFFER = ("pruned", "out", "teacher", "rate", "device", "save_minutes", "overwrite", "resume", "trust_remote_code")
 
@@ -135,7 +137,7 @@ class _Run:
                 self.say("all of it was finished by an earlier run")
                 return self.report
             training = self._training(states, plan, context)
-            training.run(lambda: states.save(training), self.progress)
+            training.run(lambda: self._save(states, training), self.progress)
             self.report.history = training.history
             with self.profiler.stage("write"):
                 finished = set(journal.finished)
@@ -149,6 +151,15 @@ class _Run:
                 "are written unchanged; try more text, text like what is served, or a lower --rate"
             )
         return self.report
+
+    def _save(self, states: SavedStates, training: Training) -> None:
+        history = training.history
+        if history.step == 0 and history.heldout[0][1] > _SUSPICIOUS:
+            self.say(
+                f"KL {history.heldout[0][1]:.2f} before the first step: is {self.settings.teacher} the model that "
+                f"{self.settings.pruned} was made from?"
+            )
+        states.save(training)
 
     def _plan(self) -> HealPlan:
         return heal_plan(self.student, self.checkpoint, self.names, self.settings, self.device, self.dtype)
@@ -183,6 +194,7 @@ class _Run:
                 parts = distributed.broadcast_from_first(self._drawn)
         with self.profiler.stage("load"):
             teacher = Language(self.teacher, self.device, self.dtype, context, whole=bool(written))
+            teacher.check_logits()  # Before it writes, which takes longer.
         if written:
             shape = written, settings.length
             with self.profiler.stage("text"):
@@ -197,7 +209,7 @@ class _Run:
             student = Language(
                 self.student, self.device, self.dtype, context, trained=self.names, checkpointing=settings.checkpointing
             )
-            student.check_logits(tokens)
+            student.check_logits()
             weights = trained_weights(student, self.checkpoint, self.names, self.device)
         training = Training(teacher, student, weights, split(tokens, settings), self.steps, settings)
         if history:

@@ -67,7 +67,7 @@ def require_optimizer(optimizer: Optimizer) -> None:
     """Raises SpenseError where its library is missing."""
     if optimizer is Optimizer.ADAMW8BIT and importlib.util.find_spec(_TORCHAO) is None:
         raise SpenseError(
-            f"--optimizer: {optimizer} needs {_TORCHAO}, which is not installed; pip install 'vllm-spense[heal]' "
+            f"--optimizer: {optimizer} needs {_TORCHAO}, which is not installed; pip install '.[heal]' "
             f"brings it, and {Optimizer.ADAMW} does without"
         )
 

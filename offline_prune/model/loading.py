@@ -121,7 +121,16 @@ class SourceModel:
 
     @cached_property
     def head_name(self) -> str | None:
-        """Full name of the output head, normally `lm_head`; None where the model has none."""
+        """Full name of the output head, normally `lm_head`; None where the model has none, or its files nothing for it,
+        as `AutoModel` writes them.
+        """
+        name, embedding = self._head_module, cast(nn.Embedding, self.text.get_input_embeddings())
+        if name is None or self.module(name).weight is embedding.weight:
+            return name
+        return name if self._stands_for(f"{name}.weight") or self.tensors.parts_of(name) else None
+
+    @cached_property
+    def _head_module(self) -> str | None:
         head = self.skeleton.get_output_embeddings()
         return next((name for name, module in self.skeleton.named_modules() if module is head), None)
 
@@ -218,7 +227,7 @@ class SourceModel:
         return [
             (key, parameter)
             for key, parameter in parameters
-            if not self._inside_a_block(key) and key.rpartition(".")[0] != self.head_name
+            if not self._inside_a_block(key) and key.rpartition(".")[0] != self._head_module
         ]
 
     def _around(self, whole: bool) -> tuple[nn.Module, str]:

@@ -18,10 +18,9 @@ def output_head(source: SourceModel) -> nn.Linear:
     Raises:
         SpenseError: the model has none.
     """
-    head = source.skeleton.get_output_embeddings()
-    if head is None:
+    if source.head_name is None:
         raise SpenseError(f"{source.folder}: found no output head, so this model has no logits")
-    return cast(nn.Linear, head)
+    return cast(nn.Linear, source.module(source.head_name))
 
 
 @contextmanager

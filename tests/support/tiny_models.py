@@ -33,7 +33,8 @@ FAMILIES = {
     "seed-oss": ("SeedOssConfig", {"head_dim": 16}),
     "gemma2": ("Gemma2Config", {"head_dim": 16, "sliding_window": 16}),
     "gemma3": ("Gemma3TextConfig", {"head_dim": 16, "sliding_window": 16}),
-    "granite": ("GraniteConfig", {"residual_multiplier": 0.5}),
+    "granite": ("GraniteConfig", {"residual_multiplier": 0.5, "logits_scaling": 0.5}),
+    "cohere": ("CohereConfig", {"logit_scale": 0.5}),
     "phi3": ("Phi3Config", {}),
 }
 UNSUPPORTED = {

@@ -8,7 +8,8 @@ from functools import cache
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-_parents: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+#: Module → where it was registered, first to last. Neither side is kept alive.
+_parents: weakref.WeakKeyDictionary[nn.Module, weakref.WeakKeyDictionary[nn.Module, None]] = weakref.WeakKeyDictionary()
 _registered = 0
 
 
@@ -22,13 +23,18 @@ def _note_parent(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     global _registered
     _registered += 1
     if child is not None:
-        _parents[child] = weakref.ref(parent)
+        _parents.setdefault(child, weakref.WeakKeyDictionary())[parent] = None
 
 
 def parent_of(module: nn.Module | None) -> nn.Module | None:
-    """None for a module that is in none, or was registered before `note_parents`."""
-    noted = None if module is None else _parents.get(module)
-    return None if noted is None else noted()
+    """The first module that a module was registered in of those that hold it still: neither a slice of a `ModuleList`,
+    which registers its layers anew, nor what has put another module in its place.
+
+    Returns:
+        None for a module that is in none, or was registered before `note_parents`.
+    """
+    noted = () if module is None else _parents.get(module, ())
+    return next((parent for parent in noted if any(child is module for child in parent.children())), None)
 
 
 def registered() -> int:

@@ -63,10 +63,13 @@ def check_engine(annotation: Annotation, engine: VllmConfig) -> None:
                 "Spense keeps the weights of pruned layers in GPU memory and cannot offload them to the host "
                 f"(key: {option}; found: {found}; expected: 0)"
             )
-    if engine.compilation_config.cudagraph_mode is CUDAGraphMode.FULL and current_platform.is_cuda():
+    # Eager engines capture nothing, whatever the mode.
+    full = engine.compilation_config.cudagraph_mode is CUDAGraphMode.FULL and not engine.model_config.enforce_eager
+    if full and current_platform.is_cuda():
         raise SpenseError(
-            "what vLLM 0.26 answers in this mode on a GPU is garbled, without Spense too (key: cudagraph_mode; found: "
-            "FULL; expected: FULL_AND_PIECEWISE, the default | FULL_DECODE_ONLY | PIECEWISE | NONE)"
+            "what vLLM 0.26 answers in this mode on a GPU is garbled, without Spense too; vLLM also takes it where "
+            "splitting_ops is empty or fuse_attn_quant is set (key: cudagraph_mode; found: FULL; expected: "
+            "FULL_AND_PIECEWISE, the default | FULL_DECODE_ONLY | PIECEWISE | NONE)"
         )
     for module in annotation.modules:
         shard(annotation.regions(module), 0, size, module)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from runs import contents, cut_off, run
 from seeing_models import seeing_model
 from tiny_models import tiny_model
@@ -168,6 +169,41 @@ def test_a_model_that_cannot_write_is_refused(
     with pytest.raises(SpenseError, match="--calibration: LlamaForCausalLM has no way to generate text; name another"):
         run(llama, tmp_path / "out", text, calibration="generated", **SIZES)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_models_own_code_raises_is_one_line(
+    llama: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def old(*_: Any, **__: Any) -> None:
+        raise AttributeError("no get_max_length\nin this cache")
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "_sample", old)
+    with pytest.raises(SpenseError) as error:
+        run(llama, tmp_path / "out", text, calibration="generated", **SIZES)
+    assert str(error.value) == (
+        "--calibration generated: LlamaForCausalLM cannot write here, AttributeError: no get_max_length; --calibration "
+        "builtin --calibration builtin-code does without"
+    )
+
+
+def test_attention_is_not_cudnns_while_a_model_writes(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which makes a plan for every length."""
+    source, backends = SourceModel(str(llama)), torch.backends.cuda
+    found: list[tuple[bool, ...]] = []
+
+    def allowed() -> tuple[bool, ...]:
+        others = (backends.flash_sdp_enabled(), backends.mem_efficient_sdp_enabled(), backends.math_sdp_enabled())
+        return backends.cudnn_sdp_enabled(), *others
+
+    def noted(*_: Any, **__: Any) -> torch.Tensor:
+        found.append(allowed())
+        return torch.zeros(3, 12)
+
+    before = allowed()
+    monkeypatch.setattr(source.skeleton, "generate", noted)
+    assert generate(source, CPU, 3, 12, 0, 3, lambda _: None).shape == (3, 12)
+    assert found == [(False, True, True, True)]
+    assert allowed() == before
 
 
 def source_of(out: Path) -> str:

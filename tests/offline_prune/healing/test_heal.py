@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from heal_runs import Pair, cut_off, healed, make_pair, settings
-from runs import run
+from runs import Cut, run
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 from torch import nn
@@ -20,8 +20,11 @@ from offline_prune.calibration.data import calibration_tokens
 from offline_prune.checkpoint.evaluate import load_dense
 from offline_prune.checkpoint.output_folder import PARTIAL
 from offline_prune.checkpoint.verify import open_checkpoint, verify
-from offline_prune.healing import pipeline
+from offline_prune.healing import pipeline, training
+from offline_prune.healing.plan import heal_plan
 from offline_prune.healing.text import split
+from offline_prune.healing.weights import trained_names
+from offline_prune.model.loading import SourceModel
 from vllm_spense.format import KEY, PERMUTATION
 
 #: Family, how it is pruned, how it is healed.
@@ -29,7 +32,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "fp8": ("llama", {}, {}),
     "unquantized, fused": ("phi3", {"quantize": "none"}, {}),
     "soft-capped logits, all": ("gemma2", {}, {"train": "all", "checkpointing": False}),
-    "scaled logits": ("granite", {}, {}),
+    "divided logits": ("granite", {}, {}),
+    "multiplied logits": ("cohere", {}, {}),
 }
 
 
@@ -137,6 +141,16 @@ def test_what_gets_worse_is_not_written(pair: Pair, tmp_path: Path) -> None:
     assert all(same_bytes(old[name], new[name]) for name in old)
 
 
+def test_a_student_far_from_its_teacher_is_said(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another model of the same sizes, perhaps: their weights cannot tell."""
+    said: list[str] = []
+    heal(settings(pair, tmp_path / "near", samples=16), say=said.append)
+    assert "before the first step" not in " ".join(said)
+    monkeypatch.setattr(pipeline, "_SUSPICIOUS", 0.0)
+    report = heal(settings(pair, tmp_path / "far", samples=16), say=said.append)
+    assert f"KL {report.before:.2f} before the first step: is {pair.teacher} the model that {pair.pruned}" in said[-1]
+
+
 def test_a_teacher_writes_half_of_the_text(pair: Pair, tmp_path: Path) -> None:
     said: list[str] = []
     sources = str(pair.text), "generated"
@@ -148,17 +162,52 @@ def test_a_teacher_writes_half_of_the_text(pair: Pair, tmp_path: Path) -> None:
 
 
 def test_the_default_text_is_that_of_pruning(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the teacher has room to write. It needs no network."""
+    """Where the teacher has room to write, in pieces. It needs no network."""
+    monkeypatch.setattr("offline_prune.calibration.generated.PIECE", 10)
     said: list[str] = []
     few = {"calibration": None, "samples": 12, "length": 16, "step_tokens": 64}
     heal(settings(pair, tmp_path / "out", **few), say=said.append)
     recorded = open_checkpoint(tmp_path / "out").annotation.settings
     assert recorded["healed_text"] == "builtin + builtin-code + generated"
-    assert "4 of 4 sequences written" in said
+    assert [line for line in said if "written" in line] == ["7 of 7 sequences written"], "4 × 16 tokens"
     monkeypatch.setattr("offline_prune.text.whole_memory", lambda device: 0)
     heal(settings(pair, tmp_path / "alone", **few), say=said.append)
     assert open_checkpoint(tmp_path / "alone").annotation.settings["healed_text"] == "builtin + builtin-code"
     assert "builtin and builtin-code alone, because the dense model needs" in " ".join(said)
+
+
+def test_the_plan_counts_the_teacher_with_all_texts_that_it_writes_together(pair: Pair, tmp_path: Path) -> None:
+    student, checkpoint = SourceModel(str(pair.pruned), as_stored=True), open_checkpoint(pair.pruned)
+    options = settings(pair, tmp_path / "out", calibration="generated", samples=9, length=600)
+    names = trained_names(student, checkpoint, options.train)
+    found = heal_plan(student, checkpoint, names, options, torch.device("cpu"), torch.float32)
+    assert found.written_at_once == 11, "9 × 600 tokens in texts of 512"
+    weights = sum(parameter.numel() for parameter in student.skeleton.parameters())
+    cache = 11 * 512 * 2 * 2 * 2 * 16  # Two blocks, keys and values, of two heads.
+    assert found.generation == 4 * (weights + cache) + 16 * 11 * 258
+    assert heal_plan(student, checkpoint, names, settings(pair, tmp_path), found.device, torch.float32).generation == 0
+
+
+def test_a_gpu_repeats_its_bits_only_while_it_trains() -> None:
+    """What torch is set to is as before afterwards, also where training fails. Memory is not filled meanwhile."""
+    fills: Any = torch.utils.deterministic
+    seen: list[tuple[bool, bool]] = []
+
+    def look() -> None:
+        seen.append((torch.are_deterministic_algorithms_enabled(), fills.fill_uninitialized_memory))
+
+    def fail(device: str) -> None:
+        with training._repeatable(torch.device(device)):
+            look()
+            raise Cut
+
+    look()
+    for device in ("cuda", "cpu"):
+        with pytest.raises(Cut):
+            fail(device)
+        look()
+    unset, on_a_gpu = (False, True), (True, False)
+    assert seen == [unset, on_a_gpu, unset, unset, unset]
 
 
 def test_generated_text_is_drawn_from_the_teachers_own_distribution(pair: Pair, tmp_path: Path) -> None:

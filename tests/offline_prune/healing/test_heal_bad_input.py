@@ -108,7 +108,7 @@ def test_a_missing_library_is_one_line(pair: Pair, tmp_path: Path, monkeypatch: 
     with pytest.raises(SpenseError) as error:
         healed(pair, tmp_path / "out", optimizer="adamw8bit")
     assert str(error.value) == (
-        "--optimizer: adamw8bit needs torchao, which is not installed; pip install 'vllm-spense[heal]' brings it, and "
+        "--optimizer: adamw8bit needs torchao, which is not installed; pip install '.[heal]' brings it, and "
         "adamw does without"
     )
 
@@ -148,15 +148,16 @@ def test_a_teacher_without_room_to_write_leaves_the_other_sources(
         healed(pair, tmp_path / "out", calibration="generated")
 
 
-def test_logits_that_are_made_otherwise_are_refused(
+def test_logits_that_are_made_otherwise_are_refused_before_text_is_written(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from offline_prune.healing.models import Language
 
+    monkeypatch.setattr(pipeline, "joined", lambda *_: pytest.fail("the teacher wrote"))
     logits = Language.logits
     monkeypatch.setattr(Language, "logits", lambda self, hidden: 2 * logits(self, hidden))
     with pytest.raises(SpenseError, match="LlamaForCausalLM: what it makes of its output head's result is not known"):
-        healed(pair, tmp_path / "out")
+        healed(pair, tmp_path / "out", calibration="generated")
 
 
 def test_the_command(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -165,8 +166,7 @@ def test_the_command(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     from offline_prune import cli
 
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    options = ["--teacher", pair.teacher, "--calibration", pair.text, "--samples", 32, "--length", 64]
-    options += ["--step-tokens", 256, "--device", "cpu"]
+    options = ["--teacher", pair.teacher, "--samples", 32, "--length", 64, "--step-tokens", 256, "--device", "cpu"]
     for out, code in ((pair.pruned, 1), (tmp_path / "out", 0)):
         with pytest.raises(SystemExit) as end:
             cli.main(list(map(str, ["heal", pair.pruned, out, *options])))
@@ -175,4 +175,6 @@ def test_the_command(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "error: OUT is" in said.err
     assert "14 of 14 steps, after" in said.err
     assert "KL(teacher ‖ student) on 64 held-out tokens" in said.out
-    assert json.loads((tmp_path / "out/report.json").read_text())["steps"] == 14
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["steps"] == 14
+    assert report["settings"]["calibration"] == ["builtin", "builtin-code", "generated"]

@@ -21,6 +21,8 @@ from benchmarks.zoo import Architecture, tiny_model
 from offline_prune.checkpoint.verify import open_checkpoint, verify
 from offline_prune.model.loading import SourceModel
 from offline_prune.model.safetensors_reader import SafetensorsReader
+from offline_prune.pipeline import prune
+from offline_prune.settings import PruneSettings
 from vllm_spense.errors import SpenseError
 
 KINDS = {
@@ -210,14 +212,20 @@ def test_an_adapter_does_not_travel_along(llama: Path, text: Path, tmp_path: Pat
 
 
 def test_a_checkpoint_of_the_model_without_its_head(llama: Path, text: Path, tmp_path: Path) -> None:
-    """As `AutoModel.save_pretrained` writes it: names without `model.`, and no head."""
+    """As `AutoModel.save_pretrained` writes it: names without `model.`, and no head. By default it cannot write text,
+    and nothing says which channels matter."""
     shutil.copytree(llama, tmp_path / "model")
     tensors = load_file(llama / "model.safetensors")
     bare = {name.removeprefix("model."): t for name, t in tensors.items() if name != "lm_head.weight"}
     save_file(bare, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
     config = json.loads((llama / "config.json").read_text())
     (tmp_path / "model/config.json").write_text(json.dumps({**config, "architectures": ["LlamaModel"]}))
-    run(tmp_path / "model", tmp_path / "out", text)
+    run(tmp_path / "model", tmp_path / "named", text)
+    said: list[str] = []
+    options: dict[str, Any] = {"samples": 8, "length": 64, "tune_steps": 2, "device": "cpu"}
+    prune(PruneSettings(str(tmp_path / "model"), tmp_path / "out", **options), say=said.append)
+    found = [line for line in said if "because the dense model has no way to generate text" in line]
+    assert len(found) == said.count("tuning weighs all channels alike, because the model has no output head") == 1
     verify(tmp_path / "out")
     names = set(SafetensorsReader(tmp_path / "out"))
     assert {name for name in names if not name.endswith("_scale")} == set(bare)

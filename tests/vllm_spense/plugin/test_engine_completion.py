@@ -25,7 +25,9 @@ def engine_of(quant_config: Any, **settings: Any) -> Any:
         offload_config=SimpleNamespace(
             uva=SimpleNamespace(cpu_offload_gb=0), prefetch=SimpleNamespace(offload_group_size=0)
         ),
-        compilation_config=SimpleNamespace(cudagraph_capture_sizes=None, max_cudagraph_capture_size=None),
+        compilation_config=SimpleNamespace(
+            cudagraph_mode=None, cudagraph_capture_sizes=None, max_cudagraph_capture_size=None
+        ),
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from vllm_models import in_plain_model
 
-from vllm_spense.plugin import plain_layer, unpruned_linear
+from vllm_spense.plugin import parents, plain_layer, unpruned_linear
 from vllm_spense.plugin.pairing import NormLink
 from vllm_spense.plugin.parents import note_parents, parent_of
 from vllm_spense.plugin.plain_layer import PLAIN, is_in_plain
@@ -70,6 +70,36 @@ def test_one_that_is_in_no_model(layer: nn.Linear) -> None:
     layers = nn.ModuleList([nn.ModuleDict({"mlp": mlp})])
     assert not is_in_plain(layer)
     assert parent_of(layers) is None
+
+
+def test_a_slice_of_the_layers_is_not_what_they_are_in(model: nn.Module, layer: nn.Linear) -> None:
+    """Models slice their list of layers in each forward pass, which registers the layers in the slice."""
+    decoder_layer = model.layers[0]
+    for _ in range(3):
+        running = model.layers[:1]
+        assert running[0] is decoder_layer
+        assert parent_of(decoder_layer) is model.layers
+        assert is_in_plain(layer)
+    assert list(parents._parents[decoder_layer]) == [model.layers, running], "slices that are gone are forgotten"
+    gone = weakref.ref(model.layers)
+    del model.layers
+    gc.collect()
+    assert gone() is None, "noting it kept it alive"
+    assert parent_of(decoder_layer) is running
+
+
+def test_a_wrapper_is_what_a_layer_is_in_once_it_takes_its_place(layer: nn.Linear) -> None:
+    """As vLLM makes room for LoRA adapters."""
+    mlp = nn.ModuleDict({"gate_up_proj": layer, "act_fn": nn.Identity()})
+    wrapper = nn.ModuleDict({"base_layer": layer})
+    assert parent_of(layer) is mlp
+    mlp["gate_up_proj"] = wrapper
+    assert parent_of(layer) is wrapper
+    assert parent_of(wrapper) is mlp
+    mlp["gate_up_proj"] = layer
+    assert parent_of(layer) is mlp
+    del mlp["gate_up_proj"], wrapper["base_layer"]
+    assert parent_of(layer) is None
 
 
 def test_each_decoder_layer_of_a_model_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

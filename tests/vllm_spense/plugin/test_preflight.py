@@ -72,7 +72,9 @@ def engine(**changes: Any) -> Any:
         lora_config=given["lora_config"],
         load_config=SimpleNamespace(load_format="auto"),
         compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE),
-        model_config=SimpleNamespace(architectures=[given.pop("architecture", "Qwen3MoeForCausalLM")]),
+        model_config=SimpleNamespace(
+            architectures=[given.pop("architecture", "Qwen3MoeForCausalLM")], enforce_eager=False
+        ),
         offload_config=SimpleNamespace(
             uva=SimpleNamespace(cpu_offload_gb=0), prefetch=SimpleNamespace(offload_group_size=0)
         ),
@@ -92,6 +94,8 @@ def test_the_mode_of_cuda_graphs_that_garbles(monkeypatch: pytest.MonkeyPatch) -
                 continue
             with pytest.raises(SpenseError, match=r"key: cudagraph_mode; found: FULL; expected: FULL_AND_PIECEWISE"):
                 check_engine(annotation, given)
+            given.model_config.enforce_eager = True
+            check_engine(annotation, given)
 
 
 def of_experts() -> Annotation:
