@@ -147,7 +147,9 @@ def refuse_unreadable(folder: Path, config: Mapping[str, Any], pruned_too: bool 
             f"{folder}/config.json: quantization_config: found {type(found).__name__}, expected an object"
         )
     if KEY in found and not pruned_too:
-        raise SpenseError(f"{folder}: already quantized and pruned by Spense; prune the original model instead")
+        raise SpenseError(
+            f"{folder}: already quantized and pruned by Spense; expected the dense model that it was made from"
+        )
     if not _is_fp8(found):
         raise SpenseError(
             f"{folder}: already quantized{_method(found)}; prune the original BF16 model instead, or its FP8 version"
