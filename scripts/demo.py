@@ -72,7 +72,7 @@ def show_next(model: Path, checkpoint: Path) -> None:
     """Commands to try on what the demo leaves."""
     dense, pruned_one = (os.path.relpath(folder) for folder in (model, checkpoint))
     for line in (
-        f"The demo prunes with the quick method and little text; `spense prune`'s default, {DEFAULT_METHOD}, loses less.",
+        f"This was the quick method on little text; `spense prune`'s default, {DEFAULT_METHOD}, loses less. Try:",
         "  source .venv/bin/activate",
         f"  spense inspect {pruned_one}",
         f"  spense prune {dense} ./pruned --samples 8 --length 256",

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize(("options", "titles"), [([], [demo.METHOD]), (["--all"], [*demo.PRUNINGS])], ids=str)
 def test_one_method_is_pruned_unless_all_are_asked_for(
-    options: list[str], titles: list[str], monkeypatch: pytest.MonkeyPatch
+    options: list[str], titles: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made: list[Pruning] = []
     compared: list[str] = []
@@ -50,6 +50,7 @@ def test_one_method_is_pruned_unless_all_are_asked_for(
     assert made == [demo.PRUNINGS[title] for title in titles]
     assert compared == [*titles, "server answered"]
     assert served == [Path(demo.SERVED.name)]
+    assert f"  spense inspect {demo.SERVED.name}\n" in capsys.readouterr().out
 
 
 def test_all_methods_are_there_but_the_weakest() -> None:
