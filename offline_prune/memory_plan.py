@@ -54,7 +54,7 @@ class MemoryPlan:
         gradients: all but the blocks of the dense model, and logits of a sequence with their gradients, before pruning
             begins; 0 where tuning weighs all channels alike.
         generation: the whole dense model while it writes calibration text, before all else; 0 where it writes none.
-        written_at_once: sequences that it then writes together.
+        written_at_once: texts that it then writes together.
     """
 
     activations: int

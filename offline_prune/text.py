@@ -1,4 +1,5 @@
-"""The text that `prune` calibrates on: given, drawn from its sources, or written by the dense model."""
+"""The text that `prune` calibrates on: given, drawn from its sources, or written by the dense model. And what `prune` and
+`heal` take where nobody says."""
 
 from __future__ import annotations
 
@@ -57,7 +58,7 @@ def default_sources(
             return DEFAULT_MIXTURE
         why = f"needs {needed / GIB:.2f} GiB to write, and {device} has {room / GIB:.2f} GiB in all"
     say(
-        f"calibration text: {' and '.join(built_in)} alone, because the dense model {why}; what it wrote elsewhere, "
+        f"--calibration: {' and '.join(built_in)} alone, because the dense model {why}; what it wrote elsewhere, "
         "as another --calibration, helps on text unlike docstrings and code"
     )
     return built_in
@@ -144,8 +145,6 @@ class CalibrationText:
     ) -> torch.Tensor:
         settings = self._settings
         share = settings.shares[GENERATED]
-        shape = pieces(share, settings.length)
-        self._say(f"the dense model writes {shape[0]} × {shape[1]} tokens, {at_once} texts together")
         with whole_model(self._model, device, dtype):
             tokens = joined(self._model, device, share, settings.length, settings.seed, at_once, self._say)
         if distributed.is_first():

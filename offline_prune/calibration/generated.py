@@ -19,7 +19,7 @@ from offline_prune.model.whole import output_head
 from offline_prune.runtime import distributed
 from vllm_spense.errors import SpenseError
 
-#: Sequences that are written together: at least where they fit, and at most on each kind of device.
+#: Texts that are written together: at least where they fit, and at most on each kind of device.
 FEWEST_AT_ONCE, MOST_AT_ONCE = 32, {"cpu": 32, "cuda": 2048}
 #: Tokens of a text that is written for longer sequences; so many are written together then that keys and values fit.
 PIECE = 512
@@ -73,7 +73,7 @@ class Writer:
         return (self.weights + at_once * length * self.cache) * self.itemsize + 4 * 4 * at_once * self.vocabulary
 
     def at_once(self, samples: int, length: int, device: torch.device, room: int) -> int:
-        """How many of this rank's sequences to write together.
+        """How many of this rank's texts to write together.
 
         A step costs a GPU about the same for one as for many, so as many as half of what the weights leave has space
         for; `FEWEST_AT_ONCE` may take all of it, and fewer are written only where that does not do.
@@ -117,7 +117,9 @@ def joined(
     Returns:
         int64 (samples, length), on every rank, in host memory.
     """
-    written = generate(source, device, *pieces(samples, length), seed, at_once, say)
+    texts, piece = pieces(samples, length)
+    say(f"the dense model writes {texts} × {piece} tokens, {at_once} texts together")
+    written = generate(source, device, texts, piece, seed, at_once, say)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # What comes next allocates other sizes.
     return written.flatten()[: samples * length].view(samples, length).clone()
@@ -171,7 +173,7 @@ def generate(
             done.append(_continued(model, prompts.to(device), length))
             count = min(start + at_once, share)
             left = (time.perf_counter() - began) / count * (share - count) / 60
-            say(f"{count} of {share} sequences written" + (f", {left:.1f} minutes left" if left else ""))
+            say(f"{count} of {share} texts written" + (f", {left:.1f} minutes left" if left else ""))
     mine = torch.cat(done).to(torch.int64)
     if ranks == 1:
         return mine.cpu()

@@ -56,7 +56,7 @@ def test_half_is_written_and_a_resumed_run_ends_with_equal_bytes(
     prune(PruneSettings(str(llama), tmp_path / "whole", method="spensegpt+", device="cpu", **options), say=said.append)
     assert torch.equal(torch.get_rng_state(), state), "nobody else's random numbers change"
     verify(tmp_path / "whole")
-    assert "4 of 4 sequences written" in said
+    assert "4 of 4 texts written" in said
     assert any(line.startswith("the dense model while it writes text: ") for line in said)
     annotation = open_checkpoint(tmp_path / "whole").annotation
     assert annotation.calibration is not None
@@ -235,7 +235,7 @@ def test_by_default_a_model_too_large_for_the_device_writes_nothing_and_that_is_
     settings = PruneSettings(str(llama), tmp_path / "out", "magnitude", device="cpu", **SIZES)
     prune(settings, say=said.append)
     assert source_of(tmp_path / "out") == "builtin + builtin-code"
-    (line,) = (line for line in said if line.startswith("calibration text: builtin and builtin-code alone, because"))
+    (line,) = (line for line in said if line.startswith("--calibration: builtin and builtin-code alone, because"))
     assert "GiB to write, and cpu has 0.00 GiB in all" in line
 
 
@@ -256,7 +256,7 @@ def test_by_default_fewer_sequences_than_sources_are_built_in(
     options = {**SIZES, "samples": samples, "device": "cpu"}
     prune(PruneSettings(str(llama), tmp_path / "out", "magnitude", **options), say=said.append)
     assert source_of(tmp_path / "out") == sources
-    assert not [line for line in said if "calibration text" in line]
+    assert not [line for line in said if "because the dense model" in line]
 
 
 def test_tokens_of_a_caller_are_called_so(llama: Path, tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_long_sequences_are_made_of_short_texts(
         patch.setattr(pipeline._Run, "_stream", refuse)
         with pytest.raises(AssertionError):
             prune(settings, say=said.append)
-    assert "20 of 20 sequences written" in said
+    assert "20 of 20 texts written" in said
     source = SourceModel(str(llama))
     with whole_model(source, CPU, torch.float32):
         texts = generate(source, CPU, 20, 10, 0, 20, lambda _: None)

@@ -158,7 +158,7 @@ def test_a_teacher_writes_half_of_the_text(pair: Pair, tmp_path: Path) -> None:
     assert report.after < report.before
     assert open_checkpoint(tmp_path / "out").annotation.settings["healed_text"] == f"{pair.text} + generated"
     assert "the teacher while it writes text" in " ".join(said)
-    assert "48 of 48 sequences written" in said
+    assert "48 of 48 texts written" in said
 
 
 def test_the_default_text_is_that_of_pruning(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +169,10 @@ def test_the_default_text_is_that_of_pruning(pair: Pair, tmp_path: Path, monkeyp
     heal(settings(pair, tmp_path / "out", **few), say=said.append)
     recorded = open_checkpoint(tmp_path / "out").annotation.settings
     assert recorded["healed_text"] == "builtin + builtin-code + generated"
-    assert [line for line in said if "written" in line] == ["7 of 7 sequences written"], "4 × 16 tokens"
+    assert [line for line in said if "texts" in line] == [
+        "the dense model writes 7 × 10 tokens, 7 texts together",  # For 4 × 16.
+        "7 of 7 texts written",
+    ]
     monkeypatch.setattr("offline_prune.text.whole_memory", lambda device: 0)
     heal(settings(pair, tmp_path / "alone", **few), say=said.append)
     assert open_checkpoint(tmp_path / "alone").annotation.settings["healed_text"] == "builtin + builtin-code"
@@ -248,3 +251,6 @@ def test_text_is_cut_to_what_the_model_was_made_for(tmp_path: Path, long_text: P
     report = heal(settings(pair, tmp_path / "out", step_tokens=1024), say=said.append)
     assert "text: 176 × 23 tokens instead of 64 × 64, because the model's context is 24" in said
     assert (report.settings["samples"], report.settings["length"]) == (176, 23)
+    few = heal(settings(pair, tmp_path / "few", samples=2, step_tokens=32, calibration=None))
+    assert (few.settings["samples"], few.settings["length"]) == (6, 21)
+    assert few.settings["calibration"] == ("builtin", "builtin-code", "generated"), "enough for each now"

@@ -170,7 +170,7 @@ def test_two_ranks_write_a_share_of_the_text_each(
 ) -> None:
     options = ["--calibration", "generated", "--method", "magnitude"]
     said = on_two_ranks(TOKENS, llama, tmp_path / "two", text, *options)
-    assert said.count("3 of 3 sequences written") == 1, "only the first rank talks"
+    assert said.count("3 of 3 texts written") == 1, "only the first rank talks"
     first, second = (torch.load(tmp_path / f"rank-{rank}") for rank in (0, 1))
     assert torch.equal(first, second)
     source, written = SourceModel(str(llama)), []
