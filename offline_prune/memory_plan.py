@@ -187,12 +187,7 @@ def _with_writer(
     writer = Writer.of(model, dtype)
     at_once = writer.at_once(to_write, length, needs.device, room)
     found = replace(needs, generation=writer.bytes(at_once, length), written_at_once=at_once)
-    if room < found.generation:
-        raise SpenseError(
-            f"{needs.device}: {room / GIB:.2f} GiB of memory usable, the dense model needs "
-            f"{found.generation / GIB:.2f} GiB while it writes the text of --calibration generated; --calibration "
-            "builtin needs none of it, nor does text that it wrote elsewhere, as a .jsonl file"
-        )
+    require_room_to_write(found.generation, room, needs.device)
     return found
 
 
@@ -345,6 +340,16 @@ def free_bytes(device: torch.device) -> int:
     """Bytes of a GPU that nobody uses. What an earlier run of this process left in torch's cache counts as free."""
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + cached
+
+
+def require_room_to_write(needed: int, room: int, device: torch.device) -> None:
+    """Raises SpenseError where a device has fewer usable bytes than the dense model needs while it writes text."""
+    if room < needed:
+        raise SpenseError(
+            f"{device}: {room / GIB:.2f} GiB of memory usable, the dense model needs {needed / GIB:.2f} GiB while it "
+            "writes the text of --calibration generated; --calibration builtin needs none of it, nor does text that it "
+            "wrote elsewhere, as a .jsonl file"
+        )
 
 
 def require_disk_space(out: Path, needed: int) -> None:

@@ -1,5 +1,7 @@
-"""The text that `prune` calibrates on: given, drawn from its sources, or written by the dense model. And what `prune` and
-`heal` take where nobody says."""
+"""The text that `prune` calibrates on: given, drawn from its sources, or written by the dense model.
+
+And what `prune` and `heal` take where nobody says.
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,14 @@ from offline_prune.checkpoint.verify import Checkpoint
 from offline_prune.healing.loss import COPIES, chunk_tokens
 from offline_prune.healing.settings import HealSettings, Optimizer
 from offline_prune.healing.training import sequences_at_once
-from offline_prune.memory_plan import GIB, USABLE, free_bytes, require_disk_space, usable_host
+from offline_prune.memory_plan import (
+    GIB,
+    USABLE,
+    free_bytes,
+    require_disk_space,
+    require_room_to_write,
+    usable_host,
+)
 from offline_prune.model.gated_mlp import GatedMlp
 from offline_prune.model.loading import SourceModel
 from offline_prune.model.whole import output_head
@@ -91,13 +98,14 @@ def heal_plan(
         trained: `weights.trained_names`.
 
     Raises:
-        SpenseError: that is more than there is; says which settings, or how many GPUs, would do.
+        SpenseError: that is more than there is; says which settings, how many GPUs, or which text would do.
     """
     room = usable_host() if device.type == "cpu" else int(free_bytes(device) * USABLE)
     writer = Writer.of(student, dtype) if GENERATED in settings.sources else None
     sizes = _Sizes(student, checkpoint, trained, device, dtype, room, writer)
     ranks = distributed.size()
     plan = sizes.plan(settings, ranks)
+    require_room_to_write(plan.generation, room, device)
     if room < plan.on_device:
         fitting = [
             said

@@ -47,7 +47,8 @@ def steps_in_epoch(settings: HealSettings) -> int:
 
 
 def split(tokens: torch.Tensor, settings: HealSettings) -> Text:
-    """The last sequences judge: they come from other documents than those before, but for the one that is cut."""
+    """The last sequences judge: they come from other documents than those before, but for one of each source, which is
+    cut."""
     heldout = heldout_sequences(settings)
     return Text(tokens[:-heldout], tokens[-heldout:])
 

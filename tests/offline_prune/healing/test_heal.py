@@ -25,6 +25,7 @@ from offline_prune.healing.plan import heal_plan
 from offline_prune.healing.text import split
 from offline_prune.healing.weights import trained_names
 from offline_prune.model.loading import SourceModel
+from offline_prune.runtime import distributed
 from vllm_spense.format import KEY, PERMUTATION
 
 #: Family, how it is pruned, how it is healed.
@@ -189,6 +190,20 @@ def test_the_plan_counts_the_teacher_with_all_texts_that_it_writes_together(pair
     cache = 11 * 512 * 2 * 2 * 2 * 16  # Two blocks, keys and values, of two heads.
     assert found.generation == 4 * (weights + cache) + 16 * 11 * 258
     assert heal_plan(student, checkpoint, names, settings(pair, tmp_path), found.device, torch.float32).generation == 0
+
+
+def test_what_passes_through_at_once_is_a_batch_or_a_ranks_part_of_a_step(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def at_once(device: str, length: int, **options: int) -> int:
+        given = settings(pair, tmp_path, length=length, step_tokens=32768, **options)
+        return training.sequences_at_once(given, torch.device(device))
+
+    assert [at_once(device, 512) for device in ("cpu", "cuda")] == [4, 64]
+    assert at_once("cpu", 4096) == at_once("cpu", 512, batch_tokens=1000) == 1
+    assert at_once("cuda", 512, batch_tokens=1 << 20) == 64
+    monkeypatch.setattr(distributed, "size", lambda: 4)
+    assert [at_once(device, 512) for device in ("cpu", "cuda")] == [4, 16]
 
 
 def test_a_gpu_repeats_its_bits_only_while_it_trains() -> None:

@@ -135,6 +135,8 @@ def test_too_little_memory_names_what_would_fit(pair: Pair, tmp_path: Path, monk
     monkeypatch.setattr(plan, "usable_host", lambda: 1000)
     with pytest.raises(SpenseError, match="; neither --batch-tokens, 8-bit moments nor 8 GPUs would do"):
         healed(pair, tmp_path / "out")
+    with pytest.raises(SpenseError, match=r"dense model needs .* while it writes the text of --calibration generated"):
+        healed(pair, tmp_path / "out", calibration=None)
     assert not (tmp_path / "out").exists()
 
 

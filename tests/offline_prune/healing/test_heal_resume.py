@@ -57,8 +57,8 @@ main(["heal", *sys.argv[1:]])
 """
 
 
-def arguments(pair: Pair, out: Path) -> list[str]:
-    """As `heal_runs.settings` has them."""
+def arguments(pair: Pair, out: Path, **changes: object) -> list[str]:
+    """As `heal_runs.settings` has them, but for `changes`."""
     options = {
         "teacher": pair.teacher,
         "calibration": pair.text,
@@ -70,6 +70,7 @@ def arguments(pair: Pair, out: Path) -> list[str]:
         "rate": 0.01,
         "device": "cpu",
         "save-minutes": 0,
+        **changes,
     }
     return [
         str(pair.pruned),
@@ -187,3 +188,13 @@ def test_two_ranks_train_as_one(pair: Pair, tmp_path: Path) -> None:
     assert norms[:3] == pytest.approx(one.history.gradient_norms[:3], rel=1e-2)
     assert two["heldout_kl_before"] == pytest.approx(one.before, rel=1e-4)
     assert two["heldout_kl_after"] == pytest.approx(one.after, rel=0.03)
+
+
+def test_two_ranks_write_half_of_the_text_each(pair: Pair, tmp_path: Path) -> None:
+    """With the teacher whole on both, and spread over them afterwards."""
+    program = tmp_path / "main.py"
+    program.write_text(IN_FLOAT32)
+    said = run_ranks(program, *arguments(pair, tmp_path / "out", calibration="generated", length=24))
+    assert said.count("32 of 32 texts written") == 1, "only the first rank talks"
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["heldout_kl_after"] < report["heldout_kl_before"]
