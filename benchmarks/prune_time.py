@@ -137,7 +137,7 @@ def shape_rows(options: argparse.Namespace, device: torch.device) -> Iterator[Ro
                 yield measure(model, shape, method, profile, once, options)
 
 
-def write_model(folder: Path, shape: str, blocks: int, device: torch.device, vocabulary: int = VOCABULARY) -> Path:
+def write_model(folder: Path, shape: str, blocks: int, device: torch.device, vocabulary: int | None = None) -> Path:
     """Writes a model of random BF16 weights that keep activations about as large as 1, one safetensors file a block."""
     folder.mkdir()
     generator = torch.Generator(device).manual_seed(0)
@@ -153,13 +153,13 @@ def write_model(folder: Path, shape: str, blocks: int, device: torch.device, voc
     return folder
 
 
-def configure(folder: Path, shape: str, blocks: int, vocabulary: int = VOCABULARY) -> dict[str, dict[str, torch.Size]]:
+def configure(folder: Path, shape: str, blocks: int, vocabulary: int | None = None) -> dict[str, dict[str, torch.Size]]:
     """Makes the folder a model of so many blocks, the first of those that are written.
 
     Returns:
         File → its tensors' names and shapes.
     """
-    config = {**ALL_SHAPES[shape], "num_hidden_layers": blocks, "vocab_size": vocabulary}
+    config = {**ALL_SHAPES[shape], "num_hidden_layers": blocks, "vocab_size": vocabulary or VOCABULARY}
     (folder / "config.json").write_text(json.dumps(config | {"bos_token_id": 0, "eos_token_id": 1}))
     files: dict[str, dict[str, torch.Size]] = {}
     for name, parameter in empty_model(folder).named_parameters():

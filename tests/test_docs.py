@@ -123,6 +123,7 @@ def test_options_of_spense_exist(page: str) -> None:
         "--enable-lora",
         "--lora-modules",
         "--max-loras",
+        "--max-model-len",
     }
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text(ROOT / page))) - of_others
     assert named & {"--layout", "--sparsity", "--heldout"}

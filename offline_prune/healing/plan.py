@@ -125,8 +125,6 @@ def _others(settings: HealSettings, ranks: int, device: torch.device) -> Iterato
     """What may need less: as a person would say it, the settings, how many ranks."""
     least = replace(settings, batch_tokens=settings.length)
     small = replace(least, optimizer=Optimizer.ADAMW8BIT)
-    if GENERATED in settings.sources and (others := tuple(name for name in settings.sources if name != GENERATED)):
-        yield " ".join(f"--calibration {name}" for name in others), replace(settings, calibration=others), ranks
     yield f"--batch-tokens {settings.length}", least, ranks
     if not settings.checkpointing:
         yield "--checkpointing", replace(settings, checkpointing=True), ranks

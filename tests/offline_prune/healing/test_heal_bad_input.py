@@ -140,16 +140,6 @@ def test_too_little_memory_names_what_would_fit(pair: Pair, tmp_path: Path, monk
     assert not (tmp_path / "out").exists()
 
 
-def test_a_teacher_without_room_to_write_leaves_the_other_sources(
-    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("offline_prune.calibration.generated.Writer.bytes", lambda *_: 1 << 50)
-    with pytest.raises(SpenseError, match=f"; --calibration {pair.text} would fit$"):
-        healed(pair, tmp_path / "out", calibration=(str(pair.text), "generated"))
-    with pytest.raises(SpenseError, match="; neither"):
-        healed(pair, tmp_path / "out", calibration="generated")
-
-
 def test_logits_that_are_made_otherwise_are_refused_before_text_is_written(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
