@@ -43,7 +43,7 @@ from offline_prune.runtime.device import pick_device
 from vllm_spense.shapes import SHAPES
 
 #: What `heal` says after each batch of texts: how many of this rank's there are.
-_WRITTEN = re.compile(r"(\d+) of \d+ sequences written")
+_WRITTEN = re.compile(r"(\d+) of \d+ texts written")
 #: Tokens to prune on; which weights are zero decides nothing here.
 _PRUNED_ON = (8, 128)
 
