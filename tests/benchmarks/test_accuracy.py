@@ -339,9 +339,12 @@ def test_the_page_compares_what_the_default_method_leaves_with_its_own_steps(cod
     three = f"calibration=builtin,calibration={code},calibration=generated"
     older = [row("spensegpt+", 0.4), row("spensegpt++ tune_steps=9", 0.3)]
     newer = [row(f"spensegpt++ {three}", 0.1), row(f"spensegpt+ {three}", 0.2)]
+    newer += [row(f"spensegpt++ {three} healed samples=9{more}", kl) for more, kl in (("", 0.08), (",train=all", 0.04))]
     lines = quality_results.over_models_tuned(*({"gpu": {"name": "GPU"}, "rows": rows} for rows in (older, newer)))
-    assert lines[2:4] == [
+    assert lines[2:6] == [
         "| spensegpt+ | 25.0% | 0.400 (1.00) |",
         "| spensegpt++, a third code, a third generated | 25.0% | 0.100 (0.25) |",
+        "| spensegpt++, a third code, a third generated, healed | 25.0% | 0.080 (0.20) |",
+        "| spensegpt++, a third code, a third generated, healed, all layers | 25.0% | 0.040 (0.10) |",
     ]
-    assert lines[4] == ""
+    assert lines[6] == ""
