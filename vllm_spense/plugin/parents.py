@@ -27,8 +27,8 @@ def _note_parent(parent: nn.Module, name: str, child: nn.Module | None) -> None:
 
 
 def parent_of(module: nn.Module | None) -> nn.Module | None:
-    """The first module that a module was registered in of those that hold it still: neither a slice of a `ModuleList`,
-    which registers its layers anew, nor what has put another module in its place.
+    """The first module that a module was registered in, of those that hold it still: not a later slice of a
+    `ModuleList`, which registers its layers anew, nor one that has another module in its place by now.
 
     Returns:
         None for a module that is in none, or was registered before `note_parents`.
