@@ -5,12 +5,6 @@ struct Arguments {
     ulonglong2* readings;  // (multiprocessors): cycles, nanoseconds
 };
 
-DEVICE u64 cycles_now() {
-    u64 cycles;
-    asm volatile("mov.u64 %0, %%clock64;" : "=l"(cycles));
-    return cycles;
-}
-
 DEVICE u64 nanoseconds_now() {
     u64 nanoseconds;
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(nanoseconds));
@@ -26,6 +20,6 @@ DEVICE u32 multiprocessor() {
 // Of several blocks on a multiprocessor one wins: its store is of both words at once.
 extern "C" __global__ void gpu_clock(const __grid_constant__ Arguments arguments) {
     griddepcontrol_wait();
-    const u64 cycles = cycles_now(), nanoseconds = nanoseconds_now();
+    const u64 cycles = clock64(), nanoseconds = nanoseconds_now();
     arguments.readings[multiprocessor()] = make_ulonglong2(cycles, nanoseconds);
 }

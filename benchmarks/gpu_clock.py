@@ -13,6 +13,8 @@ import torch
 from vllm_spense.kernels.jit import driver
 from vllm_spense.kernels.jit.nvrtc import compile_program
 from vllm_spense.kernels.jit.sources import with_includes
+from vllm_spense.kernels.one_launch.semaphores import temporary_captures
+from vllm_spense.kernels.tuning.timing import Graph
 
 SOURCE = Path(__file__).with_suffix(".cu")
 #: Thread blocks for each multiprocessor, so that all get one of those that read the time.
@@ -51,43 +53,30 @@ class Watch:
 
     def sustained(self, calls: Sequence[Call]) -> Sustained:
         """Of calls that take turns in a CUDA graph; each should have its own weight."""
-        for call in calls:
-            call()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in calls:
-                call()
-        once = self._ms(graph, 1)
-        replays = max(1, round(self.milliseconds / once))
+        with temporary_captures():
+            return self._sustained(Graph(calls))
+
+    def _sustained(self, work: Graph) -> Sustained:
+        replays = max(1, round(self.milliseconds * 1e3 / (work.us_of_a_call() * work.calls)))
         self._readings.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for _ in range(replays):
-            graph.replay()
+            work.graph.replay()
         self._read(0)
         start.record()
         for _ in range(replays):
-            graph.replay()
+            work.graph.replay()
         end.record()
         self._read(1)
         start.synchronize()
         watts = power(self.device)
         torch.cuda.synchronize(self.device)
-        us = start.elapsed_time(end) * 1e3 / replays / len(calls)
+        us = start.elapsed_time(end) * 1e3 / replays / work.calls
         return Sustained(us, ghz(*self._readings.cpu()), watts)
 
     def _read(self, which: int) -> None:
         arguments = Arguments(self._readings[which].data_ptr())
         self._kernel.launch(self._blocks, arguments, torch.cuda.current_stream(self.device).cuda_stream)
-
-    def _ms(self, graph: torch.cuda.CUDAGraph, replays: int) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        graph.replay()
-        start.record()
-        for _ in range(replays):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
 
 
 def ghz(first: torch.Tensor, second: torch.Tensor) -> float:
@@ -107,5 +96,5 @@ def power(device: torch.device) -> float:
 
 def compiled(arch: str) -> bytes:
     """Machine code."""
-    sources = {SOURCE.name: SOURCE.read_text(encoding="utf-8")} | with_includes("wgmma.cuh")
+    sources = {SOURCE.name: SOURCE.read_text(encoding="utf-8")} | with_includes("ptx.cuh")
     return compile_program(sources, [f"--gpu-architecture={arch}", "--std=c++17"]).cubin

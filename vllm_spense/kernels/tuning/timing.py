@@ -35,27 +35,32 @@ def median_us(calls: Sequence[Callable[[], object]], replays: int = 7) -> float:
 def medians_us(candidates: Sequence[Sequence[Callable[[], object]]], replays: int = 7) -> list[float]:
     """As `median_us`, for each of `candidates`; their graphs take turns, because a GPU that gets warm gets slower."""
     with temporary_captures():
-        graphs = [_Graph(calls) for calls in candidates]
+        graphs = [Graph(calls) for calls in candidates]
         for graph in graphs:
             graph.us_of_a_call()
         times = zip(*([graph.us_of_a_call() for graph in graphs] for _ in range(replays)), strict=True)
         return [median(of_one) for of_one in times]
 
 
-class _Graph:
-    """The calls, as often as it takes to be long enough, in a CUDA graph."""
+class Graph:
+    """The calls, as often as it takes to be long enough, in a CUDA graph. Made inside `temporary_captures`.
+
+    Attributes:
+        calls: how many a replay runs.
+        graph: to replay.
+    """
 
     def __init__(self, calls: Sequence[Callable[[], object]]) -> None:
         _run(calls)
         once = _elapsed_us(partial(_run, calls))
         calls = list(calls) * max(1, round(_MIN_WORK_US / once))
-        self._calls = len(calls)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        self.calls = len(calls)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
             _run(calls)
 
     def us_of_a_call(self) -> float:
-        return _elapsed_us(self._graph.replay) / self._calls
+        return _elapsed_us(self.graph.replay) / self.calls
 
 
 def _run(calls: Sequence[Callable[[], object]]) -> None:
