@@ -54,9 +54,12 @@ def heal(
         str, typer.Option(help="adamw | adamw8bit (moments in 8 bits; needs torchao)", rich_help_panel=RUN)
     ] = "adamw",
     checkpointing: Annotated[
-        bool,
-        typer.Option(help="Compute activations again for the gradients: less memory, more time.", rich_help_panel=RUN),
-    ] = True,
+        bool | None,
+        typer.Option(
+            help="Compute activations again for the gradients: less memory, more time. \\[default: if memory lacks]",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
     save_minutes: Annotated[
         float, typer.Option(help="Minutes between states that --resume can go on from.", rich_help_panel=RUN)
     ] = 10.0,

@@ -39,7 +39,10 @@ from vllm_spense.errors import SpenseError
 #: Nats from the teacher that even a small model at 50%, pruned by magnitude, does not lose.
 _SUSPICIOUS = 5.0
 #: Settings that a resumed run may have others of.
-_MAY_DIFFER = ("pruned", "out", "teacher", "rate", "device", "save_minutes", "overwrite", "resume", "trust_remote_code")
+_MAY_DIFFER = (
+    *("pruned", "out", "teacher", "rate", "device", "checkpointing"),
+    *("save_minutes", "overwrite", "resume", "trust_remote_code"),
+)
 
 
 def heal(settings: HealSettings, progress: Progress = lambda *_: None, say: Say = lambda _: None) -> HealReport:
@@ -207,7 +210,7 @@ class _Run:
         check_vocabulary(tokens, teacher.head.out_features)
         with self.profiler.stage("load"):
             student = Language(
-                self.student, self.device, self.dtype, context, trained=self.names, checkpointing=settings.checkpointing
+                self.student, self.device, self.dtype, context, trained=self.names, checkpointing=plan.checkpointing
             )
             student.check_logits()
             weights = trained_weights(student, self.checkpoint, self.names, self.device)

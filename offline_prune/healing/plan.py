@@ -42,6 +42,7 @@ class HealPlan:
         gradients: of the weights that are trained, float32, and of the largest in the model's type.
         optimizer: float32 masters, their moments, which of them are zero.
         activations: what gradients need, of the tokens that pass through together.
+        checkpointing: most of them are computed again.
         logits: one chunk's, of both models.
         generation: the whole teacher and its KV cache, before training begins; 0 where it writes no text.
         written_at_once: texts that the teacher then writes together.
@@ -53,6 +54,7 @@ class HealPlan:
     gradients: int
     optimizer: int
     activations: int
+    checkpointing: bool
     logits: int
     generation: int
     written_at_once: int
@@ -76,7 +78,8 @@ class HealPlan:
             *([f"{self.ranks} processes; memory of each:"] if self.ranks > 1 else []),
             f"weights of teacher and student: {gib(self.models)}",
             f"gradients: {gib(self.gradients)}; masters and moments: {gib(self.optimizer)}",
-            f"activations: {gib(self.activations)}; logits of one chunk: {gib(self.logits)}",
+            f"activations{', computed again' if self.checkpointing else ''}: {gib(self.activations)}",
+            f"logits of one chunk: {gib(self.logits)}",
             *([f"the teacher while it writes text: {gib(self.generation)}"] if self.generation else []),
             f"memory of {self.device} in all: {gib(self.on_device)}",
             f"disk in all: {gib(self.disk)}",
@@ -126,7 +129,7 @@ def _others(settings: HealSettings, ranks: int, device: torch.device) -> Iterato
     least = replace(settings, batch_tokens=settings.length)
     small = replace(least, optimizer=Optimizer.ADAMW8BIT)
     yield f"--batch-tokens {settings.length}", least, ranks
-    if not settings.checkpointing:
+    if settings.checkpointing is False:
         yield "--checkpointing", replace(settings, checkpointing=True), ranks
     yield f"--optimizer {Optimizer.ADAMW8BIT}", replace(settings, optimizer=Optimizer.ADAMW8BIT), ranks
     yield f"--batch-tokens {settings.length} --optimizer {Optimizer.ADAMW8BIT}", small, ranks
@@ -168,17 +171,23 @@ class _Sizes:
         width = getattr(self.text, "head_dim", None) or self.hidden // heads
         kv = keys_and_values(self.text)
         # Of a token in one block: the residual stream, norms with their float32 copies, queries, keys and values
-        # before and after rotation, and four tensors of the MLP; then gradients of the widest.
+        # before and after rotation, and four tensors of the MLP.
         self.token = (12 * self.hidden + 4 * heads * width + 2 * kv + 4 * widest) * self.itemsize
-        self.token += 3 * widest * self.itemsize
+        self.gradients = 3 * widest * self.itemsize
         # Attention that is no fused kernel keeps its scores, once in float32.
         eager = getattr(self.text, "_attn_implementation", None) == "eager"
         self.scores = heads * (4 + 2 * self.itemsize) if eager else 0
 
     def plan(self, settings: HealSettings, ranks: int) -> HealPlan:
+        if settings.checkpointing is not None:
+            return self._plan(settings, ranks, settings.checkpointing)
+        plan = self._plan(settings, ranks, False)
+        return plan if plan.on_device <= self.room else self._plan(settings, ranks, True)
+
+    def _plan(self, settings: HealSettings, ranks: int, checkpointing: bool) -> HealPlan:
         tokens = sequences_at_once(settings, self.device) * settings.length
         one = tokens * (self.token + self.scores * settings.length)
-        kept = self.blocks * tokens * self.hidden * self.itemsize if settings.checkpointing else self.blocks * one
+        kept = self.blocks * tokens * self.hidden * self.itemsize + one if checkpointing else self.blocks * one
         # While a block computes its weights are there whole, and the next one's; then gradients before they are split.
         gathered = 2 * self.block * self.itemsize if ranks > 1 else 0
         unsplit = self.block * (self.itemsize + 4) if ranks > 1 else self.largest * self.itemsize
@@ -191,7 +200,8 @@ class _Sizes:
             models=2 * ((self.whole + -(-self.split // ranks)) * self.itemsize + gathered),
             gradients=4 * share + unsplit,
             optimizer=int((4 + 1 + _MOMENTS[settings.optimizer]) * share),
-            activations=kept + one + 4 * tokens * self.hidden * self.itemsize,
+            activations=kept + tokens * (self.gradients + 4 * self.hidden * self.itemsize),
+            checkpointing=checkpointing,
             logits=4 * COPIES * self.vocabulary * min(tokens, chunk_tokens(self.vocabulary, self.device)),
             generation=writer.bytes(at_once, length) if writer else 0,
             written_at_once=at_once,

@@ -47,7 +47,8 @@ class HealSettings:
         step_tokens: about how many tokens, of all processes together, make a step.
         batch_tokens: about how many of them pass through the model at once; None for what suits the device.
         optimizer: where the moments are kept.
-        checkpointing: compute activations inside a block again for its gradients, instead of keeping them.
+        checkpointing: compute activations inside a block again for its gradients, instead of keeping them; None where
+            they do not fit. Decides no bit of the result.
         save_minutes: between two states that are saved for `resume`.
         trust_remote_code: run the Python code that a model brings along.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
@@ -73,7 +74,7 @@ class HealSettings:
     step_tokens: int = 32768
     batch_tokens: int | None = None
     optimizer: Optimizer = Optimizer.ADAMW
-    checkpointing: bool = True
+    checkpointing: bool | None = None
     save_minutes: float = 10.0
     trust_remote_code: bool = False
     device: str = "auto"

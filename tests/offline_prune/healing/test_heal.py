@@ -20,7 +20,7 @@ from offline_prune.calibration.data import calibration_tokens
 from offline_prune.checkpoint.evaluate import load_dense
 from offline_prune.checkpoint.output_folder import PARTIAL
 from offline_prune.checkpoint.verify import open_checkpoint, verify
-from offline_prune.healing import pipeline, training
+from offline_prune.healing import pipeline, plan, training
 from offline_prune.healing.plan import heal_plan
 from offline_prune.healing.text import split
 from offline_prune.healing.weights import trained_names
@@ -190,6 +190,31 @@ def test_the_plan_counts_the_teacher_with_all_texts_that_it_writes_together(pair
     cache = 11 * 512 * 2 * 2 * 2 * 16  # Two blocks, keys and values, of two heads.
     assert found.generation == 4 * (weights + cache) + 16 * 11 * 258
     assert heal_plan(student, checkpoint, names, settings(pair, tmp_path), found.device, torch.float32).generation == 0
+
+
+def test_activations_are_computed_again_where_they_do_not_fit(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, student = open_checkpoint(pair.pruned), SourceModel(str(pair.pruned), as_stored=True)
+
+    def planned(room: int, **options: bool) -> tuple[bool, int]:
+        monkeypatch.setattr(plan, "usable_host", lambda: room)
+        given = settings(pair, tmp_path, **options)
+        names = trained_names(student, checkpoint, given.train)
+        found = heal_plan(student, checkpoint, names, given, torch.device("cpu"), torch.float32)
+        return found.checkpointing, found.on_device
+
+    kept, again = (planned(1 << 40, checkpointing=chosen)[1] for chosen in (False, True))
+    assert again < kept
+    assert planned(kept) == (False, kept)
+    assert planned(kept - 1) == (True, again)
+
+
+def test_what_is_computed_again_has_the_same_bits(pair: Pair, tmp_path: Path) -> None:
+    for name, chosen in (("kept", False), ("again", True)):
+        healed(pair, tmp_path / name, checkpointing=chosen)
+    kept, again = (tensors(tmp_path / name) for name in ("kept", "again"))
+    assert all(same_bytes(kept[name], again[name]) for name in kept)
 
 
 def test_what_passes_through_at_once_is_a_batch_or_a_ranks_part_of_a_step(
