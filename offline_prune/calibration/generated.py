@@ -169,7 +169,7 @@ def generate(
         # transformers draws from torch's own generator.
         torch.manual_seed(seed * 1_000_003 + rank)
         for start in range(0, share, at_once):
-            prompts = _prompts(source.tokenizer, min(at_once, share - start), random, length)
+            prompts = _prompts(source, min(at_once, share - start), random, length)
             done.append(_continued(model, prompts.to(device), length))
             count = min(start + at_once, share)
             left = (time.perf_counter() - began) / count * (share - count) / 60
@@ -206,17 +206,21 @@ def _continued(model: Any, prompts: torch.Tensor, length: int) -> torch.Tensor:
         ) from error
 
 
-def _prompts(tokenizer: PreTrainedTokenizerBase, count: int, random: torch.Generator, length: int) -> torch.Tensor:
+def _prompts(source: SourceModel, count: int, random: torch.Generator, length: int) -> torch.Tensor:
     """int64 (count, n), n < length."""
+    tokenizer, known = source.tokenizer, source.text.get_input_embeddings().num_embeddings
     start = _turn(tokenizer)
     if start and len(start) < length:
         return torch.tensor(start).expand(count, -1)
+    # A tokenizer may have more tokens than the model.
     special = set(tokenizer.all_special_ids)
-    usual = torch.tensor([token for token in tokenizer.get_vocab().values() if token not in special])
+    usual = torch.tensor([token for token in tokenizer.get_vocab().values() if token not in special and token < known])
     n = min(_PROMPT, length - 1)
     drawn = usual.sort().values[torch.randint(len(usual), (count, n), generator=random)]
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return drawn if first is None else torch.cat([torch.full((count, 1), first), drawn[:, : n - 1]], dim=1)
+    if first is None or first >= known:
+        return drawn
+    return torch.cat([torch.full((count, 1), first), drawn[:, : n - 1]], dim=1)
 
 
 def _turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
