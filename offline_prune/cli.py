@@ -23,6 +23,8 @@ from vllm_spense.errors import SpenseError
 INTERRUPTED = 130
 #: Packages that only pruning needs; setup.py's extra of that name has them.
 PRUNE_EXTRA = {"transformers", "accelerate", "compressed_tensors", "datasets", "psutil", "matplotlib", "jinja2", "PIL"}
+#: Comes with transformers.
+_HUB = "huggingface_hub"
 app = typer.Typer(
     name="spense",
     help="Prune LLMs to 2:4 sparse + dense regions in FP8, and look at the result.",
@@ -55,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     except SpenseError as error:
         _fail(str(error))
     except ModuleNotFoundError as error:
-        if error.name not in PRUNE_EXTRA:
+        if error.name not in {*PRUNE_EXTRA, _HUB}:
             raise
         _fail(f"{error.name} is not installed; pip install 'vllm-spense[prune]' brings what this command needs")
     except Exception:

@@ -18,7 +18,7 @@ from statistics import median
 from vllm_spense.checkpoint_files import read_object
 from vllm_spense.conformance import Annotated, read_annotated, require_extent
 from vllm_spense.errors import FormatError, SpenseError
-from vllm_spense.format import MIN_ALIGNMENT, Regions
+from vllm_spense.format import MIN_ALIGNMENT, SIDECAR, Regions
 from vllm_spense.model_sizes import Mixture, Model, Pruned
 from vllm_spense.roofline import (
     DENSE_EXPERTS,
@@ -32,6 +32,7 @@ from vllm_spense.roofline import (
     Efficiency,
     Gemm,
     Gpu,
+    cutlass_us,
     region_us,
 )
 from vllm_spense.shapes import MIXTURES, SHAPES
@@ -189,7 +190,7 @@ def _beside_mlps_us(model: Model, batch: int, gpu: Gpu, engine: _Engine) -> floa
 
 
 def _stock_us(shapes: Sequence[tuple[int, int]], batch: int, gpu: Gpu, efficiency: Efficiency) -> float:
-    return sum(region_us(n * k, batch, gpu, efficiency) for n, k in shapes)
+    return sum(cutlass_us(n, k, batch, gpu, efficiency) for n, k in shapes)
 
 
 def calibration(cache: Sequence[Timed], gpu: Gpu, gemm: Gemm, tokens: int) -> float | None:
@@ -242,7 +243,7 @@ def _count(value: object, least: int = 0) -> int:
 
 
 def load(model: str, sparsity: float | None) -> tuple[Model, Pruned]:
-    """Sizes and regions of a published shape by its name, or of a folder with a config.json.
+    """Sizes and regions of a published shape by its name, of a folder with a config.json, or of a model of the hub.
 
     Args:
         sparsity: of the MLPs; None for that of a Spense checkpoint, or 37.5%.
@@ -251,15 +252,13 @@ def load(model: str, sparsity: float | None) -> tuple[Model, Pruned]:
         SpenseError: there is no such model, its configuration lacks a size, or the sparsity is impossible: where MLPs
             are not cut into multiples of 32, `spense prune` refuses them too.
     """
-    folder = Path(model)
     published = {**SHAPES, **MIXTURES}
     if model in published:
         config, annotated = published[model], None
-    elif folder.is_dir():
+    else:
+        folder = _folder(model)
         config = read_object(folder / "config.json")
         annotated = read_annotated(folder, config)
-    else:
-        raise SpenseError(f"{model}: no such folder with a config.json, nor one of {', '.join(published)}")
     sizes = Model.from_config(config, model)
     if annotated and sparsity is None:
         return sizes, _annotated(sizes, annotated)
@@ -279,6 +278,27 @@ def load(model: str, sparsity: float | None) -> tuple[Model, Pruned]:
     mixture = sizes.mixture
     experts = [regions(mixture.intermediate)] * mixture.layers if mixture else []
     return sizes, Pruned([regions(intermediate) for intermediate in sizes.mlps], experts)
+
+
+def _folder(model: str) -> Path:
+    """Where the configuration of a folder's or the hub's model lies.
+
+    Raises:
+        SpenseError: neither a folder nor a model that the hub, or its local cache, has.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    missing = f"{model}: no such folder with a config.json, nor one of {', '.join([*SHAPES, *MIXTURES])}"
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise SpenseError(f"{missing}, nor a hub name such as Qwen/Qwen3-32B")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["config.json", SIDECAR]))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SpenseError(f"{missing}; the Hugging Face hub did not give it: {reason}") from None
 
 
 def _annotated(model: Model, annotated: Annotated) -> Pruned:

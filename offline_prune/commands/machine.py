@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from offline_prune.terminal import make_console
+from offline_prune.terminal import make_console, silence_bars
 from vllm_spense.errors import SpenseError
 
 #: Of `--batch` and `--context`: nobody has more, and times stay finite.
@@ -33,7 +33,10 @@ def doctor() -> None:
 
 
 def estimate(
-    model: Annotated[str, typer.Argument(help="Folder with a config.json, or a published shape, such as qwen3-32b.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="Folder with a config.json, hub name, or a published shape, such as qwen3-32b."),
+    ],
     sparsity: Annotated[
         float | None, typer.Option(help="Of the MLPs, 0 to 0.5. \\[default: the checkpoint's, or 0.375]")
     ] = None,
@@ -43,11 +46,12 @@ def estimate(
     kv_cache_dtype: Annotated[str, typer.Option(help="auto (BF16) | fp8")] = "auto",
 ) -> None:
     """Say what sparsity would be worth on one GPU, before anything is pruned."""
+    silence_bars(make_console(stderr=True))
     from vllm_spense.estimate import estimate as run
     from vllm_spense.estimate import load, read_cache
     from vllm_spense.kernels.tuning.plan_cache import folder
     from vllm_spense.model_sizes import KV_BYTES
-    from vllm_spense.roofline import GPUS
+    from vllm_spense.roofline import GPUS, cutlass_is_slower
 
     for option, value, known in (("--gpu", gpu, GPUS), ("--kv-cache-dtype", kv_cache_dtype, KV_BYTES)):
         if value not in known:
@@ -69,5 +73,10 @@ def estimate(
     output.print(table)
     source = "times in this machine's plan cache" if found.calibrated else "what was measured on an H100"
     output.print(f"A roofline, calibrated on {source}.")
+    if sizes.mixture is None and cutlass_is_slower(batch, GPUS[gpu]):
+        output.print(
+            f"The speed-up is a lower bound: with 17 to 63 requests stock's GEMMs take longer on an {GPUS[gpu].name} "
+            "than a roofline says."
+        )
     if not zeros:
         output.print("No weight is sparse: what differs is what Spense's kernels gain without sparsity.")
