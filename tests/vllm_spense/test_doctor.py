@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import sysconfig
 from dataclasses import replace
+from pathlib import Path as File
 
 import pytest
 import torch
@@ -30,6 +33,7 @@ HOPPER = Machine(
     {"torch": "2.11.0", "vllm": "0.26.0", "nvmath-python": "1.0.0", "cuda-bindings": "13.1.1"},
     {"cuSPARSELt": "0.8.0", "cuBLASLt": "13.1.1", "NVRTC": "13.0"},
     plugin=True,
+    tools={"C++ compiler": "/usr/bin/g++", "Python's headers": "/usr/include/python3.12"},
 )
 
 
@@ -37,10 +41,10 @@ def bad(machine: Machine) -> dict[str, str]:
     return {finding.subject: finding.remedy for finding in judge(machine) if finding.good is False}
 
 
-def test_a_good_machine_in_a_dozen_lines() -> None:
+def test_a_good_machine_in_about_a_dozen_lines() -> None:
     findings = judge(HOPPER)
     assert not bad(HOPPER)
-    assert len(findings) <= 12
+    assert len(findings) <= 14
     assert "driver 580.159.04" in findings[0].found
     assert findings[-1].good
     assert findings[-1].found.startswith("one-launch for few tokens, library for many")
@@ -76,6 +80,35 @@ def test_whatever_is_missing_has_a_remedy(change: dict[str, object], subject: st
     assert remedy in bad(machine)[subject]
     assert judge(machine)[-1].found == "the reference path: right, and slow"
     assert judge(machine)[-1].good is False
+
+
+@pytest.mark.parametrize(
+    ("tool", "remedy"),
+    [("C++ compiler", "apt install build-essential"), ("Python's headers", "apt install python3-dev")],
+)
+def test_without_what_vllm_compiles_with_nothing_runs(tool: str, remedy: str) -> None:
+    machine = replace(HOPPER, tools={**HOPPER.tools, tool: FileNotFoundError("no such thing")})
+    assert bad(machine)[tool] == f"{remedy} (Debian, Ubuntu)"
+    assert "no such thing" in {finding.found for finding in judge(machine)}
+    for last in (judge(machine)[-1], judge(replace(machine, forced=Path.LIBRARY))[-1]):
+        assert last.found == "nothing: vLLM cannot compile what it runs"
+        assert last.good is False
+
+
+def test_this_machine_s_tools_are_looked_for(tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "own-c++"
+    compiler.touch(0o755)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "own-c++")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    assert examine().tools == {"C++ compiler": str(compiler), "Python's headers": str(tmp_path)}
+    monkeypatch.delenv("CXX")
+    (tmp_path / "Python.h").unlink()
+    assert {name: str(answer) for name, answer in examine().tools.items()} == {
+        "C++ compiler": "no g++",
+        "Python's headers": f"no Python.h in {tmp_path}",
+    }
 
 
 @pytest.mark.parametrize(("path", "good"), [(Path.LIBRARY, True), (Path.REFERENCE, False)])
@@ -123,3 +156,9 @@ def test_this_machine_cannot_run_fast_and_the_exit_code_says_so() -> None:
     assert result.returncode == 1
     assert "needs: an NVIDIA GPU" in result.stdout
     assert "Traceback" not in result.stderr
+    assert "apt install" not in result.stdout
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "CXX": "no-c++"})
+    assert result.returncode == 1
+    (line,) = [line for line in result.stdout.splitlines() if "apt install build-essential" in line]
+    assert "needs: apt install build-essential" in line
+    assert "nothing: vLLM cannot compile what it runs" in result.stdout
