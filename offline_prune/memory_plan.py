@@ -156,7 +156,7 @@ def memory_plan(
     rooms = [tokens * width * dtype.itemsize for width in _kept_of_a_token(model, hidden)]
     staging = _pinned_staging(model, written) if device.type == "cuda" else 2 * kept
     if settings.calibration_images is not None:
-        seeing = -(-len(image_places(settings.samples, settings.image_share)) // distributed.size())
+        seeing = -(-len(image_places(settings.samples, settings.wanted_image_share)) // distributed.size())
         phases["images"] = _seeing_work(model, settings.length, dtype.itemsize)
         staging += streams * seeing * kept_of_images(model, settings.length, dtype.itemsize)
     weighs, few = weighs_channels(model, settings) and model.head_name is not None, min(settings.length, LENGTH)

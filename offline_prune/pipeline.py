@@ -206,7 +206,7 @@ class _Run:
         if self.reader is None or source is None:
             return None
         found = captioned_images(source, self.settings.seed)
-        return deal(found, self.reader.tokens, samples, length, self.settings.image_share, source, self.say)
+        return deal(found, self.reader.tokens, samples, length, self.settings.wanted_image_share, source, self.say)
 
     def _stream(self, tokens: torch.Tensor, plan: MemoryPlan, folder: Path) -> Stream:
         """Of this rank's sequences."""
@@ -308,7 +308,7 @@ class _Run:
         }
         recorded = settings.recipe.recorded()
         if settings.calibration_images is not None:
-            recorded |= {"calibration_images": settings.calibration_images, "image_share": settings.image_share}
+            recorded |= {"calibration_images": settings.calibration_images, "image_share": settings.wanted_image_share}
         return Annotation(
             method=settings.method,
             settings=MappingProxyType(recorded),

@@ -64,7 +64,7 @@ class PruneSettings:
         samples, length, seed: of the calibration text, in sequences and tokens. If `length` is beyond the model's
             context, `prune` takes more and shorter sequences: `context_length.fit_to_context`.
         calibration_images: see `calibration.image_rows.captioned_images`; None for text alone.
-        image_share: of the calibration sequences, those that begin with images.
+        image_share: of the calibration sequences, those that begin with images; None for half of them.
         quantize: `fp8`, or `none` for the source's own type with the same zeros.
         rounding: `after` pruning, to the nearest; `inside` the column loop that prunes, where rounding errors are
             compensated too; `everywhere`: in a column loop for the other linear layers too, of tuned weights after
@@ -83,7 +83,7 @@ class PruneSettings:
         batch_tokens: about how many tokens pass through a block at once; None for what suits the device.
         activations: where the calibration text's hidden states are kept; `auto` takes the first place that has room.
         overwrite: replace the Spense checkpoint, or the unfinished run, in `out`.
-        resume: go on with an unfinished run to `out` that had the same settings, if there is one.
+        resume: go on with an unfinished run to `out` that had the same settings, if there is one; not with `overwrite`.
 
     Raises:
         SpenseError: at construction, for a value outside its range.
@@ -103,7 +103,7 @@ class PruneSettings:
     length: int = 16384
     seed: int = 0
     calibration_images: str | None = None
-    image_share: float = 0.5
+    image_share: float | None = None
     quantize: Quantize = Quantize.FP8
     rounding: Rounding | None = None
     damping: float = 0.01
@@ -121,6 +121,7 @@ class PruneSettings:
     resume: bool = False
 
     def __post_init__(self) -> None:
+        require_one_way(self.overwrite, self.resume)
         one_of("method", self.method, tuple(METHODS))
         if self.sparsity is not None and not 0 <= self.sparsity <= MAX_SPARSITY:
             raise SpenseError(
@@ -136,8 +137,11 @@ class PruneSettings:
         if self.calibration is not None:
             object.__setattr__(self, "calibration", self.sources)
             shares(self.sources, self.samples)
-        if not 0 < self.image_share <= 1:
-            raise SpenseError(f"--image-share: found {self.image_share:g}, expected more than 0 and at most 1")
+        if self.image_share is not None:
+            if self.calibration_images is None:
+                raise SpenseError(f"--image-share: found {self.image_share:g} without --calibration-images")
+            if not 0 < self.image_share <= 1:
+                raise SpenseError(f"--image-share: found {self.image_share:g}, expected more than 0 and at most 1")
         if not (math.isfinite(self.damping) and 0 <= self.damping <= 1):
             raise SpenseError(f"--damping: found {self.damping:g}, expected 0 to 1")
         for name in ("descent_passes", "tune_steps"):
@@ -159,6 +163,10 @@ class PruneSettings:
     def shares(self) -> dict[str, int]:
         """Source → how many sequences it gives."""
         return shares(self.sources, self.samples, max(1, MOST_WRITTEN // self.length))
+
+    @property
+    def wanted_image_share(self) -> float:
+        return 0.5 if self.image_share is None else self.image_share
 
     @property
     def wanted_sparsity(self) -> float:
@@ -190,7 +198,11 @@ class PruneSettings:
 
     def resolved(self) -> dict[str, object]:
         """All settings by name; those that are left to the method as the method has them."""
-        wanted = {"sparsity": self.wanted_sparsity, "dense_first": self.wanted_dense_first}
+        wanted = {
+            "sparsity": self.wanted_sparsity,
+            "dense_first": self.wanted_dense_first,
+            "image_share": self.wanted_image_share,
+        }
         return {**asdict(self), **asdict(self.recipe), **wanted}
 
 
@@ -198,6 +210,15 @@ def require_least(name: str, value: int | None, least: int) -> None:
     """Raises SpenseError for a setting below its least value; None is left to a default."""
     if value is not None and value < least:
         raise SpenseError(f"--{name.replace('_', '-')}: found {value}, expected at least {least}")
+
+
+def require_one_way(overwrite: bool, resume: bool) -> None:
+    """Raises SpenseError for a run that is to go on and to start anew."""
+    if overwrite and resume:
+        raise SpenseError(
+            "--overwrite, --resume: found both, expected one: --resume goes on with an unfinished run, also with one "
+            "that replaces a checkpoint; --overwrite starts anew"
+        )
 
 
 def choice(option: str, kind: type[Choice], found: str) -> Choice:

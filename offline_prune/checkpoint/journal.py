@@ -17,6 +17,8 @@ from offline_prune.checkpoint.merge import read_header
 from vllm_spense.errors import SpenseError
 
 FILE = "journal.jsonl"
+#: In the run's line of one that was begun to replace what is in OUT: one that resumes it may do so too.
+REPLACES = "replaces"
 
 Say = Callable[[str], None]
 
@@ -199,7 +201,7 @@ class Journal:
         different = [
             f"{key}: found {self.run.get(key)}, expected {expected.get(key)}"
             for key in {**expected, **self.run}
-            if self.run.get(key) != expected.get(key)
+            if key != REPLACES and self.run.get(key) != expected.get(key)
         ]
         if different:
             raise SpenseError(

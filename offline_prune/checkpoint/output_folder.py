@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from offline_prune.checkpoint import model_card
-from offline_prune.checkpoint.journal import FILE, Ending, Journal, Say
+from offline_prune.checkpoint.journal import FILE, REPLACES, Ending, Journal, Say
 from offline_prune.checkpoint.merge import merge
 from offline_prune.model.safetensors_reader import INDEX_NAME, SINGLE_NAME
 from vllm_spense.errors import SpenseError
@@ -41,7 +41,7 @@ class OutputFolder:
     Args:
         out: a folder, a symbolic link to one, or nothing yet.
         overwrite: replace a checkpoint, or an unfinished one, that is there.
-        resume: go on with an unfinished one, if there is one.
+        resume: go on with an unfinished one, if there is one, and replace what that was begun to replace.
 
     Attributes:
         path: OUT without symbolic links.
@@ -88,7 +88,7 @@ class OutputFolder:
                 return journal
             journal.drop_damaged(self._say)
         else:
-            journal = Journal(self.partial, run)
+            journal = Journal(self.partial, {**run, REPLACES: True} if self._overwrite else run)
         kept = {_LOCK, FILE, *(file for part in journal.parts for file in part.files)}
         kept |= {*journal.state.state_files} if journal.state else set()
         with self.writing(self.partial):
@@ -168,6 +168,8 @@ class OutputFolder:
         except SpenseError:
             if not self._overwrite or self._resume:
                 raise
+        if found and found.begun and self._resume and found.run.get(REPLACES):
+            self._overwrite = True
         if found and found.ending and self._overwrite and not self._resume:
             # It may have begun to move files, which are then neither its nor an older checkpoint's.
             with self.writing(self.path):

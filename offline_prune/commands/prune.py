@@ -48,8 +48,9 @@ def prune(
         ),
     ] = None,
     image_share: Annotated[
-        float, typer.Option(help="Of the sequences, those that begin with images.", rich_help_panel=_IMAGES)
-    ] = 0.5,
+        float | None,
+        typer.Option(help="Of the sequences, those that begin with images. \\[default: 0.5]", rich_help_panel=_IMAGES),
+    ] = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
     skip_unsupported: Annotated[

@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from offline_prune.calibration.mixture import shares, source_names
-from offline_prune.settings import choice, require_least
+from offline_prune.settings import choice, require_least, require_one_way
 from vllm_spense.errors import SpenseError
 
 
@@ -82,6 +82,7 @@ class HealSettings:
     resume: bool = False
 
     def __post_init__(self) -> None:
+        require_one_way(self.overwrite, self.resume)
         for name, kind in (("train", Train), ("optimizer", Optimizer)):
             object.__setattr__(self, name, choice(name, kind, getattr(self, name)))
         for name, least in (("samples", 2), ("length", 2), ("epochs", 1), ("step_tokens", 1), ("batch_tokens", 1)):

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from offline_prune.healing.settings import HealSettings
 from offline_prune.methods.recipe import METHODS
 from offline_prune.settings import PruneSettings
+from vllm_spense.errors import SpenseError
 
 
 def settings(**options: Any) -> PruneSettings:
@@ -27,3 +34,19 @@ def test_an_option_stands_for_what_the_method_does() -> None:
     )
     assert given.recipe.recorded() == settings(method="spensegpt++").recipe.recorded()
     assert given.recipe.recorded()["descent_passes"] == 1
+
+
+def test_an_image_share_without_images_is_refused() -> None:
+    assert settings().wanted_image_share == settings(calibration_images="random").wanted_image_share == 0.5
+    assert settings().resolved()["image_share"] == 0.5
+    with pytest.raises(SpenseError, match=r"^--image-share: found 0\.25 without --calibration-images$"):
+        settings(image_share=0.25)
+    assert replace(settings(calibration_images="random", image_share=0.25), samples=64).wanted_image_share == 0.25
+
+
+@pytest.mark.parametrize("make", [settings, partial(HealSettings, Path("pruned"), Path("out"), "teacher")])
+def test_a_run_either_goes_on_or_starts_anew(make: Callable[..., object]) -> None:
+    for option in ("overwrite", "resume"):
+        make(**{option: True})
+    with pytest.raises(SpenseError, match=r"^--overwrite, --resume: found both, expected one: "):
+        make(overwrite=True, resume=True)

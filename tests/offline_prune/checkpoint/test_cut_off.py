@@ -116,8 +116,9 @@ def test_a_run_cut_off_at_any_change_ends_the_same(sharding: str, overwrite: boo
             assert found == old or found.items() >= new.items(), "a mixture that may be taken for a checkpoint"
         journal = Journal.read(out / PARTIAL)
         assert not overwrite or journal or (out / "config.json").exists(), "neither the old nor the new checkpoint"
-        # What the run was allowed to replace is on record once it moves files.
-        write(out, overwrite and not (journal and journal.ending), resume=True)
+        # What the run was allowed to replace is on record once it has begun.
+        anew = overwrite and not (journal and journal.begun)
+        write(out, overwrite=anew, resume=not anew)
         assert contents(out) == expected, at
         shutil.rmtree(out)
     assert at > 25

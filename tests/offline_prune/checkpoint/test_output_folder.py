@@ -230,6 +230,20 @@ def test_an_unfinished_run_is_neither_lost_nor_taken_for_a_new_one(tmp_path: Pat
     assert load_file(tmp_path / "out/model.safetensors")["ü"].tolist() == [1, 2, 3]
 
 
+def test_a_run_that_was_to_replace_a_checkpoint_is_resumed_without_saying_so_again(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write(out, seed=1)
+    unfinished(out, overwrite=True)
+    write(out, resume=True)
+    assert load_file(out / "model.safetensors")["ü"].tolist() == [0, 1, 2]
+    # Only that one: here the checkpoint came after the run had begun.
+    unfinished(tmp_path / "other")
+    for file in out.iterdir():
+        (tmp_path / "other" / file.name).symlink_to(file)
+    with pytest.raises(SpenseError, match="not empty"):
+        write(tmp_path / "other", resume=True)
+
+
 def test_nothing_stays_of_a_run_that_finished_nothing(tmp_path: Path) -> None:
     out = tmp_path / "new/out"
     with OutputFolder(out, False, False):
