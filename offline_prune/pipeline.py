@@ -20,6 +20,7 @@ from offline_prune.calibration.hidden_states import Stream
 from offline_prune.calibration.image_rows import captioned_images
 from offline_prune.calibration.images import ImagePlan, ImageReader, deal
 from offline_prune.calibration.recording import ImageInputs
+from offline_prune.calibration.sources import require_sources
 from offline_prune.checkpoint.block_state_dict import BlockStateDict
 from offline_prune.checkpoint.ignored import ignored
 from offline_prune.checkpoint.journal import Journal, Say
@@ -79,7 +80,7 @@ def prune(
         if not distributed.is_first():
             progress, say = (lambda *_: None), (lambda _: None)
         out = OutputFolder(settings.out, settings.overwrite, settings.resume, say)
-        distributed.broadcast_from_first(lambda: _take(out, settings.model, context))
+        distributed.broadcast_from_first(lambda: _take(out, settings, tokens is None, context))
         model = SourceModel(settings.model, settings.trust_remote_code)
         if tokens is None:
             wanted = settings.samples, settings.length
@@ -91,10 +92,12 @@ def prune(
         return _Run(model, settings, device, compute_dtype(device), out, progress, say).run(tokens)
 
 
-def _take(out: OutputFolder, model: str, context: ExitStack) -> None:
-    """Keeps other runs away from OUT."""
-    if Path(model).is_dir():
-        require_apart(Path(model), out.path)
+def _take(out: OutputFolder, settings: PruneSettings, draws: bool, context: ExitStack) -> None:
+    """Keeps other runs away from OUT, and what lacks its text from a model's download."""
+    if draws and settings.calibration is not None:
+        require_sources(settings.sources)
+    if Path(settings.model).is_dir():
+        require_apart(Path(settings.model), out.path)
     context.enter_context(out)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from offline_prune.calibration.mixture import MOST_WRITTEN, shares, source_names
+from offline_prune.calibration.sources import require_spelled
 from offline_prune.methods.recipe import (
     DEFAULT_METHOD,
     METHODS,
@@ -136,6 +137,7 @@ class PruneSettings:
             require_least(name, getattr(self, name), 1)
         if self.calibration is not None:
             object.__setattr__(self, "calibration", self.sources)
+            require_spelled(self.sources)
             shares(self.sources, self.samples)
         if self.image_share is not None:
             if self.calibration_images is None:

@@ -19,6 +19,8 @@ from typing import Any, BinaryIO, Protocol
 from vllm_spense.errors import SpenseError
 
 FILE_KINDS = (".jsonl", ".txt", ".parquet")
+#: Endings of other files with text; what ends so is no data set's name either.
+_OTHER_KINDS = (".json", ".csv", ".tsv", ".md", ".arrow", ".gz", ".zst", ".zip")
 
 #: A passage of a text file has about as many bytes as a sequence of calibration text, at so many a token, but at least:
 _BYTES_PER_TOKEN, _SHORTEST_PASSAGE = 4, 2048
@@ -50,12 +52,11 @@ def shuffled_rows(source: str, seed: int, length: int) -> Iterator[tuple[str, An
         SpenseError: no such source, or a damaged one; names file and line.
     """
     path = Path(source)
-    if not source.strip():
-        raise SpenseError(f"--calibration: found nothing, expected a {', '.join(FILE_KINDS)} file or a data set")
+    require_source(source)
     # Not the Path's own tests: they raise where a folder above may not be entered.
     if os.path.isdir(source):
         parts = [_file(file, length) for file in _files(path)]
-    elif path.suffix.lower() in FILE_KINDS or os.path.exists(source):
+    elif os.path.exists(source):
         parts = [_file(path, length)]
     else:
         parts = [_HubRows(source)]
@@ -65,6 +66,28 @@ def shuffled_rows(source: str, seed: int, length: int) -> Iterator[tuple[str, An
     for index in order:
         part = bisect_right(ends, index)
         yield parts[part].read(index - ends[part] + len(parts[part]))
+
+
+def require_source(source: str) -> None:
+    """Raises SpenseError for what is plainly a file or a folder, not a data set, and is not there."""
+    if not source.strip():
+        raise SpenseError(f"--calibration: found nothing, expected a {', '.join(FILE_KINDS)} file or a data set")
+    if (
+        source.startswith((".", "/", "~"))
+        or source.count("/") > 1
+        or source.lower().endswith(FILE_KINDS + _OTHER_KINDS)
+    ):
+        require_path(Path(source))
+
+
+def require_path(path: Path) -> None:
+    """Raises SpenseError where there is nothing, or it cannot be read."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise SpenseError(f"{path}: no such file or folder") from None
+    except OSError as error:
+        raise SpenseError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _files(folder: Path) -> list[Path]:
@@ -83,12 +106,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _file(path: Path, length: int) -> Rows:
     kind = path.suffix.lower()
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        raise SpenseError(f"{path}: no such file") from None
-    except OSError as error:
-        raise SpenseError(f"{path}: cannot be read: {error.strerror}") from None
+    require_path(path)
     if not path.is_file() or kind not in FILE_KINDS:
         found = f"a {kind or 'nameless'} file" if path.is_file() else "something that is no file"
         raise SpenseError(f"{path}: found {found}, expected {', '.join(FILE_KINDS)}")

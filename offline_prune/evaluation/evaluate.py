@@ -17,7 +17,7 @@ from offline_prune.checkpoint.evaluate import compared
 from offline_prune.checkpoint.model_card import public_name, table
 from offline_prune.checkpoint.verify import open_checkpoint
 from offline_prune.evaluation.streamed import Logits, Progress, last_hidden, logits
-from offline_prune.evaluation.texts import domains
+from offline_prune.evaluation.texts import domains, require_texts
 from offline_prune.model.loading import SourceModel
 from offline_prune.runtime.device import pick_device
 from offline_prune.runtime.versions import versions
@@ -99,6 +99,7 @@ def evaluate(
     """
     if samples < 1 or length < 2:
         raise SpenseError(f"--samples, --length: found {samples}, {length}, expected at least 1 and 2")
+    require_texts(texts)
     place = pick_device(device)
     dense = SourceModel(against, trust_remote_code, as_stored=True)
     sparse = SourceModel(pruned, trust_remote_code, as_stored=True)

@@ -10,7 +10,14 @@ from transformers import PreTrainedTokenizerBase
 
 from offline_prune.calibration.data import calibration_tokens, pack
 from offline_prune.calibration.heldout import HELDOUT, heldout_documents
+from offline_prune.calibration.rows import require_path
 from vllm_spense.errors import SpenseError
+
+
+def require_texts(texts: Sequence[Path]) -> None:
+    """Raises SpenseError for a text that is not there, or two of one name, before a model is downloaded for them."""
+    for text in _named(texts).values():
+        require_path(text)
 
 
 def domains(
@@ -30,6 +37,7 @@ def domains(
     Raises:
         SpenseError: a text that is missing, damaged or shorter than one sequence, or two of one name.
     """
+    require_texts(texts)
     found: dict[str, torch.Tensor] = {}
     sources: Mapping[str, Path | None] = _named(texts) if texts else dict.fromkeys(HELDOUT)
     for name, text in sources.items():

@@ -8,6 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from offline_prune.calibration.mixture import shares, source_names
+from offline_prune.calibration.sources import require_spelled
 from offline_prune.settings import choice, require_least, require_one_way
 from vllm_spense.errors import SpenseError
 
@@ -89,6 +90,7 @@ class HealSettings:
             require_least(name, getattr(self, name), least)
         if self.calibration is not None:
             object.__setattr__(self, "calibration", self.sources)
+            require_spelled(self.sources)
             shares(self.sources, self.samples)
         if not 0 < self.heldout <= 0.5:
             raise SpenseError(f"--heldout: found {self.heldout:g}, expected more than 0 and at most 0.5")

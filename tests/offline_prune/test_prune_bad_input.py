@@ -16,6 +16,8 @@ from benchmarks import zoo
 from benchmarks.zoo import Architecture
 from offline_prune.checkpoint.verify import open_checkpoint
 from offline_prune.methods.regions import fit_regions
+from offline_prune.pipeline import prune
+from offline_prune.settings import PruneSettings
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import Regions
 
@@ -28,6 +30,17 @@ def refused(words: str, out: Path, model: str | Path, text: Path, **options: Any
 
 def test_unknown_model_path(tmp_path: Path, text: Path) -> None:
     refused("/no/such/model: no such folder", tmp_path / "out", "/no/such/model", text)
+
+
+def test_a_text_that_is_not_there_is_missed_before_the_model_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    out = tmp_path / "out"
+    for missing in ("no/such.txt", "./text"):
+        with pytest.raises(SpenseError, match=f"^{Path(missing)}: no such file or folder$"):
+            prune(PruneSettings("some/model", out, calibration=("builtin", missing)))
+    assert not out.exists()
 
 
 def test_folder_without_config(tmp_path: Path, text: Path) -> None:

@@ -50,3 +50,26 @@ def test_a_run_either_goes_on_or_starts_anew(make: Callable[..., object]) -> Non
         make(**{option: True})
     with pytest.raises(SpenseError, match=r"^--overwrite, --resume: found both, expected one: "):
         make(overwrite=True, resume=True)
+
+
+@pytest.mark.parametrize("make", [settings, partial(HealSettings, Path("pruned"), Path("out"), "teacher")])
+@pytest.mark.parametrize(
+    ("found", "meant"),
+    [
+        ("builtn", "builtin"),
+        ("Builtin", "builtin"),
+        ("built-in", "builtin"),
+        ("builtin_code", "builtin-code"),
+        ("generate", "generated"),
+    ],
+)
+def test_a_misspelled_source_is_not_looked_for_elsewhere(
+    make: Callable[..., object], found: str, meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SpenseError, match=f"^--calibration: found {found}; did you mean {meant}\\?$"):
+        make(calibration=("builtin-code" if meant == "builtin" else "builtin", found))
+    for other in ("builtin", "builtin-code", "generated", "wikitext", "some/builtin", "c4"):
+        make(calibration=other)
+    (tmp_path / found).mkdir()
+    make(calibration=found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,28 @@ def test_rows_of_a_data_set_are_read_when_drawn(monkeypatch: pytest.MonkeyPatch)
         where, row = next(drawn)
         assert where == f"some/data, row {int(row['text']) + 1}"
     assert len(read) == 3
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        *("none.txt", "NONE.JSONL", "some/none.parquet", "none.json", "some/none.csv.gz"),
+        *("./none", "../none", "/none", "~/none", "~none.txt", "a/b/none"),
+    ],
+)
+def test_what_is_plainly_a_path_is_not_looked_for_on_the_hub(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(SpenseError, match=f"^{re.escape(str(Path(source)))}: no such file or folder$"):
+        rows(source)
+
+
+@pytest.mark.parametrize("source", ["wikitext", "some/data", "some/data-1.1", "some/data.text_2"])
+def test_what_may_be_a_data_set_is(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.load_dataset", lambda name, split: [{"text": name}])
+    assert rows(source) == [{"text": source}]
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,7 @@ def test_the_built_in_texts_need_no_file() -> None:
     [
         ("empty.txt", "", r"empty.txt: found 0 tokens, expected at least 64 \(1 samples × 64\)"),
         ("short.txt", "too short", r"short.txt: found 10 tokens, expected at least 64 \(1 samples × 64\)"),
-        ("missing.txt", None, "missing.txt: no such file"),
+        ("missing.txt", None, "missing.txt: no such file or folder"),
         ("text.csv", "a,b", "text.csv: found a .csv file, expected .jsonl, .txt, .parquet"),
     ],
 )
@@ -203,6 +203,20 @@ def test_a_text_without_one_sequence_is_refused(name: str, content: str | None, 
         (tmp_path / name).write_text(content)
     with pytest.raises(SpenseError, match=words):
         domains([tmp_path / name], byte_tokenizer(), 4, 64)
+
+
+@pytest.mark.parametrize("name", ["builtn", "some/text", "text.txt"])
+def test_a_text_that_is_not_there_is_missed_before_the_models_are_fetched(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text is a file or a folder, never a data set."""
+    monkeypatch.chdir(tmp_path)
+    for asked in ("huggingface_hub.snapshot_download", "datasets.load_dataset"):
+        monkeypatch.setattr(asked, lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(SpenseError, match=f"^{name}: no such file or folder$"):
+        evaluate("some/pruned", "some/model", [Path(name)])
+    with pytest.raises(SpenseError, match=f"^{name}: no such file or folder$"):
+        domains([Path(name)], byte_tokenizer(), 4, 64)
 
 
 def test_two_texts_of_one_name_are_refused(tmp_path: Path) -> None:
