@@ -19,6 +19,7 @@ from offline_prune.calibration.mixture import DEFAULT_MIXTURE, GENERATED, drawn,
 from offline_prune.checkpoint.journal import Journal, crc32_of
 from offline_prune.checkpoint.output_folder import OutputFolder
 from offline_prune.memory_plan import GIB, whole_memory
+from offline_prune.methods.recipe import Solver
 from offline_prune.model.loading import SourceModel
 from offline_prune.model.whole import whole_model
 from offline_prune.runtime import distributed
@@ -66,6 +67,13 @@ def default_sources(
     return built_in
 
 
+def _widest_hessian(model: SourceModel) -> int:
+    """The most inputs that a projection of a pruned MLP has, or one of an expert: columns of its Hessian."""
+    sizes = [(mlp.hidden, mlp.intermediate) for block in model.blocks for mlp in block.mlps]
+    sizes += [(experts.hidden, experts.intermediate) for experts in model.experts.values()]
+    return max(map(max, sizes), default=0)
+
+
 class CalibrationText:
     """The sequences of all ranks.
 
@@ -92,12 +100,19 @@ class CalibrationText:
             self.shape = samples, length
 
     def draw(self) -> None:
-        """Draws what needs no model.
+        """Draws what needs no model, and says where all of the text will be too little.
 
         Raises:
             SpenseError: see `calibration.data.calibration_tokens`.
         """
         self._parts = distributed.broadcast_from_first(self._drawn)
+        (samples, length), columns = self.shape, _widest_hessian(self._model)
+        if self._settings.recipe.solver is Solver.SPARSEGPT and samples * length < columns:
+            found = f"{samples * length} tokens ({samples} × {length})"
+            self._say(
+                f"calibration text: found {found}, expected at least {columns}, the columns of the widest Hessian, "
+                "which is singular with fewer; raise --samples or --length"
+            )
 
     def fingerprint(self) -> str:
         """Of what was given or drawn; what the dense model writes follows from settings that a run is known by."""

@@ -49,6 +49,34 @@ class Shown:
         self.inputs.append(inputs)
 
 
+@pytest.mark.parametrize(
+    ("family", "sizes", "columns"), [("llama", {}, 128), ("qwen3-moe", {"moe_intermediate_size": 32}, 64)]
+)
+def test_a_text_of_fewer_tokens_than_columns_is_warned_of(
+    family: str, sizes: dict[str, Any], columns: int, tmp_path: Path, text: Path
+) -> None:
+    """The columns are down's, or, where experts are narrow, those of gate and up."""
+    model = tiny_model(family, tmp_path / "model", **sizes)
+    source = SourceModel(str(model))
+    mlps = [*(mlp for block in source.blocks for mlp in block.mlps), *source.experts.values()]
+    assert max(max(mlp.hidden, mlp.intermediate) for mlp in mlps) == columns
+    given = {"calibration": str(text), "samples": 2, "sparsity": 0.5, "device": "cpu"}
+
+    def warned(length: int, method: str = "spensegpt+") -> list[str]:
+        said: list[str] = []
+        prune(
+            PruneSettings(str(model), tmp_path / "out", method, length=length, overwrite=True, **given), say=said.append
+        )
+        return [line for line in said if line.startswith("calibration text:")]
+
+    assert not warned(columns // 2)
+    assert not warned(columns // 2 - 1, "wanda")
+    (line,) = warned(columns // 2 - 1)
+    assert line.startswith(
+        f"calibration text: found {columns - 2} tokens (2 × {columns // 2 - 1}), expected at least {columns}, "
+    )
+
+
 def test_sequences_are_no_longer_than_the_context(tmp_path: Path, text: Path) -> None:
     """And the checkpoint is that of a run that asked for what was taken."""
     model = tiny_model("llama", tmp_path / "model", max_position_embeddings=24)
