@@ -150,7 +150,7 @@ def test_a_tokenizer_may_have_more_tokens_than_the_model(tmp_path: Path, templat
     folder = tiny_model("llama", tmp_path / "model", vocab_size=200, pad_token_id=0)
     (folder / "chat_template.jinja").write_text(template)
     source = SourceModel(str(folder))
-    assert max(source.tokenizer.get_vocab().values()) == source.tokenizer.eos_token_id == 257
+    assert source.tokenizer.eos_token_id == 256
     with whole_model(source, CPU, torch.float32):
         assert generate(source, CPU, 200, 6, 0, 200, lambda _: None).max() < 200
 
