@@ -209,7 +209,8 @@ def _continued(model: Any, prompts: torch.Tensor, length: int) -> torch.Tensor:
 def _prompts(source: SourceModel, count: int, random: torch.Generator, length: int) -> torch.Tensor:
     """int64 (count, n), n < length."""
     # A tokenizer may have more tokens than the model.
-    tokenizer, known = source.tokenizer, source.text.get_input_embeddings().num_embeddings
+    embeddings: Any = source.text.get_input_embeddings()
+    tokenizer, known = source.tokenizer, int(embeddings.num_embeddings)
     start = _turn(tokenizer)
     if start and len(start) < length and max(start) < known:
         return torch.tensor(start).expand(count, -1)
