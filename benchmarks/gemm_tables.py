@@ -64,6 +64,25 @@ def _by_tokens(result: Result, keys: Sequence[str], cell: Callable[[Row], str]) 
     return [*markdown(headings, cells), "", source(result)]
 
 
+def clocks(result: Result) -> list[str]:
+    """GEMMs that run until their own power has settled the clock: speed-up over the best dense one, in cycles too."""
+    rows = result["rows"]
+    ratios = sorted({row["dense_ratio"] for row in rows}, reverse=True)
+    lines = []
+    for layer, m in dict.fromkeys((row["layer"], row["m"]) for row in rows):
+        mine = {row["dense_ratio"]: row for row in rows if (row["layer"], row["m"]) == (layer, m)}
+        dense = next(iter(mine.values()))
+        cells = []
+        for row in (mine[ratio] for ratio in ratios):
+            at = f"{row['spense_ghz']:.2f} GHz, {row['spense_watts']:.0f} W"
+            cells.append(f"{row['ratio']:.2f} ({row['ratio_in_cycles']:.2f}; {at})")
+        lines.append(
+            [layer, m, f"{dense['dense_us']:.0f}", f"{dense['dense_ghz']:.2f}", f"{dense['dense_watts']:.0f}", *cells]
+        )
+    headings = ["layer", "tokens", "dense, µs", "GHz", "W", *(f"ρ = {ratio:g}" for ratio in ratios)]
+    return [*markdown(headings, lines), "", source(result)]
+
+
 def mlp(result: Result) -> list[str]:
     """One MLP inside and outside its GEMMs."""
     lines = (

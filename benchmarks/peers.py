@@ -42,7 +42,7 @@ from benchmarks.accuracy import (
 from benchmarks.baselines import hyperprune, patch, proxsparse
 from benchmarks.command_line import add_out, run_main
 from benchmarks.envelope import ROOT
-from benchmarks.quality_tables import markdown, of_each_model
+from benchmarks.quality_tables import INT4, markdown, of_each_model
 from benchmarks.texts import CALIBRATION, require
 from offline_prune.calibration.data import calibration_tokens
 from offline_prune.checkpoint.evaluate import load_dense
@@ -68,8 +68,6 @@ OURS: dict[str, Row] = {
     "magnitude": {"method": "magnitude"},
 }
 PEERS = ("llmcompressor sparsegpt", "llmcompressor wanda")
-#: W4A16: four bits and a scale for each group of weights in all linear layers but lm_head.
-INT4 = "llmcompressor gptq"
 #: How many weights share a scale, from what people use to what small models with odd sizes allow.
 INT4_GROUPS = (128, 64, 32)
 #: PATCH by MLP sparsity; at 50% it would leave Wanda's masks alone.

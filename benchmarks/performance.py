@@ -94,6 +94,7 @@ TABLES: Mapping[str, tuple[str, Callable[..., list[str]]]] = {
     "gemm": ("gemm_sweep", gemm_tables.gemm),
     "paths": ("gemm_sweep", gemm_tables.paths),
     "gemm_h200": ("gemm_sweep-h200", gemm_tables.gemm),
+    "clocks": ("gemm_clocks", gemm_tables.clocks),
     "experts": ("expert_gemm", gemm_tables.experts),
     "mixtures": ("expert_mixture", gemm_tables.mixtures),
     "mlp": ("layer_breakdown", gemm_tables.mlp),
@@ -104,6 +105,7 @@ TABLES: Mapping[str, tuple[str, Callable[..., list[str]]]] = {
     "compat_readme": ("compat", serving_tables.compat_sentence),
     "soak": ("soak", serving_tables.soak),
     "load": ("serve_load", serving_tables.load),
+    "load_half": ("serve_load-sparsities serve_load-kv-auto", serving_tables.load),
     "readme": ("decode_speed", decode_tables.decode_longest),
     "alternatives": ("alternatives", alternatives_table.tables),
     "prune": ("prune_time", pruning_tables.prune),
@@ -128,7 +130,7 @@ TABLES: Mapping[str, tuple[str, Callable[..., list[str]]]] = {
     "accuracy_cpu": ("accuracy-smollm2-cpu", quality_results.quality),
     "models": (" ".join(f"accuracy-{k}-{m}" for k in ("default", "heal") for m in KNOWN), quality_results.over_models),
     "models_long": (quality_results.ON_LONG_TEXT, quality_results.over_models),
-    "models_tuned": (quality_results.ON_LONG_TEXT, quality_results.over_models_tuned),
+    "models_tuned": (f"{quality_results.ON_LONG_TEXT} peers-int4-models", quality_results.over_models_tuned),
     **{f"domains_{model.partition('-')[0]}": (f"accuracy-domains-{model}", quality_results.quality) for model in KNOWN},
     **{f"heal_{model.partition('-')[0]}": (f"accuracy-heal-{model}", quality_results.quality) for model in KNOWN},
     **{f"healed_{model.partition('-')[0]}": (f"accuracy-healed-{model}", quality_results.quality) for model in KNOWN},
@@ -147,6 +149,7 @@ TABLES: Mapping[str, tuple[str, Callable[..., list[str]]]] = {
     "tasks_default": ("tasks-coder-default-25 tasks-coder-default-healed-37.5", quality_results.tasks),
     "peers": ("peers-smollm2", quality_results.quality),
     "int4": ("peers-int4", quality_results.quality),
+    "int4_models": ("peers-int4-models", quality_results.quality),
     "fp8_scales": ("fp8_scales", quality_results.fp8_scales),
 }
 

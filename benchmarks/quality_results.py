@@ -60,7 +60,7 @@ def over_models_tuned(result: Result, *others: Result) -> list[str]:
         method, _, change = row["method"].partition(" ")
         if method == quality_tables.BASE:
             return not change
-        return method == quality_tables.BETTER and "tune_steps" not in change
+        return row["method"] == quality_tables.INT4 or (method == quality_tables.BETTER and "tune_steps" not in change)
 
     return over_models(*({**some, "rows": [*filter(kept, some["rows"])]} for some in (result, *others)))
 

@@ -9,10 +9,13 @@ from typing import Any
 Row = Mapping[str, Any]
 #: What identifies a line of a table; seeds and domains are what it sums up.
 _KEYS = ("method", "sparsity", "format")
+#: What a user may take instead, W4A16: four bits, and a scale for each group of weights, in all linear layers but the
+#: head.
+INT4 = "llmcompressor gptq"
 #: What `summary` shows, and how it names it.
 SUMMARIZED = {
     "dense rounding=after": "dense",
-    "llmcompressor gptq": "GPTQ, four bits",
+    INT4: "GPTQ, four bits",
     **{name: f"`{name}`" for name in ("spensegpt++", "spensegpt+", "spensegpt", "sparsegpt", "wanda", "magnitude")},
 }
 #: Sequences × tokens of each text in files older than these keys.
@@ -93,12 +96,14 @@ def summary(rows: Sequence[Row]) -> list[str]:
 
 
 def over_models(rows: Sequence[Row]) -> list[str]:
-    """FP8, of whatever all models have: KL of each domain, its mean over models and seeds, and in parentheses the mean
-    over models of what that is of `BASE`'s at the same sparsity."""
+    """FP8 and `INT4`, of whatever all models have: KL of each domain, its mean over models and seeds.
+
+    In parentheses is the mean over models of what that is of `BASE`'s at the same sparsity, if any.
+    """
     domains, models = (list(dict.fromkeys(row[key] for row in rows)) for key in ("domain", "model"))
     found: dict[tuple[str, float], dict[tuple[str, str], list[float]]] = {}
     for row in rows:
-        if row["sparsity"] and row["format"] != "bf16":
+        if row["method"] == INT4 or (row["sparsity"] and row["format"] != "bf16"):
             places = found.setdefault((label(row["method"]), row["sparsity"]), {})
             places.setdefault((row["model"], row["domain"]), []).append(row["kl"])
     kl = {
@@ -108,11 +113,13 @@ def over_models(rows: Sequence[Row]) -> list[str]:
     }
     lines = [f"| method | MLP sparsity | {' | '.join(domains)} |", "|" + "---|" * (2 + len(domains))]
     for method, sparsity in sorted(kl, key=lambda key: (key[1], -statistics.mean(kl[key].values()))):
-        mine, base = kl[method, sparsity], kl[BASE, sparsity]
+        mine, base = kl[method, sparsity], kl.get((BASE, sparsity))
         cells = []
         for domain in domains:
-            ratio = statistics.mean(mine[model, domain] / base[model, domain] for model in models)
-            cells.append(f"{statistics.mean(mine[model, domain] for model in models):.3f} ({ratio:.2f})")
+            cell = f"{statistics.mean(mine[model, domain] for model in models):.3f}"
+            if base:
+                cell += f" ({statistics.mean(mine[model, domain] / base[model, domain] for model in models):.2f})"
+            cells.append(cell)
         lines.append(f"| {method} | {sparsity:.1%} | {' | '.join(cells)} |")
     return lines
 
@@ -132,6 +139,8 @@ _IN_WORDS = {
 def label(method: str) -> str:
     """A method with what differs within a table: calibration text and steps, of a healed one's settings the rate, and
     whether more than the MLPs was trained."""
+    if method == INT4:
+        return SUMMARIZED[INT4]
     name, _, change = method.partition(" healed ")
     for setting, words in _IN_WORDS.items():
         name = name.replace(setting, words)

@@ -70,8 +70,9 @@ def soak(result: Result) -> list[str]:
     return [*markdown(headings, lines), "", f"The checks: {checks}.", "", source(result)]
 
 
-def load(result: Result) -> list[str]:
-    """Servers under load: a line for each type of KV cache, number of concurrent requests and scheme."""
+def load(result: Result, *others: Result) -> list[str]:
+    """Servers of one shape under load: a line for each type of KV cache, number of concurrent requests and scheme."""
+    rows = [row for each in (result, *others) for row in each["rows"]]
     keys = ("ttft_ms", "ttft_p99_ms", "tpot_ms", "tpot_p99_ms")
     lines = [
         [
@@ -83,14 +84,14 @@ def load(result: Result) -> list[str]:
             "" if row["ratio"] is None else f"{row['ratio']:.2f}",
             *(f"{row[key]:.0f}" if key.startswith("ttft") else f"{row[key]:.1f}" for key in keys),
         ]
-        for row in sorted(result["rows"], key=lambda row: (row["kv_cache_dtype"], row["concurrency"], row["sparsity"]))
+        for row in sorted(rows, key=lambda row: (row["kv_cache_dtype"], row["concurrency"], row["sparsity"]))
     ]
     headings = ["KV cache", "at once", "", "requests/s", "output tokens/s", "speed-up"]
     headings += ["TTFT, ms", "p99", "TPOT, ms", "p99"]
     first = result["rows"][0]
     lengths = f"{first['input']} tokens in, {first['output']} out"
     about = f"{first['shape']}, {first['layers']} layers, {lengths}; medians and 99th percentiles."
-    return [*markdown(headings, lines), "", about, "", source(result)]
+    return [*markdown(headings, lines), "", about, "", " ".join(map(source, (result, *others)))]
 
 
 def timeline(result: Result) -> list[str]:

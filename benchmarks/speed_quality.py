@@ -29,7 +29,6 @@ COLOURS = {"spensegpt++": "#0b6e4f", "spensegpt+": "#2f6fb5", "spensegpt": "#7a8
 _LAST_POINT = {"spensegpt+": "sparsegpt", "spensegpt": "sparsegpt"}
 #: Schemes of four-bit weights, which share a quality: like FP8's, it is that of rounded weights, not of activations.
 INT4, _INT4_COLOUR = ("w4a16", "w4a8-fp8"), "#b3541e"
-_INT4_METHOD = "llmcompressor gptq"
 _INK, _SOFT, _GRID = "#22282e", "#6b7780", "#dde2e6"
 
 Row = Mapping[str, Any]
@@ -52,7 +51,7 @@ def points(results: Path = RESULTS) -> dict[str, list[list[float]]]:
         found[method] = [[s, _kl(accuracy, name.get(s, method), s), speed[s]] for s in sorted(speed)]
     for scheme in INT4:
         if int4 and scheme in others:
-            found[alternatives_table.LABELS[scheme]] = [[0.0, _kl(int4, _INT4_METHOD, 0.0), others[scheme]]]
+            found[alternatives_table.LABELS[scheme]] = [[0.0, _kl(int4, quality_tables.INT4, 0.0), others[scheme]]]
     return found
 
 
@@ -76,7 +75,7 @@ def _speeds(results: Path) -> tuple[dict[float, float], dict[str, float]]:
 
 def _quality(results: Path) -> tuple[list[Row], list[Row]]:
     """Rows of `accuracy.py` and of GPTQ in four bits, of the texts that both have; of all where there is no GPTQ."""
-    int4 = [row for row in _rows(results, "peers-int4") if row["method"] == _INT4_METHOD]
+    int4 = [row for row in _rows(results, "peers-int4") if row["method"] == quality_tables.INT4]
     return quality_tables.on_common_texts(_rows(results, "accuracy-smollm2"), int4)
 
 

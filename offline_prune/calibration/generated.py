@@ -208,11 +208,12 @@ def _continued(model: Any, prompts: torch.Tensor, length: int) -> torch.Tensor:
 
 def _prompts(source: SourceModel, count: int, random: torch.Generator, length: int) -> torch.Tensor:
     """int64 (count, n), n < length."""
-    tokenizer, known = source.tokenizer, source.text.get_input_embeddings().num_embeddings
-    start = _turn(tokenizer)
-    if start and len(start) < length:
-        return torch.tensor(start).expand(count, -1)
     # A tokenizer may have more tokens than the model.
+    embeddings: Any = source.text.get_input_embeddings()
+    tokenizer, known = source.tokenizer, int(embeddings.num_embeddings)
+    start = _turn(tokenizer)
+    if start and len(start) < length and max(start) < known:
+        return torch.tensor(start).expand(count, -1)
     special = set(tokenizer.all_special_ids)
     usual = torch.tensor([token for token in tokenizer.get_vocab().values() if token not in special and token < known])
     n = min(_PROMPT, length - 1)

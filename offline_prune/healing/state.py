@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import zlib
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 import torch.distributed as dist
 
-from offline_prune.checkpoint.journal import Journal, State, crc32_of
+from offline_prune.checkpoint.journal import Journal, State
 from offline_prune.checkpoint.output_folder import OutputFolder
 from offline_prune.healing.training import History, Training
 from offline_prune.runtime import distributed
@@ -28,6 +29,7 @@ class SavedStates:
 
     def __init__(self, out: OutputFolder, journal: Journal) -> None:
         self._out, self._journal = out, journal
+        self._text_crc32 = 0
 
     @property
     def history(self) -> History | None:
@@ -41,18 +43,19 @@ class SavedStates:
     def save_text(self, tokens: torch.Tensor) -> None:
         """Puts the text where `save` counts it."""
         if distributed.is_first():
-            self._write(self._journal.folder / _TEXT, tokens)
+            self._text_crc32 = self._write(self._journal.folder / _TEXT, tokens)
 
     def save(self, training: Training) -> None:
         """Replaces the state, once all ranks have written theirs; unless it is of this step already."""
         if self.history and self.history.step == training.history.step:
             return
-        path = self._file(training.history.step)
-        self._write(path, training.state_dict())
-        files = {path.name: crc32_of(path)}
+        files = {}
+        if mine := training.state_dict():
+            path = self._file(training.history.step)
+            files[path.name] = self._write(path, mine)
         if distributed.is_first():
             state = self._journal.state
-            files[_TEXT] = state.state_files[_TEXT] if state else crc32_of(self._journal.folder / _TEXT)
+            files[_TEXT] = state.state_files[_TEXT] if state else self._text_crc32
         if distributed.size() > 1:
             found: list[dict[str, int]] = [{}] * distributed.size()
             dist.all_gather_object(found, files)
@@ -67,14 +70,35 @@ class SavedStates:
     def load(self, training: Training, history: History) -> None:
         """Takes training to where the state is."""
         path = self._file(history.step)
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        training.load_state_dict(state, history)
+        there = self._journal.state and path.name in self._journal.state.state_files
+        training.load_state_dict(torch.load(path, map_location="cpu", weights_only=True) if there else {}, history)
 
     def _file(self, step: int) -> Path:
         return self._journal.folder / f"state-{step}-rank-{distributed.rank()}"
 
-    def _write(self, path: Path, state: Any) -> None:
-        with self._out.writing(path):
-            torch.save(state, path)
-            with path.open("rb") as written:
-                os.fsync(written.fileno())
+    def _write(self, path: Path, state: Any) -> int:
+        """The file's checksum, which is taken on the way: a state is too large to be read again for it."""
+        with self._out.writing(path), path.open("wb") as file:
+            summed = _Summed(file)
+            torch.save(state, cast(IO[bytes], summed))
+            file.flush()
+            os.fsync(file.fileno())
+        return summed.crc32
+
+
+class _Summed:
+    """A file that is written from its beginning to its end, and the checksum of what has been written.
+
+    Attributes:
+        crc32: as `journal.crc32_of` finds it.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.crc32 = file, 0
+
+    def write(self, data: bytes) -> int:
+        self.crc32 = zlib.crc32(data, self.crc32)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()

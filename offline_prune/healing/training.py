@@ -227,7 +227,12 @@ class Training:
         history.heldout.append((history.step, found))
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a run needs to go on from here, but for `history` and the text."""
+        """All that a run needs to go on from here, but for `history`, the text and PRUNED: at the start nothing, at the
+        end what is to be written."""
+        if not self.history.step:
+            return {}
+        if self.history.step == self.steps:
+            return {"best": self.best}
         return {
             "masters": [weight.master.detach() for weight in self.weights],
             "optimizer": self._optimizer.state_dict(),
@@ -236,11 +241,13 @@ class Training:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any], history: History) -> None:
-        for weight, master in zip(self.weights, state["masters"], strict=True):
-            weight.master.copy_(master)
-            weight.serve()
-        self._optimizer.load_state_dict(state["optimizer"])
-        self.best, self.history = state["best"], history
+        self.best = state["best"] if state else [weight.stored() for weight in self.weights]
+        self.history = history
+        if "masters" in state:
+            for weight, master in zip(self.weights, state["masters"], strict=True):
+                weight.master.copy_(master)
+                weight.serve()
+            self._optimizer.load_state_dict(state["optimizer"])
 
 
 def sequences_at_once(settings: HealSettings, device: torch.device) -> int:

@@ -81,7 +81,9 @@ def pruning_report(checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 
 def _annotation(annotation: Annotation, settings: HealSettings, report: HealReport) -> Annotation:
-    """The pruner's, which also says how the weights were trained after it."""
+    """The pruner's, which also says how the weights were trained after it, if they are others now."""
+    if not report.history.best_step:
+        return annotation
     healed: dict[str, Scalar] = {
         "healed": str(settings.train),
         "healed_text": " + ".join(settings.sources),

@@ -316,8 +316,12 @@ def test_the_mean_over_models_is_of_what_all_of_them_have() -> None:
         *(row("a", healed, domain, kl) for domain, kl in (("docs", 0.05), ("docs", 0.03), ("code", 0.1))),
         *(row("b", healed, domain, 0.12) for domain in ("docs", "code")),
         *(row("a", "wanda", domain, 0.9) for domain in ("docs", "code")),
+        *({**row(model, "llmcompressor gptq", "docs", 0.3), "sparsity": 0.0, "format": "int4-g64"} for model in "ab"),
+        *({**row(model, "llmcompressor gptq", "code", 0.1), "sparsity": 0.0, "format": "int4-g64"} for model in "ab"),
+        *({**row(model, "dense", "docs", 0.1), "sparsity": 0.0} for model in "ab"),
     ]
     assert quality_tables.over_models(rows)[2:] == [
+        "| GPTQ, four bits | 0.0% | 0.300 | 0.100 |",
         "| spensegpt+ | 25.0% | 0.250 (1.00) | 0.250 (1.00) |",
         # Of docs 0.04 / 0.1 and 0.12 / 0.4, of code 0.1 / 0.1 and 0.12 / 0.4.
         "| spensegpt++, healed at 0.003 | 25.0% | 0.080 (0.35) | 0.110 (0.65) |",

@@ -144,6 +144,17 @@ def test_a_chat_model_begins_as_a_users_turn_does(llama: Path, tmp_path: Path) -
     assert len({tuple(row.tolist()) for row in found[chat]}) == 6
 
 
+@pytest.mark.parametrize("template", ["", "{% for m in messages %}{{ eos_token }}{{ m.content }}{% endfor %}"])
+def test_a_tokenizer_may_have_more_tokens_than_the_model(tmp_path: Path, template: str) -> None:
+    """Those that begin a document or a turn too. On a GPU a token without embeddings would end the process."""
+    folder = tiny_model("llama", tmp_path / "model", vocab_size=200, pad_token_id=0)
+    (folder / "chat_template.jinja").write_text(template)
+    source = SourceModel(str(folder))
+    assert source.tokenizer.eos_token_id == 256
+    with whole_model(source, CPU, torch.float32):
+        assert generate(source, CPU, 200, 6, 0, 200, lambda _: None).max() < 200
+
+
 def test_a_model_that_is_too_large_is_refused_before_any_work(
     llama: Path, tmp_path: Path, text: Path, mixture: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,13 +8,14 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from forked import run_program, run_ranks
 from heal_runs import Pair, cut_off, healed, settings
 from runs import contents
 
 from offline_prune.checkpoint.journal import Journal
 from offline_prune.checkpoint.output_folder import PARTIAL
-from offline_prune.healing import training
+from offline_prune.healing import pipeline, training
 from offline_prune.healing.pipeline import heal
 from offline_prune.healing.report import HealReport
 from vllm_spense.errors import SpenseError
@@ -105,8 +106,25 @@ def test_a_run_that_is_cut_off_before_its_first_step_is_resumed(
         with pytest.raises(KeyboardInterrupt):
             healed(pair, tmp_path / "out", epochs=2, samples=32)
     assert len(whole.history.losses) == 14, "two epochs of seven steps"
+    assert [file.name for file in (tmp_path / "out" / PARTIAL).glob("state-*")] == ["state-text"], "PRUNED has the rest"
     resumed = healed(pair, tmp_path / "out", epochs=2, samples=32, resume=True)
     assert resumed.history == whole.history
+
+
+def test_after_its_last_step_a_run_needs_only_what_it_writes(
+    pair: Pair, tmp_path: Path, whole: tuple[Path, HealReport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, expected = whole
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "write_weights", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            healed(pair, tmp_path / "out")
+    (state,) = (tmp_path / "out" / PARTIAL).glob("state-*-rank-0")
+    assert list(torch.load(state, weights_only=True)) == ["best"]
+    monkeypatch.setattr(training.Training, "_update", _interrupt)
+    resumed = healed(pair, tmp_path / "out", resume=True)
+    assert contents(tmp_path / "out") == contents(out)
+    assert resumed.history == expected.history
 
 
 def _interrupt(*_: object) -> None:
