@@ -32,9 +32,9 @@ def prune(result: Result) -> list[str]:
 def prune_stages(result: Result) -> list[str]:
     """Seconds of one block by stage."""
     rows = result["rows"]
-    stages = sorted(
-        {stage for row in rows for stage in row["stages"]}, key=lambda stage: -rows[0]["stages"].get(stage, 0)
-    )
+    names = {stage for row in rows for stage in row["stages"]}
+    # By name too: a set has another order in every process.
+    stages = sorted(names, key=lambda stage: (rows[0]["stages"].get(stage, 0), stage), reverse=True)
     lines = ([stage, *(f"{row['stages'].get(stage, 0.0):.2f}" for row in rows)] for stage in stages)
     return [*markdown(["stage", *(f"{row['shape']} {row['method']}" for row in rows)], lines), "", source(result)]
 

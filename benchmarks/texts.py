@@ -40,8 +40,8 @@ TRAINING = "training"
 HANDBOOK = "handbook"
 #: Held out, from the one most like `calibration` on; `calibration-code` is like `code`.
 DOMAINS = (*HELDOUT, HANDBOOK)
-#: Of each text; more than any benchmark reads. A default run of `heal` takes 1.6 million tokens of each calibration text,
-#: and docstrings are shorter than code.
+#: Of each text; more than any benchmark reads. A default run of `heal` takes 1.6 million tokens of each calibration
+#: text, and docstrings are shorter than code.
 _DOCUMENTS, _DOCSTRINGS = 1000, 2000
 #: None of them is in a held-out text; the calibration texts' are.
 TRAINING_PACKAGES = (*BUILTIN_PACKAGES, "scipy", "sklearn", "sympy", "networkx", "nltk", "vllm", "fontTools", "pyarrow")

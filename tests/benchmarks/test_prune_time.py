@@ -95,3 +95,12 @@ def test_the_projection() -> None:
 )
 def test_which_kernels_run_on_tensor_cores(kernel: str, counts: bool) -> None:
     assert prune_time.on_tensor_cores(kernel) == counts
+
+
+def test_stages_of_equal_time_have_one_order_in_every_process() -> None:
+    """Sets of words are in another order in each."""
+    names = [f"stage {letter}" for letter in "abcdefghijkl"]
+    row = {"shape": "tiny", "method": "spensegpt", "stages": {"forward": 1.0, **dict.fromkeys(names, 0.0)}}
+    about = {"benchmark": "prune_time", "gpu": {"name": "NVIDIA H200"}, "versions": {}, "commit": "", "command": ""}
+    lines = [line.split(" | ")[0].strip("| ") for line in prune_stages({**about, "rows": [row]})]
+    assert lines[2:15] == ["forward", *reversed(names)]
