@@ -68,8 +68,8 @@ STOCK_EXPERTS = Efficiency(0.82, 0.5)
 SPARSE_EXPERTS = DENSE_EXPERTS = Efficiency(0.88, 0.4)
 #: Of vLLM's CUTLASS kernel for FP8 on Hopper: up to how many tokens a tile has how many rows of the weight × tokens.
 _TILES = ((16, (64, 16)), (64, (64, 64)), (128, (128, 64)), (math.inf, (128, 128)))
-#: On this GPU it takes longer with so many tokens than with 64, which nothing here explains: with 32 1.1 to 1.3 times as
-#: long (gemm_sweep-h200.json).
+#: On this GPU it takes longer with so many tokens than with 64, which nothing here explains: with 32 1.1 to 1.3 times
+#: as long (gemm_sweep-h200.json).
 _SLOW_CUTLASS = ("H200", range(17, 64))
 #: Near the knee of the roofline both limits add to the time: its sum is that of powers with this exponent.
 _KNEE = 4
