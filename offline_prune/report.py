@@ -159,7 +159,7 @@ class Report:
             "",
             "‖(W − Ŵ)X‖² / ‖WX‖² on the calibration text, before any tuning:",
             "",
-            *table(["projection", "zeros", "loss, median", "loss, largest"], rows),
+            *table(["projection", "zeros", "relative error, median", "largest"], rows),
             *self._of_experts(),
         ]
 

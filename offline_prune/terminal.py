@@ -50,13 +50,19 @@ def progress_of(
     )
 
     start = time.monotonic()
+    first: tuple[float, int] | None = None
 
     def line(done: int, total: int, name: str) -> None:
+        nonlocal first
+        now = time.monotonic()
+        # The pace is that since the first piece: reading and writing text, or what an earlier run did, is not in it.
+        first = first or (now, done)
         if shown and done * 10 // total > (done - 1) * 10 // total:
-            seconds = time.monotonic() - start
-            took, left = (timedelta(seconds=round(each)) for each in (seconds, seconds * (total - done) / done))
-            said = f"{verb} {name}, {done} of {total} {unit}, after {took}"
-            console.print(f"{said}, about {left} left" if done < total else said, soft_wrap=True)
+            said = f"{verb} {name}, {done} of {total} {unit}, after {timedelta(seconds=round(now - start))}"
+            if first[1] < done < total:
+                left = (now - first[0]) * (total - done) / (done - first[1])
+                said += f", about {timedelta(seconds=round(left))} left"
+            console.print(said, soft_wrap=True)
 
     if not console.is_terminal:
         yield line
@@ -76,7 +82,7 @@ def progress_of(
 
 def print_report(report: Report, out: Path, console: Console) -> None:
     table = Table(title=f"{out}: MLP sparsity {report.mlp_sparsity:.2%} in {report.seconds:.0f} s")
-    for heading in ("projection", "zeros", "loss, median", "loss, largest"):
+    for heading in ("projection", "zeros", "relative error, median", "largest"):
         table.add_column(heading, justify="left" if heading == "projection" else "right")
     for part in report.projections():
         table.add_row(part.name, f"{part.zeros:.2%}", f"{part.median_loss:.4f}", f"{part.largest_loss:.4f}")

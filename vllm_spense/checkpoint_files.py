@@ -74,6 +74,8 @@ def read_object(path: Path) -> dict[str, Any]:
                 )
             raw = file.read(MAX_JSON_BYTES)
     except FileNotFoundError:
+        if not path.parent.exists():
+            raise SpenseError(f"{path.parent}: no such folder") from None
         raise SpenseError(f"{path.parent}: no {path.name}; is this the folder of a Hugging Face model?") from None
     return parse_object(raw, path)
 

@@ -213,6 +213,8 @@ def _read_config(adapter: Path) -> dict[str, Any]:
     Raises:
         SpenseError: not a folder of PEFT's, not a LoRA, or one that cannot be rewritten.
     """
+    if not adapter.exists():
+        raise SpenseError(f"{adapter}: no such folder")
     if not (adapter / CONFIG).is_file():
         raise SpenseError(f"{adapter}: no {CONFIG}; expected the folder of a PEFT adapter")
     config = read_object(adapter / CONFIG)

@@ -59,7 +59,8 @@ def estimate(
     sizes, pruned = load(model, sparsity)
     found = run(sizes, pruned, GPUS[gpu], batch, context, kv_cache_dtype, read_cache(folder()))
     zeros = pruned.sparsity(sizes)
-    about = f"{model} on one {GPUS[gpu].name}: batch {batch}, context {context}, KV cache {kv_cache_dtype}"
+    kv_cache = "BF16" if kv_cache_dtype == "auto" else "FP8"
+    about = f"{model} on one {GPUS[gpu].name}: batch {batch}, context {context}, KV cache in {kv_cache}"
     table = Table(title=about)
     for heading in ("", "dense FP8", f"Spense {zeros:.1%}"):
         table.add_column(heading, justify="right" if heading else "left")

@@ -161,8 +161,10 @@ def test_evaluate_leaves_the_card_of_a_plain_model_alone(
         (("prune", "/no/such/model", "/tmp/never", "--sparsity", "0.7"), "error: --sparsity: found 0.7"),
         (("prune", "/no/such/model", "/tmp/never", "--sparsity", "much"), "Invalid value for '--sparsity'"),
         (("prune", "/no/such/model", "/tmp/never", "--sparsty", "0.3"), "No such option"),
-        (("verify", "/no/such/folder"), "error: /no/such/folder: no config.json"),
-        (("inspect", "/no/such/folder"), "error: /no/such/folder: no config.json"),
+        (("verify", "/no/such/folder"), "error: /no/such/folder: no such folder"),
+        (("inspect", "/no/such/folder"), "error: /no/such/folder: no such folder"),
+        (("heal", "/no/such/folder", "/tmp/never", "--teacher", "x"), "error: /no/such/folder: no such folder"),
+        (("adapt", "/no/such/folder", "x", "/tmp/never"), "error: /no/such/folder: no such folder"),
         (("evaluate", "/no/such", "--against", "/no/such/model"), "error: /no/such/model: no such folder"),
         (("evaluate", "/no/such"), "Missing option '--against'"),
         (("evaluate", "x", "--against", "y", "--json", "/no/such/x.json"), "error: --json: /no/such: no such folder"),
@@ -222,7 +224,7 @@ def test_names_are_not_markup(odd: str, out: Path, tmp_path: Path, spense_here: 
     assert str(folder) in said.stdout
     assert re.search(rf"method +│? *{re.escape(odd)} ", said.stdout)
     said = spense_here("verify", tmp_path / "missing" / odd)
-    assert f"{tmp_path / 'missing' / odd}: no config.json" in said.stderr
+    assert f"{tmp_path / 'missing' / odd}: no such folder" in said.stderr
     assert "Traceback" not in said.stderr
 
 

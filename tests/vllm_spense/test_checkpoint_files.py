@@ -221,6 +221,8 @@ def test_a_pipe_or_a_folder_in_the_place_of_a_file(make: Callable[[Path], None],
 def test_what_is_missing_is_called_missing(tmp_path: Path) -> None:
     with pytest.raises(SpenseError, match=r"no config\.json; is this the folder"):
         read_object(tmp_path / "config.json")
+    with pytest.raises(SpenseError, match=r"missing: no such folder$"):
+        read_object(tmp_path / "missing/config.json")
     (tmp_path / "file").touch()
     with pytest.raises(SpenseError, match="file: found a file, expected the folder"):
         read_object(tmp_path / "file/config.json")

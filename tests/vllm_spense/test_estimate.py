@@ -353,6 +353,11 @@ def test_command() -> None:
     found = estimate(*qwen(0.25), H100, 8, 16, "fp8")
     for words in ("Spense 25.0%", f"{found.dense_ms:.2f}", f"{found.speed_up:.2f}", "measured on an H100"):
         assert words in result.stdout
+    assert "batch 8, context 16, KV cache in FP8" in " ".join(result.stdout.split())
+
+
+def test_auto_is_said_to_be_bf16() -> None:
+    assert "context 4096, KV cache in BF16" in " ".join(command("qwen3-32b").stdout.split())
 
 
 @pytest.mark.parametrize(("sparsity", "said"), [("0", True), ("0.001", True), ("0.25", False)])
