@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks import quality_tables
 from benchmarks.tables import Result, Row, source
@@ -41,12 +41,18 @@ def headline(result: Result, *others: Result) -> list[str]:
 
 
 def over_models(result: Result, *others: Result) -> list[str]:
-    """What methods lose on the average model. Later results add what earlier ones do not have, such as healed ones."""
+    """What methods lose on the average model."""
+    rows = merged((result, *others))
+    return [*quality_tables.over_models(rows), "", f"{quality_tables.measured_on(rows)}. {result['gpu']['name']}."]
+
+
+def merged(results: Iterable[Result]) -> list[Row]:
+    """Rows of several results: later ones add what earlier ones do not have, such as healed models."""
     rows: list[Row] = []
-    for each in (result, *others):
+    for each in results:
         known = {_line(row) for row in rows}
         rows += [row for row in each["rows"] if _line(row) not in known]
-    return [*quality_tables.over_models(rows), "", f"{quality_tables.measured_on(rows)}. {result['gpu']['name']}."]
+    return rows
 
 
 def _line(row: Row) -> tuple[object, ...]:

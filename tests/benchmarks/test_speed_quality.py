@@ -1,8 +1,9 @@
-"""The README's picture from made-up results: which speeds and which texts its points are of."""
+"""The README's picture from made-up results: which speeds, models and texts its points are of."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,61 +11,64 @@ import pytest
 
 from benchmarks import speed_quality
 
+CELL = {"batch": 32, "context": 1024, "kv_cache_dtype": "fp8", "ms": 1.0}
+THREE = "spensegpt++ calibration=builtin,calibration=builtin-code,calibration=generated"
+HEALED = f"{THREE} healed samples=9"
 
-def write(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
-    (folder / f"{name}.json").write_text(json.dumps({"rows": rows}))
+
+def rows(method: str, sparsity: float, kl: float, form: str = "fp8", models: str = "ab") -> Iterator[dict[str, Any]]:
+    """Of each model and two texts; the second text loses three times as much."""
+    for model in models:
+        for domain, factor in (("code", 1), ("prose", 3)):
+            yield {
+                "model": model,
+                "method": method,
+                "sparsity": sparsity,
+                "format": form,
+                "domain": domain,
+                "kl": factor * kl,
+            }
 
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """Speeds of Spense alone, quality of two texts in an old file."""
-    cell = {"batch": 32, "context": 1024, "kv_cache_dtype": "fp8"}
-    decode = [{**cell, "sparsity": s, "ratio": 1 + s} for s in (0.25, 0.5)]
-    write(tmp_path, "decode_speed", [*decode, {**cell, "batch": 1, "sparsity": 0.25, "ratio": 9.0}])
-    cases = [("dense rounding=after", 0.0, 0.01), ("sparsegpt", 0.5, 0.9)]
-    cases += [(method, 0.25, 0.2) for method in speed_quality.COLOURS] + [("spensegpt++", 0.5, 0.4)]
-    accuracy = [
-        {"model": "m", "method": method, "sparsity": sparsity, "format": form, "domain": domain, "kl": factor * kl}
-        for method, sparsity, kl in cases
-        for form, factor in (("fp8", 1), ("bf16", 100))
-        for domain, factor in (("code", factor), ("prose", 3 * factor))
+    schemes = {"fp8": (0.0, 1.0), "w4a16": (0.0, 1.1), "spense-25": (0.25, 1.2), "spense-37.5": (0.375, 1.4)}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in speed_quality.FILES}
+    found["alternatives"] = [
+        *({**CELL, "scheme": scheme, "sparsity": s, "ratio": ratio} for scheme, (s, ratio) in schemes.items()),
+        {**CELL, "batch": 1, "scheme": "w4a16", "sparsity": 0.0, "ratio": 9.0},
+        {"scheme": "w4a8-fp8", "sparsity": 0.0, "failed": "no kernel"},
     ]
-    write(tmp_path, "accuracy-smollm2", accuracy)
+    found["accuracy-long-smollm2-135m"] = [*rows("dense", 0.0, 0.0, "bf16"), *rows("spensegpt+", 0.25, 0.2)]
+    found["accuracy-code-smollm2-135m"] = [*rows(THREE, 0.25, 0.1), *rows(THREE, 0.375, 0.15, models="a")]
+    found["accuracy-code-gemma3-270m"] = [*rows(THREE, 0.375, 0.25, models="b"), *rows(THREE, 0.25, 9.0, "bf16")]
+    found["accuracy-healed-smollm2-135m"] = [*rows(THREE, 0.25, 9.0), *rows(HEALED, 0.375, 0.05)]
+    found["peers-int4-models"] = [*rows("llmcompressor gptq", 0.0, 0.3, "int4-g64")]
+    found["accuracy-domains-smollm2-135m"] = [*rows("dense rounding=after", 0.0, 0.01), *rows("spensegpt+", 0.25, 9.0)]
+    for name, content in found.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"rows": content}))
     return tmp_path
 
 
-def test_points_are_means_over_the_texts(results: Path) -> None:
+def test_points_are_means_over_models_and_texts(results: Path, tmp_path: Path) -> None:
     found = speed_quality.points(results)
-    assert found["dense"] == [[0.0, pytest.approx(0.02), 1.0]]
-    assert found["spensegpt+"] == [[0.25, pytest.approx(0.4), 1.25], [0.5, pytest.approx(1.8), 1.5]]
-    assert found.keys() == {"dense", *speed_quality.COLOURS}
-    assert speed_quality.texts(results) == "m on code, reference"
-
-
-def test_four_bits_are_drawn_once_both_are_measured_on_texts_that_all_have(results: Path, tmp_path: Path) -> None:
-    cell = {"batch": 32, "context": 1024, "kv_cache_dtype": "fp8", "ms": 1.0}
-    schemes = {"fp8": (0.0, 1.0), "w4a16": (0.0, 1.1), "spense-25": (0.25, 1.2), "spense-50": (0.5, 1.4)}
-    rows = [{**cell, "scheme": scheme, "sparsity": s, "ratio": ratio} for scheme, (s, ratio) in schemes.items()]
-    write(results, "alternatives", [*rows, {"scheme": "w4a8-fp8", "sparsity": 0.0, "failed": "no kernel"}])
-    assert "W4A16" not in speed_quality.points(results)
-    size = {"heldout": 8, "heldout_length": 512}
-    int4 = {"model": "m", "method": "llmcompressor gptq", "sparsity": 0.0, "format": "int4-g64"}
-    write(
-        results,
-        "peers-int4",
-        [
-            {**int4, **size, "domain": "code", "kl": 0.1},
-            {**int4, **size, "domain": "handbook", "kl": 7.0},
-            {**int4, **size, "heldout": 40, "domain": "reference", "kl": 7.0},
-            {**int4, **size, "domain": "code", "method": "llmcompressor wanda", "kl": 7.0},
-        ],
-    )
-    found = speed_quality.points(results)
-    assert found["W4A16"] == [[0.0, 0.1, 1.1]]
-    assert "W4A8-FP8" not in found
-    # Only code is in both files.
-    assert found["spensegpt++"] == [[0.25, pytest.approx(0.2), 1.2], [0.5, pytest.approx(0.4), 1.4]]
-    assert speed_quality.texts(results) == "m on code"
+    assert found == {
+        "dense": [[0.0, pytest.approx(0.02), 1.0]],
+        "healed": [[0.375, pytest.approx(0.1), 1.4]],
+        # What another file has of the same case does not count.
+        "spensegpt++": [[0.25, pytest.approx(0.2), 1.2], [0.375, pytest.approx(0.4), 1.4]],
+        "spensegpt+": [[0.25, pytest.approx(0.4), 1.2]],
+        "W4A16": [[0.0, pytest.approx(0.6), 1.1]],
+    }
+    assert speed_quality.texts(results) == "a, b on code, prose"
     picture = tmp_path / "picture.png"
-    speed_quality.draw(found, "m on code", picture)
+    speed_quality.draw(found, "a, b on code, prose", picture)
     assert picture.stat().st_size > 10_000
+
+
+def test_what_not_all_models_have_is_not_drawn(results: Path) -> None:
+    (results / "accuracy-code-gemma3-270m.json").write_text('{"rows": []}')
+    (results / "peers-int4-models.json").write_text(json.dumps({"rows": [*rows("llmcompressor gptq", 0.0, 0.3)][:3]}))
+    found = speed_quality.points(results)
+    assert found["spensegpt++"] == [[0.25, pytest.approx(0.2), 1.2]]
+    assert "W4A16" not in found
