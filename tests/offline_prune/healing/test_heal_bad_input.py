@@ -72,6 +72,15 @@ def _other_words(folder: Path) -> Path:
     return folder
 
 
+def test_a_text_that_is_not_there_is_missed_before_the_teacher_is_fetched(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(SpenseError, match=r"^no/such\.txt: no such file or folder$"):
+        healed(pair, tmp_path / "out", teacher="some/model", calibration=("builtin", "no/such.txt"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_folders(pair: Pair, tmp_path: Path, llama: Path) -> None:
     with pytest.raises(SpenseError, match="not a Spense checkpoint"):
         healed(Pair(llama, llama, pair.text), tmp_path / "out")
