@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from heal_runs import Pair, healed
+import torch
+from heal_runs import Pair, healed, settings
 from tiny_models import tiny_model
 
 from offline_prune.healing import pipeline, plan
@@ -182,6 +183,14 @@ def test_all_that_needs_less_memory_is_named_alone_or_together(
         advice = str(error.value).partition("; ")[2]
         said = advice.removesuffix(" would fit").split(" | ")
         assert {*said} == {" ".join(name for name in LESS_MEMORY if name in names) for names in fewest}
+
+
+def test_gpus_are_named_as_few_as_do(pair: Pair, tmp_path: Path) -> None:
+    """Where all need 3 without batches of one sequence, and 2 with them."""
+    given, cuda = settings(pair, tmp_path / "out"), torch.device("cuda")
+    found = plan._fitting(lambda other, ranks: ranks >= (2 if other.batch_tokens else 3), given, 1, cuda)
+    assert found == ["4 GPUs", "2 GPUs --batch-tokens 64"]
+    assert plan._fitting(lambda other, ranks: ranks > 8, given, 1, cuda) == []
 
 
 def test_logits_that_are_made_otherwise_are_refused_before_text_is_written(
