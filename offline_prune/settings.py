@@ -14,6 +14,7 @@ from offline_prune.calibration.sources import require_spelled
 from offline_prune.methods.recipe import (
     DEFAULT_METHOD,
     METHODS,
+    TUNE_RATE,
     Grouping,
     Layout,
     Quantize,
@@ -75,7 +76,7 @@ class PruneSettings:
         true_sequential: collect down's Hessian through the pruned gate and up.
         tune_steps: most steps of Adam on each block's kept weights after it is pruned, in all one pass over the
             calibration text, of which more than 128 take 1024 tokens each; 0 for none, None for the method's own.
-        tune_rate: of those steps, relative to the weights: see `block_finetune.tune`.
+        tune_rate: of those steps, relative to the weights: see `block_finetune.tune`; None for `recipe.TUNE_RATE`.
         tune_loss: what those steps make small: the `relative` error, or that with its channels weighed by the dense
             model's predictions, `fisher`; None for the method's own.
         skip_unsupported: leave blocks without a gated MLP as they are instead of refusing the model.
@@ -111,7 +112,7 @@ class PruneSettings:
     descent_passes: int | None = None
     true_sequential: bool = True
     tune_steps: int | None = None
-    tune_rate: float = 0.016
+    tune_rate: float | None = None
     tune_loss: TuneLoss | None = None
     skip_unsupported: bool = False
     trust_remote_code: bool = False
@@ -148,8 +149,14 @@ class PruneSettings:
             raise SpenseError(f"--damping: found {self.damping:g}, expected 0 to 1")
         for name in ("descent_passes", "tune_steps"):
             require_least(name, getattr(self, name), 0)
-        if not 0 < self.tune_rate <= 1:
+        if self.tune_rate is not None and not 0 < self.tune_rate <= 1:
             raise SpenseError(f"--tune-rate: found {self.tune_rate:g}, expected more than 0 and at most 1")
+        for name in ("tune_rate", "tune_loss"):
+            if (given := getattr(self, name)) is not None and not self.recipe.tune_steps:
+                option = f"--{name.replace('_', '-')}"
+                raise SpenseError(
+                    f"{option}: found {given} without tuning, expected --tune-steps of at least 1 with it"
+                )
         if self.alignment is not None and (self.alignment < MIN_ALIGNMENT or self.alignment & (self.alignment - 1)):
             raise SpenseError(
                 f"--alignment: found {self.alignment}, expected a power of two of at least {MIN_ALIGNMENT}"
@@ -193,7 +200,7 @@ class PruneSettings:
             descent_passes=method.descent_passes if self.descent_passes is None else self.descent_passes,
             true_sequential=self.true_sequential,
             tune_steps=method.tune_steps if self.tune_steps is None else self.tune_steps,
-            tune_rate=self.tune_rate,
+            tune_rate=TUNE_RATE if self.tune_rate is None else self.tune_rate,
             tune_loss=self.tune_loss or method.tune_loss,
             seed=self.seed,
         )

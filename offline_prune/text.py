@@ -6,7 +6,6 @@ And what `prune` and `heal` take where nobody says.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from typing import cast
 
@@ -16,8 +15,9 @@ from torch import nn
 from offline_prune.calibration.data import check_vocabulary
 from offline_prune.calibration.generated import FEWEST_AT_ONCE, PIECE, Writer, joined, pieces
 from offline_prune.calibration.mixture import DEFAULT_MIXTURE, GENERATED, drawn, mixed
-from offline_prune.checkpoint.journal import Journal, crc32_of
+from offline_prune.checkpoint.journal import Journal
 from offline_prune.checkpoint.output_folder import OutputFolder
+from offline_prune.checkpoint.state_file import write_state
 from offline_prune.memory_plan import GIB, whole_memory
 from offline_prune.methods.recipe import Solver
 from offline_prune.model.loading import SourceModel
@@ -167,8 +167,5 @@ class CalibrationText:
         if distributed.is_first():
             path = journal.folder / _FILE
             with out.writing(path):
-                torch.save(tokens, path)
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-                journal.keep({_FILE: crc32_of(path)}, None)
+                journal.keep({_FILE: write_state(path, tokens)}, None)
         return tokens

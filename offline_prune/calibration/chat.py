@@ -37,6 +37,11 @@ _ROLES = {
 _KNOWN = ("system", "developer", "user", "assistant", "tool")
 _FOR_TEMPLATES = ("name", "tool_calls", "tool_call_id", "reasoning_content")
 _BETWEEN = "\n\n"
+#: By raise_exception, an undefined name, or an operation on a value of another type, or one that it has no result for.
+_RAISED_IN_TEMPLATES = (
+    *(TemplateError, TypeError, ValueError, ArithmeticError),
+    *(LookupError, AttributeError, RecursionError),
+)
 
 
 @dataclass(frozen=True)
@@ -155,8 +160,7 @@ def templated(chat: Chat, template: str, tokenizer: PreTrainedTokenizerBase) -> 
     for messages in (list(chat.messages), _alternating(chat.messages), _alternating(_without_system(chat.messages))):
         try:
             return str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
-        # What raise_exception, an undefined name, or an operation on a value of another type raises in a template.
-        except (TemplateError, TypeError, ValueError) as error:
+        except _RAISED_IN_TEMPLATES as error:
             reason = reason or error
     raise RefusedChat(f"{chat.where}: {reason}")
 

@@ -215,9 +215,10 @@ def _prompts(source: SourceModel, count: int, random: torch.Generator, length: i
     if start and len(start) < length and max(start) < known:
         return torch.tensor(start).expand(count, -1)
     special = set(tokenizer.all_special_ids)
-    usual = torch.tensor([token for token in tokenizer.get_vocab().values() if token not in special and token < known])
+    usual = sorted(token for token in tokenizer.get_vocab().values() if token not in special and token < known)
     n = min(_PROMPT, length - 1)
-    drawn = usual.sort().values[torch.randint(len(usual), (count, n), generator=random)]
+    # All of a tokenizer's tokens may be special, or beyond the model's.
+    drawn = torch.tensor(usual or range(known))[torch.randint(len(usual) or known, (count, n), generator=random)]
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None or first >= known:
         return drawn

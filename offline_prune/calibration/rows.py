@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Protocol
 from vllm_spense.errors import SpenseError
 
 FILE_KINDS = (".jsonl", ".txt", ".parquet")
-#: Endings of other files with text; what ends so is no data set's name either.
+#: Endings of other files with text.
 _OTHER_KINDS = (".json", ".csv", ".tsv", ".md", ".arrow", ".gz", ".zst", ".zip")
 
 #: A passage of a text file has about as many bytes as a sequence of calibration text, at so many a token, but at least:
@@ -72,20 +72,23 @@ def require_source(source: str) -> None:
     """Raises SpenseError for what is plainly a file or a folder, not a data set, and is not there."""
     if not source.strip():
         raise SpenseError(f"--calibration: found nothing, expected a {', '.join(FILE_KINDS)} file or a data set")
-    if (
-        source.startswith((".", "/", "~"))
-        or source.count("/") > 1
-        or source.lower().endswith(FILE_KINDS + _OTHER_KINDS)
-    ):
-        require_path(Path(source))
+    path, ending = Path(source), source.lower()
+    # A data set's name may end as files do, but a file of these kinds would not be read anyway.
+    other = ending.endswith(_OTHER_KINDS) and (path == Path(path.name) or os.path.isdir(path.parent))
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or ending.endswith(FILE_KINDS) or other:
+        require_path(path)
 
 
-def require_path(path: Path) -> None:
-    """Raises SpenseError where there is nothing, or it cannot be read."""
+def require_path(path: Path, expected: str = "") -> None:
+    """Raises SpenseError where there is nothing, or it cannot be read.
+
+    Args:
+        expected: what should be there, for the message.
+    """
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        raise SpenseError(f"{path}: no such file or folder") from None
+        raise SpenseError(f"{path}: no such file or folder{expected and f'; expected {expected}'}") from None
     except OSError as error:
         raise SpenseError(f"{path}: cannot be read: {error.strerror}") from None
 

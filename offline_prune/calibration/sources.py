@@ -18,9 +18,9 @@ _ALIKE = 0.8
 
 
 def require_spelled(sources: Iterable[str]) -> None:
-    """Raises SpenseError for a source that is nearly one of `OWN`, and no file or folder."""
+    """Raises SpenseError for a source that is nearly one of `OWN`, and no file or folder, nor somebody's data set."""
     for source in sources:
-        alike = get_close_matches(source.lower(), OWN, n=1, cutoff=_ALIKE)
+        alike = [] if "/" in source else get_close_matches(source.lower(), OWN, n=1, cutoff=_ALIKE)
         if alike and source not in OWN and not os.path.exists(source):
             raise SpenseError(f"--calibration: found {source}; did you mean {alike[0]}?")
 

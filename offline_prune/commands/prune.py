@@ -136,8 +136,9 @@ def prune(
         ),
     ] = None,
     tune_rate: Annotated[
-        float, typer.Option(help="Of those steps, relative to the weights.", rich_help_panel=_RESEARCH)
-    ] = 0.016,
+        float | None,
+        typer.Option(help="Of those steps, relative to the weights. \\[default: 0.016]", rich_help_panel=_RESEARCH),
+    ] = None,
     tune_loss: Annotated[
         TuneLoss | None,
         typer.Option(

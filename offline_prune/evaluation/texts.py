@@ -10,14 +10,17 @@ from transformers import PreTrainedTokenizerBase
 
 from offline_prune.calibration.data import calibration_tokens, pack
 from offline_prune.calibration.heldout import HELDOUT, heldout_documents
-from offline_prune.calibration.rows import require_path
+from offline_prune.calibration.rows import FILE_KINDS, require_path
 from vllm_spense.errors import SpenseError
+
+#: As a `--text`.
+_EXPECTED = f"a {', '.join(FILE_KINDS)} file, a folder with such files, or no --text for the built-in ones"
 
 
 def require_texts(texts: Sequence[Path]) -> None:
     """Raises SpenseError for a text that is not there, or two of one name, before a model is downloaded for them."""
     for text in _named(texts).values():
-        require_path(text)
+        require_path(text, _EXPECTED)
 
 
 def domains(

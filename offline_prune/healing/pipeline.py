@@ -15,6 +15,7 @@ from offline_prune.calibration.context_length import within_context
 from offline_prune.calibration.data import check_vocabulary
 from offline_prune.calibration.generated import joined
 from offline_prune.calibration.mixture import GENERATED, drawn, mixed, shares
+from offline_prune.calibration.sources import require_sources
 from offline_prune.checkpoint.journal import Journal, Say
 from offline_prune.checkpoint.output_folder import OutputFolder, require_apart
 from offline_prune.checkpoint.verify import Checkpoint, open_checkpoint
@@ -83,7 +84,10 @@ def heal(settings: HealSettings, progress: Progress = lambda *_: None, say: Say 
 
 
 def _take(out: OutputFolder, settings: HealSettings, context: ExitStack) -> None:
-    """Keeps other runs away from OUT."""
+    """Keeps other runs away from OUT, and what lacks its text from the teacher's download."""
+    # A run that goes on has its text beside its state.
+    if settings.calibration is not None and not settings.resume:
+        require_sources(settings.sources)
     require_apart(settings.pruned, out.path, "PRUNED")
     if Path(settings.teacher).is_dir():
         require_apart(Path(settings.teacher), out.path)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -110,12 +111,8 @@ def heal_plan(
     plan = sizes.plan(settings, ranks)
     require_room_to_write(plan.generation, room, device)
     if room < plan.on_device:
-        fitting = [
-            said
-            for said, other, count in _others(settings, ranks, device)
-            if sizes.plan(other, count).on_device <= room
-        ]
-        nothing = "neither --batch-tokens, 8-bit moments nor 8 GPUs would do"
+        fitting = _fitting(lambda other, count: sizes.plan(other, count).on_device <= room, settings, ranks, device)
+        nothing = "neither --batch-tokens, --checkpointing, 8-bit moments nor 8 GPUs would do, nor all of them"
         advice = f"{' | '.join(fitting)} would fit" if fitting else nothing
         raise SpenseError(
             f"{device}: {room / GIB:.2f} GiB of memory usable, training needs {plan.on_device / GIB:.2f} GiB; {advice}"
@@ -124,19 +121,31 @@ def heal_plan(
     return plan
 
 
-def _others(settings: HealSettings, ranks: int, device: torch.device) -> Iterator[tuple[str, HealSettings, int]]:
-    """What may need less: as a person would say it, the settings, how many ranks."""
-    least = replace(settings, batch_tokens=settings.length)
-    small = replace(least, optimizer=Optimizer.ADAMW8BIT)
-    yield f"--batch-tokens {settings.length}", least, ranks
-    if settings.checkpointing is False:
-        yield "--checkpointing", replace(settings, checkpointing=True), ranks
-    yield f"--optimizer {Optimizer.ADAMW8BIT}", replace(settings, optimizer=Optimizer.ADAMW8BIT), ranks
-    yield f"--batch-tokens {settings.length} --optimizer {Optimizer.ADAMW8BIT}", small, ranks
-    if device.type == "cuda":
-        for count in (2, 4, 8):
-            if count > ranks:
-                yield f"{count} GPUs", settings, count
+def _fitting(
+    fits: Callable[[HealSettings, int], bool], settings: HealSettings, ranks: int, device: torch.device
+) -> list[str]:
+    """What would do, as a person would say it: as few changes as possible, and as few GPUs as do with each of them.
+
+    Args:
+        fits: whether there is room for these settings on so many ranks.
+    """
+    changes: dict[str, dict[str, Any]] = {
+        f"--batch-tokens {settings.length}": {"batch_tokens": settings.length},
+        "--checkpointing": {"checkpointing": True},
+        f"--optimizer {Optimizer.ADAMW8BIT}": {"optimizer": Optimizer.ADAMW8BIT},
+    }
+    if settings.checkpointing is not False:  # They are computed again already.
+        del changes["--checkpointing"]
+    more = [count for count in (2, 4, 8) if count > ranks] if device.type == "cuda" else []
+    found: list[tuple[str, ...]] = []
+    for size in range(len(changes) + 1):
+        for names in combinations(changes, size):
+            other = replace(settings, **{key: value for name in names for key, value in changes[name].items()})
+            count = next((count for count in (ranks, *more) if fits(other, count)), None)
+            said = names if count == ranks else (f"{count} GPUs", *names)
+            if count and not any({*less} <= {*said} for less in found):
+                found.append(said)
+    return [" ".join(names) for names in found]
 
 
 class _Sizes:

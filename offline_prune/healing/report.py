@@ -48,6 +48,13 @@ class HealReport:
 
     def card_section(self) -> list[str]:
         """Markdown for the checkpoint's model card."""
+        if not self.history.best_step:
+            return [
+                "## Measured",
+                "",
+                f"KL(original ‖ this model) of the next token on {self.heldout_tokens} tokens: {self.before:.4f} nats. "
+                "`spense heal` found no better weights, so these are those that it was given.",
+            ]
         return [
             "## Measured while healing",
             "",

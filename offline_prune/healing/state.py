@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import zlib
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
 
 import torch
 import torch.distributed as dist
 
 from offline_prune.checkpoint.journal import Journal, State
 from offline_prune.checkpoint.output_folder import OutputFolder
+from offline_prune.checkpoint.state_file import write_state
 from offline_prune.healing.training import History, Training
 from offline_prune.runtime import distributed
 
@@ -29,7 +27,6 @@ class SavedStates:
 
     def __init__(self, out: OutputFolder, journal: Journal) -> None:
         self._out, self._journal = out, journal
-        self._text_crc32 = 0
 
     @property
     def history(self) -> History | None:
@@ -41,21 +38,29 @@ class SavedStates:
         return torch.load(self._journal.folder / _TEXT, weights_only=True)
 
     def save_text(self, tokens: torch.Tensor) -> None:
-        """Puts the text where `save` counts it."""
+        """The state of a run that has a text and nothing else, which a teacher may have written for long."""
+        record = asdict(History())
         if distributed.is_first():
-            self._text_crc32 = self._write(self._journal.folder / _TEXT, tokens)
+            path = self._journal.folder / _TEXT
+            with self._out.writing(path):
+                self._journal.keep({_TEXT: write_state(path, tokens)}, record)
+        else:
+            self._journal.state = State({}, record)
 
     def save(self, training: Training) -> None:
-        """Replaces the state, once all ranks have written theirs; unless it is of this step already."""
-        if self.history and self.history.step == training.history.step:
+        """Replaces the state, once all ranks have written theirs; unless it is of this step already, and judged."""
+        before, state = self.history, self._journal.state
+        assert before
+        assert state
+        if before.heldout and before.step == training.history.step:
             return
         files = {}
         if mine := training.state_dict():
             path = self._file(training.history.step)
-            files[path.name] = self._write(path, mine)
+            with self._out.writing(path):
+                files[path.name] = write_state(path, mine)
         if distributed.is_first():
-            state = self._journal.state
-            files[_TEXT] = state.state_files[_TEXT] if state else self._text_crc32
+            files[_TEXT] = state.state_files[_TEXT]
         if distributed.size() > 1:
             found: list[dict[str, int]] = [{}] * distributed.size()
             dist.all_gather_object(found, files)
@@ -75,30 +80,3 @@ class SavedStates:
 
     def _file(self, step: int) -> Path:
         return self._journal.folder / f"state-{step}-rank-{distributed.rank()}"
-
-    def _write(self, path: Path, state: Any) -> int:
-        """The file's checksum, which is taken on the way: a state is too large to be read again for it."""
-        with self._out.writing(path), path.open("wb") as file:
-            summed = _Summed(file)
-            torch.save(state, cast(IO[bytes], summed))
-            file.flush()
-            os.fsync(file.fileno())
-        return summed.crc32
-
-
-class _Summed:
-    """A file that is written from its beginning to its end, and the checksum of what has been written.
-
-    Attributes:
-        crc32: as `journal.crc32_of` finds it.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self.crc32 = file, 0
-
-    def write(self, data: bytes) -> int:
-        self.crc32 = zlib.crc32(data, self.crc32)
-        return self._file.write(data)
-
-    def flush(self) -> None:
-        self._file.flush()

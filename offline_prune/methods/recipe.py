@@ -88,6 +88,8 @@ class Method:
     descent_passes: int = 0
 
 
+#: Of Adam in tuning, relative to the weights.
+TUNE_RATE = 0.016
 #: The best one-shot pruning there is here, in at most three times the time of `spensegpt+`.
 DEFAULT_METHOD = "spensegpt++"
 METHODS = {
@@ -133,7 +135,7 @@ class Recipe:
     descent_passes: int = 0
     true_sequential: bool = True
     tune_steps: int = 0
-    tune_rate: float = 0.016
+    tune_rate: float = TUNE_RATE
     tune_loss: TuneLoss = TuneLoss.RELATIVE
     seed: int = 0
 

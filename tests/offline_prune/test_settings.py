@@ -44,6 +44,19 @@ def test_an_image_share_without_images_is_refused() -> None:
     assert replace(settings(calibration_images="random", image_share=0.25), samples=64).wanted_image_share == 0.25
 
 
+@pytest.mark.parametrize(("option", "value"), [("tune_rate", 0.01), ("tune_loss", "fisher")])
+def test_what_tuning_takes_is_refused_without_tuning(option: str, value: Any) -> None:
+    expected = (
+        rf"^--{option.replace('_', '-')}: found {value} without tuning, expected --tune-steps of at least 1 with it$"
+    )
+    for untuned in ({"method": "spensegpt+"}, {"method": "spensegpt++", "tune_steps": 0}):
+        with pytest.raises(SpenseError, match=expected):
+            settings(**untuned, **{option: value})
+    for tuned in ({"method": "spensegpt++"}, {"method": "wanda", "tune_steps": 1}):
+        assert getattr(settings(**tuned, **{option: value}).recipe, option) == value
+    assert settings().recipe.tune_rate == settings().resolved()["tune_rate"] == 0.016
+
+
 @pytest.mark.parametrize("make", [settings, partial(HealSettings, Path("pruned"), Path("out"), "teacher")])
 def test_a_run_either_goes_on_or_starts_anew(make: Callable[..., object]) -> None:
     for option in ("overwrite", "resume"):
@@ -69,7 +82,7 @@ def test_a_misspelled_source_is_not_looked_for_elsewhere(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SpenseError, match=f"^--calibration: found {found}; did you mean {meant}\\?$"):
         make(calibration=("builtin-code" if meant == "builtin" else "builtin", found))
-    for other in ("builtin", "builtin-code", "generated", "wikitext", "some/builtin", "c4"):
+    for other in ("builtin", "builtin-code", "generated", "wikitext", "me/builtin", "a/generated", "c4"):
         make(calibration=other)
     (tmp_path / found).mkdir()
     make(calibration=found)

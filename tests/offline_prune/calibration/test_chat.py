@@ -139,9 +139,16 @@ def test_chats_are_made_to_fit_the_template(template: str, expected: str) -> Non
     assert whole == chat("system: s", "user: a", "user: b", "assistant: c", "tool: d")
 
 
-@pytest.mark.parametrize("template", [STRICT, "{{ messages[0].content + 1 }}", "{% if %}", "{{ nothing.at.all }}"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        *(STRICT, "{{ messages[0].content + 1 }}", "{% if %}", "{{ nothing.at.all }}"),
+        *("{{ 1 // (messages | length - 1) }}", "{{ 10.0 ** 400 }}", "{{ '{}'.format() }}"),
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+    ],
+)
 def test_other_chats_are_refused_with_the_templates_reason(template: str) -> None:
-    with pytest.raises(RefusedChat, match=r"f, line 7: .*(alternate|str|Expected|undefined)"):
+    with pytest.raises(RefusedChat, match=r"f, line 7: .*(alternate|str|Expected|undefined|zero|range|recursion)"):
         templated(chat("assistant: a"), template, TOKENIZER)
 
 

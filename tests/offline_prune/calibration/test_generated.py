@@ -155,6 +155,17 @@ def test_a_tokenizer_may_have_more_tokens_than_the_model(tmp_path: Path, templat
         assert generate(source, CPU, 200, 6, 0, 200, lambda _: None).max() < 200
 
 
+def test_a_tokenizer_may_have_nothing_but_special_tokens(llama: Path) -> None:
+    source = SourceModel(str(llama))
+    vocabulary = source.tokenizer.get_vocab()
+    source.tokenizer.add_special_tokens({"additional_special_tokens": [*vocabulary]})
+    assert {*vocabulary.values()} <= {*source.tokenizer.all_special_ids}
+    with whole_model(source, CPU, torch.float32):
+        found = generate(source, CPU, 50, 6, 0, 50, lambda _: None)
+    assert (found[:, 0] == source.tokenizer.eos_token_id).all()
+    assert len(found[:, 1].unique()) > 10
+
+
 def test_a_model_that_is_too_large_is_refused_before_any_work(
     llama: Path, tmp_path: Path, text: Path, mixture: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

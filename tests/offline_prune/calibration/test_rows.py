@@ -217,7 +217,7 @@ def test_rows_of_a_data_set_are_read_when_drawn(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     "source",
     [
-        *("none.txt", "NONE.JSONL", "some/none.parquet", "none.json", "some/none.csv.gz"),
+        *("none.txt", "NONE.JSONL", "some/none.parquet", "none.json", "folder/none.csv.gz"),
         *("./none", "../none", "/none", "~/none", "~none.txt", "a/b/none"),
     ],
 )
@@ -225,13 +225,15 @@ def test_what_is_plainly_a_path_is_not_looked_for_on_the_hub(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(SpenseError, match=f"^{re.escape(str(Path(source)))}: no such file or folder$"):
         rows(source)
 
 
-@pytest.mark.parametrize("source", ["wikitext", "some/data", "some/data-1.1", "some/data.text_2"])
-def test_what_may_be_a_data_set_is(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("source", ["wikitext", "some/data", "some/data-1.1", "some/data.text_2", "some/data.json"])
+def test_what_may_be_a_data_set_is(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.load_dataset", lambda name, split: [{"text": name}])
     assert rows(source) == [{"text": source}]
 

@@ -205,7 +205,7 @@ def test_a_text_without_one_sequence_is_refused(name: str, content: str | None, 
         domains([tmp_path / name], byte_tokenizer(), 4, 64)
 
 
-@pytest.mark.parametrize("name", ["builtn", "some/text", "text.txt"])
+@pytest.mark.parametrize("name", ["builtin", "some/text", "text.txt"])
 def test_a_text_that_is_not_there_is_missed_before_the_models_are_fetched(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,9 +213,10 @@ def test_a_text_that_is_not_there_is_missed_before_the_models_are_fetched(
     monkeypatch.chdir(tmp_path)
     for asked in ("huggingface_hub.snapshot_download", "datasets.load_dataset"):
         monkeypatch.setattr(asked, lambda *_, **__: pytest.fail("asked the hub"))
-    with pytest.raises(SpenseError, match=f"^{name}: no such file or folder$"):
+    expected = "a .jsonl, .txt, .parquet file, a folder with such files, or no --text for the built-in ones"
+    with pytest.raises(SpenseError, match=f"^{name}: no such file or folder; expected {expected}$"):
         evaluate("some/pruned", "some/model", [Path(name)])
-    with pytest.raises(SpenseError, match=f"^{name}: no such file or folder$"):
+    with pytest.raises(SpenseError, match=f"^{name}: no such file or folder; expected {expected}$"):
         domains([Path(name)], byte_tokenizer(), 4, 64)
 
 

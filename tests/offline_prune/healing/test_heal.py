@@ -140,6 +140,9 @@ def test_what_gets_worse_is_not_written(pair: Pair, tmp_path: Path) -> None:
     assert "no state predicted the held-out text better than PRUNED" in said[-1]
     settings_of = [open_checkpoint(folder).annotation.settings for folder in (pair.pruned, tmp_path / "out")]
     assert settings_of[0] == settings_of[1], "nothing was healed"
+    card = (tmp_path / "out/README.md").read_text()
+    assert f" tokens: {report.before:.4f} nats. `spense heal` found no better weights" in card
+    assert "healing" not in card
     old, new = tensors(pair.pruned), tensors(tmp_path / "out")
     assert all(same_bytes(old[name], new[name]) for name in old)
 

@@ -6,16 +6,22 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from heal_runs import Pair, healed
+import torch
+from heal_runs import Pair, healed, settings
 from tiny_models import tiny_model
 
 from offline_prune.healing import pipeline, plan
 from offline_prune.runtime import distributed
 from vllm_spense.errors import SpenseError
+
+#: Options, in the order in which they are named together.
+LESS_MEMORY = "--batch-tokens 64", "--checkpointing", "--optimizer adamw8bit"
 
 
 @pytest.mark.parametrize(
@@ -70,6 +76,15 @@ def _other_words(folder: Path) -> Path:
     for file in folder.glob("tokenizer*.json"):
         file.write_text(file.read_text().replace("<eos>", "<end>"))
     return folder
+
+
+def test_a_text_that_is_not_there_is_missed_before_the_teacher_is_fetched(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(SpenseError, match=r"^no/such\.txt: no such file or folder$"):
+        healed(pair, tmp_path / "out", teacher="some/model", calibration=("builtin", "no/such.txt"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_folders(pair: Pair, tmp_path: Path, llama: Path) -> None:
@@ -131,13 +146,51 @@ def test_too_little_memory_names_what_would_fit(pair: Pair, tmp_path: Path, monk
     with pytest.raises(SpenseError) as error:
         healed(pair, tmp_path / "out")
     assert "of memory usable, training needs" in str(error.value)
-    assert "; --batch-tokens 64 | --batch-tokens 64 --optimizer adamw8bit would fit" in str(error.value)
+    assert "; --batch-tokens 64 would fit" in str(error.value)
     monkeypatch.setattr(plan, "usable_host", lambda: 1000)
-    with pytest.raises(SpenseError, match="; neither --batch-tokens, 8-bit moments nor 8 GPUs would do"):
+    with pytest.raises(
+        SpenseError, match="; neither --batch-tokens, --checkpointing, 8-bit moments nor 8 GPUs would do"
+    ):
         healed(pair, tmp_path / "out")
     with pytest.raises(SpenseError, match=r"dense model needs .* while it writes the text of --calibration generated"):
         healed(pair, tmp_path / "out", calibration=None)
     assert not (tmp_path / "out").exists()
+
+
+def test_all_that_needs_less_memory_is_named_alone_or_together(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed: dict[frozenset[str], int] = {}
+    original = plan._Sizes.plan
+
+    def noted(self: Any, settings: Any, ranks: int) -> Any:
+        found = original(self, settings, ranks)
+        given = settings.batch_tokens == 64, settings.checkpointing, settings.optimizer == "adamw8bit"
+        needed[frozenset(compress(LESS_MEMORY, given))] = found.on_device
+        return found
+
+    monkeypatch.setattr(plan._Sizes, "plan", noted)
+    monkeypatch.setattr(plan, "usable_host", lambda: 1000)
+    with pytest.raises(SpenseError, match="; neither --batch-tokens, --checkpointing, 8-bit moments nor 8 GPUs would"):
+        healed(pair, tmp_path / "out", checkpointing=False)
+    assert len(needed) == 8, "all of them, and each together with others"
+    for room in sorted({*needed.values()})[:-1]:
+        fitting = [names for names, size in needed.items() if size <= room]
+        fewest = [names for names in fitting if not any(less < names for less in fitting)]
+        monkeypatch.setattr(plan, "usable_host", partial(int, room))
+        with pytest.raises(SpenseError) as error:
+            healed(pair, tmp_path / "out", checkpointing=False)
+        advice = str(error.value).partition("; ")[2]
+        said = advice.removesuffix(" would fit").split(" | ")
+        assert {*said} == {" ".join(name for name in LESS_MEMORY if name in names) for names in fewest}
+
+
+def test_gpus_are_named_as_few_as_do(pair: Pair, tmp_path: Path) -> None:
+    """Where all need 3 without batches of one sequence, and 2 with them."""
+    given, cuda = settings(pair, tmp_path / "out"), torch.device("cuda")
+    found = plan._fitting(lambda other, ranks: ranks >= (2 if other.batch_tokens else 3), given, 1, cuda)
+    assert found == ["4 GPUs", "2 GPUs --batch-tokens 64"]
+    assert plan._fitting(lambda other, ranks: ranks > 8, given, 1, cuda) == []
 
 
 def test_logits_that_are_made_otherwise_are_refused_before_text_is_written(

@@ -13,6 +13,7 @@ from forked import run_program, run_ranks
 from heal_runs import Pair, cut_off, healed, settings
 from runs import contents
 
+from offline_prune.checkpoint import state_file
 from offline_prune.checkpoint.journal import Journal
 from offline_prune.checkpoint.output_folder import PARTIAL
 from offline_prune.healing import pipeline, training
@@ -111,6 +112,44 @@ def test_a_run_that_is_cut_off_before_its_first_step_is_resumed(
     assert resumed.history == whole.history
 
 
+def test_what_a_teacher_wrote_is_kept_before_anything_is_judged(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"calibration": "generated", "samples": 16, "length": 16, "step_tokens": 64}
+    whole = healed(pair, tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Training, "_judge", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            healed(pair, tmp_path / "out", **options)
+    monkeypatch.setattr(pipeline, "joined", lambda *_: pytest.fail("the teacher wrote again"))
+    resumed = healed(pair, tmp_path / "out", resume=True, **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert resumed.history == whole.history
+
+
+def test_an_interruption_while_a_state_is_written_leaves_the_one_before(
+    pair: Pair, tmp_path: Path, whole: tuple[Path, HealReport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    write = state_file._Summed.write
+
+    def interrupted(self: state_file._Summed, data: bytes) -> int:
+        written.append(len(data))
+        # Of the sixth step's state.
+        if len(list((tmp_path / "out" / PARTIAL).glob("state-6-*"))) == 1 and len(written) % 9 == 0:
+            raise KeyboardInterrupt
+        return write(self, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state_file._Summed, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            healed(pair, tmp_path / "out", save_minutes=0)
+    said: list[str] = []
+    heal(settings(pair, tmp_path / "out", resume=True, checkpointing=True), say=said.append)
+    assert "goes on after step 5 of 14" in said
+    assert contents(tmp_path / "out") == contents(whole[0])
+
+
 def test_after_its_last_step_a_run_needs_only_what_it_writes(
     pair: Pair, tmp_path: Path, whole: tuple[Path, HealReport], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,15 +181,23 @@ def test_unfinished_training_is_not_thrown_away_unasked(pair: Pair, tmp_path: Pa
     assert not (tmp_path / "out" / PARTIAL).exists()
 
 
-def test_a_damaged_state_is_noticed(pair: Pair, tmp_path: Path, whole: tuple[Path, HealReport]) -> None:
+@pytest.mark.parametrize("name", ["state-text", "state-4-rank-0"])
+@pytest.mark.parametrize("damage", ["flipped", "cut short", "missing"])
+def test_a_damaged_state_is_noticed(
+    name: str, damage: str, pair: Pair, tmp_path: Path, whole: tuple[Path, HealReport]
+) -> None:
     cut_off(pair, tmp_path / "out", 5)
-    (state,) = (tmp_path / "out" / PARTIAL).glob("state-*-rank-0")
+    state = tmp_path / "out" / PARTIAL / name
     data = bytearray(state.read_bytes())
-    data[len(data) // 2] ^= 1
-    state.write_bytes(data)
+    if damage == "flipped":
+        data[len(data) // 2] ^= 1
+    state.write_bytes(data[:-1] if damage == "cut short" else data)
+    if damage == "missing":
+        state.unlink()
     said: list[str] = []
     resumed = heal(settings(pair, tmp_path / "out", resume=True), say=said.append)
-    assert any("not what was written; all of it begins anew" in line for line in said)
+    expected = "No such file" if damage == "missing" else "not what was written"
+    assert any(f"{name}: " in line and expected in line and "; all of it begins anew" in line for line in said)
     assert resumed.history == whole[1].history
 
 
