@@ -87,7 +87,7 @@ def prune(
             samples, length = within_context(*wanted, model.text.config, "calibration text", say)
             settings = replace(settings, samples=samples, length=length)
         if settings.calibration is None:
-            about = model, tokens, settings.samples, device, say
+            about = model, tokens, settings.samples, settings.length, device, say
             settings = replace(settings, calibration=distributed.broadcast_from_first(lambda: default_sources(*about)))
         return _Run(model, settings, device, compute_dtype(device), out, progress, say).run(tokens)
 

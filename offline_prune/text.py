@@ -14,7 +14,7 @@ from torch import nn
 
 from offline_prune.calibration.data import check_vocabulary
 from offline_prune.calibration.generated import FEWEST_AT_ONCE, PIECE, Writer, joined, pieces
-from offline_prune.calibration.mixture import DEFAULT_MIXTURE, GENERATED, drawn, mixed
+from offline_prune.calibration.mixture import DEFAULT_MIXTURE, GENERATED, MOST_WRITTEN, drawn, mixed, shares
 from offline_prune.checkpoint.journal import Journal
 from offline_prune.checkpoint.output_folder import OutputFolder
 from offline_prune.checkpoint.state_file import write_state
@@ -27,6 +27,8 @@ from offline_prune.runtime.device import compute_dtype
 from offline_prune.settings import PruneSettings
 from vllm_spense.errors import SpenseError
 
+#: Tokens times weights that a CPU computes while it writes by default, which takes two cores some minutes.
+_MOST_ON_CPU = 2**41
 #: What tokens are called that a caller brought and has not named.
 GIVEN = "given tokens"
 #: In OUT's hidden folder: what the dense model wrote.
@@ -34,17 +36,23 @@ _FILE = "state-text"
 
 
 def default_sources(
-    model: SourceModel, given: torch.Tensor | None, samples: int, device: torch.device, say: Callable[[str], None]
+    model: SourceModel,
+    given: torch.Tensor | None,
+    samples: int,
+    length: int,
+    device: torch.device,
+    say: Callable[[str], None],
 ) -> tuple[str, ...]:
     """What to calibrate or train on where nobody says: `DEFAULT_MIXTURE`, or its built-in part where the dense model
     cannot write.
 
     It can where it has a head and `FEWEST_AT_ONCE` texts of `PIECE` tokens fit the device whole, whatever else is on it
-    now: so a run that resumes decides the same.
+    now: so a run that resumes decides the same. On a CPU it must also be done soon, by `_MOST_ON_CPU`.
 
     Args:
         given: tokens that a caller brought, if any: they are called `GIVEN`.
-        samples: sequences; where there are fewer than sources, the first sources give one each.
+        samples, length: how many sequences of how many tokens; where there are fewer than sources, the first sources
+            give one each.
         say: told why it cannot.
     """
     if given is not None:
@@ -53,13 +61,18 @@ def default_sources(
     if samples < len(DEFAULT_MIXTURE):
         return built_in[:samples]
     try:
-        needed, room = Writer.of(model, compute_dtype(device)).bytes(FEWEST_AT_ONCE, PIECE), whole_memory(device)
+        writer = Writer.of(model, compute_dtype(device))
     except SpenseError:
         why = "has no way to generate text"
     else:
-        if needed <= room:
+        needed, room = writer.bytes(FEWEST_AT_ONCE, PIECE), whole_memory(device)
+        tokens = shares(DEFAULT_MIXTURE, samples, max(1, MOST_WRITTEN // length))[GENERATED] * length
+        if needed > room:
+            why = f"needs {needed / GIB:.2f} GiB to write, and {device} has {room / GIB:.2f} GiB in all"
+        elif device.type == "cpu" and tokens * writer.weights > _MOST_ON_CPU:
+            why = f"would take long to write {tokens} tokens on a CPU"
+        else:
             return DEFAULT_MIXTURE
-        why = f"needs {needed / GIB:.2f} GiB to write, and {device} has {room / GIB:.2f} GiB in all"
     say(
         f"--calibration: {' and '.join(built_in)} alone, because the dense model {why}; what it wrote elsewhere, "
         "as another --calibration, helps on text unlike docstrings and code"

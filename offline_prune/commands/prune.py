@@ -32,7 +32,7 @@ def prune(
             help="Hugging Face data set, .jsonl/.txt/.parquet file or folder, `builtin` or `builtin-code` (docstrings "
             "or code of installed packages), or `generated`: what the dense model writes. Several times: an equal "
             "share of each, of `generated` at most 2¹⁸ tokens. \\[default: builtin, builtin-code and generated; the "
-            "first two where the dense model does not fit the device]"
+            "first two where the dense model does not fit the device or a CPU would write for long]"
         ),
     ] = None,
     samples: Annotated[
