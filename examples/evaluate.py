@@ -9,9 +9,11 @@ Needs `pip install '.[prune]'`.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from offline_prune import evaluate
+from vllm_spense.errors import SpenseError
 
 
 def main() -> None:
@@ -26,7 +28,10 @@ def main() -> None:
 
     texts = [options.text] if options.text else []
     sizes = options.samples, options.length
-    found = evaluate(options.pruned, options.original, texts, *sizes, options.device, say=print)
+    try:
+        found = evaluate(options.pruned, options.original, texts, *sizes, options.device, say=print)
+    except SpenseError as error:
+        sys.exit(f"error: {error}")
     for loss in found.domains:
         print(f"{loss.domain}, {loss.sequences} × {loss.length} tokens:")
         print(f"  perplexity            dense {loss.perplexity_model:.2f}, pruned {loss.perplexity_pruned:.2f}")

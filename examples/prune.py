@@ -9,10 +9,12 @@ trial; see `--samples` and `--length`. Needs `pip install '.[prune]'`.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from statistics import median
 
 from offline_prune import PruneSettings, prune
+from vllm_spense.errors import SpenseError
 
 
 def main() -> None:
@@ -26,9 +28,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     options = parser.parse_args()
 
-    # Checked here: a wrong value raises SpenseError before any work.
-    settings = PruneSettings(**vars(options))
-    report = prune(settings, progress=lambda done, blocks, name: print(f"{done}/{blocks} {name}"), say=print)
+    try:
+        settings = PruneSettings(**vars(options))
+        report = prune(settings, progress=lambda done, blocks, name: print(f"{done}/{blocks} {name}"), say=print)
+    except SpenseError as error:
+        # One line for whoever asked; settings are checked before any work.
+        sys.exit(f"error: {error}")
 
     worst = max(report.layers, key=lambda layer: layer.down.loss)
     print(f"{options.out}: {report.mlp_sparsity:.1%} of the MLP weights are zero, in {report.seconds:.0f} s")

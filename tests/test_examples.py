@@ -43,6 +43,15 @@ def test_prune_and_evaluate(example, llama: Path, tmp_path: Path) -> None:  # ty
     assert same.count("100.0% of the positions") == 3
 
 
+def test_a_mistake_is_one_line(example, llama: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    for name, arguments, said in (
+        ("prune.py", (llama, tmp_path / "out", "--sparsity", 0.7), "error: --sparsity: found 0.7"),
+        ("evaluate.py", (llama, tmp_path / "missing"), f"error: {tmp_path / 'missing'}: no such folder"),
+    ):
+        with pytest.raises(SystemExit, match=re.escape(said)):
+            example(name, *arguments)
+
+
 class Server(BaseHTTPRequestHandler):
     """As much of OpenAI's API as the example asks for."""
 

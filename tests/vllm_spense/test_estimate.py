@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -356,8 +357,14 @@ def test_command() -> None:
     assert "batch 8, context 16, KV cache in FP8" in " ".join(result.stdout.split())
 
 
-def test_auto_is_said_to_be_bf16() -> None:
-    assert "context 4096, KV cache in BF16" in " ".join(command("qwen3-32b").stdout.split())
+def test_what_fits_beside_the_weights_is_said() -> None:
+    """A request of 4096 tokens takes 64 · 2 · 8 · 128 values for each, of two bytes: 2¹⁰ MiB."""
+    said = " ".join(command("qwen3-32b", "--batch", "256").stdout.split())
+    assert "context 4096, KV cache in BF16" in said
+    (row,) = re.findall(r"requests that fit │ (\d+) │ (\d+) │", said)
+    model, pruned = qwen(0.375)
+    assert [*map(int, row)] == [(80 * 10**9 - model.weight_bytes(each)) // 2**30 for each in (None, pruned)]
+    assert "requests that fit │ 0 │ 0 │" in " ".join(command("llama-3.3-70b", "--context", "131072").stdout.split())
 
 
 @pytest.mark.parametrize(("sparsity", "said"), [("0", True), ("0.001", True), ("0.25", False)])
