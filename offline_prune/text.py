@@ -27,7 +27,7 @@ from offline_prune.runtime.device import compute_dtype
 from offline_prune.settings import PruneSettings
 from vllm_spense.errors import SpenseError
 
-#: Tokens times weights that a CPU computes while it writes by default, which takes two cores some minutes.
+#: Tokens times weights that a CPU computes while it writes by default, which takes two cores about two minutes.
 _MOST_ON_CPU = 2**41
 #: What tokens are called that a caller brought and has not named.
 GIVEN = "given tokens"
