@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from vllm_spense import hub
 from vllm_spense.checkpoint_files import read_object
 from vllm_spense.conformance import Annotated, read_annotated, require_extent
 from vllm_spense.errors import FormatError, SpenseError
@@ -289,16 +290,9 @@ def _folder(model: str) -> Path:
     if Path(model).is_dir():
         return Path(model)
     missing = f"{model}: no such folder with a config.json, nor one of {', '.join([*SHAPES, *MIXTURES])}"
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise SpenseError(f"{missing}, nor a hub name such as Qwen/Qwen3-32B")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=["config.json", SIDECAR]))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SpenseError(f"{missing}; the Hugging Face hub did not give it: {reason}") from None
+    if not hub.is_hub_name(model):
+        raise SpenseError(f"{missing}, nor a hub name such as {hub.EXAMPLE}")
+    return hub.snapshot(model, f"{missing};", allow_patterns=["config.json", SIDECAR])
 
 
 def _annotated(model: Model, annotated: Annotated) -> Pruned:

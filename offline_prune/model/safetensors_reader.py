@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from offline_prune.model.companions import DOWNLOADED, NOT_DOWNLOADED
+from vllm_spense import hub
 from vllm_spense.checkpoint_files import INDEX_NAME, SINGLE_NAME, TensorHeader, tensor_headers
 from vllm_spense.errors import FormatError, SpenseError
 
@@ -46,16 +47,10 @@ def resolve_model(model: str) -> Path:
         return path
     if path.exists():
         raise SpenseError(f"{model} is a file; give the folder of a Hugging Face model, the one with config.json")
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise SpenseError(f"{model}: no such folder (and not a hub name such as Qwen/Qwen3-32B)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=list(DOWNLOADED), ignore_patterns=list(NOT_DOWNLOADED)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SpenseError(f"{model}: no such folder, and the Hugging Face hub did not give it: {reason}") from None
+    if not hub.is_hub_name(model):
+        raise SpenseError(f"{model}: no such folder (and not a hub name such as {hub.EXAMPLE})")
+    missing = f"{model}: no such folder, and"
+    return hub.snapshot(model, missing, allow_patterns=list(DOWNLOADED), ignore_patterns=list(NOT_DOWNLOADED))
 
 
 class SafetensorsReader:
