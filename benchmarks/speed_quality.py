@@ -133,7 +133,7 @@ def draw(found: Mapping[str, Sequence[Sequence[float]]], averaged: str, file: Pa
         axes.plot([x], [y], "o", color=colour, markersize=8, markeredgecolor="white", markeredgewidth=1.4, zorder=3)
 
     edge = axes.get_yaxis_transform()
-    shown = sorted({(sparsity, speed) for label in LINES for sparsity, _, speed in found[label]})
+    shown = sorted({(sparsity, speed) for name in LINES for sparsity, _, speed in found[name]})
     for sparsity, speed in shown:
         axes.axhline(speed, color=_GRID, linewidth=1, zorder=0)
         axes.text(1.01, speed, f"{100 * sparsity:g}%", transform=edge, va="center", color=_SOFT)

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
-from offline_prune.calibration.mixture import MOST_WRITTEN, shares, source_names
+from offline_prune.calibration.mixture import shares, source_names, written_at_most
 from offline_prune.calibration.sources import require_spelled
 from offline_prune.methods.recipe import (
     DEFAULT_METHOD,
@@ -171,7 +171,7 @@ class PruneSettings:
     @property
     def shares(self) -> dict[str, int]:
         """Source → how many sequences it gives."""
-        return shares(self.sources, self.samples, max(1, MOST_WRITTEN // self.length))
+        return shares(self.sources, self.samples, written_at_most(self.length))
 
     @property
     def wanted_image_share(self) -> float:

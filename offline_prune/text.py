@@ -14,7 +14,7 @@ from torch import nn
 
 from offline_prune.calibration.data import check_vocabulary
 from offline_prune.calibration.generated import FEWEST_AT_ONCE, PIECE, Writer, joined, pieces
-from offline_prune.calibration.mixture import DEFAULT_MIXTURE, GENERATED, MOST_WRITTEN, drawn, mixed, shares
+from offline_prune.calibration.mixture import DEFAULT_MIXTURE, GENERATED, drawn, mixed, shares, written_at_most
 from offline_prune.checkpoint.journal import Journal
 from offline_prune.checkpoint.output_folder import OutputFolder
 from offline_prune.checkpoint.state_file import write_state
@@ -66,7 +66,7 @@ def default_sources(
         why = "has no way to generate text"
     else:
         needed, room = writer.bytes(FEWEST_AT_ONCE, PIECE), whole_memory(device)
-        tokens = shares(DEFAULT_MIXTURE, samples, max(1, MOST_WRITTEN // length))[GENERATED] * length
+        tokens = shares(DEFAULT_MIXTURE, samples, written_at_most(length))[GENERATED] * length
         if needed > room:
             why = f"needs {needed / GIB:.2f} GiB to write, and {device} has {room / GIB:.2f} GiB in all"
         elif device.type == "cpu" and tokens * writer.weights > _MOST_ON_CPU:

@@ -19,6 +19,11 @@ DEFAULT_MIXTURE = (BUILTIN, BUILTIN_CODE, GENERATED)
 MOST_WRITTEN = 2**18
 
 
+def written_at_most(length: int) -> int:
+    """`MOST_WRITTEN` in sequences of so many tokens, for `shares`; at least one."""
+    return max(1, MOST_WRITTEN // length)
+
+
 def source_names(given: str | Iterable[str]) -> tuple[str, ...]:
     """One name or several as a tuple.
 
