@@ -100,7 +100,7 @@ def measure(folder: Path, shape: str, device: torch.device, options: argparse.Na
     distributed.broadcast_from_first(written)
     model, pruned = folder / "model", folder / "pruned"
     tokens = torch.randint(VOCABULARY, _PRUNED_ON, generator=torch.Generator().manual_seed(0))
-    prune(settings_for(model, pruned, "magnitude", *_PRUNED_ON, str(device)), say=say, tokens=tokens)
+    prune(settings_for(model, pruned, "magnitude", *_PRUNED_ON, options.device), say=say, tokens=tokens)
     distributed.broadcast_from_first(lambda: None)  # The first rank has written all of it.
     settings = HealSettings(
         pruned,

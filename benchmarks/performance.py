@@ -75,7 +75,10 @@ RUNS: Mapping[str, tuple[str, str]] = {
     "accuracy-tiny-moe": ("python -m benchmarks.accuracy --models FOLDER", "a GPU"),
 }
 #: Parts of the tests on a GPU, each with a result file.
-GPU_TESTS = ("kernels", "pruning", "scaled", "workspace", "serving", "serving_h200", "experts", "sleep", "modes")
+GPU_TESTS = (
+    *("kernels", "pruning", "scaled", "workspace"),
+    *("serving", "serving_h200", "ranks", "experts", "sleep", "modes"),
+)
 #: Table → result file, further ones that it takes rows from where they exist, and what makes it.
 TABLES: Mapping[str, tuple[str, Callable[..., list[str]]]] = {
     "decode": ("decode_speed", decode_tables.decode),
@@ -106,7 +109,7 @@ TABLES: Mapping[str, tuple[str, Callable[..., list[str]]]] = {
     "soak": ("soak", serving_tables.soak),
     "load": ("serve_load", serving_tables.load),
     "load_half": ("serve_load-sparsities serve_load-kv-auto", serving_tables.load),
-    "readme": ("decode_speed", decode_tables.decode_longest),
+    "readme": ("decode_speed-h200", decode_tables.decode_longest),
     "alternatives": ("alternatives", alternatives_table.tables),
     "prune": ("prune_time", pruning_tables.prune),
     "prune_stages": ("prune_time", pruning_tables.prune_stages),
@@ -120,6 +123,7 @@ TABLES: Mapping[str, tuple[str, Callable[..., list[str]]]] = {
     "prune_experts_stages": ("prune_time-experts", pruning_tables.prune_stages),
     "prune_tuned": ("prune_time-tuned", pruning_tables.prune),
     "prune_tuned_stages": ("prune_time-tuned", pruning_tables.prune_stages),
+    "heal_time": ("heal_time heal_time-2gpus", pruning_tables.heal),
     "selection": ("selection_tokens", pruning_tables.selection),
     "gains": ("accuracy-smollm2", quality_results.gains),
     "summary": ("accuracy-smollm2 peers-int4", quality_results.summary),

@@ -64,7 +64,7 @@ def prune_sentence(result: Result) -> list[str]:
     return [f"Pruning Qwen3-32B's shape on {text} takes one {gpu} {times}, projected from whole blocks."]
 
 
-def heal(result: Result) -> list[str]:
+def heal(*results: Result) -> list[str]:
     """What healing takes."""
     lines = (
         [
@@ -78,11 +78,12 @@ def heal(result: Result) -> list[str]:
             f"{row['projected_minutes']:.1f}" if row["projected_minutes"] else "",
             f"{row['peak_gib']:.1f} of {row['planned_gib']:.1f}",
         ]
+        for result in results
         for row in result["rows"]
     )
     headings = ["shape", "GPUs", "layers", "a step, s", "tokens/s", "texts at once", "writing them, s"]
     headings += ["a default run, min", "GiB of plan"]
-    return [*markdown(headings, lines), "", source(result)]
+    return [*markdown(headings, lines), "", " ".join(map(source, results))]
 
 
 def first_run(result: Result) -> list[str]:

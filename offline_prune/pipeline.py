@@ -19,6 +19,7 @@ from offline_prune.calibration.context_length import within_context
 from offline_prune.calibration.hidden_states import Stream
 from offline_prune.calibration.image_rows import captioned_images
 from offline_prune.calibration.images import ImagePlan, ImageReader, deal
+from offline_prune.calibration.mixture import written_at_most
 from offline_prune.calibration.recording import ImageInputs
 from offline_prune.calibration.sources import require_sources
 from offline_prune.checkpoint.block_state_dict import BlockStateDict
@@ -87,7 +88,7 @@ def prune(
             samples, length = within_context(*wanted, model.text.config, "calibration text", say)
             settings = replace(settings, samples=samples, length=length)
         if settings.calibration is None:
-            about = model, tokens, settings.samples, settings.length, device, say
+            about = model, tokens, settings.samples, settings.length, written_at_most(settings.length), device, say
             settings = replace(settings, calibration=distributed.broadcast_from_first(lambda: default_sources(*about)))
         return _Run(model, settings, device, compute_dtype(device), out, progress, say).run(tokens)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from offline_prune.calibration.data import check_vocabulary
 from offline_prune.calibration.generated import FEWEST_AT_ONCE, PIECE, Writer, joined, pieces
-from offline_prune.calibration.mixture import DEFAULT_MIXTURE, GENERATED, drawn, mixed, shares, written_at_most
+from offline_prune.calibration.mixture import DEFAULT_MIXTURE, GENERATED, drawn, mixed, shares
 from offline_prune.checkpoint.journal import Journal
 from offline_prune.checkpoint.output_folder import OutputFolder
 from offline_prune.checkpoint.state_file import write_state
@@ -40,6 +40,7 @@ def default_sources(
     given: torch.Tensor | None,
     samples: int,
     length: int,
+    most_written: int | None,
     device: torch.device,
     say: Callable[[str], None],
 ) -> tuple[str, ...]:
@@ -53,6 +54,7 @@ def default_sources(
         given: tokens that a caller brought, if any: they are called `GIVEN`.
         samples, length: how many sequences of how many tokens; where there are fewer than sources, the first sources
             give one each.
+        most_written: sequences that the dense model writes at most, as of `shares`.
         say: told why it cannot.
     """
     if given is not None:
@@ -66,7 +68,7 @@ def default_sources(
         why = "has no way to generate text"
     else:
         needed, room = writer.bytes(FEWEST_AT_ONCE, PIECE), whole_memory(device)
-        tokens = shares(DEFAULT_MIXTURE, samples, written_at_most(length))[GENERATED] * length
+        tokens = shares(DEFAULT_MIXTURE, samples, most_written)[GENERATED] * length
         if needed > room:
             why = f"needs {needed / GIB:.2f} GiB to write, and {device} has {room / GIB:.2f} GiB in all"
         elif device.type == "cpu" and tokens * writer.weights > _MOST_ON_CPU:

@@ -115,7 +115,7 @@ class _Run:
         samples, length = within_context(*wanted, self.student.text.config, "text", say)
         settings = replace(settings, samples=samples, length=length)
         if settings.calibration is None:
-            about = self.teacher, None, samples, length, device, say
+            about = self.teacher, None, samples, length, None, device, say
             settings = replace(settings, calibration=distributed.broadcast_from_first(lambda: default_sources(*about)))
         self.settings = settings
         self.steps = steps_in_epoch(self.settings) * settings.epochs

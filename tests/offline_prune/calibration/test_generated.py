@@ -263,22 +263,25 @@ def test_by_default_a_model_too_large_for_the_device_writes_nothing_and_that_is_
 
 def test_by_default_a_model_without_a_way_to_write_writes_nothing(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, said = SourceModel(str(llama)), list[str]()
-    assert default_sources(source, None, 3, 24, CPU, said.append) == ("builtin", "builtin-code", "generated")
+    assert default_sources(source, None, 3, 24, None, CPU, said.append) == ("builtin", "builtin-code", "generated")
     monkeypatch.setattr(type(source.skeleton), "can_generate", lambda *_: False)
     assert not said
-    assert default_sources(source, None, 3, 24, CPU, said.append) == ("builtin", "builtin-code")
+    assert default_sources(source, None, 3, 24, None, CPU, said.append) == ("builtin", "builtin-code")
     assert "has no way to generate text" in said[0]
 
 
 def test_by_default_a_cpu_writes_what_it_does_soon(llama: Path) -> None:
-    """A third of the text, but at most 2¹⁸ tokens; some 160 million weights write 13,000."""
+    """A third of the text, or as many sequences as it may write; some 160 million weights write 13,000 tokens."""
     source, said = SourceModel(str(llama)), list[str]()
     weights = Writer.of(source, torch.float32).weights
     most = 2**41 // weights
-    assert default_sources(source, None, 3, most, CPU, said.append) == ("builtin", "builtin-code", "generated")
+    assert default_sources(source, None, 3, most, None, CPU, said.append) == ("builtin", "builtin-code", "generated")
     assert not said
-    assert default_sources(source, None, 3, most + 1, CPU, said.append) == ("builtin", "builtin-code")
+    assert default_sources(source, None, 3, most + 1, None, CPU, said.append) == ("builtin", "builtin-code")
     assert f"because the dense model would take long to write {most + 1} tokens on a CPU" in said[0]
+    # As `prune` has it, which asks the dense model for no more than so many sequences; `heal` asks for its whole share.
+    assert "generated" in default_sources(source, None, 9, most, 1, CPU, said.append)
+    assert "generated" not in default_sources(source, None, 9, most, None, CPU, said.append)
 
 
 @pytest.mark.parametrize(("samples", "sources"), [(1, "builtin"), (2, "builtin + builtin-code")])
