@@ -138,7 +138,13 @@ TABLES: Mapping[str, tuple[str, Callable[..., list[str]]]] = {
     **{f"domains_{model.partition('-')[0]}": (f"accuracy-domains-{model}", quality_results.quality) for model in KNOWN},
     **{f"heal_{model.partition('-')[0]}": (f"accuracy-heal-{model}", quality_results.quality) for model in KNOWN},
     **{f"healed_{model.partition('-')[0]}": (f"accuracy-healed-{model}", quality_results.quality) for model in KNOWN},
+    **{
+        f"healed_default_{model.partition('-')[0]}": (f"accuracy-healed-default-{model}", quality_results.quality)
+        for model in KNOWN
+    },
     "rates": ("accuracy-rates-smollm2-135m", quality_results.quality),
+    "heal_steps": ("accuracy-heal-steps-smollm2-135m", quality_results.quality),
+    "heal_rates": ("accuracy-heal-rates-smollm2-135m", quality_results.quality),
     "calibration": ("accuracy-calibration-qwen2.5-coder-0.5b", quality_results.quality),
     "mixture_quality": ("accuracy-tiny-moe", quality_results.quality),
     "options": ("accuracy-smollm2-options", quality_results.quality),
