@@ -71,10 +71,12 @@ def main() -> None:
             known = earlier_of(before, model, case, options)
             if not known and case is DENSE_BF16:
                 known = list(measured(reference, reference, texts, {"model": model.name, **case}, None))
-            rows += known or pruned_rows(model, reference, texts, case, options, device)
-            kls = "  ".join(f"{row['domain']} {row['kl']:.4f}" for row in rows[-len(texts) :])
-            about = f"{case['method']} {case['sparsity']:.1%} {case['format']} seed {case['seed']}"
-            console.print(f"{model.name}: {about}: KL {kls}")
+            found = known or [*pruned_rows(model, reference, texts, case, options, device)]
+            rows += found
+            for method in dict.fromkeys(row["method"] for row in found):
+                kls = "  ".join(f"{row['domain']} {row['kl']:.4f}" for row in found if row["method"] == method)
+                about = f"{method} {case['sparsity']:.1%} {case['format']} seed {case['seed']}"
+                console.print(f"{model.name}: {about}: KL {kls}")
             write_beside(options.out, "accuracy", rows, before)
     plot(rows, options.out.with_suffix(".png"))
     print("\n".join(of_each_model(rows, markdown)))
@@ -178,8 +180,18 @@ def variant(text: str) -> str:
 
 
 def heal_variant(text: str) -> str:
-    """Checks one value of --heal."""
-    return _naming(text, {field.name for field in fields(HealSettings)} - {"pruned", "out", "teacher"})
+    """Checks one value of --heal, before anything is pruned.
+
+    Raises:
+        SpenseError: a value outside its range.
+    """
+    _naming(text, {field.name for field in fields(HealSettings)} - {"pruned", "out", "teacher"})
+    given = {name: value for name, value in changes(text).items() if name != "calibration"}
+    try:
+        HealSettings(Path("PRUNED"), Path("OUT"), "TEACHER", **given)
+    except TypeError:
+        raise argparse.ArgumentTypeError(f"found {text}, expected numbers where HealSettings has them") from None
+    return text
 
 
 def _naming(text: str, names: set[str]) -> str:
@@ -193,9 +205,19 @@ def changes(text: str) -> Row:
     """`layout=front,tune_steps=9` as {"layout": "front", "tune_steps": 9}; a name given twice has both values."""
     found: Row = {}
     for name, _, value in (item.partition("=") for item in text.split(",") if item):
-        read = json.loads(value) if value[:1].isdigit() or value in ("true", "false") else value
+        read = _value(value)
         found[name] = (*_several(found[name]), read) if name in found else read
     return found
+
+
+def _value(text: str) -> Any:
+    """A number or a truth value where the text is one."""
+    for read in (int, float):
+        try:
+            return read(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False}.get(text, text)
 
 
 def _several(values: Any) -> tuple[Any, ...]:

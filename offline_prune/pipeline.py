@@ -10,10 +10,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
-import transformers
 from torch import nn
 
-import vllm_spense
 from offline_prune.block_pruning import BlockPruning, intermediate_sizes, tuned_channels
 from offline_prune.calibration.context_length import within_context
 from offline_prune.calibration.hidden_states import Stream
@@ -24,7 +22,7 @@ from offline_prune.calibration.recording import ImageInputs
 from offline_prune.calibration.sources import require_sources
 from offline_prune.checkpoint.block_state_dict import BlockStateDict
 from offline_prune.checkpoint.ignored import ignored
-from offline_prune.checkpoint.journal import Journal, Say
+from offline_prune.checkpoint.journal import OUTSIDE_BLOCKS, Journal, Say, circumstances
 from offline_prune.checkpoint.model_card import model_card
 from offline_prune.checkpoint.output_folder import OutputFolder, require_apart
 from offline_prune.checkpoint.writer import CheckpointWriter, fp8_config, restored
@@ -41,15 +39,13 @@ from offline_prune.runtime import deterministic_reduce, distributed
 from offline_prune.runtime.device import compute_dtype, pick_device
 from offline_prune.runtime.profiler import Profiler
 from offline_prune.settings import PruneSettings
-from offline_prune.text import CalibrationText, default_sources
+from offline_prune.text import CalibrationText, default_sources, shaped_as
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import Annotation, Calibration, Regions
 
 #: Called after each block with (blocks done, blocks in all, name of the block).
 Progress = Callable[[int, int, str], None]
 
-#: The checkpoint's part that holds what is in no block.
-_OUTSIDE = "outside the blocks"
 #: Settings that do not change what is written.
 _WHERE_AND_HOW = ("model", "out", "device", "activations", "overwrite", "resume", "trust_remote_code")
 
@@ -67,7 +63,7 @@ def prune(
         progress: told about every finished block.
         say: told what a person should know, a line at a time: the plan, warnings.
         tokens: int64 (samples, length) to calibrate on, the first rank's count; None draws them as the settings say,
-            but none longer than the model's context.
+            but none longer than the model's context. The settings' samples and length give way to theirs.
 
     Returns:
         The report that also lies beside the checkpoint.
@@ -77,20 +73,24 @@ def prune(
     """
     device = pick_device(settings.device)
     with distributed.process_group(device), ExitStack() as context:
+        given = distributed.broadcast_from_first(lambda: tokens)
+        if given is not None:
+            settings = shaped_as(given, settings)
         _check_ranks(settings.samples)
         if not distributed.is_first():
             progress, say = (lambda *_: None), (lambda _: None)
         out = OutputFolder(settings.out, settings.overwrite, settings.resume, say)
-        distributed.broadcast_from_first(lambda: _take(out, settings, tokens is None, context))
+        distributed.broadcast_from_first(lambda: _take(out, settings, given is None, context))
         model = SourceModel(settings.model, settings.trust_remote_code)
-        if tokens is None:
+        if given is None:
             wanted = settings.samples, settings.length
             samples, length = within_context(*wanted, model.text.config, "calibration text", say)
             settings = replace(settings, samples=samples, length=length)
         if settings.calibration is None:
-            about = model, tokens, settings.samples, settings.length, written_at_most(settings.length), device, say
+            most_written = written_at_most(settings.length)
+            about = model, given, settings.samples, settings.length, most_written, device, say
             settings = replace(settings, calibration=distributed.broadcast_from_first(lambda: default_sources(*about)))
-        return _Run(model, settings, device, compute_dtype(device), out, progress, say).run(tokens)
+        return _Run(model, settings, device, compute_dtype(device), out, progress, say).run(given)
 
 
 def _take(out: OutputFolder, settings: PruneSettings, draws: bool, context: ExitStack) -> None:
@@ -98,7 +98,7 @@ def _take(out: OutputFolder, settings: PruneSettings, draws: bool, context: Exit
     if draws and settings.calibration is not None:
         require_sources(settings.sources)
     if Path(settings.model).is_dir():
-        require_apart(Path(settings.model), out.path)
+        require_apart(Path(settings.model), out.path, "MODEL")
     context.enter_context(out)
 
 
@@ -154,10 +154,10 @@ class _Run:
             skipped={block.name: block.mlp.found for block in model.blocks if isinstance(block.mlp, Unsupported)},
         )
 
-    def run(self, tokens: torch.Tensor | None) -> Report:
+    def run(self, given: torch.Tensor | None) -> Report:
         start = time.perf_counter()
         with self.profiler.running(), ExitStack() as context:
-            text = CalibrationText(self.model, self.settings, tokens, self.say)
+            text = CalibrationText(self.model, self.settings, given, self.say)
             plan = distributed.broadcast_from_first(
                 lambda: memory_plan(self.model, self.settings, self.device, self.dtype, text.written)
             )
@@ -167,7 +167,7 @@ class _Run:
                 self.say(UNTUNED)
             with self.profiler.stage("calibration text"):
                 text.draw()
-                self.images = distributed.broadcast_from_first(lambda: self._images(*text.shape))
+                self.images = distributed.broadcast_from_first(lambda: self._images())
             journal = distributed.broadcast_from_first(lambda: self._open(self._identity(text), context))
             self._blocks(text, plan, journal)
             if self.writer:
@@ -205,8 +205,8 @@ class _Run:
         counts = {f"{name}.{each.path}": each.count for name, each in self.model.experts.items()}
         return [regions for name, regions in self.regions.items() for _ in range(counts.get(name, 1))]
 
-    def _images(self, samples: int, length: int) -> ImagePlan | None:
-        source = self.settings.calibration_images
+    def _images(self) -> ImagePlan | None:
+        source, samples, length = self.settings.calibration_images, self.settings.samples, self.settings.length
         if self.reader is None or source is None:
             return None
         found = captioned_images(source, self.settings.seed)
@@ -227,15 +227,10 @@ class _Run:
         return {
             **settings,
             "batch_tokens": batch_tokens(self.settings, self.device),
-            "processes": distributed.size(),
             "model": self.model.tensors.fingerprint(),
             "calibration tokens": text.fingerprint(),
             **({"calibration image files": self.images.fingerprint()} if self.images else {}),
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
-            "precision": str(self.dtype),
-            "spense": vllm_spense.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            **circumstances(self.device, self.dtype),
         }
 
     def _blocks(self, text: CalibrationText, plan: MemoryPlan, journal: Journal) -> None:
@@ -328,7 +323,7 @@ class _Run:
 
     def _copy_outside_blocks(self, writer: CheckpointWriter) -> None:
         """Embeddings, norms and the head go over as they are; linear layers out there, if any, to FP8."""
-        if _OUTSIDE in writer.journal.finished:
+        if OUTSIDE_BLOCKS in writer.journal.finished:
             return
         inside = tuple(f"{block.name}." for block in self.model.blocks)
         stored = BlockStateDict(self.model.tensors)
@@ -342,7 +337,7 @@ class _Run:
                     stored.keep(layer, *nearest(tensor.float()))
                 else:
                     stored.tensors[name] = tensor
-            writer.add(_OUTSIDE, self._as_stored(stored.tensors))
+            writer.add(OUTSIDE_BLOCKS, self._as_stored(stored.tensors))
 
     def _pass_through(self, index: int, block: Block, stream: Stream, journal: Journal) -> None:
         """Takes the hidden states through a block that an earlier run finished, exactly as that run did."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -89,30 +90,37 @@ def _widest_hessian(model: SourceModel) -> int:
     return max(map(max, sizes), default=0)
 
 
+def shaped_as(given: torch.Tensor, settings: PruneSettings) -> PruneSettings:
+    """Settings with the samples and the length of tokens that a caller brought.
+
+    Raises:
+        SpenseError: they are not integers, or not of the shape (samples, length).
+    """
+    if given.ndim != 2 or not given.numel() or given.is_floating_point():
+        raise SpenseError(f"tokens: found {given.dtype} {tuple(given.shape)}, expected int64 (samples, length)")
+    samples, length = given.shape
+    return replace(settings, samples=samples, length=length)
+
+
 class CalibrationText:
     """The sequences of all ranks.
 
     Args:
-        given: int64 (samples, length) on the first rank, which counts; None to follow the settings.
+        given: int64 (samples, length), as the settings have them; None to follow the settings' sources.
         say: told what a person should know, a line at a time.
 
     Attributes:
         written: texts that the dense model is to write, of `PIECE` tokens or as many as a sequence has.
-        shape: samples and length, once `draw` was called.
     """
 
     def __init__(
         self, model: SourceModel, settings: PruneSettings, given: torch.Tensor | None, say: Callable[[str], None]
     ) -> None:
         self._model, self._settings, self._say = model, settings, say
-        self._given = distributed.broadcast_from_first(lambda: given)
+        self._given = given
         self._parts: dict[str, torch.Tensor] = {}
         share = settings.shares.get(GENERATED, 0)
-        self.written = pieces(share, settings.length)[0] if self._given is None else 0
-        self.shape: tuple[int, int] = settings.samples, settings.length
-        if self._given is not None:
-            samples, length = self._given.shape
-            self.shape = samples, length
+        self.written = pieces(share, settings.length)[0] if given is None else 0
 
     def draw(self) -> None:
         """Draws what needs no model, and says where all of the text will be too little.
@@ -121,7 +129,7 @@ class CalibrationText:
             SpenseError: see `calibration.data.calibration_tokens`.
         """
         self._parts = distributed.broadcast_from_first(self._drawn)
-        (samples, length), columns = self.shape, _widest_hessian(self._model)
+        samples, length, columns = self._settings.samples, self._settings.length, _widest_hessian(self._model)
         if self._settings.recipe.solver is Solver.SPARSEGPT and samples * length < columns:
             found = f"{samples * length} tokens ({samples} × {length})"
             self._say(

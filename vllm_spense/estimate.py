@@ -64,6 +64,10 @@ _ELEMENTWISE_INTERMEDIATE, _AROUND_INTERMEDIATE = 25600, 8 * 768
 _MOST = 2**31
 
 
+#: Of a GPU's memory, what vLLM takes unless told otherwise (`--gpu-memory-utilization`; 0.92 since 0.28).
+VLLMS_SHARE = 0.9
+
+
 @dataclass(frozen=True)
 class Timed:
     """What a plan cache says: the time of a path for up to `tokens` rows of activations."""
@@ -94,6 +98,12 @@ class Estimate:
     @property
     def speed_up(self) -> float:
         return self.dense_ms / self.spense_ms
+
+    def requests(self, gpu: Gpu, batch: int, weight_bytes: int) -> int | None:
+        """How many requests' KV cache fits beside weights in what vLLM takes of a GPU, activations not counted; None
+        where they take no room."""
+        room = max(0, int(gpu.memory_bytes * VLLMS_SHARE) - weight_bytes)
+        return room * batch // self.kv_bytes if self.kv_bytes else None
 
 
 def estimate(

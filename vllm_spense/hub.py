@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vllm_spense.errors import SpenseError
+from vllm_spense.errors import SpenseError, first_line
 
 #: For messages.
 EXAMPLE = "Qwen/Qwen3-32B"
@@ -32,5 +32,4 @@ def snapshot(model: str, missing: str, **patterns: Any) -> Path:
     try:
         return Path(snapshot_download(model, **patterns))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SpenseError(f"{missing} the Hugging Face hub did not give it: {reason}") from None
+        raise SpenseError(f"{missing} the Hugging Face hub did not give it: {first_line(error)}") from None

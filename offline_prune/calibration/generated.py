@@ -17,7 +17,7 @@ from offline_prune.calibration.chat import Chat, RefusedChat, chat_template, tem
 from offline_prune.model.loading import SourceModel
 from offline_prune.model.whole import output_head
 from offline_prune.runtime import distributed
-from vllm_spense.errors import SpenseError
+from vllm_spense.errors import SpenseError, first_line
 
 #: Texts that are written together: at least where they fit, and at most on each kind of device.
 FEWEST_AT_ONCE, MOST_AT_ONCE = 32, {"cpu": 32, "cuda": 2048}
@@ -199,10 +199,9 @@ def _continued(model: Any, prompts: torch.Tensor, length: int) -> torch.Tensor:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # Whatever the code of a model raises, above all what it brings along itself.
-        reason = (str(error).strip().splitlines() or [""])[0]
         raise SpenseError(
-            f"--calibration generated: {type(model).__name__} cannot write here, {type(error).__name__}: {reason}; "
-            "--calibration builtin --calibration builtin-code does without"
+            f"--calibration generated: {type(model).__name__} cannot write here, {type(error).__name__}: "
+            f"{first_line(error)}; --calibration builtin --calibration builtin-code does without"
         ) from error
 
 

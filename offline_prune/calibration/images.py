@@ -14,7 +14,7 @@ from offline_prune.calibration.chat import chat_template
 from offline_prune.calibration.image_rows import CaptionedImage
 from offline_prune.calibration.recording import ImageInputs, Inputs
 from offline_prune.model.loading import SourceModel
-from vllm_spense.errors import SpenseError
+from vllm_spense.errors import SpenseError, first_line
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,8 @@ class ImageReader:
             images = [document.open() for document in documents]
             made = self.processor(text=[text], images=[images], add_special_tokens=False, return_tensors="pt")
         except (TemplateError, TypeError, ValueError, ImportError, KeyError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             where = ", ".join(str(document.source) for document in documents[:3])
-            raise SpenseError(f"{where}: {type(self.processor).__name__} cannot read it: {reason}") from None
+            raise SpenseError(f"{where}: {type(self.processor).__name__} cannot read it: {first_line(error)}") from None
         return {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
 
     def _rendered(self, document: CaptionedImage) -> str:

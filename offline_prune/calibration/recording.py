@@ -15,7 +15,7 @@ from torch import nn
 from offline_prune.calibration.kept_arguments import kept, restored
 from offline_prune.model.loading import SourceModel
 from offline_prune.runtime.matmul_precision import fast_matmul
-from vllm_spense.errors import SpenseError
+from vllm_spense.errors import SpenseError, first_line
 
 #: An uninitialized tensor (samples, length, width) where hidden states are kept.
 Room = Callable[[int], torch.Tensor]
@@ -213,8 +213,7 @@ def _see(
             with torch.inference_mode():
                 whole(**here, use_cache=False)
         except (TypeError, ValueError, AttributeError, IndexError, RuntimeError, KeyError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise SpenseError(f"{type(whole).__name__}: it cannot be run on images: {reason}") from error
+            raise SpenseError(f"{type(whole).__name__}: it cannot be run on images: {first_line(error)}") from error
         finally:
             for recorder in recorders:
                 recorder.zeros = False
@@ -301,7 +300,7 @@ def _find_form(model: SourceModel, text: nn.Module, recorders: list[_Recorder], 
         try:
             output = _run(text, tokens)[0]
         except (TypeError, ValueError, AttributeError, IndexError, RuntimeError, KeyError, AssertionError) as error:
-            reason = reason or str(error).strip().splitlines()[0]
+            reason = reason or first_line(error)
             continue
         missed = [i for i, recorder in enumerate(recorders) if recorder.hidden is None]
         if missed and len(missed) < len(recorders):

@@ -16,7 +16,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from vllm_spense.errors import SpenseError
+from vllm_spense.errors import SpenseError, first_line
 
 FILE_KINDS = (".jsonl", ".txt", ".parquet")
 #: Endings of other files with text.
@@ -178,7 +178,7 @@ class _ParquetRows:
         except PermissionError as error:
             raise SpenseError(f"{path}: cannot be read: {error.strerror}") from None
         except (pyarrow.ArrowException, OSError) as error:
-            raise SpenseError(f"{path}: not a parquet file, or a damaged one: {_first_line(error)}") from None
+            raise SpenseError(f"{path}: not a parquet file, or a damaged one: {first_line(error)}") from None
 
     def __len__(self) -> int:
         return self._table.num_rows
@@ -204,7 +204,7 @@ class _HubRows:
         # RuntimeError: data sets that are a script.
         except (DatasetsError, OSError, ValueError, RuntimeError) as error:
             raise SpenseError(
-                f"calibration data {name}: neither a file nor a data set that can be loaded: {_first_line(error)}\n"
+                f"calibration data {name}: neither a file nor a data set that can be loaded: {first_line(error)}\n"
                 f"Without a network, give a {', '.join(FILE_KINDS)} file, or `--calibration builtin`."
             ) from None
 
@@ -270,7 +270,3 @@ class _Passages:
                 if not chunk:
                     return
                 lines += chunk.count(b"\n")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

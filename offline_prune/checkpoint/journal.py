@@ -11,16 +11,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file
 
+import vllm_spense
 from offline_prune.checkpoint.merge import read_header
+from offline_prune.runtime import distributed
 from vllm_spense.errors import SpenseError
 
 FILE = "journal.jsonl"
+#: The part that holds what is in no decoder block.
+OUTSIDE_BLOCKS = "outside the blocks"
 #: In the run's line of one that was begun to replace what is in OUT: one that resumes it may do so too.
 REPLACES = "replaces"
 
 Say = Callable[[str], None]
+
+
+def circumstances(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
+    """What decides a run's result beside its settings and its input: a run that goes on must have the same."""
+    return {
+        "processes": distributed.size(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "precision": str(dtype),
+        "spense": vllm_spense.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 @dataclass(frozen=True)
@@ -31,7 +48,8 @@ class Part:
         name: of a block, or of what else the part holds.
         file: its safetensors file, in the journal's folder.
         crc32: of the file.
-        record: what the run wants to know about it later.
+        record: what a run that goes on must know of it: `prune` has a list of `LayerReport` as JSON objects, or None
+            where nothing is pruned, `heal` None.
         beside: more safetensors files that belong to the part and are no weights → crc32.
     """
 
@@ -55,7 +73,7 @@ class State:
 
     Attributes:
         state_files: names of the files, in the journal's folder → crc32.
-        record: what the run wants to know about it.
+        record: what is small of it, as JSON: `heal` has a `History`, `prune` None.
     """
 
     state_files: dict[str, int]

@@ -10,6 +10,7 @@ from typing import Any
 
 from offline_prune.methods.regions import mean_sparsity
 from offline_prune.runtime.versions import versions
+from vllm_spense.errors import first_line
 from vllm_spense.format import Annotation
 
 FILE = "README.md"
@@ -179,7 +180,7 @@ def _kept(card: Path, say: Callable[[str], None]) -> dict[str, Any]:
     try:
         data = metadata_load(card) or {}
     except (OSError, ValueError, YAMLError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        say(f"{card}: its front matter cannot be read, so the licence is not in the pruned model's card: {reason}")
+        said = first_line(error)
+        say(f"{card}: its front matter cannot be read, so the licence is not in the pruned model's card: {said}")
         return {}
     return {key: data[key] for key in _KEPT if key in data}

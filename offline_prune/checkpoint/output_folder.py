@@ -300,7 +300,7 @@ def written_files(folder: Path) -> list[str] | None:
     return [name for name in dict.fromkeys(names) if isinstance(name, str) and _inside(name)]
 
 
-def require_apart(model: Path, out: Path, argument: str = "MODEL") -> None:
+def require_apart(model: Path, out: Path, argument: str) -> None:
     """Raises SpenseError where one of MODEL and OUT is, or lies in, the other, under whatever names.
 
     Args:

@@ -69,8 +69,8 @@ def estimate(
     table.add_row("speed-up", "1", f"{found.speed_up:.2f}")
     table.add_row("weights, GiB", *(f"{size / 2**30:.1f}" for size in weights))
     table.add_row("KV cache, GiB", *2 * [f"{found.kv_bytes / 2**30:.1f}"])
-    left = (max(0, GPUS[gpu].memory_bytes - size) for size in weights)
-    table.add_row("requests that fit", *(f"{int(room * batch / found.kv_bytes):,}" for room in left))
+    fit = (found.requests(GPUS[gpu], batch, size) for size in weights)
+    table.add_row("requests that fit", *("any number" if each is None else f"{each:,}" for each in fit))
     output = make_console()
     output.print(table)
     source = "times in this machine's plan cache" if found.calibrated else "what was measured on an H100"

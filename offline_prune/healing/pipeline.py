@@ -8,15 +8,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import transformers
 
-import vllm_spense
 from offline_prune.calibration.context_length import within_context
 from offline_prune.calibration.data import check_vocabulary
 from offline_prune.calibration.generated import joined
 from offline_prune.calibration.mixture import GENERATED, drawn, mixed, shares
 from offline_prune.calibration.sources import require_sources
-from offline_prune.checkpoint.journal import Journal, Say
+from offline_prune.checkpoint.journal import Journal, Say, circumstances
 from offline_prune.checkpoint.output_folder import OutputFolder, require_apart
 from offline_prune.checkpoint.verify import Checkpoint, open_checkpoint
 from offline_prune.checkpoint.writer import CheckpointWriter
@@ -90,7 +88,7 @@ def _take(out: OutputFolder, settings: HealSettings, context: ExitStack) -> None
         require_sources(settings.sources)
     require_apart(settings.pruned, out.path, "PRUNED")
     if Path(settings.teacher).is_dir():
-        require_apart(Path(settings.teacher), out.path)
+        require_apart(Path(settings.teacher), out.path, "--teacher")
     context.enter_context(out)
 
 
@@ -181,14 +179,9 @@ class _Run:
         settings = {key: value for key, value in asdict(self.settings).items() if key not in _MAY_DIFFER}
         return {
             **settings,
-            "processes": distributed.size(),
             "PRUNED": self.checkpoint.tensors.fingerprint(),
             "teacher": self.teacher.tensors.fingerprint(),
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
-            "precision": str(self.dtype),
-            "spense": vllm_spense.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            **circumstances(self.device, self.dtype),
         }
 
     def _training(self, states: SavedStates, plan: HealPlan, context: ExitStack) -> Training:

@@ -63,4 +63,6 @@ class HealReport:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        return {"heldout_kl_before": self.before, "heldout_kl_after": self.after, **asdict(self)}
+        """As `report.json` has it; `model` is the dense one, as in the pruner's report."""
+        measured = {"heldout_kl_before": self.before, "heldout_kl_after": self.after}
+        return {"model": self.settings["teacher"], **measured, **asdict(self)}

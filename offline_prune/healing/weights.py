@@ -19,9 +19,10 @@ from offline_prune.checkpoint.writer import stored_form
 from offline_prune.healing.models import Language
 from offline_prune.healing.settings import Train
 from offline_prune.methods.fp8 import FP8_MAX, dequantize, round_to_fp8
-from offline_prune.model.loading import SourceModel
+from offline_prune.model.loading import DRAFT_LAYER, SourceModel
 from offline_prune.runtime import distributed
 from vllm_spense.conformance import SCALE_SUFFIX
+from vllm_spense.errors import SpenseError
 
 
 @dataclass
@@ -58,7 +59,8 @@ class TrainedWeight:
     @torch.no_grad()
     def masked_gradient(self) -> torch.Tensor:
         """The master's gradient, which is 0 from here on where the weight stays zero."""
-        assert self.master.grad is not None, self.name
+        if self.master.grad is None:
+            raise SpenseError(f"{self.name}: found no gradient, expected a weight that the model runs on text")
         if self.removed is not None:
             self.master.grad.masked_fill_(self.removed, 0.0)
         return self.master.grad
@@ -105,6 +107,8 @@ def trained_names(student: SourceModel, checkpoint: Checkpoint, train: Train) ->
     linears = set(student.linears())
     found: dict[str, str] = {}
     for owner, module in student.text.named_modules(prefix=student.text_name):
+        if DRAFT_LAYER.match(f"{owner}."):
+            continue
         if owner in linears or "norm" in type(module).__name__.lower():
             names = [f"{owner}.{key}" for key, _ in module.named_parameters(recurse=False)]
             found |= {name: student.tensors.stored(name) for name in names if name in student.tensors}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from offline_prune.checkpoint.journal import Say
+from offline_prune.checkpoint.journal import OUTSIDE_BLOCKS, Say
 from offline_prune.checkpoint.model_card import model_card
 from offline_prune.checkpoint.verify import Checkpoint
 from offline_prune.checkpoint.writer import CheckpointWriter
@@ -19,9 +19,6 @@ from offline_prune.model.loading import SourceModel
 from offline_prune.report import FILE
 from vllm_spense.checkpoint_files import read_object
 from vllm_spense.format import PERMUTATION, Annotation, Scalar
-
-#: The checkpoint's part that holds what is in no block.
-_OUTSIDE = "outside the blocks"
 
 
 def write_weights(
@@ -66,12 +63,19 @@ def write_rest(
     if (checkpoint.folder / PERMUTATION).exists():
         writer.copy(checkpoint.folder / PERMUTATION, PERMUTATION)
     healed = _annotation(checkpoint.annotation, settings, report)
-    skipped = (report.pruning or {}).get("skipped", {})
+    skipped = left_dense(report.pruning)
     section = report.card_section()
     writer.write_card(model_card(settings.teacher, original, healed, checkpoint.fp8, section, skipped, say), original)
     quantization = checkpoint.config["quantization_config"] if checkpoint.fp8 else None
     writer.write_config(checkpoint.config, healed, quantization)
     writer.write_json(FILE, report.to_dict())
+
+
+def left_dense(report: dict[str, Any] | None) -> dict[str, str]:
+    """Blocks that were not pruned → why, from PRUNED's report, which may be of a healed checkpoint itself."""
+    while report and "skipped" not in report:
+        report = report.get("pruning")
+    return report["skipped"] if report else {}
 
 
 def pruning_report(checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -97,8 +101,8 @@ def _annotation(annotation: Annotation, settings: HealSettings, report: HealRepo
 def _parts(checkpoint: Checkpoint, student: SourceModel) -> dict[str, list[str]]:
     """Name of a part → the tensors in it: a decoder block's, and all others."""
     prefixes = [student.tensors.stored(block.name) for block in student.blocks]
-    parts: dict[str, list[str]] = {part: [] for part in (*prefixes, _OUTSIDE)}
+    parts: dict[str, list[str]] = {part: [] for part in (*prefixes, OUTSIDE_BLOCKS)}
     for name in checkpoint.tensors:
-        part = next((prefix for prefix in prefixes if name.startswith(f"{prefix}.")), _OUTSIDE)
+        part = next((prefix for prefix in prefixes if name.startswith(f"{prefix}.")), OUTSIDE_BLOCKS)
         parts[part].append(name)
     return {part: names for part, names in parts.items() if names}

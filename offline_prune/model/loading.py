@@ -29,7 +29,7 @@ from offline_prune.model.skeleton import empty_model, find_text_model
 from offline_prune.runtime.pinned_buffers import Inbox
 from vllm_spense.checkpoint_files import read_object
 from vllm_spense.conformance import require_sane_depth
-from vllm_spense.errors import SpenseError
+from vllm_spense.errors import SpenseError, first_line
 
 
 @dataclass(frozen=True)
@@ -314,8 +314,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     try:
         return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code))
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SpenseError(f"{folder}: no usable tokenizer: {reason}") from None
+        raise SpenseError(f"{folder}: no usable tokenizer: {first_line(error)}") from None
 
 
 def load_processor(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -327,9 +326,8 @@ def load_processor(folder: Path, trust_remote_code: bool = False) -> Any:
     try:
         return AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
         needs = " (pip install torchvision)" if "torchvision" in str(error).lower() else ""
-        raise SpenseError(f"{folder}: no usable processor of images: {(lines or [''])[0]}{needs}") from None
+        raise SpenseError(f"{folder}: no usable processor of images: {first_line(error)}{needs}") from None
 
 
 def _described(blocks: list[tuple[str, nn.Module]], tensors: ModelTensors) -> list[Block]:

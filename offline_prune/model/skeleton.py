@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from vllm_spense.errors import SpenseError
+from vllm_spense.errors import SpenseError, first_line
 
 _AUTO = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 
@@ -55,8 +55,7 @@ def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedMode
             model = _built(config, attention, trust_remote_code)
         model.tie_weights()
     except Exception as error:  # whatever it is, a value in config.json caused it
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        advice = ""
+        reason, advice = first_line(error), ""
         if not trust_remote_code and "trust_remote_code" in str(error):
             reason, advice = "its code comes with the model", "; --trust-remote-code runs it"
         raise SpenseError(f"{folder}: transformers cannot build this as a language model: {reason}{advice}") from error

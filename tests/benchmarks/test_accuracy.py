@@ -19,6 +19,7 @@ from benchmarks.tables import source
 from offline_prune.calibration.heldout import HELDOUT
 from offline_prune.calibration.mixture import DEFAULT_MIXTURE
 from offline_prune.checkpoint.evaluate import agreement, load_dense, perplexity
+from vllm_spense.errors import SpenseError
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +216,15 @@ def test_variants_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         accuracy.variant("layouts=front")
     with pytest.raises(argparse.ArgumentTypeError, match="found out, expected one of batch_tokens, calibration"):
         accuracy.heal_variant("out=elsewhere")
+    assert accuracy.changes(accuracy.heal_variant("rate=.003,seed=07,train=all")) == {
+        "rate": 0.003,
+        "seed": 7,
+        "train": "all",
+    }
+    with pytest.raises(argparse.ArgumentTypeError, match="found rate=x, expected numbers"):
+        accuracy.heal_variant("rate=x")
+    with pytest.raises(SpenseError, match="--rate: found 2, expected more than 0 and at most 1"):
+        accuracy.heal_variant("rate=2")
 
 
 def test_the_built_in_text_of_a_variant_is_that_of_the_folder_of_texts() -> None:

@@ -98,8 +98,15 @@ def test_sequences_are_no_longer_than_the_context(tmp_path: Path, text: Path) ->
 def test_given_tokens_are_taken_as_they_are(tmp_path: Path) -> None:
     model = tiny_model("llama", tmp_path / "model", max_position_embeddings=24)
     tokens = torch.randint(0, 256, (4, 64), generator=torch.Generator().manual_seed(0))
-    report = prune(PruneSettings(str(model), tmp_path / "out", samples=4, length=64, device="cpu"), tokens=tokens)
+    report = prune(PruneSettings(str(model), tmp_path / "out", device="cpu"), tokens=tokens)
     assert (report.settings["samples"], report.settings["length"]) == (4, 64)
+    calibration = open_checkpoint(tmp_path / "out").annotation.calibration
+    assert calibration is not None
+    assert (calibration.source, calibration.samples, calibration.length) == ("given tokens", 4, 64)
+    for wrong, found in ((tokens[0], r"torch.int64 \(64,\)"), (tokens.float(), r"torch.float32 \(4, 64\)")):
+        with pytest.raises(SpenseError, match=f"tokens: found {found}, expected int64"):
+            prune(PruneSettings(str(model), tmp_path / "wrong", device="cpu"), tokens=wrong)
+    assert not (tmp_path / "wrong").exists()
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -67,9 +67,9 @@ def check_engine(annotation: Annotation, engine: VllmConfig) -> None:
     full = engine.compilation_config.cudagraph_mode is CUDAGraphMode.FULL and not engine.model_config.enforce_eager
     if full and current_platform.is_cuda():
         raise SpenseError(
-            "what vLLM 0.26 answers in this mode on a GPU is garbled, without Spense too; vLLM also takes it where "
-            "splitting_ops is empty or fuse_attn_quant is set (key: cudagraph_mode; found: FULL; expected: "
-            "FULL_AND_PIECEWISE, the default | FULL_DECODE_ONLY | PIECEWISE | NONE)"
+            "in this mode vLLM 0.26 garbles what it answers on a GPU, without Spense too; no newer one was tried; vLLM "
+            "also takes it where splitting_ops is empty or fuse_attn_quant is set (key: cudagraph_mode; found: "
+            "FULL; expected: FULL_AND_PIECEWISE, the default | FULL_DECODE_ONLY | PIECEWISE | NONE)"
         )
     for module in annotation.modules:
         shard(annotation.regions(module), 0, size, module)

@@ -259,14 +259,14 @@ def test_model_and_out_are_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for out in (model, tmp_path, model / "sub", model / "new/er", tmp_path / "link", Path("."), tmp_path / "link/new"):
         for name in (model, tmp_path / "link"):
             with pytest.raises(SpenseError, match=r"OUT is .* and MODEL .*: expected folders"):
-                require_apart(name, out)
-    require_apart(model, tmp_path / "model2")
-    require_apart(model, tmp_path / "other/model")
+                require_apart(name, out, "MODEL")
+    require_apart(model, tmp_path / "model2", "MODEL")
+    require_apart(model, tmp_path / "other/model", "MODEL")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/weights").write_text("")
     (model / "model.safetensors").symlink_to(tmp_path / "other/weights")
     with pytest.raises(SpenseError, match=r"model.safetensors: a link into OUT"):
-        require_apart(model, tmp_path / "other")
+        require_apart(model, tmp_path / "other", "MODEL")
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:

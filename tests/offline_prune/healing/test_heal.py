@@ -24,6 +24,7 @@ from offline_prune.healing import pipeline, plan, training
 from offline_prune.healing.plan import heal_plan
 from offline_prune.healing.text import split
 from offline_prune.healing.weights import trained_names
+from offline_prune.healing.writing import left_dense
 from offline_prune.model.loading import SourceModel
 from offline_prune.runtime import distributed
 from vllm_spense.format import KEY, PERMUTATION
@@ -121,6 +122,7 @@ def test_files_and_annotation_travel(pair: Pair, whole: tuple[Path, HealReport])
     data = json.loads((out / "report.json").read_text())
     assert data["heldout_kl_after"] < data["heldout_kl_before"]
     assert data["tokens"] == 14 * 256
+    assert data["model"] == str(pair.teacher), "`spense adapt` compares an adapter's base with it"
     assert data["pruning"]["mlp_sparsity"] == pytest.approx(0.375)
 
 
@@ -129,6 +131,10 @@ def test_a_healed_checkpoint_can_be_healed_again(pair: Pair, tmp_path: Path, who
     again = healed(Pair(pair.teacher, out, pair.text), tmp_path / "again")
     assert again.before == pytest.approx(first.after, rel=1e-4)
     assert again.after < first.after
+    # Which blocks are dense, the pruner's report says, which is inside the first healing's.
+    once = {"pruning": {"skipped": {"model.layers.3": "a router"}}}
+    assert left_dense({"pruning": once}) == left_dense(once["pruning"]) == {"model.layers.3": "a router"}
+    assert left_dense(None) == left_dense({"pruning": None}) == {}
 
 
 def test_what_gets_worse_is_not_written(pair: Pair, tmp_path: Path) -> None:

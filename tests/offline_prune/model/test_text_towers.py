@@ -19,6 +19,8 @@ from torch import nn
 from benchmarks.served_models import MODELS, make
 from benchmarks.zoo import Architecture, tiny_model
 from offline_prune.checkpoint.verify import open_checkpoint, verify
+from offline_prune.healing.settings import Train
+from offline_prune.healing.weights import trained_names
 from offline_prune.model.loading import SourceModel
 from offline_prune.model.safetensors_reader import SafetensorsReader
 from offline_prune.pipeline import prune
@@ -167,6 +169,11 @@ def test_draft_layers_of_remote_code_are_untouched(text: Path, tmp_path: Path) -
     make(MODELS["MiMo with MTP"], tmp_path / "model")
     run(tmp_path / "model", tmp_path / "out", text, sparsity=0.5, trust_remote_code=True)
     verify(tmp_path / "out", trust_remote_code=True)
+    # Nor would `heal` train them, whose norms get no gradient on text.
+    pruned = SourceModel(str(tmp_path / "out"), True, as_stored=True)
+    trained = trained_names(pruned, open_checkpoint(tmp_path / "out"), Train.ALL)
+    assert "model.layers.1.input_layernorm.weight" in trained
+    assert not [name for name in trained if "mtp_layers" in name]
     ignore = require_untouched(tmp_path, "model.mtp_layers.0.", {"input_proj.weight", "mlp.up_proj.weight"})
     patterns = [entry.removeprefix("re:") for entry in ignore if entry.startswith("re:")]
     for name in ("model.mtp_layers.0.input_proj", "model.layers.2.mlp.gate_up_proj", "model.layers.2.self_attn.o_proj"):
