@@ -32,7 +32,7 @@ from benchmarks.quality_tables import markdown, of_each_model
 from benchmarks.texts import CALIBRATION, CALIBRATION_CODE, DOMAINS, heldout, require
 from offline_prune.calibration.data import BUILTIN, BUILTIN_CODE
 from offline_prune.calibration.rows import FILE_KINDS
-from offline_prune.checkpoint.evaluate import agreement, load_dense
+from offline_prune.checkpoint.dense_model import agreement, load_dense
 from offline_prune.healing.pipeline import heal
 from offline_prune.healing.settings import HealSettings
 from offline_prune.methods.recipe import METHODS

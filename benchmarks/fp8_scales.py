@@ -19,7 +19,7 @@ from benchmarks.envelope import write_result
 from benchmarks.quality_tables import rounding_errors
 from benchmarks.texts import heldout
 from offline_prune.calibration.heldout import HELDOUT
-from offline_prune.checkpoint.evaluate import load_dense
+from offline_prune.checkpoint.dense_model import load_dense
 from offline_prune.methods.fp8 import COMPENSATION_HEADROOM, channel_scales, least_squares_scales, round_to_fp8
 from offline_prune.model.loading import SourceModel
 from scripts.pruned import CACHE

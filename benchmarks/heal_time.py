@@ -36,7 +36,7 @@ from offline_prune.calibration.mixture import DEFAULT_MIXTURE, GENERATED, shares
 from offline_prune.healing.pipeline import heal
 from offline_prune.healing.report import HealReport
 from offline_prune.healing.settings import HealSettings, Optimizer
-from offline_prune.healing.text import heldout_sequences, step_sequences, steps_in_epoch
+from offline_prune.healing.text_split import heldout_sequences, step_sequences, steps_in_epoch
 from offline_prune.pipeline import prune
 from offline_prune.runtime import distributed
 from offline_prune.runtime.device import pick_device

@@ -45,7 +45,7 @@ from benchmarks.envelope import ROOT
 from benchmarks.quality_tables import INT4, markdown, of_each_model
 from benchmarks.texts import CALIBRATION, require
 from offline_prune.calibration.data import calibration_tokens
-from offline_prune.checkpoint.evaluate import load_dense
+from offline_prune.checkpoint.dense_model import load_dense
 from offline_prune.model.gated_mlp import GatedMlp
 from offline_prune.model.loading import SourceModel
 from offline_prune.model.skeleton import empty_model

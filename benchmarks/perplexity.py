@@ -18,7 +18,7 @@ from benchmarks.command_line import add_out, positive, readable_folder, run_main
 from benchmarks.envelope import write_result
 from benchmarks.quality_tables import by_format
 from offline_prune.calibration.data import heldout_tokens
-from offline_prune.checkpoint.evaluate import load_dense, perplexity
+from offline_prune.checkpoint.dense_model import load_dense, perplexity
 from scripts.pruned import CACHE, Pruning, pruned
 from scripts.smollm2 import smollm2
 

@@ -36,7 +36,7 @@ from benchmarks.packaged_tasks import PACKAGED, packaged
 from benchmarks.quality_tables import tasks as table
 from benchmarks.texts import documents
 from offline_prune.calibration.heldout import HELDOUT
-from offline_prune.checkpoint.evaluate import load_dense
+from offline_prune.checkpoint.dense_model import load_dense
 from offline_prune.runtime.device import pick_device
 from scripts.bootstrap import kind
 from scripts.server import check_port, exit_on_signals, starting_vllm

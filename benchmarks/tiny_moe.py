@@ -28,7 +28,7 @@ from benchmarks.command_line import positive, readable_folder, run_main, writabl
 from benchmarks.envelope import write_result
 from benchmarks.texts import TRAINING, documents_in, heldout, require
 from offline_prune.calibration.heldout import HELDOUT
-from offline_prune.checkpoint.evaluate import load_dense, perplexity
+from offline_prune.checkpoint.dense_model import load_dense, perplexity
 from offline_prune.runtime.device import pick_device
 from scripts.lock import appearing
 from vllm_spense.errors import SpenseError

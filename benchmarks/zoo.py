@@ -34,7 +34,7 @@ from transformers.models.auto import modeling_auto
 
 from benchmarks.zoo_table import table
 from offline_prune.calibration.hidden_states import Stream
-from offline_prune.checkpoint.evaluate import dense_model
+from offline_prune.checkpoint.dense_model import dense_model
 from offline_prune.checkpoint.verify import verify
 from offline_prune.model.experts import Mixture
 from offline_prune.model.gated_mlp import GatedMlp, Unsupported

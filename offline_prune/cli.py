@@ -32,7 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for _command in (prune, heal, verify, inspect, evaluate, adapt, doctor, estimate):
+COMMANDS = (prune, heal, verify, inspect, evaluate, adapt, doctor, estimate)
+for _command in COMMANDS:
     app.command()(_command)
 
 console = make_console(stderr=True)

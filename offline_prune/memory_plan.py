@@ -316,7 +316,7 @@ def _placed(needs: MemoryPlan, settings: PruneSettings, room: int) -> MemoryPlan
         )
     places = list(Place) if settings.activations == AUTO else [Place(settings.activations)]
     for place in places:
-        plan = MemoryPlan(**{**vars(needs), "place": place})
+        plan = replace(needs, place=place)
         fits = plan.on_device <= room and (device.type == "cpu" or plan.host <= host)
         if place is Place.DISK or fits or len(places) == 1:
             break

@@ -20,6 +20,7 @@ from offline_prune.calibration.images import ImagePlan, ImageReader, deal
 from offline_prune.calibration.mixture import written_at_most
 from offline_prune.calibration.recording import ImageInputs
 from offline_prune.calibration.sources import require_sources
+from offline_prune.calibration_text import CalibrationText, default_sources, shaped_as
 from offline_prune.checkpoint.block_state_dict import BlockStateDict
 from offline_prune.checkpoint.ignored import ignored
 from offline_prune.checkpoint.journal import OUTSIDE_BLOCKS, Journal, Say, circumstances
@@ -39,7 +40,6 @@ from offline_prune.runtime import deterministic_reduce, distributed
 from offline_prune.runtime.device import compute_dtype, pick_device
 from offline_prune.runtime.profiler import Profiler
 from offline_prune.settings import PruneSettings
-from offline_prune.text import CalibrationText, default_sources, shaped_as
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import Annotation, Calibration, Regions
 
@@ -87,9 +87,11 @@ def prune(
             samples, length = within_context(*wanted, model.text.config, "calibration text", say)
             settings = replace(settings, samples=samples, length=length)
         if settings.calibration is None:
-            most_written = written_at_most(settings.length)
-            about = model, given, settings.samples, settings.length, most_written, device, say
-            settings = replace(settings, calibration=distributed.broadcast_from_first(lambda: default_sources(*about)))
+            shape = settings.samples, settings.length
+            sources = distributed.broadcast_from_first(
+                lambda: default_sources(model, given, *shape, written_at_most(shape[1]), device, say)
+            )
+            settings = replace(settings, calibration=sources)
         return _Run(model, settings, device, compute_dtype(device), out, progress, say).run(given)
 
 

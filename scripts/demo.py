@@ -87,7 +87,7 @@ def heading(text: str) -> None:
 
 def show_perplexities(model: Path, checkpoints: dict[str, Path]) -> None:
     from offline_prune.calibration.data import heldout_tokens
-    from offline_prune.checkpoint.evaluate import load_dense, perplexity
+    from offline_prune.checkpoint.dense_model import load_dense, perplexity
 
     table = Table("method", "MLP sparsity", "perplexity")
     for title, folder in {"dense": model, **checkpoints}.items():

@@ -60,14 +60,9 @@ class FormatError(SpenseError, ValueError):
         names = ("file", "layer", "key", "found", "expected")
         return {name: getattr(self, name) for name in names}
 
-    def inside(self, *, file: object = None, layer: str | None = None) -> FormatError:
-        """The same error with the place filled in where it was not known yet."""
-        details = self._details()
-        if details["file"] is None:
-            details["file"] = file
-        if details["layer"] is None:
-            details["layer"] = layer
-        return _rebuild_format_error(self.message, details)
+    def inside(self, file: object) -> FormatError:
+        """The same error with the file filled in where it was not known yet."""
+        return _rebuild_format_error(self.message, {**self._details(), "file": self.file or file})
 
 
 def _rebuild_format_error(message: str, details: dict[str, object]) -> FormatError:

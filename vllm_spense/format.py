@@ -189,7 +189,7 @@ class Annotation:
         try:
             return _read_annotation(data)
         except FormatError as error:
-            raise error.inside(file=file) from None
+            raise error.inside(file) from None
 
 
 def _read_annotation(data: object) -> Annotation:

@@ -56,9 +56,9 @@ def calibration_tokens(
     return pack(_documents(source, seed, length), tokenizer, samples, length, _described(source), say, fewest)
 
 
-def heldout_tokens(tokenizer: PreTrainedTokenizerBase, samples: int, length: int, seed: int = 0) -> torch.Tensor:
+def heldout_tokens(tokenizer: PreTrainedTokenizerBase, samples: int, length: int) -> torch.Tensor:
     """Text for perplexity that the built-in calibration source does not contain; int64 (samples, length)."""
-    return pack(docstrings(HELDOUT_PACKAGES, seed), tokenizer, samples, length, "held-out docstrings")
+    return pack(docstrings(HELDOUT_PACKAGES, seed=0), tokenizer, samples, length, "held-out docstrings")
 
 
 def pack(

@@ -64,7 +64,7 @@ class Hessian:
 
 
 class Energy:
-    """diag(H) = Σ x_j² of one linear layer's inputs, float32 (K,). Made as `Hessian` is."""
+    """diag(H) = Σ x_j² of one linear layer's inputs, float32 (K,). Made as `Hessian` is; `few` changes nothing here."""
 
     def __init__(self, size: int, device: torch.device, few: bool = False) -> None:
         self._sums = ShardSums((size,), device)

@@ -13,7 +13,7 @@ from torch import nn
 
 from offline_prune.calibration.context_length import context_length
 from offline_prune.calibration.data import check_vocabulary
-from offline_prune.checkpoint.evaluate import compared
+from offline_prune.checkpoint.dense_model import compared
 from offline_prune.checkpoint.model_card import public_name, table
 from offline_prune.checkpoint.verify import open_checkpoint
 from offline_prune.evaluation.streamed import Logits, Progress, last_hidden, logits

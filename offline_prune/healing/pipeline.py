@@ -14,6 +14,7 @@ from offline_prune.calibration.data import check_vocabulary
 from offline_prune.calibration.generated import joined
 from offline_prune.calibration.mixture import GENERATED, drawn, mixed, shares
 from offline_prune.calibration.sources import require_sources
+from offline_prune.calibration_text import default_sources
 from offline_prune.checkpoint.journal import Journal, Say, circumstances
 from offline_prune.checkpoint.output_folder import OutputFolder, require_apart
 from offline_prune.checkpoint.verify import Checkpoint, open_checkpoint
@@ -23,7 +24,7 @@ from offline_prune.healing.plan import HealPlan, heal_plan
 from offline_prune.healing.report import HealReport
 from offline_prune.healing.settings import HealSettings
 from offline_prune.healing.state import SavedStates
-from offline_prune.healing.text import heldout_sequences, split, step_sequences, steps_in_epoch
+from offline_prune.healing.text_split import heldout_sequences, split, step_sequences, steps_in_epoch
 from offline_prune.healing.training import History, Progress, Training, require_optimizer
 from offline_prune.healing.weights import trained_names, trained_weights
 from offline_prune.healing.writing import pruning_report, write_rest, write_weights
@@ -32,7 +33,6 @@ from offline_prune.model.loading import SourceModel
 from offline_prune.runtime import distributed
 from offline_prune.runtime.device import compute_dtype, pick_device
 from offline_prune.runtime.profiler import Profiler
-from offline_prune.text import default_sources
 from vllm_spense.errors import SpenseError
 
 #: Nats from the teacher that even a small model at 50%, pruned by magnitude, does not lose.
@@ -113,8 +113,10 @@ class _Run:
         samples, length = within_context(*wanted, self.student.text.config, "text", say)
         settings = replace(settings, samples=samples, length=length)
         if settings.calibration is None:
-            about = self.teacher, None, samples, length, None, device, say
-            settings = replace(settings, calibration=distributed.broadcast_from_first(lambda: default_sources(*about)))
+            sources = distributed.broadcast_from_first(
+                lambda: default_sources(self.teacher, None, samples, length, most_written=None, device=device, say=say)
+            )
+            settings = replace(settings, calibration=sources)
         self.settings = settings
         self.steps = steps_in_epoch(self.settings) * settings.epochs
         self.names = trained_names(self.student, checkpoint, settings.train)

@@ -15,7 +15,7 @@ import torch
 from offline_prune.healing.loss import chunk_tokens, divergence, divergence_and_gradient
 from offline_prune.healing.models import Language
 from offline_prune.healing.settings import HealSettings, Optimizer
-from offline_prune.healing.text import Text, order, step_sequences
+from offline_prune.healing.text_split import Text, order, step_sequences
 from offline_prune.healing.weights import TrainedWeight
 from offline_prune.runtime import distributed
 from offline_prune.runtime.profiler import stage

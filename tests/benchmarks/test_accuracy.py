@@ -18,7 +18,7 @@ from benchmarks.envelope import envelope, write_result
 from benchmarks.tables import source
 from offline_prune.calibration.heldout import HELDOUT
 from offline_prune.calibration.mixture import DEFAULT_MIXTURE
-from offline_prune.checkpoint.evaluate import agreement, load_dense, perplexity
+from offline_prune.checkpoint.dense_model import agreement, load_dense, perplexity
 from vllm_spense.errors import SpenseError
 
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import peers
 from benchmarks.baselines import hyperprune, patch, proxsparse
-from offline_prune.checkpoint.evaluate import load_dense
+from offline_prune.checkpoint.dense_model import load_dense
 from offline_prune.methods.wanda import wanda_scores
 from vllm_spense.errors import SpenseError
 from vllm_spense.layout import keep_mask_2of4

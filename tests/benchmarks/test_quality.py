@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from offline_prune.calibration.data import heldout_tokens
-from offline_prune.checkpoint.evaluate import load_dense, perplexity
+from offline_prune.checkpoint.dense_model import load_dense, perplexity
 from offline_prune.pipeline import prune
 from offline_prune.settings import PruneSettings
 

@@ -16,7 +16,7 @@ from benchmarks import accuracy, peers, texts
 from benchmarks.command_line import run_main
 from offline_prune.calibration.heldout import HELDOUT
 from offline_prune.calibration.python_text import LONGEST_CODE
-from offline_prune.checkpoint.evaluate import load_dense
+from offline_prune.checkpoint.dense_model import load_dense
 from vllm_spense.errors import SpenseError
 
 

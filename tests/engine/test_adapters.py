@@ -10,7 +10,7 @@ from engines import Completion, Run, generate, spread
 from served import as_served
 
 from offline_prune.checkpoint.adapter import adapt
-from offline_prune.checkpoint.evaluate import load_dense
+from offline_prune.checkpoint.dense_model import load_dense
 
 pytestmark = pytest.mark.engine
 

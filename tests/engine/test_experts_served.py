@@ -12,7 +12,7 @@ from served import as_served, said_by
 
 from benchmarks.served_models import make_pruned
 from benchmarks.zoo import undrawn
-from offline_prune.checkpoint.evaluate import load_dense
+from offline_prune.checkpoint.dense_model import load_dense
 from offline_prune.pipeline import prune
 from offline_prune.settings import PruneSettings
 

@@ -178,14 +178,22 @@ def test_mistakes_end_in_one_message(arguments: tuple[str, ...], words: str, spe
 
 
 @pytest.mark.usefixtures("_unchanged")
-def test_python_m_offline_prune_is_spense_prune(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["/no/such/model", "/tmp/never"], "error: /no/such/model: no such folder"),
+        (["prune", "/no/such/model", "/tmp/never"], "error: /no/such/model: no such folder"),
+        (["verify", "/no/such/checkpoint"], "error: /no/such/checkpoint: no such folder"),
+    ],
+)
+def test_python_m_offline_prune_is_spense_and_prunes_by_itself(
+    arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["offline_prune", "/no/such/model", "/tmp/never"])
+    monkeypatch.setattr(sys, "argv", ["offline_prune", *arguments])
     with pytest.raises(SystemExit) as end:
         runpy.run_module("offline_prune", run_name="__main__")
     assert end.value.code == 1
-    assert "error: /no/such/model: no such folder" in capsys.readouterr().err
+    assert words in capsys.readouterr().err
 
 
 def test_without_the_extra_for_pruning_a_command_says_what_to_install(tmp_path: Path) -> None:

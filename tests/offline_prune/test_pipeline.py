@@ -14,7 +14,7 @@ from tiny_models import FAMILIES, HIDDEN, INTERMEDIATE, LAYERS, tiny_model
 from transformers import AutoModelForCausalLM
 
 from offline_prune.calibration.hidden_states import Stream
-from offline_prune.checkpoint.evaluate import load_dense, perplexity
+from offline_prune.checkpoint.dense_model import load_dense, perplexity
 from offline_prune.checkpoint.verify import open_checkpoint, verify
 from offline_prune.methods.recipe import METHODS, Selection
 from offline_prune.model.loading import SourceModel

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from offline_prune import expert_pruning
 from offline_prune.calibration.hidden_states import Stream
-from offline_prune.checkpoint.evaluate import load_dense
+from offline_prune.checkpoint.dense_model import load_dense
 from offline_prune.checkpoint.permutations import read_permutations
 from offline_prune.checkpoint.verify import open_checkpoint, verify
 from offline_prune.methods.recipe import METHODS, Layout, Recipe, Selection

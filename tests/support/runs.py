@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from offline_prune.checkpoint.evaluate import load_dense
+from offline_prune.checkpoint.dense_model import load_dense
 from offline_prune.pipeline import prune
 from offline_prune.report import Report
 from offline_prune.settings import PruneSettings

@@ -154,7 +154,7 @@ def granted_bytes(switch: str | None) -> int:
     except ValueError:
         gib = math.nan
     if not 0 <= gib < math.inf:
-        raise SpenseError(f"{GRANT}: found {switch}, expected a number of GiB")
+        raise SpenseError(f"{GRANT}: found {switch}, expected a number of GiB, at least 0")
     return int(gib * 2**30)
 
 

@@ -9,7 +9,7 @@ import torch
 from tiny_models import tiny_model
 
 from offline_prune.calibration.sensitivity import backwards, channel_weights, some_of
-from offline_prune.checkpoint.evaluate import load_dense
+from offline_prune.checkpoint.dense_model import load_dense
 from offline_prune.model.loading import SourceModel
 
 CPU = torch.device("cpu")

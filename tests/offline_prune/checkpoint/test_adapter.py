@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import HIDDEN, INTERMEDIATE, LAYERS, tiny_model
 
 from offline_prune.checkpoint.adapter import CONFIG, WEIGHTS, adapt
-from offline_prune.checkpoint.evaluate import load_dense
+from offline_prune.checkpoint.dense_model import load_dense
 from offline_prune.checkpoint.permutations import read_permutations
 from offline_prune.checkpoint.verify import open_checkpoint, verify
 from offline_prune.cli import main

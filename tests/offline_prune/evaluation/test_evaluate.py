@@ -17,7 +17,7 @@ from tiny_models import byte_tokenizer, tiny_model
 
 from benchmarks import zoo
 from offline_prune.calibration.data import calibration_tokens
-from offline_prune.checkpoint.evaluate import agreement, compared, load_dense, perplexity
+from offline_prune.checkpoint.dense_model import agreement, compared, load_dense, perplexity
 from offline_prune.evaluation import evaluate as module
 from offline_prune.evaluation import streamed
 from offline_prune.evaluation.evaluate import DomainLoss, evaluate

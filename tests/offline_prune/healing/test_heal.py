@@ -17,12 +17,12 @@ from torch import nn
 
 from offline_prune import HealReport, heal
 from offline_prune.calibration.data import calibration_tokens
-from offline_prune.checkpoint.evaluate import load_dense
+from offline_prune.checkpoint.dense_model import load_dense
 from offline_prune.checkpoint.output_folder import PARTIAL
 from offline_prune.checkpoint.verify import open_checkpoint, verify
 from offline_prune.healing import pipeline, plan, training
 from offline_prune.healing.plan import heal_plan
-from offline_prune.healing.text import split
+from offline_prune.healing.text_split import split
 from offline_prune.healing.weights import trained_names
 from offline_prune.healing.writing import left_dense
 from offline_prune.model.loading import SourceModel
@@ -185,7 +185,7 @@ def test_the_default_text_is_that_of_pruning(pair: Pair, tmp_path: Path, monkeyp
         "the dense model writes 7 × 10 tokens, 7 texts together",  # For 4 × 16.
         "7 of 7 texts written",
     ]
-    monkeypatch.setattr("offline_prune.text.whole_memory", lambda device: 0)
+    monkeypatch.setattr("offline_prune.calibration_text.whole_memory", lambda device: 0)
     heal(settings(pair, tmp_path / "alone", **few), say=said.append)
     assert open_checkpoint(tmp_path / "alone").annotation.settings["healed_text"] == "builtin + builtin-code"
     assert "builtin and builtin-code alone, because the dense model needs" in " ".join(said)

@@ -11,7 +11,7 @@ from runs import logits, run
 from tiny_models import FAMILIES, HIDDEN, tiny_model
 
 from offline_prune.calibration.hidden_states import Stream
-from offline_prune.checkpoint.evaluate import load_dense
+from offline_prune.checkpoint.dense_model import load_dense
 from offline_prune.checkpoint.verify import open_checkpoint, verify
 from offline_prune.methods.fp8 import round_to_fp8
 from offline_prune.methods.unpruned_fp8 import InputHessians, compensated, nearest

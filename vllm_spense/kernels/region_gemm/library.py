@@ -33,7 +33,7 @@ _LARGEST_DECODE = 512
 _LARGEST_BUCKET = 2048
 #: Of each library's kernels, how many are tried together.
 _FINALISTS = 3
-#: Of all that were tried, how many are timed once more and how often: the least of many medians is too small by luck.
+#: Of all that were tried, how many are timed once more and how often: the minimum of many medians is biased low.
 _LAST, _LAST_REPLAYS = 4, 21
 #: Shares of the multiprocessors that the dense GEMM is tried with beside the sparse one, up to `_LARGEST_DECODE`
 #: tokens: there neither fills the chip, and kernels made for all of it get in each other's way.
