@@ -20,7 +20,6 @@ from offline_prune.calibration.images import ImagePlan, ImageReader, deal
 from offline_prune.calibration.mixture import written_at_most
 from offline_prune.calibration.recording import ImageInputs
 from offline_prune.calibration.sources import require_sources
-from offline_prune.calibration_text import CalibrationText, default_sources, shaped_as
 from offline_prune.checkpoint.block_state_dict import BlockStateDict
 from offline_prune.checkpoint.ignored import ignored
 from offline_prune.checkpoint.journal import OUTSIDE_BLOCKS, Journal, Say, circumstances
@@ -40,6 +39,7 @@ from offline_prune.runtime import deterministic_reduce, distributed
 from offline_prune.runtime.device import compute_dtype, pick_device
 from offline_prune.runtime.profiler import Profiler
 from offline_prune.settings import PruneSettings
+from offline_prune.text_sources import CalibrationText, default_sources, shaped_as
 from vllm_spense.errors import SpenseError
 from vllm_spense.format import Annotation, Calibration, Regions
 

@@ -62,7 +62,7 @@ class PruneSettings:
         calibration: one source or several that give equal shares: see `calibration.data.calibration_tokens`; or
             `generated`, which the dense model writes itself (`calibration.generated.generate`), at most
             `mixture.MOST_WRITTEN` tokens where others can give the rest. A tuple afterwards; None for what suits the
-            model and the device: `calibration_text.default_sources`.
+            model and the device: `text_sources.default_sources`.
         samples, length, seed: of the calibration text, in sequences and tokens. If `length` is beyond the model's
             context, `prune` takes more and shorter sequences: `context_length.fit_to_context`.
         calibration_images: see `calibration.image_rows.captioned_images`; None for text alone.

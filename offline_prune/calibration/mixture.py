@@ -13,7 +13,7 @@ from vllm_spense.errors import SpenseError
 #: The source that is the dense model itself: `generated.generate`.
 GENERATED = "generated"
 #: What `prune` and `heal` take unless told otherwise, where the dense model can write: see
-#: `calibration_text.default_sources`.
+#: `text_sources.default_sources`.
 DEFAULT_MIXTURE = (BUILTIN, BUILTIN_CODE, GENERATED)
 #: Tokens that the dense model writes for `prune` at most where another source can give the rest. Beyond that the model
 #: would write for longer than it is pruned.

@@ -17,7 +17,6 @@ from tiny_models import tiny_model
 from offline_prune import memory_plan, pipeline
 from offline_prune.calibration import generated
 from offline_prune.calibration.generated import Writer, generate
-from offline_prune.calibration_text import default_sources
 from offline_prune.checkpoint.dense_model import load_dense
 from offline_prune.checkpoint.output_folder import PARTIAL
 from offline_prune.checkpoint.verify import open_checkpoint, verify
@@ -27,6 +26,7 @@ from offline_prune.pipeline import prune
 from offline_prune.runtime import distributed
 from offline_prune.runtime.device import compute_dtype
 from offline_prune.settings import PruneSettings
+from offline_prune.text_sources import default_sources
 from vllm_spense.errors import SpenseError
 
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ def test_half_is_written_and_a_resumed_run_ends_with_equal_bytes(
     assert annotation.calibration.source == f"{text} + generated"
     cut_off(llama, tmp_path / "out", text, 1, **options)
     assert kept(tmp_path / "out").shape == (4, 24)
-    monkeypatch.setattr("offline_prune.calibration_text.joined", refuse)
+    monkeypatch.setattr("offline_prune.text_sources.joined", refuse)
     run(llama, tmp_path / "out", text, resume=True, **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     run(llama, tmp_path / "out", text, resume=True, **options)
@@ -90,7 +90,7 @@ def test_what_was_written_is_kept_before_any_block_is(
         return stream(self, tokens, *others)
 
     monkeypatch.setattr(pipeline._Run, "_stream", noted)
-    monkeypatch.setattr("offline_prune.calibration_text.joined", refuse)
+    monkeypatch.setattr("offline_prune.text_sources.joined", refuse)
     run(llama, tmp_path / "out", text, resume=True, **options)
     assert torch.equal(taken[0], written)
 
@@ -251,8 +251,8 @@ def test_by_default_a_third_each_is_docstrings_code_and_written(llama: Path, tmp
 def test_by_default_a_model_too_large_for_the_device_writes_nothing_and_that_is_said(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("offline_prune.calibration_text.whole_memory", lambda _: 1 << 20)
-    monkeypatch.setattr("offline_prune.calibration_text.joined", refuse)
+    monkeypatch.setattr("offline_prune.text_sources.whole_memory", lambda _: 1 << 20)
+    monkeypatch.setattr("offline_prune.text_sources.joined", refuse)
     said: list[str] = []
     settings = PruneSettings(str(llama), tmp_path / "out", "magnitude", device="cpu", **SIZES)
     prune(settings, say=said.append)

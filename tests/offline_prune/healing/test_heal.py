@@ -185,7 +185,7 @@ def test_the_default_text_is_that_of_pruning(pair: Pair, tmp_path: Path, monkeyp
         "the dense model writes 7 × 10 tokens, 7 texts together",  # For 4 × 16.
         "7 of 7 texts written",
     ]
-    monkeypatch.setattr("offline_prune.calibration_text.whole_memory", lambda device: 0)
+    monkeypatch.setattr("offline_prune.text_sources.whole_memory", lambda device: 0)
     heal(settings(pair, tmp_path / "alone", **few), say=said.append)
     assert open_checkpoint(tmp_path / "alone").annotation.settings["healed_text"] == "builtin + builtin-code"
     assert "builtin and builtin-code alone, because the dense model needs" in " ".join(said)
