@@ -22,7 +22,7 @@ from offline_prune.calibration.recording import ImageInputs
 from offline_prune.calibration.sources import require_sources
 from offline_prune.checkpoint.block_state_dict import BlockStateDict
 from offline_prune.checkpoint.ignored import ignored
-from offline_prune.checkpoint.journal import OUTSIDE_BLOCKS, Journal, Say, circumstances
+from offline_prune.checkpoint.journal import OUTSIDE_BLOCKS, Journal, Say
 from offline_prune.checkpoint.model_card import model_card
 from offline_prune.checkpoint.output_folder import OutputFolder, require_apart
 from offline_prune.checkpoint.writer import CheckpointWriter, fp8_config, restored
@@ -36,6 +36,7 @@ from offline_prune.model.gated_mlp import GatedMlp, Unsupported, linear
 from offline_prune.model.loading import Block, SourceModel
 from offline_prune.report import FILE, PICTURE, UNTUNED, BlockTime, LayerReport, Report
 from offline_prune.runtime import deterministic_reduce, distributed
+from offline_prune.runtime.circumstances import circumstances
 from offline_prune.runtime.device import compute_dtype, pick_device
 from offline_prune.runtime.profiler import Profiler
 from offline_prune.settings import PruneSettings

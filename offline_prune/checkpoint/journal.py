@@ -11,12 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import load_file
 
-import vllm_spense
 from offline_prune.checkpoint.merge import read_header
-from offline_prune.runtime import distributed
 from vllm_spense.errors import SpenseError
 
 FILE = "journal.jsonl"
@@ -26,18 +23,6 @@ OUTSIDE_BLOCKS = "outside the blocks"
 REPLACES = "replaces"
 
 Say = Callable[[str], None]
-
-
-def circumstances(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
-    """What decides a run's result beside its settings and its input: a run that goes on must have the same."""
-    return {
-        "processes": distributed.size(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "precision": str(dtype),
-        "spense": vllm_spense.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from offline_prune.calibration.data import check_vocabulary
 from offline_prune.calibration.generated import joined
 from offline_prune.calibration.mixture import GENERATED, drawn, mixed, shares
 from offline_prune.calibration.sources import require_sources
-from offline_prune.checkpoint.journal import Journal, Say, circumstances
+from offline_prune.checkpoint.journal import Journal, Say
 from offline_prune.checkpoint.output_folder import OutputFolder, require_apart
 from offline_prune.checkpoint.verify import Checkpoint, open_checkpoint
 from offline_prune.checkpoint.writer import CheckpointWriter
@@ -30,6 +30,7 @@ from offline_prune.healing.writing import pruning_report, write_rest, write_weig
 from offline_prune.memory_plan import GIB
 from offline_prune.model.loading import SourceModel
 from offline_prune.runtime import distributed
+from offline_prune.runtime.circumstances import circumstances
 from offline_prune.runtime.device import compute_dtype, pick_device
 from offline_prune.runtime.profiler import Profiler
 from offline_prune.text_sources import default_sources

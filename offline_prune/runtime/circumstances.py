@@ -1,0 +1,21 @@
+"""What a run that goes on must have in common with the one that was cut off, beside its settings and its input."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+
+import vllm_spense
+from offline_prune.runtime import distributed
+
+
+def circumstances(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
+    """Whatever else decides the bits of a result, by name."""
+    return {
+        "processes": distributed.size(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "precision": str(dtype),
+        "spense": vllm_spense.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
