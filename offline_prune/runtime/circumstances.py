@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import transformers
 
-import vllm_spense
 from offline_prune.runtime import distributed
+from offline_prune.runtime.versions import versions
 
 
 def circumstances(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
@@ -15,7 +14,5 @@ def circumstances(device: torch.device, dtype: torch.dtype) -> dict[str, object]
         "processes": distributed.size(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "precision": str(dtype),
-        "spense": vllm_spense.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **versions(),
     }
