@@ -92,81 +92,110 @@ def tune(
         float32 (N, K) of each layer, the values that inference will multiply with, and the loss on a fixed part of the
         calibration text before and after. Should that not have fallen, the weights are what they were.
     """
-    pruned = {name: block.get_parameter(f"{name}.weight") for name in layers}
-    weights = {name: weight.detach().float().clone().requires_grad_() for name, weight in pruned.items()}
-    # In the gradients' dtype: a product of theirs with another type takes ten times as long on a CPU.
-    kept = {name: (weight.detach() != 0).to(pruned[name].dtype) for name, weight in weights.items()}
-    start = {name: weight.detach().clone() for name, weight in weights.items()}
-    sizes = {name: weight[weight != 0].square().mean().sqrt().item() for name, weight in start.items()}
-    rates = [{"params": [weight], "lr": recipe.tune_rate * sizes[name]} for name, weight in weights.items()]
-    optimizer = torch.optim.Adam(rates, fused=True)
-    inputs, targets = stream.units(stream.hidden), stream.units(dense.hidden)
-    length = inputs.shape[1]
-    at_once = stream.units_at_once(tokens_at_once)
-    unit = length * distributed.size()
-    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(recipe.seed)).to(inputs.device)
-    chosen = order.tensor_split(step_count(len(order), unit, recipe.tune_steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, len(chosen)))
-
-    def output(parameters: dict[str, torch.Tensor], x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-        found = functional_call(block, parameters, (stream.unpacked(x),), kwargs)
-        return stream.packed(found[0] if isinstance(found, tuple) else found).float()
-
-    def losses(units: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Their sum is the loss; each is as much of it as goes through the block at once."""
-        for chunk in units.split(at_once):
-            served = {
-                f"{name}.weight": _AsServed.apply(w, kept[name], layers[name], pruned[name].dtype)
-                for name, w in weights.items()
-            }
-            x, y = (source.index_select(0, chunk).to(stream.device) for source in (inputs, targets))
-            kwargs = stream.unit_arguments(index, chunk)
-            with torch.no_grad():
-                target = torch.lerp(output(original, x, kwargs), y.float(), _INHERITED)
-            error, power = (output(served, x, kwargs) - target).square(), target.square().sum(-1)
-            error = error.sum(-1) if channels is None else error @ channels
-            yield (error / power).mean() * (len(chunk) / len(units))
-
-    averages: dict[str, torch.Tensor] = {}
-
-    @torch.no_grad()
-    def average(step: int) -> None:
-        """Takes a step's weights into their averages; after the last step they become the weights."""
-        first = int(len(chosen) * (1 - _AVERAGED))
-        for name, weight in weights.items():
-            if step == first:
-                averages[name] = weight.detach().clone()
-            elif step > first:
-                averages[name].lerp_(weight, 1 / (step - first + 1))
-            if step == len(chosen) - 1:
-                weight.copy_(averages[name])
-
-    @torch.no_grad()
-    def judge() -> float:
-        units = order[: max(1, min(int(_JUDGED_SHARE * len(order)), _JUDGED_TOKENS // unit))]
-        total = torch.stack([loss.detach() for loss in losses(units)]).sum() / distributed.size()
-        distributed.all_reduce(total)
-        return total.item()
-
+    tuning = _Tuning(block, layers, original, index, stream, dense, recipe, tokens_at_once, channels)
     with stream.entered(block), fast_matmul():
-        before = judge()
-        for step, units in enumerate(chosen):
-            optimizer.zero_grad()
-            for loss in losses(units):
-                (loss / distributed.size()).backward()
-            for weight in weights.values():
-                assert weight.grad is not None
-                distributed.all_reduce(weight.grad)
-            optimizer.step()
-            schedule.step()
-            average(step)
-        after = judge()
-    best = {name: weight.detach() for name, weight in weights.items()} if after < before else start
+        before = tuning.judge()
+        for step in range(len(tuning.steps)):
+            tuning.step(step)
+        after = tuning.judge()
+    best = {name: weight.detach() for name, weight in tuning.weights.items()} if after < before else tuning.start
     rounded = {
         name: weight if (scales := layers[name]) is None else round_to_fp8(weight, scales)
         for name, weight in best.items()
     }
     return rounded, TuningReport(before, min(before, after))
+
+
+class _Tuning:
+    """Weights on their way; arguments as of `tune`.
+
+    Attributes:
+        weights, start: float32 (N, K) of each layer, now and before the first step.
+        steps: the units of text that each step takes.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        layers: Mapping[str, torch.Tensor | None],
+        original: dict[str, torch.Tensor],
+        index: int,
+        stream: Stream,
+        dense: Stream,
+        recipe: Recipe,
+        tokens_at_once: int,
+        channels: torch.Tensor | None,
+    ) -> None:
+        self._block, self._layers, self._original, self._index = block, layers, original, index
+        self._stream, self._channels = stream, channels
+        self._pruned = {name: block.get_parameter(f"{name}.weight") for name in layers}
+        self.weights = {name: each.detach().float().clone().requires_grad_() for name, each in self._pruned.items()}
+        # In the gradients' dtype: a product of theirs with another type takes ten times as long on a CPU.
+        self._kept = {n: (weight.detach() != 0).to(self._pruned[n].dtype) for n, weight in self.weights.items()}
+        self.start = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        sizes = {name: weight[weight != 0].square().mean().sqrt().item() for name, weight in self.start.items()}
+        rates = [{"params": [each], "lr": recipe.tune_rate * sizes[name]} for name, each in self.weights.items()]
+        self._optimizer = torch.optim.Adam(rates, fused=True)
+        self._inputs, self._targets = stream.units(stream.hidden), stream.units(dense.hidden)
+        self._at_once = stream.units_at_once(tokens_at_once)
+        #: Tokens of a unit, on all ranks together.
+        self._unit = self._inputs.shape[1] * distributed.size()
+        order = torch.randperm(len(self._inputs), generator=torch.Generator().manual_seed(recipe.seed))
+        self._order = order.to(self._inputs.device)
+        self.steps = self._order.tensor_split(step_count(len(order), self._unit, recipe.tune_steps))
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda step: _share(step, len(self.steps)))
+        self._averages: dict[str, torch.Tensor] = {}
+
+    def step(self, step: int) -> None:
+        self._optimizer.zero_grad()
+        for loss in self._losses(self.steps[step]):
+            (loss / distributed.size()).backward()
+        for weight in self.weights.values():
+            assert weight.grad is not None
+            distributed.all_reduce(weight.grad)
+        self._optimizer.step()
+        self._schedule.step()
+        self._average(step)
+
+    @torch.no_grad()
+    def judge(self) -> float:
+        """The loss on a fixed part of the text, the same on all ranks."""
+        units = self._order[: max(1, min(int(_JUDGED_SHARE * len(self._order)), _JUDGED_TOKENS // self._unit))]
+        total = torch.stack([loss.detach() for loss in self._losses(units)]).sum() / distributed.size()
+        distributed.all_reduce(total)
+        return total.item()
+
+    def _losses(self, units: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Their sum is the loss; each is as much of it as goes through the block at once."""
+        for chunk in units.split(self._at_once):
+            served = {
+                f"{name}.weight": _AsServed.apply(w, self._kept[name], self._layers[name], self._pruned[name].dtype)
+                for name, w in self.weights.items()
+            }
+            sources = self._inputs, self._targets
+            x, y = (source.index_select(0, chunk).to(self._stream.device) for source in sources)
+            kwargs = self._stream.unit_arguments(self._index, chunk)
+            with torch.no_grad():
+                target = torch.lerp(self._output(self._original, x, kwargs), y.float(), _INHERITED)
+            error, power = (self._output(served, x, kwargs) - target).square(), target.square().sum(-1)
+            error = error.sum(-1) if self._channels is None else error @ self._channels
+            yield (error / power).mean() * (len(chunk) / len(units))
+
+    def _output(self, parameters: dict[str, torch.Tensor], x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        found = functional_call(self._block, parameters, (self._stream.unpacked(x),), kwargs)
+        return self._stream.packed(found[0] if isinstance(found, tuple) else found).float()
+
+    @torch.no_grad()
+    def _average(self, step: int) -> None:
+        """Takes a step's weights into their averages; after the last step they become the weights."""
+        first = int(len(self.steps) * (1 - _AVERAGED))
+        for name, weight in self.weights.items():
+            if step == first:
+                self._averages[name] = weight.detach().clone()
+            elif step > first:
+                self._averages[name].lerp_(weight, 1 / (step - first + 1))
+            if step == len(self.steps) - 1:
+                weight.copy_(self._averages[name])
 
 
 def step_count(units: int, tokens: int, asked: int) -> int:
