@@ -82,7 +82,7 @@ def heal(*results: Result) -> list[str]:
         for row in result["rows"]
     )
     headings = ["shape", "GPUs", "layers", "a step, s", "tokens/s", "texts at once", "writing them, s"]
-    headings += ["a default run, min", "GiB of plan"]
+    headings += ["ten million tokens, min", "GiB of plan"]
     return [*markdown(headings, lines), "", " ".join(map(source, results))]
 
 

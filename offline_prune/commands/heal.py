@@ -35,9 +35,9 @@ def heal(
     ] = 0.02,
     rate: Annotated[
         float, typer.Option(help="AdamW's largest learning rate, relative to each weight's root mean square.")
-    ] = 0.003,
+    ] = 0.001,
     warm_up: Annotated[float, typer.Option(help="Share of the steps in which the rate rises.")] = 0.05,
-    step_tokens: Annotated[int, typer.Option(help="Tokens of a step, of all processes together.")] = 32768,
+    step_tokens: Annotated[int, typer.Option(help="Tokens of a step, of all processes together.")] = 8192,
     overwrite: Overwrite = False,
     resume: Resume = False,
     trust_remote_code: Annotated[
@@ -47,7 +47,8 @@ def heal(
     batch_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Tokens that pass through the model at once. \\[default: 2048 on a CPU, 32768]", rich_help_panel=RUN
+            help="Tokens that pass through the model at once. \\[default: a step's, at most 2048 on a CPU, 32768]",
+            rich_help_panel=RUN,
         ),
     ] = None,
     optimizer: Annotated[

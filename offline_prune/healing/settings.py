@@ -70,9 +70,9 @@ class HealSettings:
     seed: int = 0
     heldout: float = 0.02
     epochs: int = 2
-    rate: float = 0.003
+    rate: float = 0.001
     warm_up: float = 0.05
-    step_tokens: int = 32768
+    step_tokens: int = 8192
     batch_tokens: int | None = None
     optimizer: Optimizer = Optimizer.ADAMW
     checkpointing: bool | None = None

@@ -49,10 +49,10 @@ def test_two_ranks_and_fewer_layers(tmp_path: Path) -> None:
 
 
 def test_the_projection() -> None:
-    """A default run has 800 sequences of the teacher's, 3200 texts; 48 sequences judge, and 147 steps are an epoch."""
+    """A default run has 800 sequences of the teacher's, 3200 texts; 48 sequences judge, and 588 steps are an epoch."""
     stages = {"load": 5.0, "text": 20.0, "judge": 3.0, "write": 2.0}
     settings = HealSettings(Path("pruned"), Path("out"), "model", calibration="generated", samples=500)
-    report = HealReport({}, steps=30, tokens=30 * 32768, heldout_tokens=10 * 2048, stages=stages)
+    report = HealReport({}, steps=30, tokens=30 * 8192, heldout_tokens=10 * 2048, stages=stages)
     # Ten of 500 sequences judged; 1000 texts were written together, twice.
     found = heal_time.projected(report, 1.5, [1000, 2000], settings)
-    assert found == pytest.approx(5.0 + 4 * 10.0 + 2 * 147 * 1.5 + 4.8 * 3.0 + 2.0)
+    assert found == pytest.approx(5.0 + 4 * 10.0 + 2 * 588 * 1.5 + 4.8 * 3.0 + 2.0)
