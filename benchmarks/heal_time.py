@@ -3,8 +3,8 @@
     python -m benchmarks.heal_time
 
 writes a model of Qwen2.5-1.5B's shape, prunes it by magnitude, heals it through the same code as `spense heal`, reading
-and writing real files, and writes benchmarks/results/heal_time.json. The projection is of a default run's text in
-steps as long as those measured: as many texts, steps and held-out sequences as it has, in the seconds that one of each took
+and writing real files, and writes benchmarks/results/heal_time.json. The projection is of a default run's text in steps
+as long as those measured: as many texts, steps and held-out sequences as it has, in the seconds that one of each took
 here, beside what it loads and writes; reading built-in text is not in it.
 
     torchrun --nproc-per-node 2 -m benchmarks.heal_time --shapes qwen3-32b --layers 2
