@@ -36,13 +36,19 @@ from vllm_spense.kernels.tuning.timing import cold_copies, medians_us
 from vllm_spense.ops.dispatch import NEVER_ONE_LAUNCH, Path, choose
 from vllm_spense.roofline import gpu_named
 
-#: split, N, K, projections of the merged gate and up and of down.
+#: split, N, K, projections of the merged gate and up and of down: of whole models, then as one of several ranks has
+#: them.
 LAYERS: dict[str, tuple[Split, int, int, int]] = {
     "qwen3-32b gate_up": ("output", 51200, 5120, 2),
     "qwen3-32b down": ("input", 5120, 25600, 1),
     "llama-3.1-8b gate_up": ("output", 28672, 4096, 2),
     "llama-3.1-8b down": ("input", 4096, 14336, 1),
+    "qwen3-32b gate_up of 2 ranks": ("output", 25600, 5120, 2),
+    "qwen3-32b down of 2 ranks": ("input", 5120, 12800, 1),
+    "llama-3.3-70b gate_up of 4 ranks": ("output", 14336, 8192, 2),
+    "llama-3.3-70b down of 4 ranks": ("input", 8192, 7168, 1),
 }
+WHOLE_LAYERS = [layer for layer in LAYERS if "ranks" not in layer]
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
 DENSE_RATIOS = (0.5, 0.25, 0.0)
 
@@ -54,7 +60,7 @@ Plan = library.LibraryPlan | one_launch.OneLaunchPlan
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS))
+    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=WHOLE_LAYERS)
     parser.add_argument("--tokens", nargs="+", type=positive, default=TOKENS)
     parser.add_argument("--dense-ratios", nargs="+", type=float, default=DENSE_RATIOS)
     add_out(parser, "gemm_sweep")
