@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Generator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,14 @@ def _seed() -> None:
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FP32 products in full, also where this CPU has BF16 units that `fast_matmul` would let them run on."""
+    from offline_prune.runtime import matmul_precision
+
+    monkeypatch.setattr(matmul_precision, "_matmul_precision", lambda *_: nullcontext())
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.engine
 
 #: Nats. Attention is computed in other ways here, and ranks' parts are added in another order, so that some activations
 #: are rounded to other FP8 values: see test_adapters. A quarter of the completions and more have none, and are the same
-#: but for the order of sums; a wrong product moves all.
+#: but for the order of sums, and one may have many; a wrong product moves all.
 SOME, ALL = 1e-3, 0.5
 
 
@@ -61,7 +61,7 @@ def on_two_ranks(checkpoint: Path, expert_parallel: bool) -> Run:
     return Run(checkpoint, "spense", ranks=2, expert_parallel=expert_parallel)
 
 
-def require_twin(found: list[Completion], checkpoint: Path, ranks: int, expert_ranks: int, exceptions: int = 0) -> None:
+def require_twin(found: list[Completion], checkpoint: Path, ranks: int, expert_ranks: int, exceptions: int = 1) -> None:
     expected = as_served(checkpoint, (), ranks, found, expert_ranks)
     apart = sorted(spread([a], [b]) for a, b in zip(found, expected, strict=True))
     assert apart[len(apart) // 4] <= SOME, apart

@@ -52,6 +52,7 @@ def kept_bytes(stream: Stream) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
+@pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("name", SEEING)
 def test_blocks_see_what_they_see_in_the_whole_model(name: str, pictures: Path, tmp_path: Path) -> None:
     """Positions and masks of images, and features that are added between blocks, are the model's own."""

@@ -15,6 +15,7 @@ from offline_prune.model.loading import SourceModel
 CPU = torch.device("cpu")
 
 
+@pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("family", ["llama", "gemma3", "modernbert-decoder"])
 def test_gradients_are_those_of_the_whole_model(family: str, tmp_path: Path) -> None:
     folder = tiny_model(family, tmp_path / family)

@@ -20,6 +20,7 @@ import torch
 from runs import contents, cut_off, run
 from tiny_models import tiny_model
 
+import vllm_spense
 from offline_prune import memory_plan, pipeline
 from offline_prune.checkpoint import writer
 from offline_prune.checkpoint.journal import FILE, Journal
@@ -101,7 +102,7 @@ def test_a_method_that_means_something_else_is_refused(
 
 def test_another_version_is_refused(deep: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cut_off(deep, tmp_path / "out", text, 2)
-    monkeypatch.setattr(pipeline.vllm_spense, "__version__", "99")
+    monkeypatch.setattr(vllm_spense, "__version__", "99")
     with pytest.raises(SpenseError, match=r"spense: found [0-9.]+, expected 99"):
         run(deep, tmp_path / "out", text, resume=True)
 

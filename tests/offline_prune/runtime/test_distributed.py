@@ -196,6 +196,7 @@ def test_text_that_does_not_divide_is_refused(
     size: int, samples: int, words: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distributed, "size", lambda: size)
+    monkeypatch.setattr(distributed, "broadcast_from_first", lambda make: make())
     with pytest.raises(SpenseError, match=words):
         pipeline.prune(PruneSettings(str(model), tmp_path / "out", samples=samples, device="cpu"))
     assert not list(tmp_path.iterdir())
