@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from statistics import mean
 
 import pytest
-from engines import EXCEPTIONS, Completion, Run, generate, require_same, spread
+from engines import EXCEPTIONS, Completion, Run, differences, generate, require_same
 from served import as_served, said_by
 
 from benchmarks.served_models import make_pruned
@@ -18,10 +19,11 @@ from offline_prune.settings import PruneSettings
 
 pytestmark = pytest.mark.engine
 
-#: Nats. Attention is computed in other ways here, and ranks' parts are added in another order, so that some activations
-#: are rounded to other FP8 values: see test_adapters. A quarter of the completions and more have none, and are the same
-#: but for the order of sums, and one may have many; a wrong product moves all.
-SOME, ALL = 1e-3, 0.5
+#: Nats, mean of a completion. Attention is computed in other ways here, and ranks' parts are added in another order, so
+#: that some activations are rounded to other FP8 values: see test_adapters. A quarter of the completions and more have
+#: none, and are the same but for the order of sums; a wrong product moves all. Those with many are 0.06 apart at most,
+#: and what the model says one token later 0.25 at least.
+SOME, ALL = 1e-3, 0.15
 
 
 def loads_granite() -> bool:
@@ -61,9 +63,9 @@ def on_two_ranks(checkpoint: Path, expert_parallel: bool) -> Run:
     return Run(checkpoint, "spense", ranks=2, expert_parallel=expert_parallel)
 
 
-def require_twin(found: list[Completion], checkpoint: Path, ranks: int, expert_ranks: int, exceptions: int = 1) -> None:
+def require_twin(found: list[Completion], checkpoint: Path, ranks: int, expert_ranks: int, exceptions: int = 0) -> None:
     expected = as_served(checkpoint, (), ranks, found, expert_ranks)
-    apart = sorted(spread([a], [b]) for a, b in zip(found, expected, strict=True))
+    apart = sorted(mean(differences([a], [b])) for a, b in zip(found, expected, strict=True))
     assert apart[len(apart) // 4] <= SOME, apart
     assert apart[-1 - exceptions] <= ALL, apart
 
