@@ -14,7 +14,7 @@ from offline_prune.calibration.hidden_states import Stream
 from offline_prune.calibration.sensitivity import some_of, weights_of_channels
 from offline_prune.checkpoint.block_state_dict import BlockStateDict
 from offline_prune.checkpoint.writer import Say
-from offline_prune.methods.block_finetune import TuningReport, tune
+from offline_prune.methods.block_finetune import BlockTuning, TuningReport
 from offline_prune.methods.dense_selection import selection_hash
 from offline_prune.methods.prune_mlp import (
     Pruned,
@@ -168,7 +168,7 @@ class BlockPruning:
         layers = [f"{self.mlp.path}.{projection}" for projection in self.mlp.projections.to_dict().values()]
         scales = {name: self.stored.scales(f"{self.block}.{name}", self.stream.device) for name in layers}
         with stage("tune"):
-            weights, report = tune(
+            weights, report = BlockTuning(
                 self.module,
                 scales,
                 original,
@@ -178,7 +178,7 @@ class BlockPruning:
                 self.recipe,
                 self.tokens_at_once,
                 None if self.channels is None else self.channels.to(self.stream.device),
-            )
+            ).process()
             with torch.inference_mode():
                 for name, weight in weights.items():
                     self.stored.put(f"{self.block}.{name}", linear(self.module, name), weight, scales[name])

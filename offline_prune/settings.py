@@ -76,7 +76,7 @@ class PruneSettings:
         true_sequential: collect down's Hessian through the pruned gate and up.
         tune_steps: most steps of Adam on each block's kept weights after it is pruned, in all one pass over the
             calibration text, of which more than 128 take 1024 tokens each; 0 for none, None for the method's own.
-        tune_rate: of those steps, relative to the weights: see `block_finetune.tune`; None for `recipe.TUNE_RATE`.
+        tune_rate: of those steps, relative to the weights: see `methods.block_finetune`; None for `recipe.TUNE_RATE`.
         tune_loss: what those steps make small: the `relative` error, or that with its channels weighed by the dense
             model's predictions, `fisher`; None for the method's own.
         skip_unsupported: leave blocks without a gated MLP as they are instead of refusing the model.

@@ -57,17 +57,7 @@ class _AsServed(torch.autograd.Function):
         return (gradients[0] * kept).float(), None, None, None
 
 
-def tune(
-    block: nn.Module,
-    layers: Mapping[str, torch.Tensor | None],
-    original: dict[str, torch.Tensor],
-    index: int,
-    stream: Stream,
-    dense: Stream,
-    recipe: Recipe,
-    tokens_at_once: int,
-    channels: torch.Tensor | None = None,
-) -> tuple[dict[str, torch.Tensor], TuningReport]:
+class BlockTuning:
     """Adam on the non-zero weights of some linear layers, zeros fixed.
 
     It minimizes the mean over the tokens of ‖f(x̃) − t‖² / ‖t‖², t = ½·(y + f₀(x̃)), with f the pruned block after its
@@ -87,31 +77,6 @@ def tune(
             is Adam's largest learning rate relative to the root mean square of each layer's kept weights.
         tokens_at_once: about how many go through the block together.
         channels: float32 (H,), weights of the squared error's channels; None weighs all alike.
-
-    Returns:
-        float32 (N, K) of each layer, the values that inference will multiply with, and the loss on a fixed part of the
-        calibration text before and after. Should that not have fallen, the weights are what they were.
-    """
-    tuning = _Tuning(block, layers, original, index, stream, dense, recipe, tokens_at_once, channels)
-    with stream.entered(block), fast_matmul():
-        before = tuning.judge()
-        for step in range(len(tuning.steps)):
-            tuning.step(step)
-        after = tuning.judge()
-    best = {name: weight.detach() for name, weight in tuning.weights.items()} if after < before else tuning.start
-    rounded = {
-        name: weight if (scales := layers[name]) is None else round_to_fp8(weight, scales)
-        for name, weight in best.items()
-    }
-    return rounded, TuningReport(before, min(before, after))
-
-
-class _Tuning:
-    """Weights on their way; arguments as of `tune`.
-
-    Attributes:
-        weights, start: float32 (N, K) of each layer, now and before the first step.
-        steps: the units of text that each step takes.
     """
 
     def __init__(
@@ -124,17 +89,17 @@ class _Tuning:
         dense: Stream,
         recipe: Recipe,
         tokens_at_once: int,
-        channels: torch.Tensor | None,
+        channels: torch.Tensor | None = None,
     ) -> None:
         self._block, self._layers, self._original, self._index = block, layers, original, index
         self._stream, self._channels = stream, channels
         self._pruned = {name: block.get_parameter(f"{name}.weight") for name in layers}
-        self.weights = {name: each.detach().float().clone().requires_grad_() for name, each in self._pruned.items()}
+        self._weights = {name: each.detach().float().clone().requires_grad_() for name, each in self._pruned.items()}
         # In the gradients' dtype: a product of theirs with another type takes ten times as long on a CPU.
-        self._kept = {n: (weight.detach() != 0).to(self._pruned[n].dtype) for n, weight in self.weights.items()}
-        self.start = {name: weight.detach().clone() for name, weight in self.weights.items()}
-        sizes = {name: weight[weight != 0].square().mean().sqrt().item() for name, weight in self.start.items()}
-        rates = [{"params": [each], "lr": recipe.tune_rate * sizes[name]} for name, each in self.weights.items()]
+        self._kept = {n: (weight.detach() != 0).to(self._pruned[n].dtype) for n, weight in self._weights.items()}
+        self._start = {name: weight.detach().clone() for name, weight in self._weights.items()}
+        sizes = {name: weight[weight != 0].square().mean().sqrt().item() for name, weight in self._start.items()}
+        rates = [{"params": [each], "lr": recipe.tune_rate * sizes[name]} for name, each in self._weights.items()]
         self._optimizer = torch.optim.Adam(rates, fused=True)
         self._inputs, self._targets = stream.units(stream.hidden), stream.units(dense.hidden)
         self._at_once = stream.units_at_once(tokens_at_once)
@@ -142,23 +107,43 @@ class _Tuning:
         self._unit = self._inputs.shape[1] * distributed.size()
         order = torch.randperm(len(self._inputs), generator=torch.Generator().manual_seed(recipe.seed))
         self._order = order.to(self._inputs.device)
-        self.steps = self._order.tensor_split(step_count(len(order), self._unit, recipe.tune_steps))
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda step: _share(step, len(self.steps)))
+        count = step_count(len(order), self._unit, recipe.tune_steps)
+        self._steps = self._order.tensor_split(count)
+        # Not of self: a cycle would keep the moments until Python looks for cycles, while the next block is tuned.
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda step: _share(step, count))
         self._averages: dict[str, torch.Tensor] = {}
 
-    def step(self, step: int) -> None:
+    def process(self) -> tuple[dict[str, torch.Tensor], TuningReport]:
+        """
+        Returns:
+            float32 (N, K) of each layer, the values that inference will multiply with, and the loss on a fixed part of
+            the calibration text before and after. Should that not have fallen, the weights are what they were.
+        """
+        with self._stream.entered(self._block), fast_matmul():
+            before = self._judge()
+            for step, units in enumerate(self._steps):
+                self._step(units)
+                self._average(step)
+            after = self._judge()
+        best = {name: weight.detach() for name, weight in self._weights.items()} if after < before else self._start
+        rounded = {
+            name: weight if (scales := self._layers[name]) is None else round_to_fp8(weight, scales)
+            for name, weight in best.items()
+        }
+        return rounded, TuningReport(before, min(before, after))
+
+    def _step(self, units: torch.Tensor) -> None:
         self._optimizer.zero_grad()
-        for loss in self._losses(self.steps[step]):
+        for loss in self._losses(units):
             (loss / distributed.size()).backward()
-        for weight in self.weights.values():
+        for weight in self._weights.values():
             assert weight.grad is not None
             distributed.all_reduce(weight.grad)
         self._optimizer.step()
         self._schedule.step()
-        self._average(step)
 
     @torch.no_grad()
-    def judge(self) -> float:
+    def _judge(self) -> float:
         """The loss on a fixed part of the text, the same on all ranks."""
         units = self._order[: max(1, min(int(_JUDGED_SHARE * len(self._order)), _JUDGED_TOKENS // self._unit))]
         total = torch.stack([loss.detach() for loss in self._losses(units)]).sum() / distributed.size()
@@ -170,7 +155,7 @@ class _Tuning:
         for chunk in units.split(self._at_once):
             served = {
                 f"{name}.weight": _AsServed.apply(w, self._kept[name], self._layers[name], self._pruned[name].dtype)
-                for name, w in self.weights.items()
+                for name, w in self._weights.items()
             }
             sources = self._inputs, self._targets
             x, y = (source.index_select(0, chunk).to(self._stream.device) for source in sources)
@@ -188,13 +173,13 @@ class _Tuning:
     @torch.no_grad()
     def _average(self, step: int) -> None:
         """Takes a step's weights into their averages; after the last step they become the weights."""
-        first = int(len(self.steps) * (1 - _AVERAGED))
-        for name, weight in self.weights.items():
+        first = int(len(self._steps) * (1 - _AVERAGED))
+        for name, weight in self._weights.items():
             if step == first:
                 self._averages[name] = weight.detach().clone()
             elif step > first:
                 self._averages[name].lerp_(weight, 1 / (step - first + 1))
-            if step == len(self.steps) - 1:
+            if step == len(self._steps) - 1:
                 weight.copy_(self._averages[name])
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from offline_prune import pipeline
 from offline_prune.block_pruning import tuned_channels
 from offline_prune.checkpoint.verify import open_checkpoint, verify
 from offline_prune.methods import block_finetune, prune_mlp
-from offline_prune.methods.block_finetune import _AsServed, _share, tune
+from offline_prune.methods.block_finetune import BlockTuning, _AsServed, _share
 from offline_prune.methods.fp8 import channel_scales, round_to_fp8
 from offline_prune.model import block_forward
 from offline_prune.model.loading import SourceModel
@@ -192,6 +194,26 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert shares[70:] == pytest.approx([0.3] * 30)
 
 
+def test_nothing_of_a_block_is_kept_for_the_next(
+    llama: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even until Python looks for cycles: moments take eight bytes for each weight."""
+    process, seen = BlockTuning.process, list[weakref.ref[BlockTuning]]()
+
+    def record(tuning: BlockTuning) -> Any:
+        assert not any(each() for each in seen)
+        seen.append(weakref.ref(tuning))
+        return process(tuning)
+
+    monkeypatch.setattr(BlockTuning, "process", record)
+    gc.disable()
+    try:
+        run(llama, tmp_path / "out", text, method="spensegpt++", tune_steps=2, **MORE)
+    finally:
+        gc.enable()
+    assert len(seen) > 1
+
+
 def test_the_last_steps_are_averaged(llama: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 16 steps the last five, in the first block that is tuned."""
     steps: list[list[torch.Tensor]] = []
@@ -203,13 +225,15 @@ def test_the_last_steps_are_averaged(llama: Path, tmp_path: Path, text: Path, mo
             steps.append([group["params"][0].detach().clone() for group in self.param_groups])
             return done
 
-    def record(*args: Any) -> Any:
-        found = tune(*args)
+    process = BlockTuning.process
+
+    def record(tuning: BlockTuning) -> Any:
+        found = process(tuning)
         tuned.append(found[0])
         return found
 
     monkeypatch.setattr(torch.optim, "Adam", Recorded)
-    monkeypatch.setattr("offline_prune.block_pruning.tune", record)
+    monkeypatch.setattr(BlockTuning, "process", record)
     run(llama, tmp_path / "out", text, method="spensegpt++", quantize="none", tune_steps=16, **MORE)
     assert len(steps) == 16 * len(tuned)
     for weights, kept in zip(zip(*steps[11:16], strict=True), tuned[0].values(), strict=True):

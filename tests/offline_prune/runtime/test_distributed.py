@@ -35,20 +35,20 @@ NOTED = """
 import hashlib, json, os, sys
 from pathlib import Path
 
-from offline_prune import block_pruning
 from offline_prune.cli import main
+from offline_prune.methods.block_finetune import BlockTuning
 
-tune, notes = block_pruning.tune, []
+process, notes = BlockTuning.process, []
 
 
-def noted(*args):
-    weights, report = tune(*args)
+def noted(tuning):
+    weights, report = process(tuning)
     notes.append({name: hashlib.sha256(weight.numpy().tobytes()).hexdigest() for name, weight in weights.items()})
     notes[-1] |= {"before": report.before, "after": report.after}
     return weights, report
 
 
-block_pruning.tune = noted
+BlockTuning.process = noted
 try:
     main(["prune", *sys.argv[1:]])
 finally:
