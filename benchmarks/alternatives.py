@@ -32,6 +32,7 @@ from benchmarks.make_shape import annotation, kv_token_bytes, shape_config, writ
 from offline_prune.checkpoint.writer import fp8_config
 from scripts.pruned import CACHE
 from vllm_spense.errors import SpenseError
+from vllm_spense.estimate import MEMORY_UTILIZATION
 from vllm_spense.format import KEY
 from vllm_spense.shapes import SHAPES
 
@@ -41,7 +42,7 @@ SCHEMES = (*SPARSITIES, STOCK, "w4a16", "w4a8-fp8", "bf16")
 #: Of four-bit weights: how many of them share a scale. CUTLASS's kernel for FP8 activations takes no other.
 GROUP = 128
 #: What vLLM takes of a GPU's memory by default, of a GPU with 80 GB.
-ROOM_BYTES = int(0.92 * 80e9)
+ROOM_BYTES = int(MEMORY_UTILIZATION * 80e9)
 BATCHES = (1, 8, 32, 64, 128, 256)
 CONTEXTS = (16, 1024)
 PREFILLS = (512, 2048, 8192)

@@ -62,10 +62,8 @@ _SPENSE = _Engine(SPENSE_ATTENTION, (22.5, 0.5), (50.0, 0.28))
 _ELEMENTWISE_INTERMEDIATE, _AROUND_INTERMEDIATE = 25600, 8 * 768
 #: A size in a plan cache is less.
 _MOST = 2**31
-
-
-#: Of a GPU's memory, what vLLM takes unless told otherwise (`--gpu-memory-utilization`; 0.92 since 0.28).
-VLLMS_SHARE = 0.9
+#: Of a GPU's memory, what vLLM takes unless told otherwise (`--gpu-memory-utilization`).
+MEMORY_UTILIZATION = 0.92
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ class Estimate:
     def requests(self, gpu: Gpu, batch: int, weight_bytes: int) -> int | None:
         """How many requests' KV cache fits beside weights in what vLLM takes of a GPU, activations not counted; None
         where they take no room."""
-        room = max(0, int(gpu.memory_bytes * VLLMS_SHARE) - weight_bytes)
+        room = max(0, int(gpu.memory_bytes * MEMORY_UTILIZATION) - weight_bytes)
         return room * batch // self.kv_bytes if self.kv_bytes else None
 
 
