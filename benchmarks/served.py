@@ -30,7 +30,7 @@ from benchmarks.served_twin import load_as_served
 from benchmarks.zoo import ROOT
 from benchmarks.zoo_table import SERVED
 from offline_prune.checkpoint.verify import open_checkpoint
-from vllm_spense.errors import SpenseError
+from vllm_spense.errors import SpenseError, first_line
 
 STOCK = "compressed-tensors"
 QUANTIZATIONS = ("spense", STOCK)
@@ -195,8 +195,7 @@ def _run(model: Model, folder: str, quantization: str) -> dict[str, Any]:
             found["drafted"] = sum(metric.value for metric in llm.get_metrics() if metric.name == DRAFTED)
         return found | {"answers": [_likeliest(output.outputs[0].logprobs or []) for output in outputs]}
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        return {"error": f"{type(error).__name__}: {lines[0][:300]}"}
+        return {"error": f"{type(error).__name__}: {first_line(error)[:300]}"}
     finally:
         llm = None
         gc.collect()

@@ -43,7 +43,7 @@ from offline_prune.pipeline import prune
 from offline_prune.report import Report
 from offline_prune.runtime import matmul_precision
 from offline_prune.settings import PruneSettings
-from vllm_spense.errors import SpenseError
+from vllm_spense.errors import SpenseError, first_line
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPECTED = ROOT / "benchmarks/results/zoo.json"
@@ -333,8 +333,7 @@ def _keep(key: str, outcome: Outcome) -> None:
 
 
 def _words(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:160]}"
+    return f"{type(error).__name__}: {first_line(error)[:160]}"
 
 
 def part(text: str) -> tuple[int, int]:

@@ -170,7 +170,7 @@ class _Run:
                 self.say(UNTUNED)
             with self.profiler.stage("calibration text"):
                 text.draw()
-                self.images = distributed.broadcast_from_first(lambda: self._images())
+                self.images = distributed.broadcast_from_first(self._images)
             journal = distributed.broadcast_from_first(lambda: self._open(self._identity(text), context))
             self._blocks(text, plan, journal)
             if self.writer:

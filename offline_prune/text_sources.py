@@ -96,7 +96,7 @@ def shaped_as(given: torch.Tensor, settings: PruneSettings) -> PruneSettings:
     Raises:
         SpenseError: they are not integers, or not of the shape (samples, length).
     """
-    if given.ndim != 2 or not given.numel() or given.is_floating_point():
+    if given.ndim != 2 or not given.numel() or given.dtype not in (torch.int32, torch.int64):
         raise SpenseError(f"tokens: found {given.dtype} {tuple(given.shape)}, expected int64 (samples, length)")
     samples, length = given.shape
     return replace(settings, samples=samples, length=length)

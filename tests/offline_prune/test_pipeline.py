@@ -103,7 +103,11 @@ def test_given_tokens_are_taken_as_they_are(tmp_path: Path) -> None:
     calibration = open_checkpoint(tmp_path / "out").annotation.calibration
     assert calibration is not None
     assert (calibration.source, calibration.samples, calibration.length) == ("given tokens", 4, 64)
-    for wrong, found in ((tokens[0], r"torch.int64 \(64,\)"), (tokens.float(), r"torch.float32 \(4, 64\)")):
+    for wrong, found in (
+        (tokens[0], r"torch.int64 \(64,\)"),
+        (tokens.float(), r"torch.float32 \(4, 64\)"),
+        (tokens > 9, r"torch.bool \(4, 64\)"),
+    ):
         with pytest.raises(SpenseError, match=f"tokens: found {found}, expected int64"):
             prune(PruneSettings(str(model), tmp_path / "wrong", device="cpu"), tokens=wrong)
     assert not (tmp_path / "wrong").exists()
